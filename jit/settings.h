@@ -1,0 +1,36 @@
+// Every TORCHKILN_* environment variable, read once into one struct. The table here is the only list of them: doctor,
+// the docs and the check for misspelt names use it.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <nlohmann/json.hpp>
+#include <span>
+#include <string>
+
+namespace torchkiln::jit {
+
+struct Settings {
+  std::string cache_dir;
+  std::uint64_t cache_max_bytes = std::uint64_t{1} << 30;
+  std::string compiler_policy = "any";  // any | exact
+  unsigned compile_jobs = 0;            // 0: by cores and memory
+  std::string nvrtc_path;
+  bool lineinfo = false;
+  bool debug_values = false;
+
+  // Bad values are replaced by the default, with one sentence each in `warnings`. All paths are ignored in a
+  // set-user-id program.
+  static Settings from_environment();
+  nlohmann::json to_json() const;
+
+  std::string warnings;
+};
+
+struct SettingInfo {
+  const char* name;
+  const char* meaning;
+};
+std::span<const SettingInfo> setting_infos();
+
+}  // namespace torchkiln::jit

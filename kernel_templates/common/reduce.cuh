@@ -1,0 +1,35 @@
+// Sums over a warp and a block, in a fixed order, so that results repeat bit for bit.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "common/types.h"
+
+namespace torchkiln {
+
+constexpr int kWarpSize = 32;
+
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, offset);
+  }
+  return value;
+}
+
+// The sum of `value` over the block, valid in thread 0. `shared` holds one T per warp; every thread must call.
+template <int kBlockSize, class T>
+__device__ __forceinline__ T block_sum(T value, T* shared) {
+  constexpr int kWarps = kBlockSize / kWarpSize;
+  value = warp_sum(value);
+  if constexpr (kWarps > 1) {
+    __syncthreads();  // the caller may still be reading the previous sum's slots
+    if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = value;
+    __syncthreads();
+    value = threadIdx.x < kWarps ? shared[threadIdx.x] : T(0);
+    if (threadIdx.x < kWarpSize) value = warp_sum(value);
+  }
+  return value;
+}
+
+}  // namespace torchkiln

@@ -1,0 +1,141 @@
+// Basic types and maths for code that g++, clang++ and NVRTC all compile without any system header. Half types are
+// storage only: load them into their accumulator type, compute, and store.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#if defined(__CUDACC_RTC__)
+#define TORCHKILN_HD __device__ __forceinline__
+#else
+#define TORCHKILN_HD inline
+#endif
+
+namespace torchkiln {
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i32 = int;
+using i64 = long long;
+
+struct half {
+  u16 bits;
+};
+struct bfloat16 {
+  u16 bits;
+};
+
+// The type that sums and geometry are computed in.
+template <class Scalar>
+struct AccumulatorOf {
+  using Type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using Type = double;
+};
+template <class Scalar>
+using Acc = typename AccumulatorOf<Scalar>::Type;
+
+TORCHKILN_HD u32 float_bits(float x) {
+#if defined(__CUDACC_RTC__)
+  return __float_as_uint(x);
+#else
+  return __builtin_bit_cast(u32, x);
+#endif
+}
+
+TORCHKILN_HD float bits_float(u32 bits) {
+#if defined(__CUDACC_RTC__)
+  return __uint_as_float(bits);
+#else
+  return __builtin_bit_cast(float, bits);
+#endif
+}
+
+TORCHKILN_HD float to_float(half x) {
+#if defined(__CUDACC_RTC__)
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+  return result;
+#else
+  // Scaling by 2^112 moves the half exponent into the float range and makes subnormals exact without a branch.
+  const u32 sign = u32(x.bits & 0x8000u) << 16;
+  const u32 magnitude = u32(x.bits & 0x7fffu) << 13;
+  const float scaled = bits_float(magnitude) * 0x1p112f;
+  const u32 special = (x.bits & 0x7c00u) == 0x7c00u ? 0x7f800000u | magnitude : float_bits(scaled);
+  return bits_float(sign | special);
+#endif
+}
+
+TORCHKILN_HD half to_half(float x) {
+  half result;
+#if defined(__CUDACC_RTC__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+#else
+  const u32 bits = float_bits(x);
+  const u32 sign = (bits >> 16) & 0x8000u;
+  const u32 magnitude = bits & 0x7fffffffu;
+  u32 rounded;
+  if (magnitude > 0x7f800000u) {
+    rounded = 0x7e00u;  // NaN
+  } else if (magnitude >= 0x477ff000u) {
+    rounded = 0x7c00u;  // rounds to infinity
+  } else if (magnitude < 0x38800000u) {
+    // Subnormal: adding 0.5 lets the float unit round to nearest even at the right bit.
+    rounded = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    rounded = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  result.bits = u16(sign | rounded);
+#endif
+  return result;
+}
+
+TORCHKILN_HD float to_float(bfloat16 x) { return bits_float(u32(x.bits) << 16); }
+
+TORCHKILN_HD bfloat16 to_bfloat16(float x) {
+  const u32 bits = float_bits(x);
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  const u32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  bfloat16 result;
+  result.bits = u16(is_nan ? 0x7fc0u : rounded);
+  return result;
+}
+
+TORCHKILN_HD float load(float x) { return x; }
+TORCHKILN_HD double load(double x) { return x; }
+TORCHKILN_HD float load(half x) { return to_float(x); }
+TORCHKILN_HD float load(bfloat16 x) { return to_float(x); }
+
+TORCHKILN_HD void store(float& to, float x) { to = x; }
+TORCHKILN_HD void store(double& to, double x) { to = x; }
+TORCHKILN_HD void store(half& to, float x) { to = to_half(x); }
+TORCHKILN_HD void store(bfloat16& to, float x) { to = to_bfloat16(x); }
+
+// NaN in either operand gives b, so an accumulator that starts finite must stand on the right.
+template <class T>
+TORCHKILN_HD T max_of(T a, T b) {
+  return a > b ? a : b;
+}
+template <class T>
+TORCHKILN_HD T min_of(T a, T b) {
+  return a < b ? a : b;
+}
+TORCHKILN_HD bool is_nan(float x) { return !(x == x); }
+TORCHKILN_HD bool is_nan(double x) { return !(x == x); }
+
+#if defined(__CUDACC_RTC__)
+#define TORCHKILN_MATH(name) ::name
+#else
+#define TORCHKILN_MATH(name) __builtin_##name
+#endif
+TORCHKILN_HD float floor_of(float x) { return TORCHKILN_MATH(floorf)(x); }
+TORCHKILN_HD double floor_of(double x) { return TORCHKILN_MATH(floor)(x); }
+TORCHKILN_HD float ceil_of(float x) { return TORCHKILN_MATH(ceilf)(x); }
+TORCHKILN_HD double ceil_of(double x) { return TORCHKILN_MATH(ceil)(x); }
+TORCHKILN_HD float atan2_of(float y, float x) { return TORCHKILN_MATH(atan2f)(y, x); }
+TORCHKILN_HD double atan2_of(double y, double x) { return TORCHKILN_MATH(atan2)(y, x); }
+#undef TORCHKILN_MATH
+
+}  // namespace torchkiln

@@ -1,0 +1,181 @@
+// Arguments and element maths of box_iou and its generalized, distance and complete forms, shared by CPU and GPU.
+// Sources: GIoU, Rezatofighi et al. 2019, eq. 1 to 3; DIoU and CIoU, Zheng et al. 2020, eq. 7 to 11.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "common/types.h"
+#include "geometry/box.h"
+
+namespace torchkiln::box_iou {
+
+enum Mode { kIou = 0, kGiou = 1, kDiou = 2, kCiou = 3 };
+
+struct Args {
+  const void* boxes1;  // (n, 4) x1, y1, x2, y2
+  const void* boxes2;  // (m, 4)
+  void* out;           // (n, m)
+  i64 n, m;
+  double eps;  // added to the squared diagonal and to alpha's denominator
+};
+
+// The gradient with respect to one of the two sets; `boxes` is that set, `others` the other one.
+struct BackwardArgs {
+  const void* grad_output;  // element (i, j) at i * row_stride + j * column_stride, i over `boxes`
+  const void* boxes;        // (n, 4)
+  const void* others;       // (m, 4)
+  void* grad_boxes;         // (n, 4)
+  i64 n, m;
+  i64 row_stride, column_stride;
+  double eps;
+};
+
+// 0 for a pair whose denominator is 0, so that degenerate boxes never give NaN.
+template <class T>
+TORCHKILN_HD T ratio(T numerator, T denominator) {
+  return denominator == T(0) ? T(0) : numerator / denominator;
+}
+
+template <class T>
+struct Parts {
+  T inter, united, iou;
+  T enclosing_w, enclosing_h;  // sides of the smallest box around both
+  T dx, dy;                    // twice the distance of the centres
+};
+
+template <class T>
+TORCHKILN_HD Parts<T> parts_of(const Box<T>& a, const Box<T>& b) {
+  Parts<T> p;
+  p.inter = intersection(a, b);
+  p.united = area(a) + area(b) - p.inter;
+  p.iou = ratio(p.inter, p.united);
+  p.enclosing_w = positive_part(nan_max(a.x2, b.x2) - nan_min(a.x1, b.x1));
+  p.enclosing_h = positive_part(nan_max(a.y2, b.y2) - nan_min(a.y1, b.y1));
+  p.dx = (a.x1 + a.x2) - (b.x1 + b.x2);
+  p.dy = (a.y1 + a.y2) - (b.y1 + b.y2);
+  return p;
+}
+
+// atan2(w, h) and not atan(w / h): a box of size 0 has the angle 0.
+template <class T>
+TORCHKILN_HD T aspect_angle(const Box<T>& box) {
+  return atan2_of(positive_part(box.x2 - box.x1), positive_part(box.y2 - box.y1));
+}
+
+template <class T>
+constexpr T kAspectScale = T(0.40528473456935108577551785283891);  // 4 / pi^2
+
+template <int kMode, class T>
+TORCHKILN_HD T element(const Box<T>& a, const Box<T>& b, T eps) {
+  const Parts<T> p = parts_of(a, b);
+  if constexpr (kMode == kIou) return p.iou;
+  if constexpr (kMode == kGiou) {
+    const T enclosing = p.enclosing_w * p.enclosing_h;
+    return p.iou - ratio(enclosing - p.united, enclosing);
+  }
+  const T diagonal = p.enclosing_w * p.enclosing_w + p.enclosing_h * p.enclosing_h + eps;
+  const T diou = p.iou - ratio((p.dx * p.dx + p.dy * p.dy) / T(4), diagonal);
+  if constexpr (kMode != kCiou) return diou;
+  const T delta = aspect_angle(a) - aspect_angle(b);
+  const T v = kAspectScale<T> * delta * delta;
+  return diou - ratio(v, T(1) - p.iou + v + eps) * v;
+}
+
+// Shares of max(a, b) and min(a, b) that belong to a; a tie is split, as torch's maximum does.
+template <class T>
+TORCHKILN_HD T greater_share(T a, T b) {
+  return a > b ? T(1) : (a == b ? T(0.5) : T(0));
+}
+
+// Adds `gradient` times the derivative of area(box).
+template <class T>
+TORCHKILN_HD void add_area_gradient(const Box<T>& box, T gradient, Box<T>& grad) {
+  const T w = box.x2 - box.x1, h = box.y2 - box.y1;
+  const T dw = w >= T(0) ? gradient * positive_part(h) : T(0);
+  const T dh = h >= T(0) ? gradient * positive_part(w) : T(0);
+  grad.x1 -= dw;
+  grad.x2 += dw;
+  grad.y1 -= dh;
+  grad.y2 += dh;
+}
+
+// Adds to a's gradient what the intersection's (inner) sides give it.
+template <class T>
+TORCHKILN_HD void add_intersection_gradient(const Box<T>& a, const Box<T>& b, T gradient, Box<T>& grad) {
+  const T w = nan_min(a.x2, b.x2) - nan_max(a.x1, b.x1);
+  const T h = nan_min(a.y2, b.y2) - nan_max(a.y1, b.y1);
+  const T dw = w >= T(0) ? gradient * positive_part(h) : T(0);
+  const T dh = h >= T(0) ? gradient * positive_part(w) : T(0);
+  grad.x1 -= dw * greater_share(a.x1, b.x1);
+  grad.x2 += dw * greater_share(b.x2, a.x2);
+  grad.y1 -= dh * greater_share(a.y1, b.y1);
+  grad.y2 += dh * greater_share(b.y2, a.y2);
+}
+
+// Adds to a's gradient what the enclosing (outer) sides give it.
+template <class T>
+TORCHKILN_HD void add_enclosing_gradient(const Box<T>& a, const Box<T>& b, T grad_w, T grad_h, Box<T>& grad) {
+  grad.x1 -= grad_w * greater_share(b.x1, a.x1);
+  grad.x2 += grad_w * greater_share(a.x2, b.x2);
+  grad.y1 -= grad_h * greater_share(b.y1, a.y1);
+  grad.y2 += grad_h * greater_share(a.y2, b.y2);
+}
+
+// Adds the gradient of the normalised squared centre distance, weighted by `gradient`.
+template <class T>
+TORCHKILN_HD void add_distance_gradient(const Box<T>& a, const Box<T>& b, const Parts<T>& p, T eps, T gradient,
+                                        Box<T>& grad) {
+  const T diagonal = p.enclosing_w * p.enclosing_w + p.enclosing_h * p.enclosing_h + eps;
+  if (diagonal == T(0)) return;
+  const T distance = (p.dx * p.dx + p.dy * p.dy) / T(4);
+  const T centre = gradient / (T(2) * diagonal);
+  grad.x1 += centre * p.dx;
+  grad.x2 += centre * p.dx;
+  grad.y1 += centre * p.dy;
+  grad.y2 += centre * p.dy;
+  const T outer = -gradient * distance / (diagonal * diagonal);
+  add_enclosing_gradient(a, b, outer * T(2) * p.enclosing_w, outer * T(2) * p.enclosing_h, grad);
+}
+
+// Adds the gradient of CIoU's aspect term -alpha * v; alpha is a constant by definition (eq. 11).
+template <class T>
+TORCHKILN_HD void add_aspect_gradient(const Box<T>& a, const Box<T>& b, const Parts<T>& p, T eps, T gradient,
+                                      Box<T>& grad) {
+  const T w = positive_part(a.x2 - a.x1), h = positive_part(a.y2 - a.y1);
+  const T squared = w * w + h * h;
+  if (squared == T(0)) return;
+  const T delta = aspect_angle(a) - aspect_angle(b);
+  const T v = kAspectScale<T> * delta * delta;
+  const T alpha = ratio(v, T(1) - p.iou + v + eps);
+  const T angle = -gradient * alpha * T(2) * kAspectScale<T> * delta;
+  const T dw = a.x2 >= a.x1 ? angle * h / squared : T(0);
+  const T dh = a.y2 >= a.y1 ? -angle * w / squared : T(0);
+  grad.x1 -= dw;
+  grad.x2 += dw;
+  grad.y1 -= dh;
+  grad.y2 += dh;
+}
+
+// Adds `gradient` times d element(a, b) / d a. Every mode is symmetric, so swapping the boxes gives the other one.
+template <int kMode, class T>
+TORCHKILN_HD void add_gradient(const Box<T>& a, const Box<T>& b, T eps, T gradient, Box<T>& grad) {
+  const Parts<T> p = parts_of(a, b);
+  T grad_inter = T(0), grad_union = T(0);
+  if (p.united != T(0)) {
+    grad_inter = gradient / p.united;
+    grad_union = -gradient * p.inter / (p.united * p.united);
+  }
+  if constexpr (kMode == kGiou) {
+    const T enclosing = p.enclosing_w * p.enclosing_h;
+    if (enclosing != T(0)) {
+      grad_union += gradient / enclosing;
+      const T outer = -gradient * p.united / (enclosing * enclosing);
+      add_enclosing_gradient(a, b, outer * p.enclosing_h, outer * p.enclosing_w, grad);
+    }
+  }
+  if constexpr (kMode == kDiou || kMode == kCiou) add_distance_gradient(a, b, p, eps, -gradient, grad);
+  if constexpr (kMode == kCiou) add_aspect_gradient(a, b, p, eps, gradient, grad);
+  add_area_gradient(a, grad_union, grad);
+  add_intersection_gradient(a, b, grad_inter - grad_union, grad);
+}
+
+}  // namespace torchkiln::box_iou

@@ -1,0 +1,48 @@
+// Axis-aligned boxes: area, intersection, enclosing box. A box with x2 < x1 or y2 < y1 is empty: its area is 0.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "common/types.h"
+
+namespace torchkiln {
+
+template <class T>
+struct Box {
+  T x1, y1, x2, y2;
+};
+
+template <class Scalar>
+TORCHKILN_HD Box<Acc<Scalar>> load_box(const Scalar* boxes, i64 index) {
+  const Scalar* row = boxes + 4 * index;
+  return {load(row[0]), load(row[1]), load(row[2]), load(row[3])};
+}
+
+// max(x, 0) that keeps NaN: a box with a NaN coordinate must not look like an empty one.
+template <class T>
+TORCHKILN_HD T positive_part(T x) {
+  return x < T(0) ? T(0) : x;
+}
+
+template <class T>
+TORCHKILN_HD T area(const Box<T>& box) {
+  return positive_part(box.x2 - box.x1) * positive_part(box.y2 - box.y1);
+}
+
+// Comparisons are written so that a NaN in either operand is the result.
+template <class T>
+TORCHKILN_HD T nan_max(T a, T b) {
+  return a > b || is_nan(a) ? a : b;
+}
+template <class T>
+TORCHKILN_HD T nan_min(T a, T b) {
+  return a < b || is_nan(a) ? a : b;
+}
+
+template <class T>
+TORCHKILN_HD T intersection(const Box<T>& a, const Box<T>& b) {
+  const T width = nan_min(a.x2, b.x2) - nan_max(a.x1, b.x1);
+  const T height = nan_min(a.y2, b.y2) - nan_max(a.y1, b.y1);
+  return positive_part(width) * positive_part(height);
+}
+
+}  // namespace torchkiln
