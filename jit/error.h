@@ -13,8 +13,8 @@ namespace torchkiln::jit {
 
 class Error : public std::runtime_error {
  public:
-  Error(torchkiln_error_kind kind, const std::string& message, nlohmann::json details = nlohmann::json::object(),
-        std::string argument = "")
+  Error(torchkiln_error_kind kind, const std::string& message,
+        nlohmann::json details = nlohmann::json::object(), std::string argument = "")
       : std::runtime_error(message),
         kind_(kind),
         argument_(std::move(argument)),

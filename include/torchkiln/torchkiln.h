@@ -63,13 +63,17 @@ typedef enum torchkiln_param_kind {
 typedef struct torchkiln_param {
   const char* name;
   int32_t kind;
-  int32_t tunable;        // 0 or 1
-  const int64_t* values;  // tunable: the search space; static: the generic values that `warm --ops` compiles
+  int32_t tunable;  // 0 or 1
+  const int64_t*
+      values;  // tunable: the search space; static: the generic values that `warm --ops` compiles
   uint32_t n_values;
 } torchkiln_param;
 
 // A size known at each call and never compiled in. It chooses the bucket that tunables are looked up by.
-typedef enum torchkiln_bucket { TORCHKILN_BUCKET_NONE = 0, TORCHKILN_BUCKET_POW2 = 1 } torchkiln_bucket;
+typedef enum torchkiln_bucket {
+  TORCHKILN_BUCKET_NONE = 0,
+  TORCHKILN_BUCKET_POW2 = 1
+} torchkiln_bucket;
 typedef struct torchkiln_size {
   const char* name;
   int32_t bucket;
@@ -117,7 +121,7 @@ typedef struct torchkiln_declaration {
   uint32_t n_sizes;
   const int64_t* defaults;  // rows of tunables in declaration order: all that `choose` can return
   uint32_t n_defaults;
-  uint32_t args_size;  // of the one struct that the kernel takes; asserted on both sides
+  uint32_t args_size;        // of the one struct that the kernel takes; asserted on both sides
   int32_t min_architecture;  // 75 for sm_75
   int32_t feature;
   const void* context;
@@ -127,13 +131,15 @@ typedef struct torchkiln_declaration {
   int32_t (*legal)(const torchkiln_problem* problem, const int64_t* tunables);
   // Row of `defaults` for this problem; null when there is one row.
   uint32_t (*choose)(const torchkiln_problem* problem);
-  void (*geometry)(const torchkiln_problem* problem, const int64_t* tunables, torchkiln_geometry* out);
+  void (*geometry)(const torchkiln_problem* problem, const int64_t* tunables,
+                   torchkiln_geometry* out);
 } torchkiln_declaration;
 
 typedef struct torchkiln_kernel torchkiln_kernel;
 
 // Declares a kernel; never opens the driver or the compiler.
-TORCHKILN_API int32_t torchkiln_declare(const torchkiln_declaration* declaration, torchkiln_kernel** out);
+TORCHKILN_API int32_t torchkiln_declare(const torchkiln_declaration* declaration,
+                                        torchkiln_kernel** out);
 
 typedef enum torchkiln_access {
   TORCHKILN_READ = 1,
@@ -165,7 +171,8 @@ typedef struct torchkiln_launch {
   const void* args;
   const torchkiln_buffer* buffers;
   uint32_t n_buffers;
-  const torchkiln_allocator* allocator;  // may be null: then nothing that needs memory (tuning) happens
+  const torchkiln_allocator*
+      allocator;  // may be null: then nothing that needs memory (tuning) happens
 } torchkiln_launch;
 
 // Launches on `stream`. After the first call with the same statics and size bucket on a device it takes no lock, makes

@@ -14,7 +14,7 @@ namespace torchkiln::jit {
 inline constexpr int kKeySchema = 1;
 
 // `options` are the canonical options (compile/options.h), the same for every NVRTC version.
-std::string cache_key(const Specialization& specialization, const Target& target, const std::string& template_digest,
-                      const std::vector<std::string>& options);
+std::string cache_key(const Specialization& specialization, const Target& target,
+                      const std::string& template_digest, const std::vector<std::string>& options);
 
 }  // namespace torchkiln::jit

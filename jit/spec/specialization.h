@@ -29,7 +29,7 @@ struct Specialization {
   std::string path;   // detection/box_iou.cuh
   std::string entry;  // forward
   std::vector<TemplateArgument> arguments;
-  std::uint32_t args_size = 0;        // 0: not asserted
+  std::uint32_t args_size = 0;  // 0: not asserted
   std::int32_t min_architecture = 75;
   bool architecture_specific = false;  // needs sm_XYa
 
@@ -47,7 +47,7 @@ struct Target {
   bool specific = false;
   bool ptx = false;
 
-  std::string text() const;  // sm_90, sm_90a, compute_90
+  std::string text() const;                      // sm_90, sm_90a, compute_90
   static Target parse(const std::string& text);  // throws Error(VALUE)
   bool operator==(const Target&) const = default;
 };

@@ -37,8 +37,9 @@ __global__ void __launch_bounds__(kBlockSize) backward(const BackwardArgs args) 
     const T gradient = load(grad_output[row * args.row_stride + column * args.column_stride]);
     add_gradient<kMode>(box, load_box(others, column), T(args.eps), gradient, grad);
   }
-  const T sums[4] = {block_sum<kBlockSize>(grad.x1, partial), block_sum<kBlockSize>(grad.y1, partial),
-                     block_sum<kBlockSize>(grad.x2, partial), block_sum<kBlockSize>(grad.y2, partial)};
+  const T sums[4] = {
+      block_sum<kBlockSize>(grad.x1, partial), block_sum<kBlockSize>(grad.y1, partial),
+      block_sum<kBlockSize>(grad.x2, partial), block_sum<kBlockSize>(grad.y2, partial)};
   if (threadIdx.x != 0) return;
   Scalar* grad_boxes = static_cast<Scalar*>(args.grad_boxes) + 4 * row;
   for (int i = 0; i < 4; ++i) store(grad_boxes[i], sums[i]);

@@ -100,7 +100,8 @@ TORCHKILN_HD void add_area_gradient(const Box<T>& box, T gradient, Box<T>& grad)
 
 // Adds to a's gradient what the intersection's (inner) sides give it.
 template <class T>
-TORCHKILN_HD void add_intersection_gradient(const Box<T>& a, const Box<T>& b, T gradient, Box<T>& grad) {
+TORCHKILN_HD void add_intersection_gradient(const Box<T>& a, const Box<T>& b, T gradient,
+                                            Box<T>& grad) {
   const T w = nan_min(a.x2, b.x2) - nan_max(a.x1, b.x1);
   const T h = nan_min(a.y2, b.y2) - nan_max(a.y1, b.y1);
   const T dw = w >= T(0) ? gradient * positive_part(h) : T(0);
@@ -113,7 +114,8 @@ TORCHKILN_HD void add_intersection_gradient(const Box<T>& a, const Box<T>& b, T 
 
 // Adds to a's gradient what the enclosing (outer) sides give it.
 template <class T>
-TORCHKILN_HD void add_enclosing_gradient(const Box<T>& a, const Box<T>& b, T grad_w, T grad_h, Box<T>& grad) {
+TORCHKILN_HD void add_enclosing_gradient(const Box<T>& a, const Box<T>& b, T grad_w, T grad_h,
+                                         Box<T>& grad) {
   grad.x1 -= grad_w * greater_share(b.x1, a.x1);
   grad.x2 += grad_w * greater_share(a.x2, b.x2);
   grad.y1 -= grad_h * greater_share(b.y1, a.y1);
@@ -122,8 +124,8 @@ TORCHKILN_HD void add_enclosing_gradient(const Box<T>& a, const Box<T>& b, T gra
 
 // Adds the gradient of the normalised squared centre distance, weighted by `gradient`.
 template <class T>
-TORCHKILN_HD void add_distance_gradient(const Box<T>& a, const Box<T>& b, const Parts<T>& p, T eps, T gradient,
-                                        Box<T>& grad) {
+TORCHKILN_HD void add_distance_gradient(const Box<T>& a, const Box<T>& b, const Parts<T>& p, T eps,
+                                        T gradient, Box<T>& grad) {
   const T diagonal = p.enclosing_w * p.enclosing_w + p.enclosing_h * p.enclosing_h + eps;
   if (diagonal == T(0)) return;
   const T distance = (p.dx * p.dx + p.dy * p.dy) / T(4);
@@ -138,8 +140,8 @@ TORCHKILN_HD void add_distance_gradient(const Box<T>& a, const Box<T>& b, const 
 
 // Adds the gradient of CIoU's aspect term -alpha * v; alpha is a constant by definition (eq. 11).
 template <class T>
-TORCHKILN_HD void add_aspect_gradient(const Box<T>& a, const Box<T>& b, const Parts<T>& p, T eps, T gradient,
-                                      Box<T>& grad) {
+TORCHKILN_HD void add_aspect_gradient(const Box<T>& a, const Box<T>& b, const Parts<T>& p, T eps,
+                                      T gradient, Box<T>& grad) {
   const T w = positive_part(a.x2 - a.x1), h = positive_part(a.y2 - a.y1);
   const T squared = w * w + h * h;
   if (squared == T(0)) return;
@@ -172,7 +174,8 @@ TORCHKILN_HD void add_gradient(const Box<T>& a, const Box<T>& b, T eps, T gradie
       add_enclosing_gradient(a, b, outer * p.enclosing_h, outer * p.enclosing_w, grad);
     }
   }
-  if constexpr (kMode == kDiou || kMode == kCiou) add_distance_gradient(a, b, p, eps, -gradient, grad);
+  if constexpr (kMode == kDiou || kMode == kCiou)
+    add_distance_gradient(a, b, p, eps, -gradient, grad);
   if constexpr (kMode == kCiou) add_aspect_gradient(a, b, p, eps, gradient, grad);
   add_area_gradient(a, grad_union, grad);
   add_intersection_gradient(a, b, grad_inter - grad_union, grad);

@@ -1,0 +1,261 @@
+// box_iou and its generalized, distance and complete forms: schema, checks and shapes, CPU loops, launches.
+// SPDX-License-Identifier: Apache-2.0
+#include "detection/box_iou.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <tuple>
+
+#include "bindings/support/check.h"
+#include "bindings/support/cuda.h"
+#include "bindings/support/parallel.h"
+#include "bindings/support/tensor.h"
+
+namespace torchkiln::bindings {
+namespace {
+
+using box_iou::Args;
+using box_iou::BackwardArgs;
+
+constexpr const char* kOp = "box_iou";
+constexpr std::int64_t kPairNanoseconds = 4;
+constexpr std::int64_t kMaxGridY = 65'535;
+
+struct Statics {
+  std::int64_t scalar, mode;
+};
+struct Sizes {
+  std::int64_t n, m;
+};
+struct Tunables {
+  std::int64_t block_size;
+};
+
+using Forward = Kernel<Args, Statics, Sizes, Tunables>;
+using Backward = Kernel<BackwardArgs, Statics, Sizes, Tunables>;
+
+const Forward forward_kernel({
+    .path = "detection/box_iou.cuh",
+    .entry = "forward",
+    .operators = {"box_iou"},
+    .statics = {types("scalar", kFloatTypes), ints("mode", {0, 1, 2, 3})},
+    .sizes = {{"n", TORCHKILN_BUCKET_NONE}, {"m", TORCHKILN_BUCKET_POW2}},
+    .tunables = {ints("block_size", {64, 128, 256, 512})},
+    .defaults = {{256}, {64}},
+    .choose = [](const Forward::Problem& p) { return p.sizes.m <= 64 ? 1u : 0u; },
+    .geometry =
+        [](const Forward::Problem& p, const Tunables& t) {
+          Geometry g = linear(ceil_div(p.sizes.m, t.block_size), t.block_size);
+          g.grid[1] = static_cast<std::uint32_t>(std::min(p.sizes.n, kMaxGridY));
+          return g;
+        },
+});
+
+const Backward backward_kernel({
+    .path = "detection/box_iou.cuh",
+    .entry = "backward",
+    .operators = {"box_iou"},
+    .statics = {types("scalar", kFloatTypes), ints("mode", {0, 1, 2, 3})},
+    .sizes = {{"n", TORCHKILN_BUCKET_NONE}, {"m", TORCHKILN_BUCKET_POW2}},
+    .tunables = {ints("block_size", {32, 64, 128, 256})},
+    .defaults = {{256}, {32}},
+    .choose = [](const Backward::Problem& p) { return p.sizes.m <= 256 ? 1u : 0u; },
+    .geometry = [](const Backward::Problem& p,
+                   const Tunables& t) { return linear(p.sizes.n, t.block_size); },
+});
+
+// The kernel arguments, and the tensors that keep their pointers alive.
+struct Plan {
+  Tensor boxes1, boxes2, out;
+  Args args;
+};
+
+void check_pair(const Tensor& boxes1, const Tensor& boxes2, std::int64_t mode) {
+  check_rows(kOp, "boxes1", boxes1, 4);
+  check_rows(kOp, "boxes2", boxes2, 4);
+  check_same_dtype(kOp, "boxes2", boxes2, "boxes1", boxes1);
+  check_same_device(kOp, "boxes2", boxes2, "boxes1", boxes1);
+  if (mode < box_iou::kIou || mode > box_iou::kCiou) {
+    fail(TORCHKILN_ERROR_VALUE, kOp, "mode", "be 0 (iou), 1 (giou), 2 (diou) or 3 (ciou)",
+         std::to_string(mode));
+  }
+}
+
+Plan plan(const Tensor& boxes1, const Tensor& boxes2, std::int64_t mode, double eps) {
+  check_pair(boxes1, boxes2, mode);
+  Plan p{.boxes1 = as_contiguous(boxes1),
+         .boxes2 = as_contiguous(boxes2),
+         .out = empty(boxes1, boxes1.scalar_type(), {boxes1.size(0), boxes2.size(0)}),
+         .args = {}};
+  p.args = {.boxes1 = p.boxes1.const_data_ptr(),
+            .boxes2 = p.boxes2.const_data_ptr(),
+            .out = p.out.mutable_data_ptr(),
+            .n = p.boxes1.size(0),
+            .m = p.boxes2.size(0),
+            .eps = eps};
+  return p;
+}
+
+// One side of the gradient; the other one is the same call with the sets and the strides swapped.
+struct BackwardPlan {
+  Tensor grad_output, boxes, others, grad_boxes;
+  BackwardArgs args;
+};
+
+BackwardPlan plan_side(const Tensor& grad_output, const Tensor& boxes, const Tensor& others,
+                       std::int64_t row_stride, std::int64_t column_stride, double eps) {
+  BackwardPlan p{.grad_output = grad_output,
+                 .boxes = as_contiguous(boxes),
+                 .others = as_contiguous(others),
+                 .grad_boxes = empty(boxes, boxes.scalar_type(), {boxes.size(0), 4}),
+                 .args = {}};
+  p.args = {.grad_output = grad_output.const_data_ptr(),
+            .boxes = p.boxes.const_data_ptr(),
+            .others = p.others.const_data_ptr(),
+            .grad_boxes = p.grad_boxes.mutable_data_ptr(),
+            .n = boxes.size(0),
+            .m = others.size(0),
+            .row_stride = row_stride,
+            .column_stride = column_stride,
+            .eps = eps};
+  return p;
+}
+
+std::pair<BackwardPlan, BackwardPlan> plan_backward(const Tensor& grad_output, const Tensor& boxes1,
+                                                    const Tensor& boxes2, std::int64_t mode,
+                                                    double eps) {
+  check_pair(boxes1, boxes2, mode);
+  check_same_dtype(kOp, "grad_output", grad_output, "boxes1", boxes1);
+  check_same_device(kOp, "grad_output", grad_output, "boxes1", boxes1);
+  check_shape(kOp, "grad_output", grad_output, {boxes1.size(0), boxes2.size(0)});
+  const std::int64_t rows = grad_output.stride(0), columns = grad_output.stride(1);
+  return {plan_side(grad_output, boxes1, boxes2, rows, columns, eps),
+          plan_side(grad_output, boxes2, boxes1, columns, rows, eps)};
+}
+
+// Calls f.operator()<Scalar, kMode>().
+template <class F>
+void with_variant(ScalarType dtype, std::int64_t mode, const F& f) {
+  with_float(dtype, [&]<class Scalar>() {
+    switch (mode) {
+      case box_iou::kIou:
+        return f.template operator()<Scalar, box_iou::kIou>();
+      case box_iou::kGiou:
+        return f.template operator()<Scalar, box_iou::kGiou>();
+      case box_iou::kDiou:
+        return f.template operator()<Scalar, box_iou::kDiou>();
+      default:
+        return f.template operator()<Scalar, box_iou::kCiou>();
+    }
+  });
+}
+
+template <class Scalar, int kMode>
+void forward_rows(const Args& args, std::int64_t begin, std::int64_t end) {
+  using T = Acc<Scalar>;
+  const auto* boxes1 = static_cast<const Scalar*>(args.boxes1);
+  const auto* boxes2 = static_cast<const Scalar*>(args.boxes2);
+  auto* out = static_cast<Scalar*>(args.out);
+  for (std::int64_t i = begin; i < end; ++i) {
+    const Box<T> box = load_box(boxes1, i);
+    for (std::int64_t j = 0; j < args.m; ++j) {
+      store(out[i * args.m + j],
+            box_iou::element<kMode>(box, load_box(boxes2, j), static_cast<T>(args.eps)));
+    }
+  }
+}
+
+template <class Scalar, int kMode>
+void backward_rows(const BackwardArgs& args, std::int64_t begin, std::int64_t end) {
+  using T = Acc<Scalar>;
+  const auto* grad_output = static_cast<const Scalar*>(args.grad_output);
+  const auto* others = static_cast<const Scalar*>(args.others);
+  auto* grad_boxes = static_cast<Scalar*>(args.grad_boxes);
+  for (std::int64_t i = begin; i < end; ++i) {
+    const Box<T> box = load_box(static_cast<const Scalar*>(args.boxes), i);
+    Box<T> grad{};
+    for (std::int64_t j = 0; j < args.m; ++j) {
+      const T gradient = load(grad_output[i * args.row_stride + j * args.column_stride]);
+      box_iou::add_gradient<kMode>(box, load_box(others, j), static_cast<T>(args.eps), gradient,
+                                   grad);
+    }
+    store(grad_boxes[4 * i], grad.x1);
+    store(grad_boxes[4 * i + 1], grad.y1);
+    store(grad_boxes[4 * i + 2], grad.x2);
+    store(grad_boxes[4 * i + 3], grad.y2);
+  }
+}
+
+Tensor cpu(const Tensor& boxes1, const Tensor& boxes2, std::int64_t mode, double eps) {
+  const Plan p = plan(boxes1, boxes2, mode, eps);
+  with_variant(p.out.scalar_type(), mode, [&]<class Scalar, int kMode>() {
+    parallel_for(p.args.n, p.args.m * kPairNanoseconds, [&](std::int64_t begin, std::int64_t end) {
+      forward_rows<Scalar, kMode>(p.args, begin, end);
+    });
+  });
+  return p.out;
+}
+
+void cpu_side(const BackwardPlan& p, std::int64_t mode) {
+  with_variant(p.boxes.scalar_type(), mode, [&]<class Scalar, int kMode>() {
+    parallel_for(p.args.n, 4 * p.args.m * kPairNanoseconds,
+                 [&](std::int64_t begin, std::int64_t end) {
+                   backward_rows<Scalar, kMode>(p.args, begin, end);
+                 });
+  });
+}
+
+std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& boxes1,
+                                        const Tensor& boxes2, std::int64_t mode, double eps) {
+  const auto [side1, side2] = plan_backward(grad_output, boxes1, boxes2, mode, eps);
+  cpu_side(side1, mode);
+  cpu_side(side2, mode);
+  return {side1.grad_boxes, side2.grad_boxes};
+}
+
+Tensor cuda(const Tensor& boxes1, const Tensor& boxes2, std::int64_t mode, double eps) {
+  const Plan p = plan(boxes1, boxes2, mode, eps);
+  if (p.out.numel() == 0) return p.out;
+  forward_kernel.run(CudaPlace(p.out), {kernel_type(p.out.scalar_type()), mode},
+                     {p.args.n, p.args.m}, p.args,
+                     {reads(offsetof(Args, boxes1), p.boxes1),
+                      reads(offsetof(Args, boxes2), p.boxes2), writes(offsetof(Args, out), p.out)});
+  return p.out;
+}
+
+void cuda_side(const BackwardPlan& p, std::int64_t mode) {
+  if (p.args.n == 0) return;
+  backward_kernel.run(CudaPlace(p.boxes), {kernel_type(p.boxes.scalar_type()), mode},
+                      {p.args.n, p.args.m}, p.args,
+                      {reads(offsetof(BackwardArgs, grad_output), p.grad_output),
+                       reads(offsetof(BackwardArgs, boxes), p.boxes),
+                       reads(offsetof(BackwardArgs, others), p.others),
+                       writes(offsetof(BackwardArgs, grad_boxes), p.grad_boxes)});
+}
+
+std::tuple<Tensor, Tensor> backward_cuda(const Tensor& grad_output, const Tensor& boxes1,
+                                         const Tensor& boxes2, std::int64_t mode, double eps) {
+  const auto [side1, side2] = plan_backward(grad_output, boxes1, boxes2, mode, eps);
+  cuda_side(side1, mode);
+  cuda_side(side2, mode);
+  return {side1.grad_boxes, side2.grad_boxes};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(torchkiln, m) {
+  m.def("box_iou(Tensor boxes1, Tensor boxes2, int mode=0, float eps=1e-7) -> Tensor");
+  m.def(
+      "_box_iou_backward(Tensor grad_output, Tensor boxes1, Tensor boxes2, int mode, float eps) -> "
+      "(Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(torchkiln, CPU, m) {
+  m.impl("box_iou", TORCH_BOX(&cpu));
+  m.impl("_box_iou_backward", TORCH_BOX(&backward_cpu));
+}
+STABLE_TORCH_LIBRARY_IMPL(torchkiln, CUDA, m) {
+  m.impl("box_iou", TORCH_BOX(&cuda));
+  m.impl("_box_iou_backward", TORCH_BOX(&backward_cuda));
+}
+
+}  // namespace torchkiln::bindings

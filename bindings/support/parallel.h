@@ -1,0 +1,27 @@
+// A parallel loop over torch's own thread pool. Bodies must not throw: nothing catches across torch's threads.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace torchkiln::bindings {
+
+// Work worth handing to another thread, in units of about a nanosecond.
+inline constexpr std::int64_t kGrainNanoseconds = 32'768;
+
+// f(begin, end) over [0, n), in pieces of at least about 30 us when one item costs `item_nanoseconds`.
+template <class F>
+void parallel_for(std::int64_t n, std::int64_t item_nanoseconds, const F& f) {
+  const std::int64_t grain =
+      std::max<std::int64_t>(1, kGrainNanoseconds / std::max<std::int64_t>(1, item_nanoseconds));
+  if (n <= grain) {
+    if (n > 0) f(std::int64_t{0}, n);
+    return;
+  }
+  torch::stable::parallel_for(0, n, grain, f);
+}
+
+}  // namespace torchkiln::bindings
