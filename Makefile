@@ -55,6 +55,9 @@ test: test-cpp test-python
 
 test-cpp: $(INSTALLED)
 	@tag=$$($(BIN)/python -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
+	# The C++ tests know no Python packages: they are told where NVRTC lies.
+	nvrtc='import glob, nvidia; print(next(iter(sorted(f for p in nvidia.__path__ for f in glob.glob(p + "/*/lib/libnvrtc.so.*")))))'
+	export TORCHKILN_NVRTC_PATH=$${TORCHKILN_NVRTC_PATH:-$$($(BIN)/python -c "$$nvrtc")}
 	$(BIN)/ctest --test-dir build/$$tag-$$tag-* --output-on-failure --no-tests=error -j $(JOBS)
 
 test-python: $(INSTALLED) | test-cpp

@@ -1,6 +1,6 @@
 """Runs every static check of the repository: formatters, type checker and the rules below.
 
-Prints what is wrong and exits with 1; `--fix` lets the formatters and ruff mend what they can first.
+Prints what is wrong and exits with 1; `--fix` lets ruff and the formatters mend what they can.
 """
 
 # SPDX-License-Identifier: Apache-2.0
