@@ -1,0 +1,17 @@
+// Bad files are moved aside, where people but no look-up find them; only the newest are kept.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <sys/stat.h>
+
+#include <string>
+
+namespace torchkiln::cache {
+
+// Moves `name` of `shard` into `quarantine` and keeps the 16 newest files there. Does nothing when
+// the name meanwhile belongs to another file than `judged` (nullptr: no comparison), because a
+// sound one may have been published since. 0 or errno.
+int move_to_quarantine(int shard, const std::string& shard_name, const std::string& name,
+                       const struct stat* judged, int quarantine);
+
+}  // namespace torchkiln::cache
