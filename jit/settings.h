@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 #include <span>
 #include <string>
+#include <vector>
 
 namespace torchkiln::jit {
 
@@ -24,7 +25,7 @@ struct Settings {
   static Settings from_environment();
   nlohmann::json to_json() const;
 
-  std::string warnings;
+  std::vector<std::string> warnings;
 };
 
 struct SettingInfo {

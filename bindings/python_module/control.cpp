@@ -1,0 +1,49 @@
+// The pybind11 module `_control`: cold commands, the thread's error record, warnings to Python's logging. Thin on
+// purpose: it is the only part that is built per Python version.
+//
+// SPDX-License-Identifier: Apache-2.0
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <string>
+
+#include "torchkiln/torchkiln.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::object from_json(const std::string& text) { return py::module_::import("json").attr("loads")(text); }
+
+py::dict last_error() {
+  const torchkiln_error* e = torchkiln_last_error();
+  py::dict result;
+  result["kind"] = e->kind;
+  result["argument"] = e->argument;
+  result["message"] = e->message;
+  result["details"] = from_json(e->details);
+  return result;
+}
+
+py::object control(const std::string& command, const py::object& request) {
+  const auto text = py::module_::import("json").attr("dumps")(request).cast<std::string>();
+  char* reply = nullptr;
+  std::int32_t status = 0;
+  {
+    const py::gil_scoped_release release;  // a compile takes a while
+    status = torchkiln_control(command.c_str(), text.c_str(), &reply);
+  }
+  if (status != 0) throw std::runtime_error(torchkiln_last_error()->message);
+  const std::unique_ptr<char, decltype(&torchkiln_free)> owner(reply, &torchkiln_free);
+  return from_json(reply);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_control, m) {
+  m.doc() = "Control of the torchkiln engine: JSON commands and the error record of this thread.";
+  m.def("control", &control, py::arg("command"), py::arg("request") = py::dict(),
+        "Runs a cold command; raises RuntimeError and leaves its data in last_error().");
+  m.def("last_error", &last_error, "The last failure on this thread: kind, argument, message, details.");
+  m.def("version", &torchkiln_version, "Version of the engine library.");
+}

@@ -1,0 +1,73 @@
+// The engine: one per process. Puts settings, templates, objects, driver and launches together.
+//
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "jit/driver/nvrtc_finder.h"
+#include "jit/launch/driver.h"
+#include "jit/launch/kernel.h"
+#include "jit/launch/resident.h"
+#include "jit/objects.h"
+#include "jit/settings.h"
+#include "jit/spec/template_source.h"
+#include "jit/statistics.h"
+
+namespace torchkiln::jit {
+
+class Engine {
+ public:
+  struct Parts {
+    Settings settings;
+    std::span<const EmbeddedFile> templates;
+    std::function<CudaApi()> open_driver;
+    CompilerSource compilers;
+  };
+
+  explicit Engine(Parts parts);
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  // Made at first use from the environment, never destroyed: compile threads may outlive main().
+  static Engine& instance();
+
+  Kernel* declare(const torchkiln_declaration& declaration);
+  void run(Kernel& kernel, const torchkiln_launch& launch);
+  // Throws Error(CAPTURE) when `stream` is being captured.
+  void capture_guard(void* stream, const std::string& what, const std::string& way_out);
+  void synchronize(void* stream, const std::string& what, const std::string& way_out);
+
+  std::vector<Kernel*> kernels();
+  const Settings& settings() const { return settings_; }
+  Statistics& statistics() { return statistics_; }
+  Objects& objects() { return objects_; }
+  Driver& driver() { return driver_; }
+
+  void before_fork();
+  void after_fork_in_parent();
+  void after_fork_in_child();
+
+ private:
+  const LaunchRecord* prepare(Kernel& kernel, const torchkiln_launch& launch, const LaunchKey& key);
+  void submit(const LaunchRecord& record, const torchkiln_launch& launch, const torchkiln_geometry& geometry);
+
+  Settings settings_;
+  TemplateSources sources_;
+  Statistics statistics_;
+  Objects objects_;
+  Driver driver_;
+  Residents residents_;
+  std::mutex kernels_mutex_;
+  std::vector<std::unique_ptr<Kernel>> kernels_;
+};
+
+// Site-packages folders to look for NVRTC wheels in, given once by the Python front.
+void set_site_directories(std::vector<std::string> directories);
+NvrtcSearch nvrtc_search(const Settings& settings);
+
+}  // namespace torchkiln::jit

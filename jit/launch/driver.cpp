@@ -1,0 +1,66 @@
+// Opening the driver, device facts, contexts.
+//
+// SPDX-License-Identifier: Apache-2.0
+#include "jit/launch/driver.h"
+
+namespace torchkiln::jit {
+
+const CudaApi& Driver::api() {
+  if (const CudaApi* ready = api_.load(std::memory_order_acquire)) return *ready;
+  const std::scoped_lock lock(mutex_);
+  if (failure_) throw Error(*failure_);
+  if (!owned_) {
+    try {
+      auto opened = std::make_unique<CudaApi>(open_());
+      initialize(*opened);
+      owned_ = std::move(opened);
+    } catch (const Error& e) {
+      failure_ = e;
+      throw;
+    }
+    api_.store(owned_.get(), std::memory_order_release);
+  }
+  return *owned_;
+}
+
+const torchkiln_device& Driver::device(int ordinal) {
+  const auto index = static_cast<std::size_t>(ordinal);
+  if (index >= kMaxDevices) {
+    throw Error(TORCHKILN_ERROR_DRIVER, "device must be between 0 and 63; got " + std::to_string(ordinal));
+  }
+  if (const auto* known = devices_[index].load(std::memory_order_acquire)) return *known;
+  const CudaApi& cuda = api();
+  auto facts = std::make_unique<const torchkiln_device>(query_device(cuda, ordinal));
+  const std::scoped_lock lock(mutex_);
+  if (const auto* known = devices_[index].load(std::memory_order_acquire)) return *known;
+  // Lives as long as the process: launch records point to it.
+  const torchkiln_device* published = facts.release();
+  devices_[index].store(published, std::memory_order_release);
+  return *published;
+}
+
+int Driver::version() {
+  return driver_version(api());
+}
+
+void Driver::attach(int ordinal) {
+  const CudaApi& cuda = api();
+  const std::string context = "device " + std::to_string(ordinal);
+  CudaContext current = nullptr;
+  check(cuda, cuda.cuCtxGetCurrent(&current), "cuCtxGetCurrent", context);
+  if (current != nullptr) return;
+  CudaDevice device{};
+  check(cuda, cuda.cuDeviceGet(&device, ordinal), "cuDeviceGet", context);
+  // Retained for good: torch holds the primary context anyway, and releasing it from a dying thread helps nobody.
+  check(cuda, cuda.cuDevicePrimaryCtxRetain(&current, device), "cuDevicePrimaryCtxRetain", context);
+  check(cuda, cuda.cuCtxSetCurrent(current), "cuCtxSetCurrent", context);
+}
+
+bool Driver::is_capturing(void* stream) {
+  CudaCaptureStatus status = CudaCaptureStatus::kNone;
+  check(api(), api().cuStreamIsCapturing(static_cast<CudaStream>(stream), &status),
+        "cuStreamIsCapturing", "asking whether a stream is captured");
+  return status != CudaCaptureStatus::kNone;
+}
+
+}  // namespace torchkiln::jit

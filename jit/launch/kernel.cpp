@@ -1,0 +1,139 @@
+// Declared kernels.
+//
+// SPDX-License-Identifier: Apache-2.0
+#include "jit/launch/kernel.h"
+
+#include <algorithm>
+#include <bit>
+
+#include "jit/error.h"
+
+namespace {
+
+using torchkiln::jit::Error;
+
+void require(bool condition, const torchkiln_declaration& d, const char* rule) {
+  if (condition) return;
+  throw Error(TORCHKILN_ERROR_INTERNAL,
+              std::string("declaration of ") + d.path + "." + d.entry + " must " + rule);
+}
+
+}  // namespace
+
+torchkiln_kernel::torchkiln_kernel(const torchkiln_declaration& d) : declaration(d) {
+  require(d.struct_size == sizeof(torchkiln_declaration), d, "be built with this version's torchkiln.h");
+  require(d.n_params <= TORCHKILN_MAX_PARAMS, d, "have at most 16 parameters");
+  require(d.n_sizes <= TORCHKILN_MAX_SIZES, d, "have at most 8 sizes");
+  require(d.n_defaults >= 1 && d.geometry != nullptr, d, "have a default and a geometry");
+  for (std::uint32_t i = 0; i < d.n_params; ++i) {
+    const bool tunable = d.params[i].tunable != 0;
+    require(tunable || n_tunables == 0, d, "list static parameters before tunables");
+    ++(tunable ? n_tunables : n_statics);
+  }
+}
+
+namespace torchkiln::jit {
+namespace {
+
+std::uint8_t bucket_of(const torchkiln_size& size, std::int64_t value) {
+  if (size.bucket == TORCHKILN_BUCKET_NONE || value <= 0) return 0;
+  return static_cast<std::uint8_t>(std::bit_width(static_cast<std::uint64_t>(value)));
+}
+
+bool is_float_type(std::int64_t type) { return type <= TORCHKILN_DOUBLE; }
+
+// The generic values of one static parameter, without the floating types that nobody asked for.
+std::vector<std::int64_t> generic_values(const torchkiln_param& param, std::span<const std::int64_t> dtypes) {
+  std::vector<std::int64_t> values(param.values, param.values + param.n_values);
+  if (param.kind != TORCHKILN_PARAM_TYPE || dtypes.empty()) return values;
+  std::erase_if(values, [&](std::int64_t type) {
+    return is_float_type(type) && std::find(dtypes.begin(), dtypes.end(), type) == dtypes.end();
+  });
+  return values;
+}
+
+// All combinations of the static parameters' generic values that exist.
+std::vector<std::vector<std::int64_t>> generic_statics(const Kernel& kernel, std::span<const std::int64_t> dtypes) {
+  std::vector<std::vector<std::int64_t>> rows = {{}};
+  for (std::uint32_t i = 0; i < kernel.n_statics; ++i) {
+    std::vector<std::vector<std::int64_t>> longer;
+    for (const auto& row : rows) {
+      for (const std::int64_t value : generic_values(kernel.declaration.params[i], dtypes)) {
+        longer.push_back(row);
+        longer.back().push_back(value);
+      }
+    }
+    rows = std::move(longer);
+  }
+  const torchkiln_declaration& d = kernel.declaration;
+  if (d.valid != nullptr) {
+    std::erase_if(rows, [&](const auto& row) { return d.valid(d.context, row.data()) == 0; });
+  }
+  return rows;
+}
+
+}  // namespace
+
+LaunchKey launch_key(const Kernel& kernel, const torchkiln_launch& launch) {
+  LaunchKey key;
+  key.device = launch.device;
+  key.n_statics = kernel.n_statics;
+  std::copy_n(launch.statics, kernel.n_statics, key.statics.begin());
+  for (std::uint32_t i = 0; i < kernel.declaration.n_sizes; ++i) {
+    key.buckets[i] = bucket_of(kernel.declaration.sizes[i], launch.sizes[i]);
+  }
+  return key;
+}
+
+std::span<const std::int64_t> choose_tunables(const Kernel& kernel, const torchkiln_problem& problem) {
+  const torchkiln_declaration& d = kernel.declaration;
+  const auto row = [&](std::uint32_t i) {
+    return std::span(d.defaults + std::size_t{i} * kernel.n_tunables, kernel.n_tunables);
+  };
+  const auto legal = [&](std::uint32_t i) {
+    return d.legal == nullptr || d.legal(&problem, row(i).data()) != 0;
+  };
+  const std::uint32_t first = d.choose == nullptr ? 0 : d.choose(&problem);
+  if (first < d.n_defaults && legal(first)) return row(first);
+  for (std::uint32_t i = 0; i < d.n_defaults; ++i) {
+    if (legal(i)) return row(i);
+  }
+  throw Error(TORCHKILN_ERROR_INTERNAL, std::string(d.path) + "." + d.entry + ": no default is legal on this device");
+}
+
+Specialization specialize(const Kernel& kernel, std::span<const std::int64_t> statics,
+                          std::span<const std::int64_t> tunables) {
+  const torchkiln_declaration& d = kernel.declaration;
+  Specialization s;
+  s.path = d.path;
+  s.entry = d.entry;
+  s.args_size = d.args_size;
+  s.min_architecture = d.min_architecture;
+  s.architecture_specific = d.feature == TORCHKILN_FEATURE_SPECIFIC;
+  for (std::uint32_t i = 0; i < d.n_params; ++i) {
+    const torchkiln_param& p = d.params[i];
+    const std::int64_t value = i < kernel.n_statics ? statics[i] : tunables[i - kernel.n_statics];
+    s.arguments.push_back({p.name, static_cast<torchkiln_param_kind>(p.kind), value});
+  }
+  return s;
+}
+
+std::vector<Specialization> expand(const Kernel& kernel, std::span<const std::int64_t> dtypes) {
+  std::vector<Specialization> result;
+  for (const auto& statics : generic_statics(kernel, dtypes)) {
+    for (std::uint32_t i = 0; i < kernel.declaration.n_defaults; ++i) {
+      const auto* row = kernel.declaration.defaults + std::size_t{i} * kernel.n_tunables;
+      Specialization s = specialize(kernel, statics, std::span(row, kernel.n_tunables));
+      if (std::find(result.begin(), result.end(), s) == result.end()) result.push_back(std::move(s));
+    }
+  }
+  return result;
+}
+
+bool launches_for(const Kernel& kernel, const std::string& operator_name) {
+  const auto* names = kernel.declaration.operators;
+  return std::find(names, names + kernel.declaration.n_operators, operator_name) !=
+         names + kernel.declaration.n_operators;
+}
+
+}  // namespace torchkiln::jit

@@ -1,0 +1,42 @@
+// A declared kernel: the declaration, and the specialisations that follow from it.
+//
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "jit/launch/record.h"
+#include "jit/spec/specialization.h"
+#include "torchkiln/torchkiln.h"
+
+// The type behind the C interface's handle.
+struct torchkiln_kernel {
+  explicit torchkiln_kernel(const torchkiln_declaration& declaration);  // throws Error(INTERNAL)
+
+  torchkiln_declaration declaration;
+  std::uint32_t n_statics = 0;
+  std::uint32_t n_tunables = 0;
+  torchkiln::jit::RecordTable records;
+};
+
+namespace torchkiln::jit {
+
+using Kernel = ::torchkiln_kernel;
+
+LaunchKey launch_key(const Kernel& kernel, const torchkiln_launch& launch);
+
+// The row of defaults for this problem; throws Error(INTERNAL) when the device can run none.
+std::span<const std::int64_t> choose_tunables(const Kernel& kernel, const torchkiln_problem& problem);
+
+Specialization specialize(const Kernel& kernel, std::span<const std::int64_t> statics,
+                          std::span<const std::int64_t> tunables);
+
+// Every generic variant for these dtypes (all when empty), with every point that the default can return.
+std::vector<Specialization> expand(const Kernel& kernel, std::span<const std::int64_t> dtypes);
+
+bool launches_for(const Kernel& kernel, const std::string& operator_name);
+
+}  // namespace torchkiln::jit

@@ -1,0 +1,96 @@
+// The ladder, loading, residency.
+//
+// SPDX-License-Identifier: Apache-2.0
+#include "jit/launch/resident.h"
+
+#include <chrono>
+
+#include "jit/compile/ladder.h"
+#include "jit/log.h"
+
+namespace torchkiln::jit {
+namespace {
+
+Target exact_target(const Specialization& specialization, const torchkiln_device& device) {
+  return {.architecture = device.major * 10 + device.minor, .specific = specialization.architecture_specific};
+}
+
+}  // namespace
+
+CudaFunction Residents::function(const Specialization& specialization, int device) {
+  driver_.attach(device);
+  const std::string text = specialization.text();
+  Found found = object_for(specialization, device);
+  try {
+    return make_resident(load(found, text), text, device);
+  } catch (const Error& e) {
+    if (found.layer == Layer::kCompiled) throw;
+    // Bytes from a cache that this driver refuses are a miss, once.
+    objects_.refuse(found, e.what());
+  }
+  found = object_for(specialization, device);
+  return make_resident(load(found, text), text, device);
+}
+
+Found Residents::object_for(const Specialization& specialization, int ordinal) {
+  const torchkiln_device& device = driver_.device(ordinal);
+  // The usual case needs no compiler, not even its list of architectures.
+  if (auto found = objects_.find(specialization, exact_target(specialization, device))) return *found;
+  const auto compiler = objects_.compiler();
+  const Ladder rungs = ladder(device, specialization.architecture_specific, specialization.min_architecture,
+                              compiler->architectures(), compiler->version(), driver_.version());
+  for (const Rung& rung : rungs.rungs) {
+    if (auto found = objects_.find(specialization, rung.target)) return *found;
+  }
+  if (rungs.rungs.empty()) {
+    throw Error(TORCHKILN_ERROR_COMPILER, specialization.text() + ": " + rungs.explanation);
+  }
+  const Rung& first = rungs.rungs.front();
+  if (first.target != exact_target(specialization, device)) {
+    warn(specialization.text() + " runs as " + first.target.text() + ": " + first.reason);
+  }
+  return objects_.get(specialization, first.target, Priority::kInteractive);
+}
+
+Residents::Loaded Residents::load(const Found& found, const std::string& text) {
+  {
+    const std::scoped_lock lock(mutex_);
+    if (const auto known = loaded_.find(found.key); known != loaded_.end()) return known->second;
+  }
+  const auto start = std::chrono::steady_clock::now();
+  const Loaded loaded = hand_to_driver(found, text);
+  const auto elapsed = std::chrono::steady_clock::now() - start;
+  Statistics::add(statistics_.loads);
+  Statistics::add(statistics_.load_microseconds,
+                  static_cast<std::uint64_t>(
+                      std::chrono::duration_cast<std::chrono::microseconds>(elapsed).count()));
+  const std::scoped_lock lock(mutex_);
+  return loaded_.try_emplace(found.key, loaded).first->second;
+}
+
+Residents::Loaded Residents::hand_to_driver(const Found& found, const std::string& text) {
+  const CudaApi& cuda = driver_.api();
+  Loaded loaded;
+  check(cuda,
+        cuda.cuLibraryLoadData(&loaded.library, found.object->payload.data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
+        "cuLibraryLoadData", text);
+  const auto name = found.object->header.at("lowered_name").get<std::string>();
+  check(cuda, cuda.cuLibraryGetKernel(&loaded.kernel, loaded.library, name.c_str()), "cuLibraryGetKernel", text);
+  return loaded;
+}
+
+CudaFunction Residents::make_resident(const Loaded& loaded, const std::string& text, int ordinal) {
+  const CudaApi& cuda = driver_.api();
+  CudaFunction function = nullptr;
+  check(cuda, cuda.cuKernelGetFunction(&function, loaded.kernel), "cuKernelGetFunction", text);
+  if (cuda.cuFuncLoad != nullptr) check(cuda, cuda.cuFuncLoad(function), "cuFuncLoad", text);
+  int static_shared = 0;
+  check(cuda, cuda.cuFuncGetAttribute(&static_shared, CudaFunctionAttribute::kSharedBytes, function), "cuFuncGetAttribute", text);
+  const int dynamic_limit = driver_.device(ordinal).shared_bytes_per_block - static_shared;
+  // Raises only a limit; what a launch asks for decides what it gets.
+  check(cuda, cuda.cuFuncSetAttribute(function, CudaFunctionAttribute::kMaxDynamicSharedBytes, dynamic_limit), "cuFuncSetAttribute",
+        text);
+  return function;
+}
+
+}  // namespace torchkiln::jit

@@ -1,0 +1,112 @@
+// Reading the environment.
+//
+// SPDX-License-Identifier: Apache-2.0
+#include "jit/settings.h"
+
+#include <array>
+#include <charconv>
+#include <cstdlib>
+#include <optional>
+
+namespace torchkiln::jit {
+namespace {
+
+constexpr std::array kInfos = {
+    SettingInfo{"TORCHKILN_CACHE_DIR", "folder of the kernel cache; absolute"},
+    SettingInfo{"TORCHKILN_CACHE_MAX", "size limit of the cache in bytes; 0 for none; default 1 GiB"},
+    SettingInfo{"TORCHKILN_COMPILER_POLICY", "any (default): another NVRTC's object serves; exact: only this one's"},
+    SettingInfo{"TORCHKILN_COMPILE_JOBS", "compile threads; default by cores and memory"},
+    SettingInfo{"TORCHKILN_NVRTC_PATH", "libnvrtc to use: a file, or the folder that holds it"},
+    SettingInfo{"TORCHKILN_LINEINFO", "1: compile with line information for profilers"},
+    SettingInfo{"TORCHKILN_DEBUG_VALUES", "1: check indices in GPU data too; synchronises"},
+};
+
+// secure_getenv: a set-user-id program must not be steered by its caller's environment.
+std::optional<std::string> read(const char* name) {
+  const char* value = secure_getenv(name);
+  if (value == nullptr || *value == '\0') return std::nullopt;
+  return value;
+}
+
+class Reader {
+ public:
+  explicit Reader(std::vector<std::string>& warnings) : warnings_(warnings) {}
+
+  void text(const char* name, std::string& to) const {
+    if (auto value = read(name)) to = *value;
+  }
+
+  template <class Number>
+  void number(const char* name, Number& to) const {
+    const auto value = read(name);
+    if (!value) return;
+    Number parsed{};
+    const auto [end, error] = std::from_chars(value->data(), value->data() + value->size(), parsed);
+    if (error == std::errc() && end == value->data() + value->size()) {
+      to = parsed;
+    } else {
+      warn(name, "be a whole number", *value);
+    }
+  }
+
+  void flag(const char* name, bool& to) const {
+    const auto value = read(name);
+    if (!value) return;
+    if (*value == "1" || *value == "0") {
+      to = *value == "1";
+    } else {
+      warn(name, "be 0 or 1", *value);
+    }
+  }
+
+  void choice(const char* name, std::string& to, std::initializer_list<const char*> choices) const {
+    const auto value = read(name);
+    if (!value) return;
+    std::string list;
+    for (const char* c : choices) {
+      if (*value == c) {
+        to = *value;
+        return;
+      }
+      list += (list.empty() ? "" : ", ") + std::string(c);
+    }
+    warn(name, "be one of " + list, *value);
+  }
+
+ private:
+  void warn(const char* name, const std::string& rule, const std::string& got) const {
+    warnings_.push_back(std::string(name) + " must " + rule + "; got " + got + ". The default is used.");
+  }
+
+  std::vector<std::string>& warnings_;
+};
+
+}  // namespace
+
+Settings Settings::from_environment() {
+  Settings s;
+  const Reader reader(s.warnings);
+  reader.text("TORCHKILN_CACHE_DIR", s.cache_dir);
+  reader.number("TORCHKILN_CACHE_MAX", s.cache_max_bytes);
+  reader.choice("TORCHKILN_COMPILER_POLICY", s.compiler_policy, {"any", "exact"});
+  reader.number("TORCHKILN_COMPILE_JOBS", s.compile_jobs);
+  reader.text("TORCHKILN_NVRTC_PATH", s.nvrtc_path);
+  reader.flag("TORCHKILN_LINEINFO", s.lineinfo);
+  reader.flag("TORCHKILN_DEBUG_VALUES", s.debug_values);
+  return s;
+}
+
+nlohmann::json Settings::to_json() const {
+  return {{"cache_dir", cache_dir},
+          {"cache_max_bytes", cache_max_bytes},
+          {"compiler_policy", compiler_policy},
+          {"compile_jobs", compile_jobs},
+          {"nvrtc_path", nvrtc_path},
+          {"lineinfo", lineinfo},
+          {"debug_values", debug_values},
+          {"warnings", warnings}};
+}
+
+std::span<const SettingInfo> setting_infos() { return kInfos; }
+
+}  // namespace torchkiln::jit
