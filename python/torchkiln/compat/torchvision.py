@@ -1,0 +1,231 @@
+"""torchkiln behind `torchvision.ops`: `install()` before or after `import torchvision`.
+
+torchvision's wheels are built for one torch with one CUDA. With any other torch, a CPU build for example, their C++
+library cannot be loaded and `import torchvision` fails. `install()` finds that out by loading it, and then registers
+the missing `torchvision::*` operators itself, so that torchvision imports and its `ops` run on our kernels. Where
+torchvision is healthy, `install()` puts our kernels in front of its own and `uninstall()` takes them away again.
+
+Example:
+    >>> from torchkiln.compat import torchvision as drop_in
+    >>> drop_in.install()
+    >>> import torchvision
+    >>> keep = torchvision.ops.nms(boxes, scores, 0.5)  # doctest: +SKIP
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+import threading
+from collections.abc import Iterable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import find_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["calls", "install", "is_healthy", "provided", "uninstall"]
+
+_lock = threading.RLock()
+_kernels: list[ctypes.c_void_p] = []  # what uninstall() takes back
+_defined = False  # torchvision's library could not be loaded and the schemas are ours
+
+
+def is_healthy() -> bool:
+    """Tells whether torchvision's own C++ library can be loaded with this torch.
+
+    It is loaded for that, which registers its operators as `import torchvision` does. False too where torchvision is
+    not installed.
+    """
+    with _lock:
+        return not _defined and _own_library_loads()
+
+
+def install() -> None:
+    """Makes the operators behind `torchvision.ops` ours, as far as we have them; calling it twice changes nothing.
+
+    With a torchvision that cannot load its own library, operators that we do not have raise a RuntimeError that says
+    so when they are called, and nothing else can be loaded later: `uninstall()` then leaves things as they are.
+
+    Raises:
+        ModuleNotFoundError: torchvision is not installed.
+        RuntimeError: torch refused a registration.
+    """
+    global _defined
+    with _lock:
+        if _kernels:
+            return
+        locations = _locations()
+        if not locations:
+            raise ModuleNotFoundError(
+                "torchvision is not installed, so there is nothing to stand behind. "
+                "Run: pip install torchvision"
+            )
+        if _own_library_loads():
+            _register(row for row in _operators() if row.provided)
+            return
+        missing = [row for row in _operators() if not hasattr(torch.ops.torchvision, row.name)]
+        for row in missing:
+            _native().define(row.index)
+        _register(row for row in _operators() if row in missing or row.provided)
+        _defined = True
+        if PathFinder.find_spec("_autograd_registrations", locations) is None:
+            from torchkiln.compat import _torchvision_rules
+
+            _torchvision_rules.register()
+        _tell_torchvision()
+
+
+def uninstall() -> None:
+    """Gives torchvision's own kernels back; does nothing when torchvision has none (see `install`)."""
+    with _lock:
+        if _defined:
+            return
+        while _kernels:
+            _native().release(_kernels.pop())
+
+
+def provided() -> tuple[str, ...]:
+    """Names of the `torchvision::` operators that torchkiln has."""
+    return tuple(row.name for row in _operators() if row.provided)
+
+
+def calls() -> dict[str, int]:
+    """How often each of our `torchvision::` kernels answered in this process."""
+    return {row.name: row.calls for row in _operators() if row.provided}
+
+
+class _Row(NamedTuple):
+    index: int
+    name: str
+    provided: bool
+    calls: int
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        # No tensor decides where an operator without arguments runs.
+        return ("CompositeExplicitAutograd",) if self.name == "_cuda_version" else ("CPU", "CUDA")
+
+
+class _Native:
+    """The exported functions of bindings/compat/torchvision.cpp."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        self._operator = library.torchkiln_torchvision_operator
+        self._operator.restype = ctypes.c_char_p
+        self._define = library.torchkiln_torchvision_define
+        self._define.restype = ctypes.c_char_p
+        self._implement = library.torchkiln_torchvision_implement
+        self._implement.restype = ctypes.c_char_p
+        self._release = library.torchkiln_torchvision_release
+        self._release.restype = None
+
+    def operator(self, index: int) -> _Row | None:
+        provided, calls = ctypes.c_int32(), ctypes.c_int64()
+        name = self._operator(index, ctypes.byref(provided), ctypes.byref(calls))
+        if name is None:
+            return None
+        return _Row(index, name.decode(), bool(provided.value), calls.value)
+
+    def define(self, index: int) -> None:
+        # The registration is never taken back: torchvision's Python keeps references to the schemas.
+        self._check(self._define(index, ctypes.byref(ctypes.c_void_p())))
+
+    def implement(self, index: int, key: str) -> ctypes.c_void_p:
+        registration = ctypes.c_void_p()
+        self._check(self._implement(index, key.encode(), ctypes.byref(registration)))
+        return registration
+
+    def release(self, registration: ctypes.c_void_p) -> None:
+        self._release(registration)
+
+    @staticmethod
+    def _check(sentence: bytes | None) -> None:
+        if sentence is not None:
+            raise RuntimeError(
+                f"torchkiln.compat.torchvision: torch refused a registration: {sentence.decode()}"
+            )
+
+
+@functools.cache
+def _native() -> _Native:
+    from torchkiln import _control
+
+    folder = Path(str(_control.__file__)).parent
+    (path,) = folder.glob("libtorchkiln_ops*.so")
+    return _Native(path)
+
+
+def _operators() -> list[_Row]:
+    rows: list[_Row] = []
+    while (row := _native().operator(len(rows))) is not None:
+        rows.append(row)
+    return rows
+
+
+def _register(rows: Iterable[_Row]) -> None:
+    _kernels.extend(_native().implement(row.index, key) for row in rows for key in row.keys)
+
+
+def _locations() -> list[str]:
+    spec = find_spec("torchvision")
+    return list(spec.submodule_search_locations or []) if spec is not None else []
+
+
+@functools.cache
+def _own_library_loads() -> bool:
+    spec = PathFinder.find_spec("_C", _locations())
+    if spec is None or spec.origin is None:
+        return False
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError:
+        return False
+    return True
+
+
+class _ExtensionLoader(SourceFileLoader):
+    """Runs `torchvision.extension`, which looks for the library in vain, and corrects what it concludes."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        _correct(module)
+
+
+class _ExtensionFinder(MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "torchvision.extension":
+            return None
+        spec = PathFinder.find_spec(fullname, path)
+        if spec is None or spec.origin is None:
+            return spec
+        loader = _ExtensionLoader(fullname, spec.origin)
+        return spec_from_file_location(fullname, spec.origin, loader=loader)
+
+
+def _correct(extension: ModuleType) -> None:
+    def _has_ops() -> bool:
+        return True
+
+    extension._has_ops = _has_ops  # type: ignore[attr-defined]
+
+
+def _tell_torchvision() -> None:
+    """Makes torchvision believe that its operators are there, now or when it is imported."""
+    if "torchvision" in sys.modules:
+        extension = sys.modules.get("torchvision.extension")
+        if extension is not None:
+            _correct(extension)
+        return
+    # An import that failed before leaves submodules behind, which know of no operators.
+    for name in [name for name in sys.modules if name.startswith("torchvision.")]:
+        del sys.modules[name]
+    sys.meta_path.insert(0, _ExtensionFinder())
