@@ -86,7 +86,7 @@ def main() -> int:
         own_rules_hold(files),
         succeeds("ruff", "check", "."),
         succeeds("ruff", "format", "--check", "."),
-        not cpp or succeeds("clang-format", "--dry-run", "-Werror", *cpp),
+        not cpp or succeeds("clang-format", "--dry-run", "-Werror", "--ferror-limit=1", *cpp),
         succeeds("mypy"),
     ]
     return 0 if all(results) else 1
