@@ -36,7 +36,9 @@ int move_to_quarantine(int shard, const std::string& shard_name, const std::stri
                        const struct stat* judged, int quarantine) {
   struct stat now{};
   if (::fstatat(shard, name.c_str(), &now, AT_SYMLINK_NOFOLLOW) != 0) return errno;
-  if (judged != nullptr && (now.st_dev != judged->st_dev || now.st_ino != judged->st_ino)) return 0;
+  const bool same =
+      judged == nullptr || (now.st_dev == judged->st_dev && now.st_ino == judged->st_ino);
+  if (!same) return ENOENT;
   const auto time = std::chrono::system_clock::now().time_since_epoch();
   const auto stamp = std::chrono::duration_cast<std::chrono::nanoseconds>(time).count();
   const std::string target = std::to_string(stamp) + '-' + shard_name + name;

@@ -79,10 +79,12 @@ TEST(RootTest, SymbolicLinkAboveTheRootIsFollowedAndExamined) {
   fs::create_directory(directory.path() / "fine");
   fs::create_directory_symlink("fine", directory.path() / "to_fine");
   fs::create_directory_symlink("open/mine", directory.path() / "to_open");
+  fs::create_directory_symlink(directory.path() / "open", directory.path() / "to_open_absolute");
   fs::create_directory_symlink("loop", directory.path() / "loop");
   ::chmod((directory.path() / "open").c_str(), 0777);
   EXPECT_EQ(resolve_root(directory.path() / "to_fine" / "root").refusal, "");
   expect_refused(directory.path() / "to_open" / "root", "writable by other users");
+  expect_refused(directory.path() / "to_open_absolute" / "root", "writable by other users");
   expect_refused(directory.path() / "loop" / "root", "cannot be followed");
 }
 

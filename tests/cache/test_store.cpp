@@ -179,6 +179,19 @@ TEST_F(StoreTest, ThrowingValidateIsAMissThatBlamesNobody) {
   EXPECT_TRUE(fs::exists(path_of(key_)));
 }
 
+TEST_F(StoreTest, SoundFileThatReplacedABadOneIsNotQuarantined) {
+  plant(key_);
+  const auto replace_and_refuse = [&](const Object&) {
+    const std::string fresh = (root_ / "fresh").string();
+    write_file(fresh, encoded(key_, kCompiler, "fresh"));
+    fs::rename(fresh, path_of(key_));
+    return std::optional<std::string>("the old one is bad");
+  };
+  EXPECT_FALSE(store_.find(key_, kCompiler, false, replace_and_refuse));
+  EXPECT_EQ(find(key_)->payload, "fresh");
+  EXPECT_EQ(files_in(quarantine()), 0U);
+}
+
 TEST_F(StoreTest, QuarantineKeepsTheNewestSixteen) {
   for (int i = 0; i < 20; ++i) {
     const std::string key = key_of(std::to_string(i));
