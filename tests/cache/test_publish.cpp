@@ -1,4 +1,4 @@
-// Publishing in bad conditions: death at every step, errors, full and read-only disks, many writers.
+// Publishing in bad conditions: death at every step, errors, full or read-only disks, many writers.
 // SPDX-License-Identifier: Apache-2.0
 #include <signal.h>
 
