@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -23,7 +24,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel of this tree; it uses the build folder of the set-up, so that little is compiled."""
     out = tmp_path_factory.mktemp("wheel")
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out)]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(ROOT)], check=True)
+    # The processes of a parallel run share the build folder and must take turns.
+    lock_path = tmp_path_factory.getbasetemp().parent / "wheel.lock"
+    with lock_path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(ROOT)], check=True)
     (path,) = out.glob("torchkiln-*.whl")
     return path
 
