@@ -38,9 +38,7 @@ void redispatch(const char* name, StableIValue* stack) {
 }
 
 // nms(dets, scores, iou_threshold)
-void nms(StableIValue* stack, std::uint64_t, std::uint64_t) {
-  redispatch("torchkiln::nms", stack);
-}
+void nms(StableIValue* stack, std::uint64_t, std::uint64_t) { redispatch("torchkiln::nms", stack); }
 
 // roi_align(input, rois, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned)
 void roi_align(StableIValue* stack, std::uint64_t, std::uint64_t) {
@@ -144,9 +142,10 @@ void answer(StableIValue* stack, std::uint64_t n_args, std::uint64_t n_returns) 
   } else {
     for (std::uint64_t i = 0; i < tensor_arguments(op.schema); ++i)
       aoti_torch_delete_tensor_object(to<AtenTensorHandle>(stack[i]));
-    throw std::runtime_error(std::string("torchvision::") + op.name +
-                             ": torchkiln does not provide this operator yet. Install a torchvision "
-                             "built for this torch to use it");
+    throw std::runtime_error(
+        std::string("torchvision::") + op.name +
+        ": torchkiln does not provide this operator yet. Install a torchvision "
+        "built for this torch to use it");
   }
 }
 

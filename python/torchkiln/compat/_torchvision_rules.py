@@ -1,6 +1,7 @@
-"""Gradients and autocast of `torchvision::` operators, for versions of torchvision that keep theirs in C++.
+"""Gradients and autocast of `torchvision::` operators, for a torchvision that keeps them in C++.
 
-Newer ones register them in Python (`torchvision/_autograd_registrations.py`) and need nothing from here.
+Newer ones register them in Python (`torchvision/_autograd_registrations.py`), and need nothing
+from here.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -44,7 +45,7 @@ def _roi_align_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _in_float32(op: Callable[..., Tensor], first: Tensor, *arguments: Any) -> Tensor:
-    """Runs an operator in float32 under autocast, as torchvision does, and gives floating results their dtype back."""
+    """Runs an operator in float32, as torchvision does, and casts floating results back."""
     keys = functools.reduce(
         lambda a, b: a | b,
         (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in _AUTOCAST_KEYS),

@@ -1,14 +1,15 @@
 """torchkiln behind `torchvision.ops`: `install()` before or after `import torchvision`.
 
-torchvision's wheels are built for one torch with one CUDA. With any other torch, a CPU build for example, their C++
-library cannot be loaded and `import torchvision` fails. `install()` finds that out by loading it, and then registers
-the missing `torchvision::*` operators itself, so that torchvision imports and its `ops` run on our kernels. Where
-torchvision is healthy, `install()` puts our kernels in front of its own and `uninstall()` takes them away again.
+torchvision's wheels are built for one torch with one CUDA. With any other torch, a CPU build for
+example, their C++ library cannot be loaded and `import torchvision` fails. `install()` finds that
+out by loading it, and then registers the missing `torchvision::*` operators itself, so that
+torchvision imports and its `ops` run on our kernels. Where torchvision is healthy, `install()` puts
+our kernels in front of its own and `uninstall()` takes them away again.
 
 Example:
     >>> from torchkiln.compat import torchvision as drop_in
-    >>> drop_in.install()
-    >>> import torchvision
+    >>> drop_in.install()  # doctest: +SKIP
+    >>> import torchvision  # doctest: +SKIP
     >>> keep = torchvision.ops.nms(boxes, scores, 0.5)  # doctest: +SKIP
 """
 # SPDX-License-Identifier: Apache-2.0
@@ -20,12 +21,12 @@ import functools
 import sys
 import threading
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import find_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 
@@ -39,18 +40,19 @@ _defined = False  # torchvision's library could not be loaded and the schemas ar
 def is_healthy() -> bool:
     """Tells whether torchvision's own C++ library can be loaded with this torch.
 
-    It is loaded for that, which registers its operators as `import torchvision` does. False too where torchvision is
-    not installed.
+    It is loaded for that, which registers its operators as `import torchvision` does. False too
+    where torchvision is not installed.
     """
     with _lock:
         return not _defined and _own_library_loads()
 
 
 def install() -> None:
-    """Makes the operators behind `torchvision.ops` ours, as far as we have them; calling it twice changes nothing.
+    """Makes the operators behind `torchvision.ops` ours, as far as we have them; twice is once.
 
-    With a torchvision that cannot load its own library, operators that we do not have raise a RuntimeError that says
-    so when they are called, and nothing else can be loaded later: `uninstall()` then leaves things as they are.
+    With a torchvision that cannot load its own library, operators that we do not have raise a
+    RuntimeError that says so when they are called, and as there is nothing to give back,
+    `uninstall()` then leaves things as they are.
 
     Raises:
         ModuleNotFoundError: torchvision is not installed.
@@ -82,7 +84,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Gives torchvision's own kernels back; does nothing when torchvision has none (see `install`)."""
+    """Gives torchvision's own kernels back; does nothing when it has none (see `install`)."""
     with _lock:
         if _defined:
             return
@@ -100,7 +102,8 @@ def calls() -> dict[str, int]:
     return {row.name: row.calls for row in _operators() if row.provided}
 
 
-class _Row(NamedTuple):
+@dataclass(frozen=True)
+class _Row:
     index: int
     name: str
     provided: bool
@@ -134,7 +137,7 @@ class _Native:
         return _Row(index, name.decode(), bool(provided.value), calls.value)
 
     def define(self, index: int) -> None:
-        # The registration is never taken back: torchvision's Python keeps references to the schemas.
+        # Never taken back: torchvision's Python keeps references to the schemas.
         self._check(self._define(index, ctypes.byref(ctypes.c_void_p())))
 
     def implement(self, index: int, key: str) -> ctypes.c_void_p:
@@ -158,8 +161,7 @@ def _native() -> _Native:
     from torchkiln import _control
 
     folder = Path(str(_control.__file__)).parent
-    (path,) = folder.glob("libtorchkiln_ops*.so")
-    return _Native(path)
+    return _Native(folder / f"libtorchkiln_ops-{_control.version()}.so")
 
 
 def _operators() -> list[_Row]:
@@ -191,7 +193,7 @@ def _own_library_loads() -> bool:
 
 
 class _ExtensionLoader(SourceFileLoader):
-    """Runs `torchvision.extension`, which looks for the library in vain, and corrects what it concludes."""
+    """Runs `torchvision.extension`, which looks for its library in vain, and corrects it."""
 
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)

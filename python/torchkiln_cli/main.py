@@ -1,0 +1,190 @@
+"""Every command with its options. Exit codes: 0 fine, 1 a problem was found, 2 wrong usage.
+
+Only click is imported here; what a command needs is imported when it runs.
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _command(function: _F) -> _F:
+    """Turns our errors into one sentence and an exit code."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        from torchkiln_cli._native import ControlError, EngineMissingError
+
+        try:
+            function(*args, **kwargs)
+        except (ControlError, EngineMissingError) as error:
+            raise click.ClickException(str(error)) from error
+
+    return run  # type: ignore[return-value]
+
+
+def _version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if not value or context.resilient_parsing:
+        return
+    from torchkiln_cli import _native
+
+    click.echo(f"torchkiln {_native.version()}")
+    context.exit()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Version."
+)
+def cli() -> None:
+    """CUDA operators for PyTorch, compiled where they run, without nvcc."""
+
+
+@cli.command()
+@click.option("--image", type=click.Path(exists=True, dir_okay=False), help="Your own photograph.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, writable=True),
+    default="torchkiln_demo.png",
+    show_default=True,
+    help="The picture to write.",
+)
+@click.option(
+    "--arch",
+    default="sm_80,sm_90,sm_100,sm_120",
+    show_default=True,
+    help="Architectures to compile for.",
+)
+@_json
+@_command
+def demo(image: str | None, output: str, arch: str, as_json: bool) -> None:
+    """Find faces with a real detector on our kernels, then compile them for other GPUs."""
+    from torchkiln_cli import demo as module
+    from torchkiln_cli.warm import UsageError, parse_architectures
+
+    try:
+        complete = module.run(image, output, parse_architectures(arch), as_json)
+    except UsageError as error:
+        raise click.UsageError(str(error)) from error
+    sys.exit(0 if complete else 1)
+
+
+@cli.command()
+@click.option("--report", is_flag=True, help="Print a report to paste, without names of this host.")
+@_json
+@_command
+def doctor(report: bool, as_json: bool) -> None:
+    """Check this installation actively; each problem comes with its fix."""
+    from torchkiln_cli import doctor as module
+
+    findings = module.examine()
+    if as_json:
+        module.emit_json(findings)
+    else:
+        click.echo(module.text(findings, report=report))
+    sys.exit(1 if any(f.status == "fail" for f in findings) else 0)
+
+
+@cli.command()
+@click.option("--ops", help="Operators, for example nms,roi_align; all by default.")
+@click.option("--device", default="cpu", show_default=True, help="Where to run them: cpu or cuda.")
+@click.option("--dtypes", help="For example float32,float16; all by default.")
+@_json
+@_command
+def verify(ops: str | None, device: str, dtypes: str | None, as_json: bool) -> None:
+    """Check operators against their reference in float64, on this machine."""
+    from torchkiln_cli import verify as module
+    from torchkiln_cli.warm import split
+
+    try:
+        passed = module.run(
+            split(ops) if ops else None, device, split(dtypes) if dtypes else None, as_json
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    sys.exit(0 if passed else 1)
+
+
+@cli.command()
+@click.option("--ops", help="Operators, for example nms,roi_align.")
+@click.option("--all", "all_ops", is_flag=True, help="All operators.")
+@click.option("--dtypes", help="For example float32,float16; all by default.")
+@click.option("--arch", required=True, help="Architectures, for example sm_80,sm_90.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Compiles at a time; one per core.")
+@_json
+@_command
+def warm(
+    ops: str | None, all_ops: bool, dtypes: str | None, arch: str, jobs: int | None, as_json: bool
+) -> None:
+    """Compile kernels into the cache, for GPUs that need not be here."""
+    from torchkiln_cli import _output
+    from torchkiln_cli import warm as module
+
+    if bool(ops) == all_ops:
+        raise click.UsageError("Name operators with --ops, or take --all")
+    try:
+        outcome = module.warm(
+            module.split(ops) if ops else None,
+            module.split(dtypes) if dtypes else None,
+            module.parse_architectures(arch),
+            jobs,
+        )
+    except module.UsageError as error:
+        raise click.UsageError(str(error)) from error
+    if as_json:
+        _output.emit_json({"kernels": [row.to_json() for row in outcome.rows]})
+    else:
+        for row in outcome.rows:
+            if row.error is not None:
+                click.echo(f"{row.specialization}@{row.arch}: {row.error}", err=True)
+        click.echo(outcome.summary())
+    sys.exit(0 if outcome.complete else 1)
+
+
+@cli.group()
+def cache() -> None:
+    """Look at the kernel cache, or empty it."""
+
+
+@cache.command("stat")
+@_json
+@_command
+def cache_stat(as_json: bool) -> None:
+    """Print where the cache is and what it holds."""
+    from torchkiln_cli import cache as module
+
+    module.stat(as_json)
+
+
+@cache.command("list")
+@_json
+@_command
+def cache_list(as_json: bool) -> None:
+    """Print every compiled kernel, last used first."""
+    from torchkiln_cli import cache as module
+
+    module.list_entries(as_json)
+
+
+@cache.command("clear")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@_json
+@_command
+def cache_clear(yes: bool, as_json: bool) -> None:
+    """Remove every compiled kernel."""
+    from torchkiln_cli import cache as module
+
+    module.clear(yes, as_json)
+
+
+if __name__ == "__main__":
+    cli()
