@@ -1,0 +1,299 @@
+"""Ties an operator's schema, which C++ owns, to its fake, gradient, autocast rule and reference.
+
+Import registers one cheap Python kernel for each of them and looks up nothing; whatever costs time
+is built at an operator's first call. Torch's public functions build it at once, at 1 to 2 ms each.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._library import autograd as library_autograd
+from torch._library import simple_registry
+from torch._library import utils as library_utils
+from torch.amp import autocast_mode
+from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
+
+from torchkiln._backend import choice
+from torchkiln.errors import translate
+
+# Bound once: each lookup through the module costs as much as the check itself.
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+_any_requires_grad = torch._C._any_requires_grad
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_in_functorch = torch._C._are_functorch_transforms_active
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+
+_AUTOCAST_DEVICES = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
+
+
+def _saves_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """The setup_context of a backward that needs no input."""
+
+
+def _runs_native(argument: Any) -> bool:
+    """Whether there is compiled code for the device of an operator's first argument.
+
+    What is no tensor goes to the operator too, which has the right error for it.
+    """
+    if isinstance(argument, list | tuple):
+        return all(_runs_native(item) for item in argument)
+    return getattr(argument, "is_cuda", True) or argument.is_cpu or argument.is_meta
+
+
+def _is_watched(args: tuple[Any, ...]) -> bool:
+    """Whether something above autograd must see the call: a mode, subclass, transform or cast."""
+    return (
+        has_torch_function(args)
+        or _dispatch_modes() > 0
+        or _is_any_autocast_enabled()
+        or _in_functorch()
+        or forward_ad._current_level >= 0
+    )
+
+
+class Operator:
+    """One registered operator: called with all arguments of its schema, by position.
+
+    A plain eager call goes below autograd or straight to a lean `autograd.Function`, two to three
+    times quicker than what torch registers. All other callers (torch.compile, export, modes,
+    subclasses, autocast, raw `torch.ops` calls) meet the registered operator, and torch.func meets
+    a Function that it can transform.
+    """
+
+    def __init__(
+        self,
+        namespace: str,
+        name: str,
+        setup_context: Callable[..., None],
+        backward: Callable[..., Any] | None,
+        reference: Callable[..., Any] | None,
+    ) -> None:
+        self.namespace = namespace
+        self.name = name
+        self._setup_context = setup_context
+        self._backward = backward or self._refuse_gradient
+        self._reference = reference
+
+    def __call__(self, *args: Any) -> Any:
+        if (choice.reference or not _runs_native(args[0])) and self.has_reference:
+            return self.reference(*args)
+        if _is_compiling():
+            return getattr(getattr(torch.ops, self.namespace), self.name).default(*args)
+        try:
+            return self._run(args)
+        except RuntimeError as error:
+            better = self._missing_tensor(args) or translate(error)
+            if better is error:
+                raise
+            raise better from None
+
+    def __repr__(self) -> str:
+        return f"<operator {self.namespace}::{self.name}>"
+
+    @property
+    def has_reference(self) -> bool:
+        """Internal operators (`_x_backward`) have none: references use torch's own autograd."""
+        return self._reference is not None or not self.name.startswith("_")
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        """The plain PyTorch version, with the schema's arguments."""
+        if self._reference is not None:
+            return self._reference
+        from torchkiln import reference
+
+        return getattr(reference, self.name)  # type: ignore[no-any-return]
+
+    @functools.cached_property
+    def overload(self) -> Any:
+        """`torch.ops.<namespace>.<name>.default`."""
+        return getattr(getattr(torch.ops, self.namespace), self.name).default
+
+    def _missing_tensor(self, args: tuple[Any, ...]) -> TypeError | None:
+        """The error for a None where a tensor must be: torch passes it on as an undefined tensor."""
+        for argument, value in zip(self.overload._schema.arguments, args, strict=False):
+            if value is None and str(argument.type) == "Tensor":
+                return TypeError(f"{self.name}: {argument.name} must be a tensor; got None")
+        return None
+
+    def _run(self, args: tuple[Any, ...]) -> Any:
+        if not _is_watched(args):
+            if not (_is_grad_enabled() and _any_requires_grad(*args)):
+                with _BelowAutograd():
+                    return self.overload._op(*args)
+            if not self._takes_lists:
+                return self._function.apply(*args)
+        elif _in_functorch():
+            return self._transformable.apply(*args)
+        return self.overload(*args)
+
+    # ---- gradients ----
+
+    @functools.cached_property
+    def _takes_lists(self) -> bool:
+        """A plain Function would not see the tensors inside of lists."""
+        schema = self.overload._schema
+        values = (*schema.arguments, *schema.returns)
+        return any(library_utils.is_tensorlist_like_type(value.type) for value in values)
+
+    def _gradients(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        """The operator's backward, with None for the arguments at the end that it leaves out."""
+        result = self._backward(ctx, *grads)
+        result = result if isinstance(result, tuple) else (result,)
+        return result + (None,) * (len(self.overload._schema.arguments) - len(result))
+
+    def _refuse_gradient(self, ctx: Any, *grads: Any) -> Any:
+        what = "second derivatives are" if self.name.startswith("_") else "a gradient is"
+        raise NotImplementedError(
+            f"{self.name}: {what} not implemented. "
+            'Use torchkiln.backend("reference"), which torch differentiates itself'
+        )
+
+    @functools.cached_property
+    def _function(self) -> Any:
+        """Saves what backward needs inside of forward: a third of the cost of a setup_context."""
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            with _BelowAutograd():
+                output = self.overload._op(*args)
+            self._setup_context(ctx, args, output)
+            return output
+
+        members = {"forward": staticmethod(forward), "backward": staticmethod(self._gradients)}
+        return type(f"torchkiln_{self.name}", (torch.autograd.Function,), members)
+
+    @functools.cached_property
+    def _transformable(self) -> Any:
+        """The form that torch.func asks for; forward and backward are looped over under vmap."""
+        if self._takes_lists:
+            raise NotImplementedError(
+                f"{self.name}: takes lists of tensors, which torch.func cannot transform. "
+                'Use torchkiln.backend("reference")'
+            )
+        members = {
+            "generate_vmap_rule": True,
+            "forward": staticmethod(lambda *args: self.overload(*args)),
+            "setup_context": staticmethod(self._setup_context),
+            "backward": staticmethod(self._gradients),
+        }
+        return type(f"torchkiln_{self.name}", (torch.autograd.Function,), members)
+
+    @functools.cached_property
+    def _registered(self) -> Callable[..., Any]:
+        info = library_autograd.Info(self._gradients, self._setup_context)
+        return library_autograd.make_autograd_impl(self.overload, info)
+
+    def autograd_kernel(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        """What `torch.library.register_autograd` would have registered."""
+        if forward_ad._current_level >= 0 and not self._takes_lists:
+            # The registered kernel would drop tangents without a word; a Function refuses them.
+            args, _ = library_utils.fill_defaults(self.overload._schema, args, kwargs)
+            return self._function.apply(*args)
+        return self._registered(keyset, *args, **kwargs)
+
+
+class Frame:
+    """The operators of one namespace.
+
+    Args:
+        namespace: of schemas that exist already; they are not looked up here.
+    """
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
+        self._library = torch.library.Library(namespace, "FRAGMENT")
+        self._operators: dict[str, Operator] = {}
+        self._fakes: dict[str, Callable[..., Any]] = {}
+
+    def __iter__(self) -> Iterator[Operator]:
+        return iter(self._operators.values())
+
+    def __getitem__(self, name: str) -> Operator:
+        return self._operators[name]
+
+    def fake(self, name: str) -> Callable[..., Any]:
+        """The function that computes an operator's output shapes."""
+        return self._fakes[name]
+
+    def operator(
+        self,
+        name: str,
+        *,
+        fake: Callable[..., Any],
+        setup_context: Callable[..., None] = _saves_nothing,
+        backward: Callable[..., Any] | None = None,
+        autocast: torch.dtype | None = None,
+        reference: Callable[..., Any] | None = None,
+    ) -> Operator:
+        """Registers all that Python adds to the schema `name`, and returns what calls it.
+
+        Args:
+            name: of the schema; a leading underscore marks an internal operator.
+            fake: takes the schema's arguments and defaults, returns empty outputs. It must not turn
+                a symbolic size into a number. `torch.library.get_ctx()` gives data-dependent sizes.
+            setup_context: `(ctx, inputs, output)`, as of `torch.library.register_autograd`;
+                `inputs` holds all arguments.
+            backward: `(ctx, *grads)`, gradients of the arguments in order; those at the end may be
+                left out. Without it the gradient is refused when it is asked for.
+            autocast: dtype that floating-point inputs are cast to under autocast.
+            reference: for tests; normally `torchkiln.reference.<name>`, found when it is needed.
+
+        Returns:
+            The operator.
+        """
+        if name in self._operators:
+            raise RuntimeError(f"operator: {self._namespace}::{name} is registered twice")
+        operator = Operator(self._namespace, name, setup_context, backward, reference)
+        self._operators[name] = operator
+        self._register_fake(name, fake)
+        self._implement(name, "Autograd", operator.autograd_kernel, with_keyset=True)
+        if autocast is not None:
+            for key, device in _AUTOCAST_DEVICES.items():
+                kernel = functools.partial(_run_in_dtype, operator, key, device, autocast)
+                self._implement(name, key, kernel, with_keyset=False)
+        return operator
+
+    def _implement(
+        self, name: str, key: str, kernel: Callable[..., Any], *, with_keyset: bool
+    ) -> None:
+        # Not Library.impl: its bookkeeping costs more than the registration and is of no use here.
+        self._library.m.impl(name, key, kernel, with_keyset)  # type: ignore[union-attr]
+
+    def _register_fake(self, name: str, fake: Callable[..., Any]) -> None:
+        """`torch.library.register_fake` without its search for source lines."""
+        self._fakes[name] = fake
+        holder = simple_registry.singleton.find(f"{self._namespace}::{name}").fake_impl
+        holder.kernels.append(library_utils.Kernel(fake, fake.__module__))
+        self._implement(name, "Meta", fake, with_keyset=False)
+
+
+def _run_in_dtype(
+    operator: Operator, key: str, device: str, dtype: torch.dtype, *args: Any, **kwargs: Any
+) -> Any:
+    """The autocast rule: casts floating-point inputs and calls again without autocast."""
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    with torch._C._ExcludeDispatchKeyGuard(excluded):
+        return operator.overload(
+            *autocast_mode._cast(args, device, dtype), **autocast_mode._cast(kwargs, device, dtype)
+        )
+
+
+def deterministic_default(deterministic: bool | None) -> bool:
+    """Resolves a `deterministic` argument: None follows `torch.use_deterministic_algorithms`."""
+    if deterministic is None:
+        return torch.are_deterministic_algorithms_enabled()
+    return deterministic
+
+
+#: The operators of torchkiln. `operator` is what an operator's file calls.
+frame = Frame("torchkiln")
+operator = frame.operator

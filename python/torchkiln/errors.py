@@ -1,0 +1,122 @@
+"""Exceptions of torchkiln, and the translation of an operator's plain RuntimeError into them.
+
+A failed check or compile leaves a record of kind, argument and text on its thread; what reaches
+Python is a RuntimeError around that text, whatever was thrown.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+__all__ = [
+    "CaptureError",
+    "CompilerNotFoundError",
+    "DriverError",
+    "KernelCompileError",
+    "TorchkilnError",
+    "translate",
+]
+
+
+class TorchkilnError(RuntimeError):
+    """Base of the errors that are neither TypeError, ValueError nor IndexError.
+
+    Args:
+        message: what the user reads.
+        details: everything the engine recorded.
+    """
+
+    def __init__(self, message: str, details: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.details = dict(details or {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.details)
+
+    @property
+    def specialization(self) -> str:
+        """The kernel in question, such as `detection/box_iou.forward<float, mode=0>@sm_90`."""
+        return cast("str", self.details.get("specialization", ""))
+
+
+class KernelCompileError(TorchkilnError):
+    """NVRTC refused a kernel."""
+
+    @property
+    def log(self) -> str:
+        """The compiler's whole log."""
+        return cast("str", self.details.get("log", ""))
+
+    @property
+    def excerpt(self) -> str:
+        """Numbered source lines around the first error."""
+        return cast("str", self.details.get("excerpt", ""))
+
+    @property
+    def options(self) -> list[str]:
+        """The compiler's options."""
+        return cast("list[str]", self.details.get("options", []))
+
+    @property
+    def source_path(self) -> str:
+        """Where the source was kept, or an empty string."""
+        return cast("str", self.details.get("source_path", ""))
+
+
+class CompilerNotFoundError(TorchkilnError):
+    """A kernel must be compiled and NVRTC cannot be found."""
+
+
+class DriverError(TorchkilnError):
+    """The CUDA driver is missing or refused a call."""
+
+
+class CaptureError(TorchkilnError):
+    """The call would break the CUDA graph capture that is under way."""
+
+
+_PLAIN: dict[int, type[Exception]] = {1: TypeError, 2: ValueError, 3: IndexError}
+_DETAILED: dict[int, type[TorchkilnError]] = {
+    4: KernelCompileError,
+    5: CompilerNotFoundError,
+    6: DriverError,
+    7: CaptureError,
+}
+# How torch's argument parser words a wrong Python type.
+_WRONG_PYTHON_TYPE = " Expected a value of type "
+
+
+def _last_record() -> dict[str, Any]:
+    from torchkiln import _control
+
+    return _control.last_error()
+
+
+def translate(
+    error: RuntimeError, last_record: Callable[[], dict[str, Any]] = _last_record
+) -> Exception:
+    """Returns the exception that the user should see for what an operator raised.
+
+    Args:
+        error: as it left the operator.
+        last_record: reads the last failure of this thread. It may be older than `error`, so it only
+            counts when its text is part of the error's; torch adds text before and after.
+
+    Returns:
+        `error` itself when nothing better is known.
+    """
+    text = str(error)
+    record = last_record()
+    message = record.get("message", "")
+    if message and message in text:
+        kind = record["kind"]
+        if kind in _PLAIN:
+            return _PLAIN[kind](message)
+        if kind in _DETAILED:
+            return _DETAILED[kind](message, record.get("details"))
+    elif _WRONG_PYTHON_TYPE in text:
+        return TypeError(text.partition("\n")[0])
+    return error

@@ -1,0 +1,3 @@
+"""Modules around the operators, for those that have parameters or settings worth keeping."""
+
+# SPDX-License-Identifier: Apache-2.0

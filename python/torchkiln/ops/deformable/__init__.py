@@ -1,0 +1,3 @@
+"""Operators for deformable convolution, attention and aggregation."""
+
+# SPDX-License-Identifier: Apache-2.0

@@ -1,0 +1,5 @@
+"""Operators for boxes: overlap, suppression, pooling of regions, losses."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from torchkiln.ops.detection.box_iou import *  # noqa: F403

@@ -1,0 +1,178 @@
+"""Overlap of every pair of boxes: IoU, its generalized, distance and complete forms, one schema."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchkiln._frame import operator
+
+__all__ = ["box_iou", "complete_box_iou", "distance_box_iou", "generalized_box_iou"]
+
+# Values of the schema's `mode`.
+_IOU, _GIOU, _DIOU, _CIOU = range(4)
+
+
+def _fake(boxes1: Tensor, boxes2: Tensor, mode: int = 0, eps: float = 1e-7) -> Tensor:
+    return boxes1.new_empty((boxes1.shape[0], boxes2.shape[0]))
+
+
+def _fake_backward(
+    grad_output: Tensor, boxes1: Tensor, boxes2: Tensor, mode: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    return boxes1.new_empty(boxes1.shape), boxes2.new_empty(boxes2.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    boxes1, boxes2, ctx.mode, ctx.eps = inputs
+    ctx.save_for_backward(boxes1, boxes2)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+    boxes1, boxes2 = ctx.saved_tensors
+    grads: tuple[Tensor, Tensor] = _box_iou_backward(grad_output, boxes1, boxes2, ctx.mode, ctx.eps)
+    return grads
+
+
+_box_iou_backward = operator("_box_iou_backward", fake=_fake_backward)
+# float32: a coordinate of 2000 has no fraction left in float16, nor a difference of two of them.
+_box_iou = operator(
+    "box_iou",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=torch.float32,
+)
+
+
+def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """Intersection over union of every pair of boxes.
+
+    Args:
+        boxes1: (N, 4), float16, bfloat16, float32 or float64; x1, y1, x2, y2 in any unit.
+        boxes2: (M, 4), dtype and device of `boxes1`.
+
+    Returns:
+        (N, M), dtype of `boxes1`; from 0 to 1.
+
+    Raises:
+        TypeError: for another dtype, or two different ones.
+        ValueError: for another shape, or two different devices.
+
+    Differentiable: boxes1, boxes2. Deterministic: yes. Autocast: float32.
+
+    Note:
+        A box with x2 < x1 or y2 < y1 is empty, and a pair with an empty union has IoU 0, where
+        torchvision gives NaN. NaN coordinates give NaN. Integer boxes are refused.
+
+    Example:
+        >>> import torch
+        >>> from torchkiln.ops import box_iou
+        >>> boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [1.0, 0.0, 3.0, 2.0]])
+        >>> box_iou(boxes[:1], boxes)
+        tensor([[1.0000, 0.3333]])
+    """
+    return _box_iou(boxes1, boxes2, _IOU, 0.0)  # type: ignore[no-any-return]
+
+
+def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """Generalized IoU of every pair of boxes: less the empty share of the smallest box around both.
+
+    Args:
+        boxes1: (N, 4), float16, bfloat16, float32 or float64; x1, y1, x2, y2 in any unit.
+        boxes2: (M, 4), dtype and device of `boxes1`.
+
+    Returns:
+        (N, M), dtype of `boxes1`; from -1 to 1.
+
+    Raises:
+        TypeError: for another dtype, or two different ones.
+        ValueError: for another shape, or two different devices.
+
+    Differentiable: boxes1, boxes2. Deterministic: yes. Autocast: float32.
+
+    Note:
+        Degenerate boxes as in `box_iou`.
+
+    Source:
+        Rezatofighi et al., "Generalized Intersection over Union", 2019, algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> from torchkiln.ops import generalized_box_iou
+        >>> boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0], [3.0, 0.0, 4.0, 1.0]])
+        >>> generalized_box_iou(boxes[:1], boxes)
+        tensor([[ 1.0000, -0.5000]])
+    """
+    return _box_iou(boxes1, boxes2, _GIOU, 0.0)  # type: ignore[no-any-return]
+
+
+def distance_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tensor:
+    """Distance IoU of every pair of boxes: less the normalised squared distance of the centres.
+
+    Args:
+        boxes1: (N, 4), float16, bfloat16, float32 or float64; x1, y1, x2, y2 in any unit.
+        boxes2: (M, 4), dtype and device of `boxes1`.
+        eps: added to the squared diagonal of the box around both.
+
+    Returns:
+        (N, M), dtype of `boxes1`; from -1 to 1.
+
+    Raises:
+        TypeError: for another dtype, or two different ones.
+        ValueError: for another shape, or two different devices.
+
+    Differentiable: boxes1, boxes2. Deterministic: yes. Autocast: float32.
+
+    Note:
+        Degenerate boxes as in `box_iou`.
+
+    Source:
+        Zheng et al., "Distance-IoU Loss", 2020, equation 7.
+
+    Example:
+        >>> import torch
+        >>> from torchkiln.ops import distance_box_iou
+        >>> boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0], [3.0, 0.0, 4.0, 1.0]])
+        >>> distance_box_iou(boxes[:1], boxes)
+        tensor([[ 1.0000, -0.5294]])
+    """
+    return _box_iou(boxes1, boxes2, _DIOU, eps)  # type: ignore[no-any-return]
+
+
+def complete_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tensor:
+    """Complete IoU of every pair of boxes: distance IoU less a term for different aspect ratios.
+
+    Args:
+        boxes1: (N, 4), float16, bfloat16, float32 or float64; x1, y1, x2, y2 in any unit.
+        boxes2: (M, 4), dtype and device of `boxes1`.
+        eps: added to the squared diagonal and to the denominator of the aspect term's weight.
+
+    Returns:
+        (N, M), dtype of `boxes1`; from -2 to 1.
+
+    Raises:
+        TypeError: for another dtype, or two different ones.
+        ValueError: for another shape, or two different devices.
+
+    Differentiable: boxes1, boxes2; the weight of the aspect term is a constant, as in the paper.
+    Deterministic: yes. Autocast: float32.
+
+    Note:
+        Degenerate boxes as in `box_iou`; a box of size 0 has the aspect angle 0.
+
+    Source:
+        Zheng et al., "Distance-IoU Loss", 2020, equations 8 to 11.
+
+    Example:
+        >>> import torch
+        >>> from torchkiln.ops import complete_box_iou
+        >>> boxes = torch.tensor([[0.0, 0.0, 2.0, 1.0], [0.0, 0.0, 1.0, 2.0]])
+        >>> complete_box_iou(boxes[:1], boxes)
+        tensor([[1.0000, 0.2460]])
+    """
+    return _box_iou(boxes1, boxes2, _CIOU, eps)  # type: ignore[no-any-return]

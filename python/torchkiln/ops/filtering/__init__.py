@@ -1,0 +1,3 @@
+"""Operators for filters and resampling of images."""
+
+# SPDX-License-Identifier: Apache-2.0

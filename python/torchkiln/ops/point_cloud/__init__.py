@@ -1,0 +1,3 @@
+"""Operators for point clouds: sampling, grouping, voxels."""
+
+# SPDX-License-Identifier: Apache-2.0

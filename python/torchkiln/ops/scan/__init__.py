@@ -1,0 +1,3 @@
+"""Operators for selective scans."""
+
+# SPDX-License-Identifier: Apache-2.0

@@ -1,0 +1,3 @@
+"""Operators for sparse convolution."""
+
+# SPDX-License-Identifier: Apache-2.0

@@ -1,0 +1,5 @@
+"""References of the operators for boxes."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from torchkiln.reference.detection.box_iou import *  # noqa: F403

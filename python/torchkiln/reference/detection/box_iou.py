@@ -1,0 +1,71 @@
+"""box_iou and its generalized, distance and complete forms in plain PyTorch, from the papers.
+
+Sources: GIoU, Rezatofighi et al. 2019, algorithm 1; DIoU and CIoU, Zheng et al. 2020, equations 7
+to 11.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["box_iou"]
+
+
+def _sides(lower: Tensor, upper: Tensor) -> Tensor:
+    """Width and height, (..., 2); a box with its corners exchanged has none."""
+    return (upper - lower).clamp(min=0)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """0 where the denominator is 0; the inner `where` keeps its gradient free of NaN."""
+    is_zero = denominator == 0
+    safe = torch.where(is_zero, torch.ones_like(denominator), denominator)
+    return torch.where(is_zero, torch.zeros_like(denominator), numerator / safe)
+
+
+def _aspect_angle(boxes: Tensor) -> Tensor:
+    """Angle of the diagonal, arctan(w / h) of equation 9, and 0 for a box of size 0."""
+    width, height = _sides(boxes[..., :2], boxes[..., 2:]).unbind(-1)
+    is_point = (width == 0) & (height == 0)
+    angle = torch.atan2(width, torch.where(is_point, torch.ones_like(height), height))
+    return torch.where(is_point, torch.zeros_like(angle), angle)
+
+
+def box_iou(boxes1: Tensor, boxes2: Tensor, mode: int = 0, eps: float = 1e-7) -> Tensor:
+    """Overlap of every pair of boxes.
+
+    Args:
+        boxes1: (N, 4) x1, y1, x2, y2.
+        boxes2: (M, 4).
+        mode: 0 IoU, 1 generalized, 2 distance, 3 complete.
+        eps: added to the squared diagonal and to the denominator of the aspect term's weight.
+
+    Returns:
+        (N, M). A pair with an empty union has IoU 0.
+    """
+    a, b = boxes1[:, None], boxes2[None]
+    (a_min, a_max), (b_min, b_max) = a.split(2, -1), b.split(2, -1)
+    intersection = _sides(torch.maximum(a_min, b_min), torch.minimum(a_max, b_max)).prod(-1)
+    union = _sides(a_min, a_max).prod(-1) + _sides(b_min, b_max).prod(-1) - intersection
+    iou = _ratio(intersection, union)
+    if mode == 0:
+        return iou
+
+    enclosing = _sides(torch.minimum(a_min, b_min), torch.maximum(a_max, b_max))
+    if mode == 1:
+        area = enclosing.prod(-1)
+        return iou - _ratio(area - union, area)
+
+    distance = ((a_min + a_max - b_min - b_max) / 2).square().sum(-1)
+    diou = iou - _ratio(distance, enclosing.square().sum(-1) + eps)
+    if mode == 2:
+        return diou
+
+    v = (_aspect_angle(a) - _aspect_angle(b)).square() * (4 / math.pi**2)
+    alpha = _ratio(v, 1 - iou + v + eps).detach()  # a constant: equation 11
+    return diou - alpha * v

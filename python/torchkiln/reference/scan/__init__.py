@@ -1,0 +1,3 @@
+"""References of the operators for selective scans."""
+
+# SPDX-License-Identifier: Apache-2.0
