@@ -1,4 +1,4 @@
-"""The engine, without torch: `torchkiln._control` is loaded while `torchkiln/__init__` never runs."""
+"""The engine, without torch: loads `torchkiln._control` and never runs `torchkiln/__init__`."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations

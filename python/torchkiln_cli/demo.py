@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # What runs behind the detector's calls of torchvision.ops.
 _OPERATORS = ("nms",)
 _DTYPES = ("float32", "float16")
-# Import name -> what pip calls it. The first three pin versions of torch or bring what is not needed.
+# Import name -> what pip calls it.
 _PACKAGES = {
     "torchvision": "torchvision",
     "facenet_pytorch": "facenet-pytorch",
@@ -36,6 +36,7 @@ _PACKAGES = {
     "requests": "requests",
     "tqdm": "tqdm",
 }
+# They pin a torch, or bring what is not needed here.
 _WITHOUT_DEPENDENCIES = ("torchvision", "facenet-pytorch", "scikit-image")
 _COLOUR = (118, 255, 3)
 

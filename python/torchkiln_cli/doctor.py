@@ -240,7 +240,7 @@ def _probe() -> dict[str, Any]:
         numbers = _native.control("nvrtc", load=True)["architectures"]
     except _native.ControlError:
         numbers = []
-    targets = sorted({n for n in (numbers[:1] + [90] + numbers[-1:]) if n in numbers})
+    targets = sorted({n for n in (*numbers[:1], 90, *numbers[-1:]) if n in numbers})
     with tempfile.TemporaryDirectory(prefix="torchkiln-doctor-") as folder:
         command = [sys.executable, "-m", "torchkiln_cli._probe", *(f"sm_{n}" for n in targets)]
         environment = {**os.environ, "TORCHKILN_CACHE_DIR": folder}

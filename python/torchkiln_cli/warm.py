@@ -1,4 +1,4 @@
-"""Compiles operators' kernels into the cache before they are needed, for any architecture that NVRTC knows."""
+"""Compiles kernels into the cache before they are needed, for GPUs that need not be here."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations

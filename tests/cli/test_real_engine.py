@@ -1,0 +1,111 @@
+"""Commands as users run them: processes of their own on the real engine."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+WARM = ("warm", "--ops", "box_iou", "--dtypes", "float32", "--arch", "sm_90", "--json")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["cache", "stat", "--json"]])
+def test_commands_without_operators_import_little(arguments, tmp_path):
+    program = (
+        "import sys\n"
+        "from torchkiln_cli.main import cli\n"
+        f"cli({arguments!r}, standalone_mode=False)\n"
+        "assert not {'torch', 'torchkiln', 'rich', 'numpy'} & set(sys.modules)\n"
+    )
+    environment = {**os.environ, "TORCHKILN_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+
+def test_the_operators_use_the_same_engine():
+    program = (
+        "import sys\n"
+        "from torchkiln_cli import _native\n"
+        "_native.version()\n"
+        "mine = sys.modules['torchkiln._control']\n"
+        "_native.load_operators()\n"
+        "from torchkiln import _control\n"
+        "assert _control is mine\n"
+        "assert _native.control('kernels')['kernels']\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_module_and_command_are_the_same(run):
+    command = subprocess.run(
+        [sys.executable, "-m", "torchkiln", "--version"], capture_output=True, text=True, check=True
+    )
+    assert command.stdout == run("--version").stdout
+    assert command.stdout.startswith("torchkiln ")
+
+
+def test_warm_compiles_once_and_the_cache_shows_it(run):
+    first = json.loads(run(*WARM).stdout)["kernels"]
+    assert {row["status"] for row in first} == {"compiled"}
+    assert {row["arch"] for row in first} == {"sm_90"}
+    second = json.loads(run(*WARM).stdout)["kernels"]
+    assert {row["status"] for row in second} == {"hit"}
+    assert [r["specialization"] for r in first] == [r["specialization"] for r in second]
+
+    assert json.loads(run("cache", "stat", "--json").stdout)["entries"] == len(first)
+    entries = json.loads(run("cache", "list", "--json").stdout)["entries"]
+    assert {e["specialization"] for e in entries} == {r["specialization"] for r in first}
+    assert run("cache", "list").returncode == 0
+
+    assert json.loads(run("cache", "clear", "--yes", "--json").stdout)["freed_bytes"] > 0
+    assert json.loads(run("cache", "stat", "--json").stdout)["entries"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--ops", "boxiou", "--arch", "sm_90"), "ops must be among"),
+        (("--ops", "box_iou", "--dtypes", "int3", "--arch", "sm_90"), "dtypes must be among"),
+        (("--ops", "box_iou", "--arch", "sm_1"), "--arch must be among sm_"),
+    ],
+)
+def test_warm_lists_what_is_known(run, arguments, sentence):
+    result = run("warm", *arguments)
+    assert result.returncode == 2
+    assert sentence in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_interrupt_keeps_what_is_compiled(tmp_path):
+    cache = tmp_path / "cache"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torchkiln_cli.main", "warm", "--all", "--jobs", "1"]
+        + ["--arch", "sm_75,sm_80,sm_86,sm_89,sm_90,sm_100,sm_120"],
+        env={**os.environ, "TORCHKILN_CACHE_DIR": str(cache)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not _objects(cache):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Interrupted with" in output
+    assert _objects(cache)
+
+
+def _objects(cache):
+    return [f for f in cache.rglob("*") if f.is_file() and f.stat().st_size > 1024]
+
+
+def test_verify_runs_the_parity_suite(run):
+    result = run("verify", "--ops", "box_iou", "--dtypes", "float32", "--json")
+    assert result.returncode == 0, result.stderr
+    results = json.loads(result.stdout)["results"]
+    assert results
+    assert all(row["ok"] for row in results)
