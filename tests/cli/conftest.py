@@ -30,11 +30,8 @@ class FakeEngine:
             "expand": self._expand,
             "compile": self._compile,
             "nvrtc": {
-                "candidates": [
-                    {"path": "/lib/libnvrtc.so.13", "why": "pip", "compiler": "13.5-ab"}
-                ],
-                "path": "/lib/libnvrtc.so.13",
-                "compiler": "13.5-ab",
+                "candidates": [{**compiler, "why": "pip"}],
+                **compiler,
                 "version": "13.5",
                 "architectures": ARCHITECTURES,
             },
@@ -54,17 +51,10 @@ class FakeEngine:
             },
             "cache.list": {
                 "entries": [
+                    {**entry, "key": "00" * 32, "used": 1, "path": "/c/0"},
                     {
-                        "key": "00" * 32,
-                        "compiler": "13.5-ab",
-                        "bytes": 4096,
-                        "used": 1,
-                        "path": "/c/0",
-                    },
-                    {
+                        **entry,
                         "key": "11" * 32,
-                        "compiler": "13.5-ab",
-                        "bytes": 4096,
                         "used": 2,
                         "path": "/c/1",
                         "specialization": "detection/nms.mask<float>",

@@ -83,9 +83,9 @@ def test_warm_lists_what_is_known(run, arguments, sentence):
 
 def test_interrupt_keeps_what_is_compiled(tmp_path):
     cache = tmp_path / "cache"
+    every = "sm_75,sm_80,sm_86,sm_89,sm_90,sm_100,sm_120"
     process = subprocess.Popen(
-        [sys.executable, "-m", "torchkiln_cli.main", "warm", "--all", "--jobs", "1"]
-        + ["--arch", "sm_75,sm_80,sm_86,sm_89,sm_90,sm_100,sm_120"],
+        [sys.executable, "-m", "torchkiln_cli.main", "warm", "--all", "--arch", every, "--jobs=1"],
         env={**os.environ, "TORCHKILN_CACHE_DIR": str(cache)},
         stdout=subprocess.PIPE,
         text=True,
