@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._library import autograd as library_autograd
 from torch._library import simple_registry
 from torch._library import utils as library_utils
@@ -29,7 +30,8 @@ _any_requires_grad = torch._C._any_requires_grad
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _in_functorch = torch._C._are_functorch_transforms_active
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
-_is_compiling = torch.compiler.is_compiling
+# Non-strict tracers need no question of their own: they are modes.
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
 
 _AUTOCAST_DEVICES = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
@@ -44,20 +46,11 @@ def _runs_native(argument: Any) -> bool:
 
     What is no tensor goes to the operator too, which has the right error for it.
     """
-    if isinstance(argument, list | tuple):
+    if isinstance(argument, Tensor):
+        return argument.is_cpu or argument.is_cuda or argument.is_meta
+    if isinstance(argument, (list, tuple)):
         return all(_runs_native(item) for item in argument)
-    return getattr(argument, "is_cuda", True) or argument.is_cpu or argument.is_meta
-
-
-def _is_watched(args: tuple[Any, ...]) -> bool:
-    """Whether something above autograd must see the call: a mode, subclass, transform or cast."""
-    return (
-        has_torch_function(args)
-        or _dispatch_modes() > 0
-        or _is_any_autocast_enabled()
-        or _in_functorch()
-        or forward_ad._current_level >= 0
-    )
+    return True
 
 
 class Operator:
@@ -84,12 +77,25 @@ class Operator:
         self._reference = reference
 
     def __call__(self, *args: Any) -> Any:
-        if (choice.reference or not _runs_native(args[0])) and self.has_reference:
+        # The hot path: what is asked here costs each call, so the questions stand in line.
+        first = args[0]
+        on_device = getattr(first, "is_cuda", False) or _runs_native(first)
+        if (choice.reference or not on_device) and self.has_reference:
             return self.reference(*args)
-        if _is_compiling():
+        if _is_dynamo_compiling():
             return getattr(getattr(torch.ops, self.namespace), self.name).default(*args)
         try:
-            return self._run(args)
+            if (
+                has_torch_function(args)
+                or _dispatch_modes() > 0
+                or _in_functorch()
+                or forward_ad._current_level >= 0
+            ):
+                return self._run_watched(args)
+            if _is_grad_enabled() and _any_requires_grad(*args):
+                return self._run_differentiable(args)
+            with _BelowAutograd():
+                return self.overload._op(*args)
         except RuntimeError as error:
             better = self._missing_tensor(args) or translate(error)
             if better is error:
@@ -119,22 +125,23 @@ class Operator:
         return getattr(getattr(torch.ops, self.namespace), self.name).default
 
     def _missing_tensor(self, args: tuple[Any, ...]) -> TypeError | None:
-        """The error for a None where a tensor must be: torch passes it on as an undefined tensor."""
+        """The error for a None that must be a tensor: torch hands on an undefined one."""
         for argument, value in zip(self.overload._schema.arguments, args, strict=False):
             if value is None and str(argument.type) == "Tensor":
                 return TypeError(f"{self.name}: {argument.name} must be a tensor; got None")
         return None
 
-    def _run(self, args: tuple[Any, ...]) -> Any:
-        if not _is_watched(args):
-            if not (_is_grad_enabled() and _any_requires_grad(*args)):
-                with _BelowAutograd():
-                    return self.overload._op(*args)
-            if not self._takes_lists:
-                return self._function.apply(*args)
-        elif _in_functorch():
+    def _run_watched(self, args: tuple[Any, ...]) -> Any:
+        """Runs where a mode, subclass or transform above autograd must see the call."""
+        if _in_functorch():
             return self._transformable.apply(*args)
         return self.overload(*args)
+
+    def _run_differentiable(self, args: tuple[Any, ...]) -> Any:
+        # Autocast lies above autograd: the gradient must be that of the inputs it has cast.
+        if _is_any_autocast_enabled() or self._takes_lists:
+            return self.overload(*args)
+        return self._function.apply(*args)
 
     # ---- gradients ----
 
