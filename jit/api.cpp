@@ -23,7 +23,8 @@ struct ThreadRecord {
 
 thread_local ThreadRecord record;
 
-std::int32_t set_record(std::int32_t kind, std::string argument, std::string message, std::string details) {
+std::int32_t set_record(std::int32_t kind, std::string argument, std::string message,
+                        std::string details) {
   record.argument = std::move(argument);
   record.message = std::move(message);
   record.details = std::move(details);

@@ -65,8 +65,9 @@ std::vector<std::int64_t> parse_dtypes(const json& names) {
     const auto found = dtype_types().find(name.get<std::string>());
     if (found == dtype_types().end()) {
       throw Error(TORCHKILN_ERROR_VALUE,
-                  "dtypes must be among float32, float16, bfloat16, float64; got " + name.get<std::string>(), {},
-                  "dtypes");
+                  "dtypes must be among float32, float16, bfloat16, float64; got " +
+                      name.get<std::string>(),
+                  {}, "dtypes");
     }
     types.push_back(found->second);
   }
@@ -112,7 +113,8 @@ json expand_operators(Engine& engine, const json& request) {
       add(kernel, name);
     }
     if (!known) {
-      throw Error(TORCHKILN_ERROR_VALUE, "ops must be among " + known_operators(engine) + "; got " + name, {}, "ops");
+      throw Error(TORCHKILN_ERROR_VALUE,
+                  "ops must be among " + known_operators(engine) + "; got " + name, {}, "ops");
     }
   }
   return {{"specializations", list}};
@@ -161,9 +163,13 @@ json cache_list(Engine& engine, const json&) {
   cache::Store& store = engine.objects().store();
   for (const cache::Entry& entry : store.list()) {
     const auto used = std::chrono::system_clock::to_time_t(entry.used);
-    list.push_back({{"key", entry.key}, {"compiler", entry.compiler}, {"bytes", entry.bytes},
-                    {"used", static_cast<std::int64_t>(used)}, {"path", entry.path.string()}});
-    const auto object = store.find(entry.key, entry.compiler, true, [](const cache::Object&) { return std::nullopt; });
+    list.push_back({{"key", entry.key},
+                    {"compiler", entry.compiler},
+                    {"bytes", entry.bytes},
+                    {"used", static_cast<std::int64_t>(used)},
+                    {"path", entry.path.string()}});
+    const auto object = store.find(entry.key, entry.compiler, true,
+                                   [](const cache::Object&) { return std::nullopt; });
     if (!object) continue;
     list.back()["specialization"] = object->header.value("text", "");
     list.back()["arch"] = object->header.value("target", "");
@@ -172,7 +178,9 @@ json cache_list(Engine& engine, const json&) {
   return {{"entries", list}};
 }
 
-json cache_clear(Engine& engine, const json&) { return {{"freed_bytes", engine.objects().store().clear()}}; }
+json cache_clear(Engine& engine, const json&) {
+  return {{"freed_bytes", engine.objects().store().clear()}};
+}
 
 json statistics(Engine& engine, const json&) { return engine.statistics().to_json(); }
 
@@ -183,7 +191,8 @@ std::vector<std::string> unknown_variables() {
     const std::string name = text.substr(0, text.find('='));
     if (!name.starts_with("TORCHKILN_")) continue;
     const auto infos = setting_infos();
-    const bool known = std::any_of(infos.begin(), infos.end(), [&](const auto& info) { return name == info.name; });
+    const bool known = std::any_of(infos.begin(), infos.end(),
+                                   [&](const auto& info) { return name == info.name; });
     if (!known) unknown.push_back(name);
   }
   return unknown;
@@ -194,13 +203,16 @@ json settings(Engine& engine, const json&) {
   for (const SettingInfo& info : setting_infos()) {
     variables.push_back({{"name", info.name}, {"meaning", info.meaning}});
   }
-  return {{"values", engine.settings().to_json()}, {"variables", variables}, {"unknown", unknown_variables()}};
+  return {{"values", engine.settings().to_json()},
+          {"variables", variables},
+          {"unknown", unknown_variables()}};
 }
 
 json nvrtc(Engine& engine, const json& request) {
   json list = json::array();
   for (const NvrtcCandidate& candidate : nvrtc_search(engine.settings()).find()) {
-    list.push_back({{"path", candidate.path}, {"why", candidate.why}, {"compiler", candidate.compiler_id()}});
+    list.push_back(
+        {{"path", candidate.path}, {"why", candidate.why}, {"compiler", candidate.compiler_id()}});
   }
   json reply = {{"candidates", list}};
   if (request.value("load", false)) {

@@ -30,7 +30,8 @@ CompilerSource real_compilers(const Settings& settings, const TemplateSources& s
               },
           .open =
               [&settings, &sources] {
-                return std::make_shared<const Compiler>(open_nvrtc(nvrtc_search(settings)), sources);
+                return std::make_shared<const Compiler>(open_nvrtc(nvrtc_search(settings)),
+                                                        sources);
               }};
 }
 
@@ -58,8 +59,10 @@ void set_site_directories(std::vector<std::string> directories) {
 Engine::Engine(Parts parts)
     : settings_(std::move(parts.settings)),
       sources_(parts.templates),
-      objects_(settings_, sources_,
-               parts.compilers.open ? std::move(parts.compilers) : real_compilers(settings_, sources_), statistics_),
+      objects_(
+          settings_, sources_,
+          parts.compilers.open ? std::move(parts.compilers) : real_compilers(settings_, sources_),
+          statistics_),
       driver_(std::move(parts.open_driver)),
       residents_(driver_, objects_, statistics_) {
   for (const std::string& sentence : settings_.warnings) warn(sentence);
@@ -96,34 +99,40 @@ void Engine::run(Kernel& kernel, const torchkiln_launch& launch) {
   const LaunchKey key = launch_key(kernel, launch);
   const LaunchRecord* record = kernel.records.find(key);
   if (record == nullptr) record = prepare(kernel, launch, key);
-  const torchkiln_problem problem = {record->device, launch.statics, launch.sizes, kernel.declaration.context};
+  const torchkiln_problem problem = {record->device, launch.statics, launch.sizes,
+                                     kernel.declaration.context};
   torchkiln_geometry geometry{};
   kernel.declaration.geometry(&problem, record->tunables.data(), &geometry);
   if (geometry.grid[0] == 0 || geometry.grid[1] == 0 || geometry.grid[2] == 0) return;
   submit(*record, launch, geometry);
 }
 
-const LaunchRecord* Engine::prepare(Kernel& kernel, const torchkiln_launch& launch, const LaunchKey& key) {
+const LaunchRecord* Engine::prepare(Kernel& kernel, const torchkiln_launch& launch,
+                                    const LaunchKey& key) {
   Statistics::add(statistics_.cold_launches);
   auto record = std::make_unique<LaunchRecord>();
   record->key = key;
   record->device = &driver_.device(launch.device);
-  const torchkiln_problem problem = {record->device, launch.statics, launch.sizes, kernel.declaration.context};
+  const torchkiln_problem problem = {record->device, launch.statics, launch.sizes,
+                                     kernel.declaration.context};
   const auto tunables = choose_tunables(kernel, problem);
   std::copy(tunables.begin(), tunables.end(), record->tunables.begin());
-  const auto specialization = specialize(kernel, std::span(launch.statics, kernel.n_statics), tunables);
+  const auto specialization =
+      specialize(kernel, std::span(launch.statics, kernel.n_statics), tunables);
   record->text = specialization.text();
   record->function = residents_.function(specialization, launch.device);
   return kernel.records.add(std::move(record));
 }
 
-void Engine::submit(const LaunchRecord& record, const torchkiln_launch& launch, const torchkiln_geometry& g) {
+void Engine::submit(const LaunchRecord& record, const torchkiln_launch& launch,
+                    const torchkiln_geometry& g) {
   const CudaApi& cuda = driver_.api();
   // The driver copies the arguments before it returns and does not write to them.
   void* arguments[] = {const_cast<void*>(launch.args)};
   const auto try_launch = [&] {
-    return cuda.cuLaunchKernel(record.function, g.grid[0], g.grid[1], g.grid[2], g.block[0], g.block[1], g.block[2],
-                               g.dynamic_shared_bytes, static_cast<CudaStream>(launch.stream), arguments, nullptr);
+    return cuda.cuLaunchKernel(record.function, g.grid[0], g.grid[1], g.grid[2], g.block[0],
+                               g.block[1], g.block[2], g.dynamic_shared_bytes,
+                               static_cast<CudaStream>(launch.stream), arguments, nullptr);
   };
   CudaResult code = try_launch();
   if (code == kCudaInvalidContext) {  // a thread that never used CUDA
@@ -136,13 +145,14 @@ void Engine::submit(const LaunchRecord& record, const torchkiln_launch& launch, 
 
 void Engine::capture_guard(void* stream, const std::string& what, const std::string& way_out) {
   if (!driver_.is_capturing(stream)) return;
-  throw Error(TORCHKILN_ERROR_CAPTURE, what + " must not happen while the stream is captured into a CUDA graph. " +
-                                           way_out);
+  throw Error(TORCHKILN_ERROR_CAPTURE,
+              what + " must not happen while the stream is captured into a CUDA graph. " + way_out);
 }
 
 void Engine::synchronize(void* stream, const std::string& what, const std::string& way_out) {
   capture_guard(stream, what, way_out);
-  check(driver_.api(), driver_.api().cuStreamSynchronize(static_cast<CudaStream>(stream)), "cuStreamSynchronize", what);
+  check(driver_.api(), driver_.api().cuStreamSynchronize(static_cast<CudaStream>(stream)),
+        "cuStreamSynchronize", what);
 }
 
 void Engine::before_fork() {

@@ -54,7 +54,8 @@ class Engine {
 
  private:
   const LaunchRecord* prepare(Kernel& kernel, const torchkiln_launch& launch, const LaunchKey& key);
-  void submit(const LaunchRecord& record, const torchkiln_launch& launch, const torchkiln_geometry& geometry);
+  void submit(const LaunchRecord& record, const torchkiln_launch& launch,
+              const torchkiln_geometry& geometry);
 
   Settings settings_;
   TemplateSources sources_;

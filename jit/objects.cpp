@@ -78,7 +78,8 @@ std::optional<Found> Objects::find_on_disk(const std::string& key, const Target&
   return remember(key, std::move(*object), Layer::kDisk, milliseconds_since(start));
 }
 
-Found Objects::remember(const std::string& key, cache::Object object, Layer layer, double milliseconds) {
+Found Objects::remember(const std::string& key, cache::Object object, Layer layer,
+                        double milliseconds) {
   auto shared = std::make_shared<const cache::Object>(std::move(object));
   const std::scoped_lock lock(mutex_);
   memory_[key] = shared;
@@ -93,7 +94,8 @@ Found Objects::get(const Specialization& specialization, const Target& target, P
   bool mine = false;
   {
     const std::scoped_lock lock(mutex_);
-    if (const auto failed = failures_.find(key); failed != failures_.end()) throw Error(failed->second);
+    if (const auto failed = failures_.find(key); failed != failures_.end())
+      throw Error(failed->second);
     if (const auto found = memory_.find(key); found != memory_.end()) {
       return {key, found->second, Layer::kMemory, 0};
     }
@@ -121,24 +123,26 @@ Found Objects::get(const Specialization& specialization, const Target& target, P
 
 // Under the machine-wide lock of the key when there is one, so that 64 processes make one compile. Nothing depends on
 // it: without a lock, or after the bound, everybody compiles and the first to publish wins.
-Found Objects::make(const Specialization& specialization, const Target& target, const std::string& key,
-                    Priority priority) {
+Found Objects::make(const Specialization& specialization, const Target& target,
+                    const std::string& key, Priority priority) {
   Statistics::add(statistics_.misses);
   if (!store_.writable()) return compile(specialization, target, key, priority);
   bool became_ready = false;
   const auto lock = cache::wait_for_lock(
-      cache::node_local_lock_file(), key, kLockBound, [&] { return store_.contains(key); }, became_ready);
+      cache::node_local_lock_file(), key, kLockBound, [&] { return store_.contains(key); },
+      became_ready);
   if (auto found = find_on_disk(key, target)) return *found;
   return compile(specialization, target, key, priority);
 }
 
-Found Objects::compile(const Specialization& specialization, const Target& target, const std::string& key,
-                       Priority priority) {
+Found Objects::compile(const Specialization& specialization, const Target& target,
+                       const std::string& key, Priority priority) {
   const auto start = Clock::now();
   const auto used = compiler();
   cache::Object object;
   try {
-    object = pool_.run(priority, [&] { return used->compile(specialization, target, key, options_); });
+    object =
+        pool_.run(priority, [&] { return used->compile(specialization, target, key, options_); });
   } catch (const Error& e) {
     if (e.kind() != TORCHKILN_ERROR_COMPILE) throw;
     const Error kept = keep_failure(e, settings_);
@@ -157,7 +161,8 @@ Found Objects::compile(const Specialization& specialization, const Target& targe
 // Walking the store costs; once in 64 compiles of a process is often enough for a limit that exists for careless CI.
 void Objects::prune_sometimes() {
   constexpr std::uint64_t kEvery = 64;
-  if (statistics_.compiles.load(std::memory_order_relaxed) % kEvery == 0) store_.prune(settings_.cache_max_bytes);
+  if (statistics_.compiles.load(std::memory_order_relaxed) % kEvery == 0)
+    store_.prune(settings_.cache_max_bytes);
 }
 
 void Objects::refuse(const Found& found, const std::string& reason) {

@@ -45,7 +45,8 @@ struct CompilerSource {
 // Thread-safe. After fork() the child finds everything and compiles nothing.
 class Objects {
  public:
-  Objects(const Settings& settings, const TemplateSources& sources, CompilerSource compilers, Statistics& statistics);
+  Objects(const Settings& settings, const TemplateSources& sources, CompilerSource compilers,
+          Statistics& statistics);
 
   // Never compiles.
   std::optional<Found> find(const Specialization& specialization, const Target& target);
@@ -66,7 +67,8 @@ class Objects {
   std::string key_of(const Specialization& specialization, const Target& target) const;
   std::optional<Found> find_key(const std::string& key, const Target& target);
   std::optional<Found> find_on_disk(const std::string& key, const Target& target);
-  Found make(const Specialization& specialization, const Target& target, const std::string& key, Priority priority);
+  Found make(const Specialization& specialization, const Target& target, const std::string& key,
+             Priority priority);
   Found compile(const Specialization& specialization, const Target& target, const std::string& key,
                 Priority priority);
   void prune_sometimes();
@@ -83,7 +85,8 @@ class Objects {
   std::mutex mutex_;  // guards what follows
   std::unordered_map<std::string, std::shared_ptr<const cache::Object>> memory_;
   std::unordered_map<std::string, std::shared_future<Found>> in_flight_;
-  std::unordered_map<std::string, Error> failures_;  // in this process only: a repaired driver or NVRTC starts clean
+  std::unordered_map<std::string, Error>
+      failures_;  // in this process only: a repaired driver or NVRTC starts clean
   std::shared_ptr<const Compiler> compiler_;
 };
 

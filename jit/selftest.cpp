@@ -42,14 +42,16 @@ void damage(const fs::path& file) {
 void remove_traces(const fs::path& root, const std::string& key) {
   std::error_code ignored;
   for (const auto& entry : fs::directory_iterator(root / "v1" / "quarantine", ignored)) {
-    if (entry.path().filename().string().find(key.substr(2)) != std::string::npos) fs::remove(entry.path(), ignored);
+    if (entry.path().filename().string().find(key.substr(2)) != std::string::npos)
+      fs::remove(entry.path(), ignored);
   }
 }
 
 void check_round_trip(Checks& checks, const Settings& settings, const fs::path& root) {
   cache::Store store(settings.cache_dir, [](const std::string&) {});
   const auto now = std::chrono::steady_clock::now().time_since_epoch().count();
-  const std::string key = cache::sha256_hex("selftest " + std::to_string(getpid()) + " " + std::to_string(now));
+  const std::string key =
+      cache::sha256_hex("selftest " + std::to_string(getpid()) + " " + std::to_string(now));
   const auto accept = [](const cache::Object&) { return std::nullopt; };
   const cache::Object object{json::object(), "payload of the self test"};
 
@@ -75,13 +77,15 @@ void check_round_trip(Checks& checks, const Settings& settings, const fs::path& 
 void check_lock(Checks& checks) {
   const fs::path file = cache::node_local_lock_file();
   if (file.empty()) {
-    checks.add("lock", true, "no node-local folder for locks: several processes may compile the same kernel");
+    checks.add("lock", true,
+               "no node-local folder for locks: several processes may compile the same kernel");
     return;
   }
   const std::string key = cache::sha256_hex("selftest lock " + std::to_string(getpid()));
   const auto held = cache::KeyLock::try_acquire(file, key);
   const bool excludes = held && !cache::KeyLock::try_acquire(file, key);
-  checks.add("lock", excludes, excludes ? "a held key excludes others" : "byte-range locks do not work here");
+  checks.add("lock", excludes,
+             excludes ? "a held key excludes others" : "byte-range locks do not work here");
 }
 
 }  // namespace

@@ -13,8 +13,10 @@ namespace {
 
 constexpr std::array kInfos = {
     SettingInfo{"TORCHKILN_CACHE_DIR", "folder of the kernel cache; absolute"},
-    SettingInfo{"TORCHKILN_CACHE_MAX", "size limit of the cache in bytes; 0 for none; default 1 GiB"},
-    SettingInfo{"TORCHKILN_COMPILER_POLICY", "any (default): another NVRTC's object serves; exact: only this one's"},
+    SettingInfo{"TORCHKILN_CACHE_MAX",
+                "size limit of the cache in bytes; 0 for none; default 1 GiB"},
+    SettingInfo{"TORCHKILN_COMPILER_POLICY",
+                "any (default): another NVRTC's object serves; exact: only this one's"},
     SettingInfo{"TORCHKILN_COMPILE_JOBS", "compile threads; default by cores and memory"},
     SettingInfo{"TORCHKILN_NVRTC_PATH", "libnvrtc to use: a file, or the folder that holds it"},
     SettingInfo{"TORCHKILN_LINEINFO", "1: compile with line information for profilers"},
@@ -75,7 +77,8 @@ class Reader {
 
  private:
   void warn(const char* name, const std::string& rule, const std::string& got) const {
-    warnings_.push_back(std::string(name) + " must " + rule + "; got " + got + ". The default is used.");
+    warnings_.push_back(std::string(name) + " must " + rule + "; got " + got +
+                        ". The default is used.");
   }
 
   std::vector<std::string>& warnings_;

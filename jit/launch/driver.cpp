@@ -26,7 +26,8 @@ const CudaApi& Driver::api() {
 const torchkiln_device& Driver::device(int ordinal) {
   const auto index = static_cast<std::size_t>(ordinal);
   if (index >= kMaxDevices) {
-    throw Error(TORCHKILN_ERROR_DRIVER, "device must be between 0 and 63; got " + std::to_string(ordinal));
+    throw Error(TORCHKILN_ERROR_DRIVER,
+                "device must be between 0 and 63; got " + std::to_string(ordinal));
   }
   if (const auto* known = devices_[index].load(std::memory_order_acquire)) return *known;
   const CudaApi& cuda = api();
@@ -39,9 +40,7 @@ const torchkiln_device& Driver::device(int ordinal) {
   return *published;
 }
 
-int Driver::version() {
-  return driver_version(api());
-}
+int Driver::version() { return driver_version(api()); }
 
 void Driver::attach(int ordinal) {
   const CudaApi& cuda = api();
@@ -57,10 +56,10 @@ void Driver::attach(int ordinal) {
 }
 
 bool Driver::is_capturing(void* stream) {
-  CudaCaptureStatus status = CudaCaptureStatus::kNone;
+  CudaCaptureStatus status = kCaptureNone;
   check(api(), api().cuStreamIsCapturing(static_cast<CudaStream>(stream), &status),
         "cuStreamIsCapturing", "asking whether a stream is captured");
-  return status != CudaCaptureStatus::kNone;
+  return status != kCaptureNone;
 }
 
 }  // namespace torchkiln::jit

@@ -21,7 +21,8 @@ void require(bool condition, const torchkiln_declaration& d, const char* rule) {
 }  // namespace
 
 torchkiln_kernel::torchkiln_kernel(const torchkiln_declaration& d) : declaration(d) {
-  require(d.struct_size == sizeof(torchkiln_declaration), d, "be built with this version's torchkiln.h");
+  require(d.struct_size == sizeof(torchkiln_declaration), d,
+          "be built with this version's torchkiln.h");
   require(d.n_params <= TORCHKILN_MAX_PARAMS, d, "have at most 16 parameters");
   require(d.n_sizes <= TORCHKILN_MAX_SIZES, d, "have at most 8 sizes");
   require(d.n_defaults >= 1 && d.geometry != nullptr, d, "have a default and a geometry");
@@ -43,7 +44,8 @@ std::uint8_t bucket_of(const torchkiln_size& size, std::int64_t value) {
 bool is_float_type(std::int64_t type) { return type <= TORCHKILN_DOUBLE; }
 
 // The generic values of one static parameter, without the floating types that nobody asked for.
-std::vector<std::int64_t> generic_values(const torchkiln_param& param, std::span<const std::int64_t> dtypes) {
+std::vector<std::int64_t> generic_values(const torchkiln_param& param,
+                                         std::span<const std::int64_t> dtypes) {
   std::vector<std::int64_t> values(param.values, param.values + param.n_values);
   if (param.kind != TORCHKILN_PARAM_TYPE || dtypes.empty()) return values;
   std::erase_if(values, [&](std::int64_t type) {
@@ -53,7 +55,8 @@ std::vector<std::int64_t> generic_values(const torchkiln_param& param, std::span
 }
 
 // All combinations of the static parameters' generic values that exist.
-std::vector<std::vector<std::int64_t>> generic_statics(const Kernel& kernel, std::span<const std::int64_t> dtypes) {
+std::vector<std::vector<std::int64_t>> generic_statics(const Kernel& kernel,
+                                                       std::span<const std::int64_t> dtypes) {
   std::vector<std::vector<std::int64_t>> rows = {{}};
   for (std::uint32_t i = 0; i < kernel.n_statics; ++i) {
     std::vector<std::vector<std::int64_t>> longer;
@@ -85,7 +88,8 @@ LaunchKey launch_key(const Kernel& kernel, const torchkiln_launch& launch) {
   return key;
 }
 
-std::span<const std::int64_t> choose_tunables(const Kernel& kernel, const torchkiln_problem& problem) {
+std::span<const std::int64_t> choose_tunables(const Kernel& kernel,
+                                              const torchkiln_problem& problem) {
   const torchkiln_declaration& d = kernel.declaration;
   const auto row = [&](std::uint32_t i) {
     return std::span(d.defaults + std::size_t{i} * kernel.n_tunables, kernel.n_tunables);
@@ -98,7 +102,8 @@ std::span<const std::int64_t> choose_tunables(const Kernel& kernel, const torchk
   for (std::uint32_t i = 0; i < d.n_defaults; ++i) {
     if (legal(i)) return row(i);
   }
-  throw Error(TORCHKILN_ERROR_INTERNAL, std::string(d.path) + "." + d.entry + ": no default is legal on this device");
+  throw Error(TORCHKILN_ERROR_INTERNAL,
+              std::string(d.path) + "." + d.entry + ": no default is legal on this device");
 }
 
 Specialization specialize(const Kernel& kernel, std::span<const std::int64_t> statics,
@@ -124,7 +129,8 @@ std::vector<Specialization> expand(const Kernel& kernel, std::span<const std::in
     for (std::uint32_t i = 0; i < kernel.declaration.n_defaults; ++i) {
       const auto* row = kernel.declaration.defaults + std::size_t{i} * kernel.n_tunables;
       Specialization s = specialize(kernel, statics, std::span(row, kernel.n_tunables));
-      if (std::find(result.begin(), result.end(), s) == result.end()) result.push_back(std::move(s));
+      if (std::find(result.begin(), result.end(), s) == result.end())
+        result.push_back(std::move(s));
     }
   }
   return result;

@@ -29,7 +29,8 @@ using Kernel = ::torchkiln_kernel;
 LaunchKey launch_key(const Kernel& kernel, const torchkiln_launch& launch);
 
 // The row of defaults for this problem; throws Error(INTERNAL) when the device can run none.
-std::span<const std::int64_t> choose_tunables(const Kernel& kernel, const torchkiln_problem& problem);
+std::span<const std::int64_t> choose_tunables(const Kernel& kernel,
+                                              const torchkiln_problem& problem);
 
 Specialization specialize(const Kernel& kernel, std::span<const std::int64_t> statics,
                           std::span<const std::int64_t> tunables);

@@ -12,7 +12,8 @@ namespace torchkiln::jit {
 namespace {
 
 Target exact_target(const Specialization& specialization, const torchkiln_device& device) {
-  return {.architecture = device.major * 10 + device.minor, .specific = specialization.architecture_specific};
+  return {.architecture = device.major * 10 + device.minor,
+          .specific = specialization.architecture_specific};
 }
 
 }  // namespace
@@ -35,17 +36,29 @@ CudaFunction Residents::function(const Specialization& specialization, int devic
 Found Residents::object_for(const Specialization& specialization, int ordinal) {
   const torchkiln_device& device = driver_.device(ordinal);
   // The usual case needs no compiler, not even its list of architectures.
-  if (auto found = objects_.find(specialization, exact_target(specialization, device))) return *found;
-  const auto compiler = objects_.compiler();
-  const Ladder rungs = ladder(device, specialization.architecture_specific, specialization.min_architecture,
-                              compiler->architectures(), compiler->version(), driver_.version());
-  for (const Rung& rung : rungs.rungs) {
+  if (auto found = objects_.find(specialization, exact_target(specialization, device)))
+    return *found;
+  // A relative's machine code or PTX from a cache does as well, but only where there is no compiler to do better.
+  std::shared_ptr<const Compiler> compiler;
+  std::optional<Error> no_compiler;
+  try {
+    compiler = objects_.compiler();
+  } catch (const Error& e) {
+    no_compiler = e;
+  }
+  const Ladder tried = compiler ? ladder(device, specialization.architecture_specific,
+                                         specialization.min_architecture, compiler->architectures(),
+                                         compiler->version(), driver_.version())
+                                : ladder(device, specialization.architecture_specific,
+                                         specialization.min_architecture, {}, 0, driver_.version());
+  for (const Rung& rung : compiler ? tried.rungs : tried.loadable) {
     if (auto found = objects_.find(specialization, rung.target)) return *found;
   }
-  if (rungs.rungs.empty()) {
-    throw Error(TORCHKILN_ERROR_COMPILER, specialization.text() + ": " + rungs.explanation);
+  if (no_compiler) throw Error(*no_compiler);
+  if (tried.rungs.empty()) {
+    throw Error(TORCHKILN_ERROR_COMPILER, specialization.text() + ": " + tried.explanation);
   }
-  const Rung& first = rungs.rungs.front();
+  const Rung& first = tried.rungs.front();
   if (first.target != exact_target(specialization, device)) {
     warn(specialization.text() + " runs as " + first.target.text() + ": " + first.reason);
   }
@@ -72,10 +85,12 @@ Residents::Loaded Residents::hand_to_driver(const Found& found, const std::strin
   const CudaApi& cuda = driver_.api();
   Loaded loaded;
   check(cuda,
-        cuda.cuLibraryLoadData(&loaded.library, found.object->payload.data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
+        cuda.cuLibraryLoadData(&loaded.library, found.object->payload.data(), nullptr, nullptr, 0,
+                               nullptr, nullptr, 0),
         "cuLibraryLoadData", text);
   const auto name = found.object->header.at("lowered_name").get<std::string>();
-  check(cuda, cuda.cuLibraryGetKernel(&loaded.kernel, loaded.library, name.c_str()), "cuLibraryGetKernel", text);
+  check(cuda, cuda.cuLibraryGetKernel(&loaded.kernel, loaded.library, name.c_str()),
+        "cuLibraryGetKernel", text);
   return loaded;
 }
 
@@ -85,11 +100,15 @@ CudaFunction Residents::make_resident(const Loaded& loaded, const std::string& t
   check(cuda, cuda.cuKernelGetFunction(&function, loaded.kernel), "cuKernelGetFunction", text);
   if (cuda.cuFuncLoad != nullptr) check(cuda, cuda.cuFuncLoad(function), "cuFuncLoad", text);
   int static_shared = 0;
-  check(cuda, cuda.cuFuncGetAttribute(&static_shared, CudaFunctionAttribute::kSharedBytes, function), "cuFuncGetAttribute", text);
+  check(cuda,
+        cuda.cuFuncGetAttribute(&static_shared, kFunctionSharedBytes, function),
+        "cuFuncGetAttribute", text);
   const int dynamic_limit = driver_.device(ordinal).shared_bytes_per_block - static_shared;
   // Raises only a limit; what a launch asks for decides what it gets.
-  check(cuda, cuda.cuFuncSetAttribute(function, CudaFunctionAttribute::kMaxDynamicSharedBytes, dynamic_limit), "cuFuncSetAttribute",
-        text);
+  check(cuda,
+        cuda.cuFuncSetAttribute(function, kFunctionMaxDynamicSharedBytes,
+                                dynamic_limit),
+        "cuFuncSetAttribute", text);
   return function;
 }
 

@@ -38,7 +38,8 @@ class Residents {
   Objects& objects_;
   Statistics& statistics_;
   std::mutex mutex_;
-  std::unordered_map<std::string, Loaded> loaded_;  // by cache key: one library serves every device it fits
+  std::unordered_map<std::string, Loaded>
+      loaded_;  // by cache key: one library serves every device it fits
 };
 
 }  // namespace torchkiln::jit

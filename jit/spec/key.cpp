@@ -26,8 +26,8 @@ class FieldHash {
 
 }  // namespace
 
-std::string cache_key(const Specialization& specialization, const Target& target, const std::string& template_digest,
-                      const std::vector<std::string>& options) {
+std::string cache_key(const Specialization& specialization, const Target& target,
+                      const std::string& template_digest, const std::vector<std::string>& options) {
   FieldHash hash;
   hash.add(kKeySchema);
   hash.add('s', specialization.path);

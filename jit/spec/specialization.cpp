@@ -12,8 +12,8 @@
 namespace torchkiln::jit {
 namespace {
 
-constexpr std::array<const char*, TORCHKILN_TYPE_COUNT> kTypeNames = {"float", "half", "bfloat16", "double",
-                                                                      "i32",   "i64",  "u8"};
+constexpr std::array<const char*, TORCHKILN_TYPE_COUNT> kTypeNames = {
+    "float", "half", "bfloat16", "double", "i32", "i64", "u8"};
 
 std::string stem(const std::string& path) { return std::filesystem::path(path).stem().string(); }
 
@@ -31,8 +31,10 @@ std::int64_t type_from_name(const std::string& name) {
   for (std::size_t i = 0; i < kTypeNames.size(); ++i) {
     if (name == kTypeNames[i]) return static_cast<std::int64_t>(i);
   }
-  throw Error(TORCHKILN_ERROR_VALUE, "specialization: a type argument must be one of float, half, bfloat16, double, "
-                                     "i32, i64, u8; got " + name);
+  throw Error(TORCHKILN_ERROR_VALUE,
+              "specialization: a type argument must be one of float, half, bfloat16, double, "
+              "i32, i64, u8; got " +
+                  name);
 }
 
 TemplateArgument argument_from_json(const nlohmann::json& json) {
@@ -82,10 +84,14 @@ std::string Specialization::name_expression() const {
   std::string name = "torchkiln::" + stem(path) + "::" + entry;
   if (arguments.empty()) return name;
   // Types are qualified: the expression is looked up in the global namespace.
-  return name + "<" + join(arguments, [](const auto& a) {
-    const bool own_type = a.kind == TORCHKILN_PARAM_TYPE && a.value != TORCHKILN_FLOAT && a.value != TORCHKILN_DOUBLE;
-    return own_type ? "torchkiln::" + a.cpp() : a.cpp();
-  }) + ">";
+  return name + "<" +
+         join(arguments,
+              [](const auto& a) {
+                const bool own_type = a.kind == TORCHKILN_PARAM_TYPE &&
+                                      a.value != TORCHKILN_FLOAT && a.value != TORCHKILN_DOUBLE;
+                return own_type ? "torchkiln::" + a.cpp() : a.cpp();
+              }) +
+         ">";
 }
 
 std::string Specialization::program() const {
@@ -94,7 +100,8 @@ std::string Specialization::program() const {
   // Host and device must agree about the one struct that crosses the boundary, or the kernel reads garbage.
   return text +
          "template <class A> constexpr unsigned long args_size(void (*)(A)) { return sizeof(A); }\n"
-         "static_assert(args_size(&" + name_expression() + ") == " + std::to_string(args_size) +
+         "static_assert(args_size(&" +
+         name_expression() + ") == " + std::to_string(args_size) +
          ", \"host and device disagree about the size of the kernel's arguments\");\n";
 }
 
@@ -114,14 +121,16 @@ Specialization Specialization::from_json(const nlohmann::json& json) try {
   Specialization s;
   s.path = json.at("path").get<std::string>();
   s.entry = json.at("entry").get<std::string>();
-  for (const nlohmann::json& argument : json.at("arguments")) s.arguments.push_back(argument_from_json(argument));
+  for (const nlohmann::json& argument : json.at("arguments"))
+    s.arguments.push_back(argument_from_json(argument));
   s.args_size = json.value("args_size", 0u);
   s.min_architecture = json.value("min_architecture", 75);
   s.architecture_specific = json.value("architecture_specific", false);
   return s;
 } catch (const nlohmann::json::exception& e) {
-  throw Error(TORCHKILN_ERROR_VALUE, std::string("specialization: must have path, entry and arguments; got JSON with ") +
-                                         e.what());
+  throw Error(TORCHKILN_ERROR_VALUE,
+              std::string("specialization: must have path, entry and arguments; got JSON with ") +
+                  e.what());
 }
 
 std::string Target::text() const {
@@ -136,8 +145,9 @@ Target Target::parse(const std::string& text) {
   const char* end = text.data() + text.size();
   const auto [rest, error] = std::from_chars(begin, end, target.architecture);
   target.specific = rest + 1 == end && *rest == 'a';
-  const bool known = (target.ptx || prefix == "sm_") && error == std::errc() && (rest == end || target.specific) &&
-                     target.architecture >= 50 && target.architecture < 1000;
+  const bool known = (target.ptx || prefix == "sm_") && error == std::errc() &&
+                     (rest == end || target.specific) && target.architecture >= 50 &&
+                     target.architecture < 1000;
   if (!known) {
     throw Error(TORCHKILN_ERROR_VALUE, "arch must look like sm_90; got " + text, {}, "arch");
   }

@@ -15,11 +15,13 @@ namespace {
 std::vector<std::string> includes(std::string_view text) {
   std::vector<std::string> result;
   constexpr std::string_view kDirective = "#include \"";
-  for (std::size_t at = text.find(kDirective); at != std::string_view::npos; at = text.find(kDirective, at)) {
+  for (std::size_t at = text.find(kDirective); at != std::string_view::npos;
+       at = text.find(kDirective, at)) {
     const bool starts_line = at == 0 || text[at - 1] == '\n';
     at += kDirective.size();
     const std::size_t end = text.find('"', at);
-    if (starts_line && end != std::string_view::npos) result.emplace_back(text.substr(at, end - at));
+    if (starts_line && end != std::string_view::npos)
+      result.emplace_back(text.substr(at, end - at));
   }
   return result;
 }
@@ -28,20 +30,23 @@ std::vector<std::string> includes(std::string_view text) {
 
 TemplateSources::TemplateSources(std::span<const EmbeddedFile> files) {
   for (const EmbeddedFile& file : files) {
-    files_.emplace(file.path, SourceFile{file.path, std::string_view(file.text, file.size), file.sha256});
+    files_.emplace(file.path,
+                   SourceFile{file.path, std::string_view(file.text, file.size), file.sha256});
   }
 }
 
 std::vector<SourceFile> TemplateSources::closure(const std::string& path) const {
   if (!files_.contains(path)) {
-    throw Error(TORCHKILN_ERROR_VALUE, "template must be one of the embedded files; got " + path, {}, "template");
+    throw Error(TORCHKILN_ERROR_VALUE, "template must be one of the embedded files; got " + path,
+                {}, "template");
   }
   std::set<std::string> reached = {path};
   std::vector<std::string> open = {path};
   while (!open.empty()) {
     const auto file = files_.find(open.back());
     open.pop_back();
-    if (file == files_.end()) throw Error(TORCHKILN_ERROR_INTERNAL, path + " includes a file that is not embedded");
+    if (file == files_.end())
+      throw Error(TORCHKILN_ERROR_INTERNAL, path + " includes a file that is not embedded");
     for (std::string& include : includes(file->second.text)) {
       if (reached.insert(include).second) open.push_back(std::move(include));
     }
