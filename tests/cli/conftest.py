@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -131,8 +130,3 @@ def run(tmp_path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
-
-
-def parse(output: str) -> Any:
-    """The one JSON document that a command prints."""
-    return json.loads(output)

@@ -1,0 +1,329 @@
+"""torchkiln behind torchvision.ops. A registration is for a whole process: each test has its own."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed"
+)
+
+PROLOGUE = """
+import contextlib
+import torch
+from torchkiln.compat import torchvision as drop_in
+
+boxes = torch.tensor([[0, 0, 10, 10], [1, 1, 10, 10], [20, 20, 30, 30.0]])
+scores = torch.tensor([0.7, 0.9, 0.8])
+rois = torch.tensor([[0, 1.0, 1, 6, 6], [0, 2, 0, 7, 5]])
+
+@contextlib.contextmanager
+def raises(words):
+    try:
+        yield
+    except RuntimeError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError("nothing was raised")
+"""
+
+
+def run(program: str) -> str:
+    """Runs a program on a fresh interpreter and returns what it prints."""
+    source = PROLOGUE + textwrap.dedent(program)
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@functools.cache
+def is_healthy() -> bool:
+    return run("print(drop_in.is_healthy())").strip() == "True"
+
+
+@pytest.fixture
+def _broken():
+    """For tests of a torchvision that cannot load its library."""
+    if is_healthy():
+        pytest.skip("torchvision is healthy here")
+
+
+@pytest.fixture
+def _healthy():
+    if not is_healthy():
+        pytest.skip("torchvision cannot load its own library with this torch")
+
+
+def test_importing_torchkiln_changes_nothing():
+    run("""
+        import sys
+        import torchkiln
+        assert not [name for name in sys.modules if name.startswith("torchvision")]
+        assert not hasattr(torch.ops.torchvision, "nms")
+    """)
+
+
+def test_importing_the_drop_in_changes_nothing():
+    run("""
+        assert drop_in.provided() == ("nms", "roi_align", "_roi_align_backward")
+        assert not hasattr(torch.ops.torchvision, "nms")
+    """)
+
+
+@pytest.mark.usefixtures("_broken")
+class TestBroken:
+    def test_torchvision_does_not_import_alone(self):
+        run("""
+            with raises("operator torchvision::nms does not exist"):
+                import torchvision
+        """)
+
+    def test_torchvision_imports_and_believes_in_its_operators(self):
+        run("""
+            drop_in.install()
+            drop_in.install()
+            import torchvision, torchvision.extension
+            assert torchvision.extension._has_ops()
+            assert torch.ops.torchvision._cuda_version() == -1
+            assert not drop_in.is_healthy()
+        """)
+
+    def test_install_after_an_import_that_failed(self):
+        run("""
+            with raises("torchvision::nms"):
+                import torchvision
+            drop_in.install()
+            import torchvision
+            assert torchvision.ops.nms(boxes, scores, 0.5).tolist() == [1, 2]
+        """)
+
+    def test_every_schema_is_there(self):
+        run("""
+            drop_in.install()
+            schema = str(torch.ops.torchvision._roi_align_backward.default._schema)
+            assert schema == (
+                "torchvision::_roi_align_backward(Tensor grad, Tensor rois, float spatial_scale, "
+                "SymInt pooled_height, SymInt pooled_width, SymInt batch_size, SymInt channels, "
+                "SymInt height, SymInt width, int sampling_ratio, bool aligned) -> Tensor"
+            )
+            for name in ("nms", "roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"):
+                assert hasattr(torch.ops.torchvision, name)
+            for name in ("roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d"):
+                assert hasattr(torch.ops.torchvision, f"_{name}_backward")
+            for name in ("qnms", "qroi_align", "box_iou_rotated", "_cuda_version"):
+                assert hasattr(torch.ops.torchvision, name)
+        """)
+
+    def test_schemas_that_exist_are_left_alone(self):
+        run("""
+            library = torch.library.Library("torchvision", "FRAGMENT")
+            library.define("qnms(Tensor dets) -> Tensor")
+            drop_in.install()
+            assert len(torch.ops.torchvision.qnms.default._schema.arguments) == 1
+            import torchvision
+            assert torchvision.ops.nms(boxes, scores, 0.5).tolist() == [1, 2]
+        """)
+
+    def test_nms_and_batched_nms(self):
+        run("""
+            drop_in.install()
+            import torchvision
+            assert torchvision.ops.nms(boxes, scores, 0.5).tolist() == [1, 2]
+            assert torchvision.ops.nms(boxes[:0], scores[:0], 0.5).tolist() == []
+            classes = torch.tensor([0, 1, 0])
+            assert torchvision.ops.batched_nms(boxes, scores, classes, 0.5).tolist() == [1, 2, 0]
+            assert drop_in.calls()["nms"] == 3
+        """)
+
+    def test_a_failed_check_keeps_its_sentence(self):
+        run("""
+            drop_in.install()
+            import torchvision
+            with raises("nms: boxes must have shape (N, 4); got (3, 3)"):
+                torchvision.ops.nms(boxes[:, :3], scores, 0.5)
+        """)
+
+    def test_operators_that_we_lack_say_so(self):
+        run("""
+            drop_in.install()
+            import torchvision
+            image = torch.rand(1, 2, 8, 8)
+            with raises("torchvision::roi_pool: torchkiln does not provide this operator yet."):
+                torchvision.ops.roi_pool(image, rois, 2)
+            with raises("torchvision::deform_conv2d: torchkiln does not provide"):
+                offset = torch.zeros(1, 18, 6, 6)
+                torchvision.ops.deform_conv2d(image, offset, torch.rand(4, 2, 3, 3))
+            with raises("torchvision::qnms: torchkiln does not provide"):
+                torch.ops.torchvision.qnms(boxes, scores, 0.5)
+        """)
+
+    def test_refused_calls_do_not_keep_their_tensors(self):
+        run("""
+            drop_in.install()
+            image = torch.rand(1, 2, 8, 8)
+            before = image._use_count()
+            with raises("does not provide"):
+                torch.ops.torchvision.roi_pool(image, rois, 1.0, 2, 2)
+            assert image._use_count() == before
+        """)
+
+    def test_roi_align_and_its_gradient(self):
+        run("""
+            drop_in.install()
+            import torchvision
+            from torchkiln import ops
+            image = torch.rand(1, 2, 8, 8, dtype=torch.float64, requires_grad=True)
+            twin = image.detach().clone().requires_grad_()
+            theirs = torchvision.ops.roi_align(image, rois.double(), 3, 0.5, 2, True)
+            ours = ops.roi_align(twin, rois.double(), 3, 0.5, 2, True)
+            torch.testing.assert_close(theirs, ours)
+            weight = torch.rand_like(theirs)
+            (theirs * weight).sum().backward()
+            (ours * weight).sum().backward()
+            torch.testing.assert_close(image.grad, twin.grad)
+            calls = drop_in.calls()
+            assert (calls["roi_align"], calls["_roi_align_backward"]) == (1, 1)
+        """)
+
+    def test_autocast_runs_in_float32_and_gives_the_dtype_back(self):
+        run("""
+            drop_in.install()
+            import torchvision
+            image = torch.rand(1, 2, 8, 8)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                half = torchvision.ops.roi_align(image.bfloat16(), rois.bfloat16(), 2)
+                keep = torchvision.ops.nms(boxes.bfloat16(), scores.bfloat16(), 0.5)
+            assert half.dtype == torch.bfloat16
+            assert keep.tolist() == [1, 2]
+        """)
+
+    def test_compiles_into_one_graph(self):
+        run("""
+            drop_in.install()
+            import torchvision
+            def crops(image, rois):
+                return torchvision.ops.roi_align(image, rois, 2) * 2
+            image = torch.rand(1, 2, 8, 8)
+            compiled = torch.compile(crops, fullgraph=True, backend="eager")
+            torch.testing.assert_close(compiled(image, rois), crops(image, rois))
+        """)
+
+    def test_multi_scale_roi_align_runs_on_ours(self):
+        run("""
+            drop_in.install()
+            import torchvision
+            pool = torchvision.ops.MultiScaleRoIAlign(["0", "1"], 3, 2)
+            features = {"0": torch.rand(1, 2, 16, 16), "1": torch.rand(1, 2, 8, 8)}
+            assert pool(features, [boxes], [(32, 32)]).shape == (3, 2, 3, 3)
+            assert drop_in.calls()["roi_align"] == 2
+        """)
+
+    def test_a_detection_model_runs(self):
+        run("""
+            drop_in.install()
+            import torchvision
+            model = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(
+                weights=None, weights_backbone=None
+            ).eval()
+            with torch.no_grad():
+                (found,) = model([torch.rand(3, 96, 96)])
+            assert set(found) == {"boxes", "labels", "scores"}
+            calls = drop_in.calls()
+            assert calls["nms"] > 0
+        """)
+
+    def test_uninstall_leaves_things_as_they_are(self):
+        run("""
+            drop_in.install()
+            import torchvision
+            drop_in.uninstall()
+            assert torchvision.ops.nms(boxes, scores, 0.5).tolist() == [1, 2]
+        """)
+
+
+@pytest.mark.usefixtures("_healthy")
+class TestHealthy:
+    def test_install_covers_and_uninstall_uncovers(self):
+        run("""
+            import torchvision
+            def both():
+                with torch.no_grad():
+                    torchvision.ops.nms(boxes, scores, 0.5)
+                    return torchvision.ops.roi_align(torch.ones(1, 2, 8, 8), rois, 2)
+            before = both()
+            assert sum(drop_in.calls().values()) == 0
+            for _ in range(2):
+                drop_in.install()
+                assert drop_in.is_healthy()
+                counted = sum(drop_in.calls().values())
+                torch.testing.assert_close(both(), before)
+                assert sum(drop_in.calls().values()) == counted + 2
+                drop_in.uninstall()
+                drop_in.uninstall()
+                assert torch.equal(both(), before)
+                assert sum(drop_in.calls().values()) == counted + 2
+        """)
+
+    def test_install_before_the_import(self):
+        run("""
+            drop_in.install()
+            import torchvision
+            assert torchvision.ops.nms(boxes, scores, 0.5).tolist() == [1, 2]
+            assert drop_in.calls()["nms"] == 1
+        """)
+
+    def test_operators_that_we_lack_stay_theirs(self):
+        run("""
+            drop_in.install()
+            import torchvision
+            assert torchvision.ops.roi_pool(torch.ones(1, 2, 8, 8), rois, 2).shape == (2, 2, 2, 2)
+        """)
+
+    def test_gradient_goes_through_our_kernels(self):
+        run("""
+            import torchvision
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            image = torch.rand(1, 2, 8, 8, device=device, requires_grad=True)
+            regions = rois.to(device)
+            def gradient():
+                (grad,) = torch.autograd.grad(
+                    torchvision.ops.roi_align(image, regions, 2, 1.0, 2).square().sum(), image
+                )
+                return grad
+            before = gradient()
+            drop_in.install()
+            torch.testing.assert_close(gradient(), before)
+            assert drop_in.calls()["_roi_align_backward"] == 1
+        """)
+
+    @pytest.mark.gpu
+    def test_on_the_gpu(self):
+        run("""
+            import torchvision
+            expected = torchvision.ops.nms(boxes.cuda(), scores.cuda(), 0.5)
+            drop_in.install()
+            assert torchvision.ops.nms(boxes.cuda(), scores.cuda(), 0.5).equal(expected)
+            assert drop_in.calls()["nms"] == 1
+        """)
+
+
+def test_without_torchvision():
+    run("""
+        from importlib import util
+        from torchkiln.compat import torchvision as module
+        module.find_spec = lambda name: None
+        assert not drop_in.is_healthy()
+        try:
+            drop_in.install()
+        except ModuleNotFoundError as error:
+            assert "pip install torchvision" in str(error)
+        else:
+            raise AssertionError
+    """)
