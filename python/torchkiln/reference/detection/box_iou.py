@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from torchkiln.testing._cases import Case, Parity
+
 __all__ = ["box_iou"]
 
 
@@ -69,3 +71,42 @@ def box_iou(boxes1: Tensor, boxes2: Tensor, mode: int = 0, eps: float = 1e-7) ->
     v = (_aspect_angle(a) - _aspect_angle(b)).square() * (4 / math.pi**2)
     alpha = _ratio(v, 1 - iou + v + eps).detach()  # a constant: equation 11
     return diou - alpha * v
+
+
+def parity() -> Parity:
+    """What box_iou is tried on."""
+    return Parity(
+        op="box_iou",
+        functions=("box_iou", "generalized_box_iou", "distance_box_iou", "complete_box_iou"),
+        tier="A",
+        differentiable=("boxes1", "boxes2"),
+        cases=(
+            Case("typical", lambda new: _pair(new.boxes(64), new.boxes(37))),
+            Case("empty_rows", lambda new: _pair(new.boxes(0), new.boxes(5))),
+            Case("empty_columns", lambda new: _pair(new.boxes(5), new.boxes(0))),
+            Case("single", lambda new: _pair(new.boxes(1), new.boxes(1))),
+            # One more and one less than a block of threads.
+            Case("odd_sizes", lambda new: _pair(new.boxes(65), new.boxes(257))),
+            Case("identical", lambda new: _pair(*[new.boxes(7)] * 2)),
+            Case("degenerate", lambda new: _pair(_degenerate(), _degenerate())),
+            Case("not_finite", lambda new: _pair(_not_finite(), new.boxes(3)), gradient=False),
+            # Squares of the coordinates are beyond float16.
+            Case("large", lambda new: _pair(new.boxes(9, 6e4), new.boxes(8, 6e4))),
+        ),
+    )
+
+
+def _pair(boxes1: Tensor, boxes2: Tensor) -> dict[str, Tensor]:
+    return {"boxes1": boxes1, "boxes2": boxes2}
+
+
+def _degenerate() -> Tensor:
+    """A box, one of size 0 at its corner, a line, exchanged corners, a box that touches it."""
+    rows = [[0, 0, 4, 4], [4, 4, 4, 4], [1, 1, 3, 1], [3, 3, 1, 1], [4, 0, 8, 4]]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _not_finite() -> Tensor:
+    nan, inf = math.nan, math.inf
+    rows = [[nan, 0, 50, 50], [0, 0, 50, nan], [-inf, 0, 50, 50], [0, 0, inf, inf]]
+    return torch.tensor(rows, dtype=torch.float64)
