@@ -83,7 +83,7 @@ Descriptor open_directory(int parent, const std::string& name) {
 Descriptor make_directory(int parent, const std::string& name) {
   if (::mkdirat(parent, name.c_str(), kDirectoryMode) == 0) {
     // A umask such as 0777 would lock us out of our own directory.
-    ::fchmodat(parent, name.c_str(), kDirectoryMode, 0);
+    if (::fchmodat(parent, name.c_str(), kDirectoryMode, 0) != 0) return Descriptor::failed(errno);
   } else if (errno != EEXIST) {
     // Some read-only file systems say EROFS even when the directory is there.
     const int error = errno;

@@ -28,7 +28,7 @@ CurrentStream find_current_stream() {
 void* current_stream(std::int32_t device) {
   static const CurrentStream function = find_current_stream();
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  check_torch(function(device, &stream), "aoti_torch_get_current_cuda_stream");
   return stream;
 }
 

@@ -3,9 +3,21 @@
 #include "bindings/support/tensor.h"
 
 #include <array>
+#include <stdexcept>
 #include <vector>
 
+// Exists from torch 2.13 on.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 namespace torchkiln::bindings {
+
+void check_torch(AOTITorchError code, const char* call) {
+  if (code == 0) return;
+  const char* what = torch_exception_get_what_without_backtrace != nullptr
+                         ? torch_exception_get_what_without_backtrace()
+                         : "torch printed the reason";
+  throw std::runtime_error(std::string(call) + " failed: " + what);
+}
 
 std::string text(const Tensor& tensor) {
   std::string result = "(";
@@ -52,13 +64,14 @@ std::string device_text(const Tensor& tensor) {
 
 Tensor empty_strided(const Tensor& like, ScalarType dtype, Shape shape, Shape strides) {
   std::int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  check_torch(aoti_torch_get_device_type(like.get(), &device_type), "aoti_torch_get_device_type");
   AtenTensorHandle handle = nullptr;
   const auto shim_dtype =
       torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<std::int64_t>(shape.size()), shape.data(), strides.data(), shim_dtype,
-      device_type, like.get_device_index(), &handle));
+  check_torch(aoti_torch_empty_strided(static_cast<std::int64_t>(shape.size()), shape.data(),
+                                       strides.data(), shim_dtype, device_type,
+                                       like.get_device_index(), &handle),
+              "aoti_torch_empty_strided");
   return Tensor(handle);
 }
 

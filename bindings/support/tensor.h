@@ -29,6 +29,10 @@ std::string text(const Tensor& tensor);  // its shape: (2, 5)
 std::string text(ScalarType dtype);      // float32
 std::string device_text(const Tensor& tensor);
 
+// Throws what torch said when a shim call failed. Torch's own macro has another name in each version, and loses the text
+// when the library is built for an older torch than it runs on.
+void check_torch(AOTITorchError code, const char* call);
+
 // An uninitialised tensor on `like`'s device. Strides are those of a contiguous tensor unless given.
 Tensor empty(const Tensor& like, ScalarType dtype, Shape shape);
 Tensor empty_strided(const Tensor& like, ScalarType dtype, Shape shape, Shape strides);

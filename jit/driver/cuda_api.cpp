@@ -26,20 +26,13 @@ GetProcAddress resolver(const DynamicLibrary& driver, const std::string& library
   return reinterpret_cast<GetProcAddress>(symbol);
 }
 
-void* find(GetProcAddress get, const std::string& library, const char* name, int version,
-           Need need) {
-  void* function = nullptr;
-  int reason = 0;
-  if (get(name, &function, version, kDefaultStreamSemantics, &reason) != kCudaSuccess) {
-    function = nullptr;
-  }
-  if (function == nullptr && need == Need::kRequired) {
-    throw Error(TORCHKILN_ERROR_DRIVER, library + ": the driver must have " + name + " of CUDA " +
-                                            std::to_string(version / 1000) + "." +
-                                            std::to_string(version % 1000 / 10) +
-                                            "; got a driver without it. Update the NVIDIA driver.");
-  }
-  return function;
+void require(const std::string& library, const char* name, int version, const void* function,
+             Need need) {
+  if (function != nullptr || need == Need::kOptional) return;
+  throw Error(TORCHKILN_ERROR_DRIVER, library + ": the driver must have " + name + " of CUDA " +
+                                          std::to_string(version / 1000) + "." +
+                                          std::to_string(version % 1000 / 10) +
+                                          "; got a driver without it. Update the NVIDIA driver.");
 }
 
 // What can be done about a code, where something can.
@@ -77,9 +70,20 @@ CudaApi load_cuda_api_from(const std::string& library) {
                     "driver.");
   }
   const GetProcAddress get = resolver(*driver, library);
+  return fill_cuda_api(library, [get](const char* name, int version) -> void* {
+    void* function = nullptr;
+    int reason = 0;
+    const CudaResult result = get(name, &function, version, kDefaultStreamSemantics, &reason);
+    return result == kCudaSuccess ? function : nullptr;
+  });
+}
+
+CudaApi fill_cuda_api(const std::string& library,
+                      const std::function<void*(const char* name, int version)>& find) {
   CudaApi cuda;
-#define TORCHKILN_LOAD(name, version, need, parameters) \
-  cuda.name = reinterpret_cast<decltype(cuda.name)>(find(get, library, #name, version, Need::need));
+#define TORCHKILN_LOAD(name, version, need, parameters)                    \
+  cuda.name = reinterpret_cast<decltype(cuda.name)>(find(#name, version)); \
+  require(library, #name, version, reinterpret_cast<const void*>(cuda.name), Need::need);
   TORCHKILN_CUDA_FUNCTIONS(TORCHKILN_LOAD)
 #undef TORCHKILN_LOAD
   return cuda;

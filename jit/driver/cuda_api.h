@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <functional>
 #include <string>
 #include <string_view>
 
@@ -93,6 +94,10 @@ struct CudaApi {
 // Opens the driver and fills the table; does not initialise CUDA. Throws Error(DRIVER).
 CudaApi load_cuda_api();
 CudaApi load_cuda_api_from(const std::string& library);
+
+// The table from a function that finds `name` in the form of CUDA `version`, or returns null.
+CudaApi fill_cuda_api(const std::string& library,
+                      const std::function<void*(const char* name, int version)>& find);
 
 // cuInit; throws Error(DRIVER) with a sentence about what is missing.
 void initialize(const CudaApi& cuda);

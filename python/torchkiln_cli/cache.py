@@ -42,7 +42,7 @@ def list_entries(as_json: bool) -> None:
                 str(entry.get("registers", "")),
                 size_text(entry["bytes"]),
                 datetime.datetime.fromtimestamp(entry["used"]).strftime("%Y-%m-%d %H:%M"),
-                entry["compiler"],
+                entry["compiler"].rsplit("-", 2)[0],
             )
             for entry in entries
         ],

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # What runs behind the detector's calls of torchvision.ops.
 _OPERATORS = ("nms",)
-_DTYPES = ("float32", "float16")
+_DTYPES = ("float32",)
 # Import name -> what pip calls it.
 _PACKAGES = {
     "torchvision": "torchvision",
@@ -159,7 +159,7 @@ def draw(picture: Image.Image, faces: tuple[Face, ...]) -> Image.Image:
         canvas.rectangle((x1, y1, x2, y2), outline=_COLOUR, width=line)
         for x, y in face.landmarks:
             canvas.ellipse((x - line, y - line, x + line, y + line), fill=_COLOUR)
-        label = f"{face.score:.4f}"
+        label = f"{face.score:.5f}"
         left, top, right, bottom = canvas.textbbox((x1, y1 - line), label, font=font, anchor="lb")
         canvas.rectangle((left - line, top - line, right + line, bottom + line), fill=_COLOUR)
         canvas.text((x1, y1 - line), label, font=font, anchor="lb", fill=(0, 0, 0))
@@ -205,7 +205,7 @@ def _tell(path: Path, detection: Detection, output: str) -> None:
     click.echo(f"MTCNN on {path.name}, on {where}: {len(detection.faces)} face(s)")
     for face in detection.faces:
         box = ", ".join(f"{value:.0f}" for value in face.box)
-        click.echo(f"  box ({box}), score {face.score:.4f}")
+        click.echo(f"  box ({box}), score {face.score:.5f}")
     state = "healthy" if detection.healthy else "cannot load its own library here"
     click.echo(f"torchvision {detection.torchvision} ({state})")
     click.echo(f"torchvision::nms was answered by torchkiln: {detection.nms_calls} calls")

@@ -15,7 +15,6 @@ import importlib.util
 import json
 import os
 import platform
-import pwd
 import re
 import shutil
 import socket
@@ -62,7 +61,7 @@ def emit_json(findings: list[Finding]) -> None:
 
 
 def text(findings: list[Finding], report: bool = False) -> str:
-    """Findings for people; a report has nothing in it that names this host or user."""
+    """Findings for people; a report has neither the home folder nor the host's name in it."""
     lines: list[str] = []
     for finding in findings:
         lines.append(f"{finding.status:4}  {finding.name}: {finding.fact}")
@@ -76,17 +75,7 @@ def text(findings: list[Finding], report: bool = False) -> str:
 
 def _anonymous(report: str) -> str:
     report = report.replace(str(Path.home()), "~")
-    for name, substitute in ((socket.gethostname(), "<host>"), (_user(), "<user>")):
-        if len(name) > 1:
-            report = re.sub(rf"\b{re.escape(name)}\b", substitute, report)
-    return report
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return ""
+    return re.sub(rf"\b{re.escape(socket.gethostname())}\b", "<host>", report)
 
 
 # --- versions -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""torchkiln behind torchvision.ops. A registration is for a whole process: each test has its own."""
+"""torchkiln behind torchvision.ops. Registrations are process-wide, so each test has its own."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
