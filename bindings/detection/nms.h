@@ -1,0 +1,27 @@
+// What the CUDA and the CPU half of the nms family share: the checked inputs.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <optional>
+
+#include "bindings/support/check.h"
+#include "bindings/support/tensor.h"
+#include "detection/nms.h"
+
+namespace torchkiln::bindings {
+
+// Rows are numbered with 32 bits in the kernels.
+inline constexpr std::int64_t kMaxBoxes = std::int64_t{1} << 30;
+
+// The arguments that are inputs, and the tensors that keep their pointers alive.
+struct NmsPlan {
+  Tensor boxes, scores, idxs;
+  nms::Args args;
+};
+
+NmsPlan plan_nms(const char* op, const Tensor& boxes, const Tensor& scores,
+                 const std::optional<Tensor>& idxs, double iou_threshold);
+void check_classes(const char* op, const Tensor& idxs, const Tensor& boxes);
+void check_max_output(std::int64_t max_output);
+
+}  // namespace torchkiln::bindings

@@ -1,0 +1,221 @@
+// nms, batched_nms and nms_padded on the CPU. Boxes are walked by descending score; each is tested against the boxes
+// kept so far, which lie as separate coordinate arrays, so a suppressed box stops at its first suppressor and never
+// meets another suppressed one. Classes are independent of each other and run in parallel; inside a class, the tests of
+// a panel of boxes against the boxes kept before it do.
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <numeric>
+#include <tuple>
+#include <vector>
+
+#include "bindings/detection/nms.h"
+#include "bindings/support/parallel.h"
+
+// One body per instruction set, chosen at load. Without contraction, so that every set keeps the same boxes.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define TORCHKILN_VECTORISED \
+  __attribute__((optimize("O3", "fp-contract=off"), target_clones("avx512f", "avx2", "default")))
+#else
+#define TORCHKILN_VECTORISED
+#endif
+
+namespace torchkiln::bindings {
+namespace {
+
+constexpr std::int64_t kLane = 32;  // kept boxes tested between two looks at the result
+constexpr std::int64_t kPanel = 512;
+constexpr double kPairNanoseconds = 0.4;
+
+// Kept boxes by coordinate, padded to whole lanes with boxes that overlap nothing (their area is NaN).
+template <class T>
+struct Kept {
+  std::vector<T> x1, y1, x2, y2, area;
+  std::int64_t n = 0;
+
+  void add(const Box<T>& box, T box_area) {
+    if (n % kLane == 0) {
+      for (std::vector<T>* column : {&x1, &y1, &x2, &y2})
+        column->resize(static_cast<std::size_t>(n + kLane), T(0));
+      area.resize(static_cast<std::size_t>(n + kLane), static_cast<T>(__builtin_nan("")));
+    }
+    const auto at = static_cast<std::size_t>(n++);
+    x1[at] = box.x1, y1[at] = box.y1, x2[at] = box.x2, y2[at] = box.y2, area[at] = box_area;
+  }
+};
+
+// Does any of the boxes [begin, end) overlap the box too much? Both are multiples of kLane. The maths is exceeds() of
+// geometry/overlap.h, written out because a call of a function with other options is not inlined.
+#define TORCHKILN_ANY_EXCEEDS(T)                                                             \
+  TORCHKILN_VECTORISED bool any_exceeds(const T* x1, const T* y1, const T* x2, const T* y2,  \
+                                        const T* area, std::int64_t begin, std::int64_t end, \
+                                        const Box<T>& box, T box_area, T threshold) {        \
+    const T bx1 = box.x1, by1 = box.y1, bx2 = box.x2, by2 = box.y2;                          \
+    for (std::int64_t lane = begin; lane < end; lane += kLane) {                             \
+      int hit = 0;                                                                           \
+      for (std::int64_t j = lane; j < lane + kLane; ++j) {                                   \
+        T width = (x2[j] < bx2 ? x2[j] : bx2) - (x1[j] > bx1 ? x1[j] : bx1);                 \
+        T height = (y2[j] < by2 ? y2[j] : by2) - (y1[j] > by1 ? y1[j] : by1);                \
+        width = width > T(0) ? width : T(0);                                                 \
+        height = height > T(0) ? height : T(0);                                              \
+        const T inter = width * height;                                                      \
+        hit |= inter > threshold * ((area[j] + box_area) - inter) ? 1 : 0;                   \
+      }                                                                                      \
+      if (hit != 0) return true;                                                             \
+    }                                                                                        \
+    return false;                                                                            \
+  }
+TORCHKILN_ANY_EXCEEDS(float)
+TORCHKILN_ANY_EXCEEDS(double)
+#undef TORCHKILN_ANY_EXCEEDS
+
+template <class T>
+bool any_exceeds(const Kept<T>& kept, std::int64_t begin, std::int64_t end, const Box<T>& box,
+                 T area, T threshold) {
+  end = (end + kLane - 1) / kLane * kLane;
+  return any_exceeds(kept.x1.data(), kept.y1.data(), kept.x2.data(), kept.y2.data(),
+                     kept.area.data(), begin / kLane * kLane, end, box, area, threshold);
+}
+
+// Marks in `keep` (by row) the boxes of one class; `rows` are its rows by descending score.
+template <class Scalar>
+void suppress(const nms::Args& args, std::span<const std::int64_t> rows,
+              std::vector<std::uint8_t>& keep) {
+  using T = Acc<Scalar>;
+  const auto* boxes = static_cast<const Scalar*>(args.boxes);
+  const auto* scores = static_cast<const Scalar*>(args.scores);
+  const T threshold = static_cast<T>(args.iou_threshold);
+  const auto n = static_cast<std::int64_t>(rows.size());
+  const auto load_row = [&](std::int64_t i) {
+    const std::int64_t row = rows[static_cast<std::size_t>(i)];
+    return nms::participant(load_box(boxes, row), load(scores[row]));
+  };
+  Kept<T> kept;
+  std::vector<std::uint8_t> dead(static_cast<std::size_t>(std::min(n, kPanel)));
+  for (std::int64_t begin = 0; begin < n; begin += kPanel) {
+    const std::int64_t size = std::min(kPanel, n - begin), before = kept.n;
+    const auto cost = static_cast<std::int64_t>(kPairNanoseconds * static_cast<double>(before));
+    parallel_for(size, cost, [&](std::int64_t from, std::int64_t to) {
+      for (std::int64_t i = from; i < to; ++i) {
+        const Box<T> box = load_row(begin + i);
+        dead[static_cast<std::size_t>(i)] =
+            any_exceeds(kept, 0, before, box, guarded_area(box), threshold);
+      }
+    });
+    for (std::int64_t i = 0; i < size; ++i) {
+      if (dead[static_cast<std::size_t>(i)] != 0) continue;
+      const Box<T> box = load_row(begin + i);
+      const T area = guarded_area(box);
+      if (any_exceeds(kept, before, kept.n, box, area, threshold)) continue;
+      kept.add(box, area);
+      keep[static_cast<std::size_t>(rows[static_cast<std::size_t>(begin + i)])] = 1;
+    }
+  }
+}
+
+// The rows by descending score, the lower row first among equals, NaN last.
+template <class Scalar>
+std::vector<std::int64_t> by_score(const nms::Args& args) {
+  const auto* scores = static_cast<const Scalar*>(args.scores);
+  std::vector<std::int64_t> rows(static_cast<std::size_t>(args.n));
+  std::iota(rows.begin(), rows.end(), std::int64_t{0});
+  std::stable_sort(rows.begin(), rows.end(), [&](std::int64_t a, std::int64_t b) {
+    const auto left = load(scores[a]), right = load(scores[b]);
+    return is_nan(right) ? !is_nan(left) : left > right;
+  });
+  return rows;
+}
+
+std::int64_t class_of(const nms::Args& args, std::int64_t row) {
+  switch (args.idx_bytes) {
+    case 1:
+      return static_cast<const std::int8_t*>(args.idxs)[row];
+    case 2:
+      return static_cast<const std::int16_t*>(args.idxs)[row];
+    case 4:
+      return static_cast<const std::int32_t*>(args.idxs)[row];
+    default:
+      return static_cast<const std::int64_t*>(args.idxs)[row];
+  }
+}
+
+// The classes as ranges of `rows`, which is first sorted by class and keeps its order inside each.
+std::vector<std::span<const std::int64_t>> split(const nms::Args& args,
+                                                 std::vector<std::int64_t>& rows) {
+  std::stable_sort(rows.begin(), rows.end(), [&](std::int64_t a, std::int64_t b) {
+    return class_of(args, a) < class_of(args, b);
+  });
+  std::vector<std::span<const std::int64_t>> ranges;
+  for (std::size_t begin = 0, end = 0; begin < rows.size(); begin = end) {
+    while (end < rows.size() && class_of(args, rows[end]) == class_of(args, rows[begin])) ++end;
+    ranges.emplace_back(rows.data() + begin, end - begin);
+  }
+  return ranges;
+}
+
+// The kept rows by descending score.
+template <class Scalar>
+std::vector<std::int64_t> kept_rows(const nms::Args& args) {
+  std::vector<std::int64_t> rows = by_score<Scalar>(args);
+  std::vector<std::uint8_t> keep(rows.size());
+  if (args.idxs == nullptr) {
+    suppress<Scalar>(args, rows, keep);
+  } else {
+    std::vector<std::int64_t> grouped = rows;
+    const auto classes = split(args, grouped);
+    const auto n_classes = static_cast<std::int64_t>(classes.size());
+    const std::int64_t size = args.n / std::max<std::int64_t>(1, n_classes);
+    parallel_for(n_classes, 20 * size, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t c = begin; c < end; ++c)
+        suppress<Scalar>(args, classes[static_cast<std::size_t>(c)], keep);
+    });
+  }
+  std::erase_if(rows, [&](std::int64_t row) { return keep[static_cast<std::size_t>(row)] == 0; });
+  return rows;
+}
+
+std::vector<std::int64_t> kept_rows(const NmsPlan& p) {
+  return with_float(p.boxes.scalar_type(),
+                    [&]<class Scalar>() { return kept_rows<Scalar>(p.args); });
+}
+
+Tensor cpu_sized(const NmsPlan& p) {
+  const std::vector<std::int64_t> rows = kept_rows(p);
+  Tensor indices = empty(p.boxes, ScalarType::Long, {static_cast<std::int64_t>(rows.size())});
+  std::copy(rows.begin(), rows.end(), mutable_data<std::int64_t>(indices));
+  return indices;
+}
+
+Tensor nms_cpu(const Tensor& boxes, const Tensor& scores, double iou_threshold) {
+  return cpu_sized(plan_nms("nms", boxes, scores, std::nullopt, iou_threshold));
+}
+
+Tensor batched_nms_cpu(const Tensor& boxes, const Tensor& scores, const Tensor& idxs,
+                       double iou_threshold) {
+  return cpu_sized(plan_nms("batched_nms", boxes, scores, idxs, iou_threshold));
+}
+
+std::tuple<Tensor, Tensor> nms_padded_cpu(const Tensor& boxes, const Tensor& scores,
+                                          double iou_threshold, std::int64_t max_output,
+                                          const std::optional<Tensor>& idxs) {
+  const NmsPlan p = plan_nms("nms_padded", boxes, scores, idxs, iou_threshold);
+  check_max_output(max_output);
+  const std::vector<std::int64_t> rows = kept_rows(p);
+  const std::int64_t kept = std::min(max_output, static_cast<std::int64_t>(rows.size()));
+  Tensor indices = empty(boxes, ScalarType::Long, {max_output});
+  auto* out = mutable_data<std::int64_t>(indices);
+  std::copy_n(rows.begin(), kept, out);
+  std::fill(out + kept, out + max_output, std::int64_t{-1});
+  Tensor count = empty(boxes, ScalarType::Long, {});
+  *mutable_data<std::int64_t>(count) = kept;
+  return {indices, count};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(torchkiln, CPU, m) {
+  m.impl("nms", TORCH_BOX(&nms_cpu));
+  m.impl("batched_nms", TORCH_BOX(&batched_nms_cpu));
+  m.impl("nms_padded", TORCH_BOX(&nms_padded_cpu));
+}
+
+}  // namespace torchkiln::bindings

@@ -1,0 +1,42 @@
+// The suppression test of non-maximum suppression: do two boxes overlap by more than a threshold? One definition whose
+// every rounding is fixed, so that CPU and GPU keep the same boxes.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "geometry/box.h"
+
+namespace torchkiln {
+
+// A product that is rounded before anything is added to it. (The GPU compiler fuses plain ones.)
+TORCHKILN_HD float rounded_product(float a, float b) {
+#if defined(__CUDACC_RTC__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+TORCHKILN_HD double rounded_product(double a, double b) {
+#if defined(__CUDACC_RTC__)
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+// The area of a box; NaN when a coordinate is NaN, which keeps the box out of every suppression: exceeds() is false.
+template <class T>
+TORCHKILN_HD T guarded_area(const Box<T>& box) {
+  return rounded_product(positive_part(box.x2 - box.x1), positive_part(box.y2 - box.y1));
+}
+
+// Is IoU(a, b) > threshold? In product form, so that an empty or NaN union never exceeds. min and max may drop a NaN
+// coordinate here, because then the area is NaN and with it the union.
+template <class T>
+TORCHKILN_HD bool exceeds(const Box<T>& a, T area_a, const Box<T>& b, T area_b, T threshold) {
+  const T width = max_of(min_of(a.x2, b.x2) - max_of(a.x1, b.x1), T(0));
+  const T height = max_of(min_of(a.y2, b.y2) - max_of(a.y1, b.y1), T(0));
+  const T inter = rounded_product(width, height);
+  return inter > threshold * ((area_a + area_b) - inter);
+}
+
+}  // namespace torchkiln
