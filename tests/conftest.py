@@ -1,0 +1,73 @@
+"""Fixtures, markers and options that every test folder shares."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "default", deadline=None, derandomize=True, database=None, max_examples=20
+)
+hypothesis.settings.register_profile("nightly", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+# Test processes run beside each other; tests about threads ask for their own number.
+torch.set_num_threads(1)
+
+# Marker, and why a test that has it is skipped unless the option of the same name is given.
+ASKED_FOR = {"large": "needs many gigabytes of memory", "network": "needs a network"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("torchkiln")
+    for marker, reason in ASKED_FOR.items():
+        group.addoption(f"--{marker}", action="store_true", help=f"run what {reason}")
+    group.addoption(
+        "--coverage-ops", action="store_true", help="list operators that no suite tests, and stop"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for marker, reason in ASKED_FOR.items():
+        if not config.getoption(f"--{marker}"):
+            skip(items, marker, f"{reason}; pass --{marker}")
+    if not torch.cuda.is_available():
+        skip(items, "gpu", "needs a CUDA device")
+
+
+def skip(items: list[pytest.Item], marker: str, reason: str) -> None:
+    for item in items:
+        if item.get_closest_marker(marker):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.config.getoption("--coverage-ops"):
+        list_untested_operators(session)
+
+
+def list_untested_operators(session: pytest.Session) -> None:
+    from torchkiln import ops
+
+    suites = {getattr(item, "cls", None) for item in session.items}
+    parities = [suite.parity for suite in suites if getattr(suite, "parity", None)]
+    tested = {name for parity in parities for name in parity.functions}
+    public = {name for name in vars(ops) if callable(getattr(ops, name))}
+    missing = sorted(public - tested)
+    text = "\n".join(missing) or f"each of the {len(public)} operators has a suite"
+    pytest.exit(f"operators without a suite:\n{text}" if missing else text, int(bool(missing)))
+
+
+def devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.fixture(params=devices())
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param

@@ -1,0 +1,119 @@
+"""box_iou and its generalized, distance and complete forms."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from support.op_suite import Failure, OpSuite
+from support.strategies import boxes
+from torchkiln import ops, reference
+from torchkiln.reference.detection.box_iou import parity
+from torchkiln.testing import Inputs
+
+
+class TestBoxIou(OpSuite):
+    parity = parity()
+    autocast = torch.float32
+    dynamic: ClassVar = {"boxes1": 0, "boxes2": 0}
+    failures = (
+        Failure(
+            "three_columns",
+            {"boxes1": lambda boxes: boxes[:, :3]},
+            ValueError,
+            r"^box_iou: boxes1 must have shape \(N, 4\); got \(64, 3\)$",
+        ),
+        Failure(
+            "one_dimension",
+            {"boxes2": lambda boxes: boxes[0]},
+            ValueError,
+            r"^box_iou: boxes2 must have shape \(N, 4\); got \(4,\)$",
+        ),
+        Failure(
+            "integers",
+            {"boxes1": lambda boxes: boxes.int()},
+            TypeError,
+            r"^box_iou: boxes1 must be a floating-point tensor; got int32\. Convert it with ",
+        ),
+        Failure(
+            "two_dtypes",
+            {"boxes2": lambda boxes: boxes.half()},
+            TypeError,
+            r"^box_iou: boxes2 must have the dtype of boxes1 \(float32\); got float16$",
+        ),
+        Failure("none", {"boxes1": None}, TypeError, "^box_iou: boxes1 must be a tensor; got None"),
+        Failure("text", {"boxes2": "boxes"}, TypeError, "argument 'boxes2'"),
+        Failure(
+            "another_form",
+            {"boxes1": lambda boxes: boxes[:, :2]},
+            ValueError,
+            r"^box_iou: boxes1 must have shape",
+            function="complete_box_iou",
+        ),
+    )
+
+    def sized(self, new: Inputs, n: int) -> dict[str, Tensor]:
+        return {"boxes1": new.boxes(n), "boxes2": new.boxes(n + 3)}
+
+    @pytest.mark.gpu
+    def test_refuses_two_devices(self) -> None:
+        on_cpu = torch.zeros(2, 4)
+        with pytest.raises(ValueError, match="boxes2 must be on the device of boxes1"):
+            ops.box_iou(on_cpu, on_cpu.cuda())
+
+    @given(boxes(), boxes())
+    def test_is_symmetric(self, boxes1: Tensor, boxes2: Tensor) -> None:
+        for name in self.parity.functions:
+            form = getattr(ops, name)
+            torch.testing.assert_close(form(boxes1, boxes2), form(boxes2, boxes1).T)
+
+    @given(boxes(), boxes())
+    def test_stays_in_its_range(self, boxes1: Tensor, boxes2: Tensor) -> None:
+        iou = ops.box_iou(boxes1, boxes2)
+        assert bool(((iou >= 0) & (iou <= 1)).all())
+        assert bool((ops.generalized_box_iou(boxes1, boxes2).abs() <= 1).all())
+        assert bool((ops.distance_box_iou(boxes1, boxes2) <= iou).all())
+
+    @given(boxes(min_count=1))
+    def test_is_one_with_itself(self, rows: Tensor) -> None:
+        solid = rows[((rows[:, 2:] - rows[:, :2]) > 0).all(1)]
+        for name in self.parity.functions:
+            diagonal = getattr(ops, name)(solid, solid).diagonal()
+            torch.testing.assert_close(diagonal, torch.ones_like(diagonal))
+
+    @given(boxes(), boxes())
+    def test_moves_with_the_boxes(self, boxes1: Tensor, boxes2: Tensor) -> None:
+        moved = ops.complete_box_iou(boxes1 + 3, boxes2 + 3)
+        torch.testing.assert_close(moved, ops.complete_box_iou(boxes1, boxes2))
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        # By hand: union 7, intersection 1; the box around both has area 9, squared diagonal 18,
+        # and the centres are sqrt(2) apart. Both are squares: no aspect term.
+        (0, 1 / 7),
+        (1, 1 / 7 - 2 / 9),
+        (2, 1 / 7 - 2 / 18),
+        (3, 1 / 7 - 2 / 18),
+    ],
+)
+def test_reference_by_hand(mode: int, expected: float) -> None:
+    a = torch.tensor([[0, 0, 2, 2]], dtype=torch.float64)
+    iou = reference.box_iou(a, a + 1, mode, 0.0)
+    torch.testing.assert_close(iou, torch.tensor([[expected]], dtype=torch.float64))
+
+
+def test_reference_aspect_by_hand() -> None:
+    # Equal centres; 1 by 1 in sqrt(3) by 1, whose diagonal angles are 45 and 60 degrees.
+    a = torch.tensor([[-0.5, -0.5, 0.5, 0.5]], dtype=torch.float64)
+    b = a * torch.tensor([3**0.5, 1, 3**0.5, 1], dtype=torch.float64)
+    iou, v = 3**-0.5, 4 * (1 / 12) ** 2
+    expected = torch.tensor([[iou - v * v / (1 - iou + v)]], dtype=torch.float64)
+    torch.testing.assert_close(reference.box_iou(a, b, 3, 0.0), expected)
