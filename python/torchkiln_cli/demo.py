@@ -18,7 +18,7 @@ import click
 
 from torchkiln_cli import _native
 from torchkiln_cli._output import emit_json
-from torchkiln_cli.warm import UsageError, emit_kernel_table, warm
+from torchkiln_cli.warm import UsageError, emit_failures, emit_kernel_table, warm
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -104,9 +104,7 @@ def run(image: str | None, output: str, architectures: list[str], as_json: bool)
     else:
         click.echo()
         emit_kernel_table(outcome)
-        for row in outcome.rows:
-            if row.error is not None:
-                click.echo(f"{row.specialization}@{row.arch}: {row.error}", err=True)
+        emit_failures(outcome)
     return outcome.complete
 
 
@@ -159,7 +157,7 @@ def draw(picture: Image.Image, faces: tuple[Face, ...]) -> Image.Image:
         canvas.rectangle((x1, y1, x2, y2), outline=_COLOUR, width=line)
         for x, y in face.landmarks:
             canvas.ellipse((x - line, y - line, x + line, y + line), fill=_COLOUR)
-        label = f"{face.score:.5f}"
+        label = f"{face.score:.4f}"
         left, top, right, bottom = canvas.textbbox((x1, y1 - line), label, font=font, anchor="lb")
         canvas.rectangle((left - line, top - line, right + line, bottom + line), fill=_COLOUR)
         canvas.text((x1, y1 - line), label, font=font, anchor="lb", fill=(0, 0, 0))
@@ -205,7 +203,7 @@ def _tell(path: Path, detection: Detection, output: str) -> None:
     click.echo(f"MTCNN on {path.name}, on {where}: {len(detection.faces)} face(s)")
     for face in detection.faces:
         box = ", ".join(f"{value:.0f}" for value in face.box)
-        click.echo(f"  box ({box}), score {face.score:.5f}")
+        click.echo(f"  box ({box}), score {face.score:.4f}")
     state = "healthy" if detection.healthy else "cannot load its own library here"
     click.echo(f"torchvision {detection.torchvision} ({state})")
     click.echo(f"torchvision::nms was answered by torchkiln: {detection.nms_calls} calls")

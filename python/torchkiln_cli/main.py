@@ -143,9 +143,7 @@ def warm(
     if as_json:
         _output.emit_json({"kernels": [row.to_json() for row in outcome.rows]})
     else:
-        for row in outcome.rows:
-            if row.error is not None:
-                click.echo(f"{row.specialization}@{row.arch}: {row.error}", err=True)
+        module.emit_failures(outcome)
         click.echo(outcome.summary())
     sys.exit(0 if outcome.complete else 1)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import re
 import time
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
+
+import click
 
 from torchkiln_cli import _native
 from torchkiln_cli._output import Progress, emit_table, size_text
@@ -127,6 +130,18 @@ def warm(
         if int(arch.removeprefix("sm_")) >= s.get("min_architecture", 0)
     ]
     return _run(work, jobs or len(os.sched_getaffinity(0)))
+
+
+def emit_failures(outcome: Outcome) -> None:
+    """Prints each sentence once: a missing compiler fails every kernel with the same one."""
+    failures = collections.defaultdict(list)
+    for row in outcome.rows:
+        if row.error is not None:
+            sentence = row.error.removeprefix(f"{row.specialization}@{row.arch}: ")
+            failures[sentence].append(f"{row.specialization}@{row.arch}")
+    for sentence, names in failures.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        click.echo(f"{names[0]}{more}: {sentence}", err=True)
 
 
 def emit_kernel_table(outcome: Outcome) -> None:

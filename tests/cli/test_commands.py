@@ -51,6 +51,12 @@ def test_warm_reports_a_failed_compile(engine, invoke):
     assert row["error"] == "no room"
 
 
+def test_warm_prints_a_sentence_once(engine, invoke):
+    engine.replies["compile"] = engine.error("no compiler")
+    result = invoke("warm", "--ops", "nms", "--dtypes", "float", "--arch", "sm_80,sm_90")
+    assert result.stderr == "detection/nms.mask<float>@sm_80 and 1 more: no compiler\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

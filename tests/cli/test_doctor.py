@@ -213,9 +213,11 @@ def test_real_installation_without_nvrtc(run, tmp_path):
     missing = tmp_path / "none"
     result = run("doctor", "--json", TORCHKILN_NVRTC_PATH=str(missing))
     found = {f["name"]: f for f in json.loads(result.stdout)["findings"]}
+    assert result.returncode == 1
+    assert found["NVRTC"]["status"] == "fail"
+    assert str(missing) in found["NVRTC"]["fact"]
     assert found["cache, publish"]["status"] == "ok"
-    if found["NVRTC"]["status"] == "fail":  # else another copy was found
-        assert result.returncode == 1
+    assert found["torch"]["status"] == "ok"
 
 
 def test_real_installation_with_an_unusable_cache(run, tmp_path):
