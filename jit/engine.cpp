@@ -72,7 +72,7 @@ Engine& Engine::instance() {
   static Engine& engine = [&]() -> Engine& {
     auto& made = *new Engine({.settings = Settings::from_environment(),
                               .templates = embedded_files(),
-                              .open_driver = [] { return load_cuda_api(); },
+                              .open_driver = &load_cuda_api,
                               .compilers = {}});
     pthread_atfork([] { instance().before_fork(); }, [] { instance().after_fork_in_parent(); },
                    [] { instance().after_fork_in_child(); });

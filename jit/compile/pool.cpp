@@ -5,6 +5,7 @@
 #include <cxxabi.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -18,6 +19,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "jit/error.h"
 
@@ -85,15 +87,41 @@ std::deque<Task> stop(State& state) {
   return dropped;
 }
 
-// Runs in exit(); `argument` is a shared_ptr that is never freed, so it is safe to come late.
-void stop_at_exit(void* argument) {
-  State& state = **static_cast<std::shared_ptr<State>*>(argument);
+void stop_and_wait(State& state) {
   if (was_forked(state) || is_pool_thread) return;
   // Never freed: that would wake whoever waits for the dropped work, into a process that is being
   // taken down.
   new std::deque<Task>(stop(state));
   std::unique_lock lock(state.mutex);
   state.fewer_running.wait_for(lock, kPatienceAtExit, [&] { return state.running == 0; });
+}
+
+// NVRTC registers exit handlers of its own during its first compile, and they would run before
+// any that we registered earlier. But exit() destroys the thread-local objects of its thread before
+// it runs any handler; and that thread is the main one, nearly always.
+struct MainThreadGuard {
+  std::vector<std::weak_ptr<State>> pools;
+
+  ~MainThreadGuard() {
+    for (const auto& pool : pools) {
+      if (const auto state = pool.lock()) stop_and_wait(*state);
+    }
+  }
+};
+thread_local MainThreadGuard main_thread_guard;
+
+void guard_main_thread(const std::shared_ptr<State>& state) {
+  if (::syscall(SYS_gettid) != ::getpid()) return;
+  auto& pools = main_thread_guard.pools;
+  const auto same = [&](const std::weak_ptr<State>& pool) { return pool.lock() == state; };
+  std::erase_if(pools, [](const std::weak_ptr<State>& pool) { return pool.expired(); });
+  if (std::none_of(pools.begin(), pools.end(), same)) pools.push_back(state);
+}
+
+// For an exit() of another thread, or where the main thread never met the pool. Runs in exit();
+// `argument` is a shared_ptr that is never freed, so it is safe to come late.
+void stop_at_exit(void* argument) {
+  stop_and_wait(**static_cast<std::shared_ptr<State>*>(argument));
 }
 
 void register_exit_handler(const std::shared_ptr<State>& state) {
@@ -207,7 +235,9 @@ unsigned default_compile_jobs() {
 }
 
 CompilePool::CompilePool(unsigned jobs)
-    : jobs_(jobs == 0 ? default_compile_jobs() : jobs), state_(std::make_shared<State>()) {}
+    : jobs_(jobs == 0 ? default_compile_jobs() : jobs), state_(std::make_shared<State>()) {
+  guard_main_thread(state_);
+}
 
 CompilePool::~CompilePool() {
   if (was_forked(*state_)) return;
@@ -219,6 +249,7 @@ CompilePool::~CompilePool() {
 void CompilePool::enqueue(Priority priority, Task task) {
   if (was_forked(*state_)) throw forked();
   if (is_pool_thread) return task.run();
+  guard_main_thread(state_);
   std::unique_lock lock(state_->mutex);
   if (state_->stopped) throw exiting();
   if (state_->owner.load() == 0) {

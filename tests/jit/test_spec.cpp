@@ -28,7 +28,8 @@ Specialization box_iou() {
 
 TEST(Specialization, IsReadable) {
   EXPECT_EQ(box_iou().text(), "detection/box_iou.forward<half, mode=2, fast=true, block_size=256>");
-  EXPECT_EQ(box_iou().name_expression(), "torchkiln::box_iou::forward<torchkiln::half, 2, true, 256>");
+  EXPECT_EQ(box_iou().name_expression(),
+            "torchkiln::box_iou::forward<torchkiln::half, 2, true, 256>");
 }
 
 TEST(Specialization, SurvivesJson) {
@@ -46,7 +47,8 @@ TEST(Target, ParsesWhatItPrints) {
   for (const char* text : {"sm_75", "sm_90", "sm_90a", "compute_90", "sm_120"}) {
     EXPECT_EQ(Target::parse(text).text(), text);
   }
-  for (const char* text : {"", "90", "sm_", "sm_x", "sm_90b", "sm_90aa", "gfx90a", "sm_7", "sm_-1", "sm_99999"}) {
+  for (const char* text :
+       {"", "90", "sm_", "sm_x", "sm_90b", "sm_90aa", "gfx90a", "sm_7", "sm_-1", "sm_99999"}) {
     EXPECT_THROW(Target::parse(text), Error) << text;
   }
 }
@@ -80,7 +82,8 @@ TEST(CacheKey, EveryFieldCounts) {
   expect_new(cache_key(box_iou(), target, "other digest", options));
   expect_new(cache_key(box_iou(), target, "digest", {"std=c++17", "lineinfo"}));
   expect_new(cache_key(box_iou(), target, "digest", {}));
-  EXPECT_EQ(cache_key(box_iou(), target, "digest", options), *keys.find(cache_key(box_iou(), target, "digest", options)));
+  EXPECT_EQ(cache_key(box_iou(), target, "digest", options),
+            *keys.find(cache_key(box_iou(), target, "digest", options)));
 }
 
 constexpr char kRoot[] = "#include \"common/b.h\"\n// #include \"common/ghost.h\"\nint a;\n";
