@@ -7,6 +7,7 @@
 #include <deque>
 #include <filesystem>
 #include <memory>
+#include <thread>
 
 #include "cache/sha256.h"
 #include "jit/compile/compiler.h"
@@ -315,6 +316,25 @@ TEST_F(RealCompiler, LeavesTheStackLimitAlone) {
     changed |= during.rlim_cur != before.rlim_cur;
   }
   EXPECT_FALSE(changed);
+}
+
+// In a fresh process each time: the first compile of a process is the one that NVRTC sets itself up in.
+TEST_F(RealCompiler, ExitDuringACompileIsClean) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  for (const int milliseconds : {0, 3, 20, 60}) {
+    EXPECT_EXIT(
+        {
+          auto* pool = new CompilePool(2);  // never destroyed, as the engine's
+          for (int i = 0; i < 4; ++i) {
+            pool->submit(Priority::kInteractive, [this] {
+              compiler_->compile(scale(), {.architecture = 90}, kKey, kOptions);
+            });
+          }
+          std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
+          std::exit(7);
+        },
+        ::testing::ExitedWithCode(7), "");
+  }
 }
 
 TEST_F(RealCompiler, DamagedObjectsAreRefused) {

@@ -196,9 +196,12 @@ TEST(Pool, ForkBeforeTheFirstWorkIsHarmless) {
 }
 
 TEST(Pool, ExitWaitsForARunningJobAndDropsTheRest) {
+  constexpr int kFinished = 9;
   EXPECT_EQ(in_child([] {
-              auto* pool = new CompilePool(1);  // never destroyed, as the engine's
               static std::atomic<int> state = 0;
+              // Registered before the pool's handler, so it runs after it.
+              std::atexit([] { ::_exit(state == 2 ? kFinished : 1); });
+              auto* pool = new CompilePool(1);  // never destroyed, as the engine's
               pool->submit(Priority::kInteractive, [] {
                 state = 1;
                 std::this_thread::sleep_for(200ms);
@@ -206,11 +209,10 @@ TEST(Pool, ExitWaitsForARunningJobAndDropsTheRest) {
               });
               pool->submit(Priority::kInteractive, [] { std::this_thread::sleep_for(1h); });
               while (state == 0) std::this_thread::sleep_for(1ms);
-              // Runs after the pool's handler, which was registered later.
-              std::exit(9);
+              std::exit(0);
               return 0;
             }),
-            9);
+            kFinished);
 }
 
 }  // namespace
