@@ -71,3 +71,18 @@ def devices() -> list[str]:
 @pytest.fixture(params=devices())
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints how near to its limit each suite came, so that limits can be tightened."""
+    worst: dict[tuple[str, str], tuple[float, str]] = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for key, ratio in report.user_properties:
+            if key.startswith(("forward", "gradient")):
+                place = (report.nodeid.split("::")[1], key.split()[0])
+                worst[place] = max(worst.get(place, (0.0, "")), (ratio, report.nodeid))
+    if worst:
+        terminalreporter.section("worst ratio of error to limit")
+    for (suite, direction), (ratio, nodeid) in sorted(worst.items()):
+        case = nodeid.partition("[")[2].rstrip("]")
+        terminalreporter.line(f"{ratio:.2f} {suite} {direction} {case}")
