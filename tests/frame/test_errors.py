@@ -1,0 +1,98 @@
+"""The exceptions, and how an operator's RuntimeError becomes one of them."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+from torchkiln import errors, ops
+
+KINDS = [
+    (1, TypeError),
+    (2, ValueError),
+    (3, IndexError),
+    (4, errors.KernelCompileError),
+    (5, errors.CompilerNotFoundError),
+    (6, errors.DriverError),
+    (7, errors.CaptureError),
+]
+DETAILS = {
+    "log": "error: expected ';'",
+    "excerpt": "41 | int x",
+    "options": ["-std=c++17"],
+    "source_path": "kept/source.cu",
+    "specialization": "detection/box_iou.forward<float, mode=0>@sm_90",
+}
+
+
+def record(kind: int, message: str) -> dict[str, object]:
+    return {"kind": kind, "argument": "boxes", "message": message, "details": DETAILS}
+
+
+@pytest.mark.parametrize(("kind", "expected"), KINDS)
+def test_translate_by_kind(kind: int, expected: type[Exception]) -> None:
+    # torch adds text on both sides.
+    raised = RuntimeError("call, file.cpp:41, op: boxes must fit; got 3\nException raised from")
+    found = errors.translate(raised, lambda: record(kind, "op: boxes must fit; got 3"))
+    assert type(found) is expected
+    assert str(found) == "op: boxes must fit; got 3"
+
+
+@pytest.mark.parametrize("kind", [0, 8, 99])
+def test_translate_keeps_internal_and_unknown_kinds(kind: int) -> None:
+    raised = RuntimeError("internal error: negative grid")
+    assert errors.translate(raised, lambda: record(kind, "internal error: negative grid")) is raised
+
+
+@pytest.mark.parametrize("message", ["op: an older failure", ""])
+def test_translate_ignores_a_stale_record(message: str) -> None:
+    raised = RuntimeError("out of memory")
+    assert errors.translate(raised, lambda: record(2, message)) is raised
+
+
+def test_translate_wrong_python_type() -> None:
+    text = "torchkiln::op() Expected a value of type 'int' for argument 'mode'\nPosition: 2"
+    found = errors.translate(RuntimeError(text), lambda: record(0, ""))
+    assert type(found) is TypeError
+    assert "\n" not in str(found)
+
+
+@pytest.mark.parametrize("kind", [expected for _, expected in KINDS[3:]])
+def test_errors_survive_pickling(kind: type[errors.TorchkilnError]) -> None:
+    error = kind("a sentence", DETAILS)
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is kind
+    assert isinstance(copy, RuntimeError)
+    assert (str(copy), copy.details) == ("a sentence", DETAILS)
+    assert copy.specialization == DETAILS["specialization"]
+
+
+def test_compile_error_carries_its_data() -> None:
+    error = errors.KernelCompileError("a sentence", DETAILS)
+    assert (error.log, error.excerpt) == (DETAILS["log"], DETAILS["excerpt"])
+    assert (error.options, error.source_path) == (DETAILS["options"], DETAILS["source_path"])
+    bare = errors.KernelCompileError("a sentence")
+    assert (bare.log, bare.options, bare.specialization) == ("", [], "")
+
+
+def test_raised_without_the_error_behind_it() -> None:
+    with pytest.raises(ValueError, match="boxes1 must have shape") as caught:
+        ops.box_iou(torch.zeros(2, 3), torch.zeros(2, 4))
+    assert caught.value.__suppress_context__
+    assert caught.value.__cause__ is None
+
+
+def test_raw_operator_raises_the_same_text() -> None:
+    with pytest.raises(RuntimeError, match="box_iou: boxes1 must have shape"):
+        torch.ops.torchkiln.box_iou(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+def test_an_old_failure_does_not_colour_a_new_one() -> None:
+    with pytest.raises(ValueError, match="must have shape"):
+        ops.box_iou(torch.zeros(2, 3), torch.zeros(2, 4))
+    with pytest.raises(TypeError, match="must be a floating-point tensor"):
+        ops.box_iou(torch.zeros(2, 4).int(), torch.zeros(2, 4))
