@@ -22,6 +22,9 @@ using Boxed = void (*)(StableIValue* stack, std::uint64_t n_args, std::uint64_t 
 using torch::stable::detail::from;
 using torch::stable::detail::to;
 
+// What torch's own messages name as the place of a registration.
+constexpr const char* kOrigin = "torchkiln/bindings/compat/torchvision.cpp";
+
 const char* torch_sentence() {
   const char* text = torch_exception_get_what_without_backtrace != nullptr
                          ? torch_exception_get_what_without_backtrace()
@@ -195,7 +198,7 @@ TORCHKILN_API const char* torchkiln_torchvision_define(std::int32_t index, void*
   const tk::Operator* op = tk::row(index);
   TorchLibraryHandle library = nullptr;
   if (op == nullptr ||
-      aoti_torch_library_init_fragment("torchvision", __FILE__, __LINE__, &library) != 0)
+      aoti_torch_library_init_fragment("torchvision", tk::kOrigin, __LINE__, &library) != 0)
     return tk::torch_sentence();
   return tk::finish(aoti_torch_library_def(library, op->schema), library, registration);
 }
@@ -207,7 +210,7 @@ TORCHKILN_API const char* torchkiln_torchvision_implement(std::int32_t index, co
   const tk::Operator* op = tk::row(index);
   TorchLibraryHandle library = nullptr;
   if (op == nullptr ||
-      aoti_torch_library_init_impl("torchvision", key, __FILE__, __LINE__, &library) != 0)
+      aoti_torch_library_init_impl("torchvision", key, tk::kOrigin, __LINE__, &library) != 0)
     return tk::torch_sentence();
   return tk::finish(
       torch_library_impl(library, op->name, tk::kAnswers[static_cast<std::size_t>(index)],

@@ -20,13 +20,15 @@ import ctypes
 import functools
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import find_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -69,7 +71,7 @@ def install() -> None:
                 "Run: pip install torchvision"
             )
         if _own_library_loads():
-            _register(row for row in _operators() if row.provided)
+            _cover(row for row in _operators() if row.provided)
             return
         missing = [row for row in _operators() if not hasattr(torch.ops.torchvision, row.name)]
         for row in missing:
@@ -173,6 +175,21 @@ def _operators() -> list[_Row]:
 
 def _register(rows: Iterable[_Row]) -> None:
     _kernels.extend(_native().implement(row.index, key) for row in rows for key in row.keys)
+
+
+def _cover(rows: Iterable[_Row]) -> None:
+    """Registers over what is there, without the warning that torch has for the first such case."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Warning only once for all operators")
+        _Buffered.apply(lambda: _register(rows))  # type: ignore[no-untyped-call]
+
+
+class _Buffered(torch.autograd.Function):
+    """Makes a call within which warnings of torch's C++ become Python's and can be filtered."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Callable[[], None]) -> None:
+        call()
 
 
 def _locations() -> list[str]:
