@@ -38,6 +38,7 @@ _PACKAGES = {
 }
 # They pin a torch, or bring what is not needed here.
 _WITHOUT_DEPENDENCIES = ("torchvision", "facenet-pytorch", "scikit-image")
+_SMALLEST_FACE = 20  # pixels a side: the detector's default
 _COLOUR = (118, 255, 3)
 
 
@@ -65,15 +66,14 @@ def run(image: str | None, output: str, architectures: list[str], as_json: bool)
     """Runs the whole demo; True when every kernel was compiled.
 
     Raises:
-        UsageError: a package is missing, or the image cannot be read.
+        UsageError: a package is missing, or an image cannot be read or written.
     """
     _require_packages(image)
     _native.load_operators()
     path = Path(image) if image is not None else photograph()
     picture = _open(path)
     detection = detect(picture)
-    drawn = draw(picture, detection.faces)
-    drawn.save(output)
+    _save(draw(picture, detection.faces), output)
     if not as_json:
         _tell(path, detection, output)
     outcome = warm(_OPERATORS, _DTYPES, architectures)
@@ -189,7 +189,17 @@ def _open(path: Path) -> Image.Image:
             picture: Image.Image = file.convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise UsageError(f"--image must be a picture that Pillow can read; got {path}") from error
+    if min(picture.size) < _SMALLEST_FACE:
+        size = f"{picture.width} x {picture.height}"
+        raise UsageError(f"--image must have {_SMALLEST_FACE} pixels a side or more; got {size}")
     return picture
+
+
+def _save(picture: Image.Image, output: str) -> None:
+    try:
+        picture.save(output)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--output must be a picture that can be written; got {output}") from error
 
 
 def _face(box: Any, score: Any, landmarks: Any) -> Face:

@@ -80,10 +80,36 @@ class TestDemo:
         assert result.exit_code == 2
         assert "--image must be a picture that Pillow can read" in result.stderr
 
-    def test_a_picture_without_a_face(self):
+    def test_an_image_that_is_too_small(self, tmp_path):
         from PIL import Image
 
-        assert demo.draw(Image.new("RGB", (64, 64)), ()).size == (64, 64)
+        path = tmp_path / "tiny.png"
+        Image.new("RGB", (30, 12)).save(path)
+        result = CliRunner().invoke(cli, ["demo", "--image", str(path)])
+        assert result.exit_code == 2
+        assert "--image must have 20 pixels a side or more; got 30 x 12" in result.stderr
+
+    def test_a_picture_without_a_face(self, tmp_path):
+        from PIL import Image
+
+        path, output = tmp_path / "grey.png", tmp_path / "out.png"
+        Image.new("RGB", (64, 48), (128, 128, 128)).save(path)
+        options = ("--json", "--arch", "sm_90", "--image", str(path), "--output", str(output))
+        done = subprocess.run(
+            [sys.executable, "-m", "torchkiln_cli.main", "demo", *options],
+            env={**os.environ, "TORCHKILN_CACHE_DIR": str(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["faces"] == []
+
+    def test_an_output_that_cannot_be_written(self, tmp_path):
+        from PIL import Image
+
+        for output in (tmp_path / "none" / "out.png", tmp_path / "out.unknown"):
+            with pytest.raises(UsageError, match="--output must be a picture"):
+                demo._save(Image.new("RGB", (64, 48)), str(output))
 
 
 def test_missing_packages_are_one_sentence_with_the_line_to_run(monkeypatch):
