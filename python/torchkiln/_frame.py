@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
 
+Result = TypeVar("Result")
+
 _AUTOCAST_DEVICES = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
 
 
@@ -53,7 +55,7 @@ def _runs_native(argument: Any) -> bool:
     return True
 
 
-class Operator:
+class Operator(Generic[Result]):
     """One registered operator: called with all arguments of its schema, by position.
 
     A plain eager call goes below autograd or straight to a lean `autograd.Function`, two to three
@@ -68,7 +70,7 @@ class Operator:
         name: str,
         setup_context: Callable[..., None],
         backward: Callable[..., Any] | None,
-        reference: Callable[..., Any] | None,
+        reference: Callable[..., Result] | None,
     ) -> None:
         self.namespace = namespace
         self.name = name
@@ -76,14 +78,16 @@ class Operator:
         self._backward = backward or self._refuse_gradient
         self._reference = reference
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any) -> Result:
+        output: Result
         # The hot path: what is asked here costs each call, so the questions stand in line.
         first = args[0]
         on_device = getattr(first, "is_cuda", False) or _runs_native(first)
         if (choice.reference or not on_device) and self.has_reference:
             return self.reference(*args)
         if _is_dynamo_compiling():
-            return getattr(getattr(torch.ops, self.namespace), self.name).default(*args)
+            output = getattr(getattr(torch.ops, self.namespace), self.name).default(*args)
+            return output
         try:
             if (
                 has_torch_function(args)
@@ -91,11 +95,13 @@ class Operator:
                 or _in_functorch()
                 or forward_ad._current_level >= 0
             ):
-                return self._run_watched(args)
-            if _is_grad_enabled() and _any_requires_grad(*args):
-                return self._run_differentiable(args)
-            with _BelowAutograd():
-                return self.overload._op(*args)
+                output = self._run_watched(args)
+            elif _is_grad_enabled() and _any_requires_grad(*args):
+                output = self._run_differentiable(args)
+            else:
+                with _BelowAutograd():
+                    output = self.overload._op(*args)
+            return output
         except RuntimeError as error:
             better = self._missing_tensor(args) or translate(error)
             if better is error:
@@ -111,7 +117,7 @@ class Operator:
         return self._reference is not None or not self.name.startswith("_")
 
     @property
-    def reference(self) -> Callable[..., Any]:
+    def reference(self) -> Callable[..., Result]:
         """The plain PyTorch version, with the schema's arguments."""
         if self._reference is not None:
             return self._reference
@@ -218,13 +224,13 @@ class Frame:
     def __init__(self, namespace: str) -> None:
         self._namespace = namespace
         self._library = torch.library.Library(namespace, "FRAGMENT")
-        self._operators: dict[str, Operator] = {}
+        self._operators: dict[str, Operator[Any]] = {}
         self._fakes: dict[str, Callable[..., Any]] = {}
 
-    def __iter__(self) -> Iterator[Operator]:
+    def __iter__(self) -> Iterator[Operator[Any]]:
         return iter(self._operators.values())
 
-    def __getitem__(self, name: str) -> Operator:
+    def __getitem__(self, name: str) -> Operator[Any]:
         return self._operators[name]
 
     def fake(self, name: str) -> Callable[..., Any]:
@@ -235,12 +241,12 @@ class Frame:
         self,
         name: str,
         *,
-        fake: Callable[..., Any],
+        fake: Callable[..., Result],
         setup_context: Callable[..., None] = _saves_nothing,
         backward: Callable[..., Any] | None = None,
         autocast: torch.dtype | None = None,
-        reference: Callable[..., Any] | None = None,
-    ) -> Operator:
+        reference: Callable[..., Result] | None = None,
+    ) -> Operator[Result]:
         """Registers all that Python adds to the schema `name`, and returns what calls it.
 
         Args:
@@ -255,11 +261,13 @@ class Frame:
             reference: for tests; normally `torchkiln.reference.<name>`, found when it is needed.
 
         Returns:
-            The operator.
+            The operator. Its calls have the return type of `fake`.
         """
         if name in self._operators:
             raise RuntimeError(f"operator: {self._namespace}::{name} is registered twice")
-        operator = Operator(self._namespace, name, setup_context, backward, reference)
+        operator: Operator[Result] = Operator(
+            self._namespace, name, setup_context, backward, reference
+        )
         self._operators[name] = operator
         self._register_fake(name, fake)
         self._implement(name, "Autograd", operator.autograd_kernel, with_keyset=True)
@@ -284,7 +292,7 @@ class Frame:
 
 
 def _run_in_dtype(
-    operator: Operator, key: str, device: str, dtype: torch.dtype, *args: Any, **kwargs: Any
+    operator: Operator[Any], key: str, device: str, dtype: torch.dtype, *args: Any, **kwargs: Any
 ) -> Any:
     """The autocast rule: casts floating-point inputs and calls again without autocast."""
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))

@@ -24,29 +24,29 @@ def arguments_of(function: Callable[..., Any]) -> list[tuple[str, Any]]:
     return [(p.name, p.default) for p in parameters]
 
 
-def schema_of(operator: Operator) -> list[tuple[str, Any]]:
+def schema_of(operator: Operator[Any]) -> list[tuple[str, Any]]:
     return [
         (a.name, a.default_value if a.has_default_value() else inspect.Parameter.empty)
         for a in operator.overload._schema.arguments
     ]
 
 
-def label(operator: Operator) -> str:
+def label(operator: Operator[Any]) -> str:
     return operator.name
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=label)
-def test_fake_has_the_schema(operator: Operator) -> None:
+def test_fake_has_the_schema(operator: Operator[Any]) -> None:
     assert arguments_of(frame.fake(operator.name)) == schema_of(operator)
 
 
 @pytest.mark.parametrize("operator", [o for o in OPERATORS if o.has_reference], ids=label)
-def test_reference_has_the_schema(operator: Operator) -> None:
+def test_reference_has_the_schema(operator: Operator[Any]) -> None:
     assert arguments_of(operator.reference) == schema_of(operator)
 
 
 @pytest.mark.parametrize("operator", [o for o in OPERATORS if o.name in PUBLIC], ids=label)
-def test_public_function_follows_the_schema(operator: Operator) -> None:
+def test_public_function_follows_the_schema(operator: Operator[Any]) -> None:
     """Arguments of both have one order and one default; the public one may resolve None itself."""
     public, schema = arguments_of(getattr(ops, operator.name)), schema_of(operator)
     shared = [name for name, _ in schema if name in dict(public)]

@@ -34,8 +34,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
     boxes1, boxes2 = ctx.saved_tensors
-    grads: tuple[Tensor, Tensor] = _box_iou_backward(grad_output, boxes1, boxes2, ctx.mode, ctx.eps)
-    return grads
+    return _box_iou_backward(grad_output, boxes1, boxes2, ctx.mode, ctx.eps)
 
 
 _box_iou_backward = operator("_box_iou_backward", fake=_fake_backward)
@@ -76,7 +75,7 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         >>> box_iou(boxes[:1], boxes)
         tensor([[1.0000, 0.3333]])
     """
-    return _box_iou(boxes1, boxes2, _IOU, 0.0)  # type: ignore[no-any-return]
+    return _box_iou(boxes1, boxes2, _IOU, 0.0)
 
 
 def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -108,7 +107,7 @@ def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         >>> generalized_box_iou(boxes[:1], boxes)
         tensor([[ 1.0000, -0.5000]])
     """
-    return _box_iou(boxes1, boxes2, _GIOU, 0.0)  # type: ignore[no-any-return]
+    return _box_iou(boxes1, boxes2, _GIOU, 0.0)
 
 
 def distance_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tensor:
@@ -141,7 +140,7 @@ def distance_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tenso
         >>> distance_box_iou(boxes[:1], boxes)
         tensor([[ 1.0000, -0.5294]])
     """
-    return _box_iou(boxes1, boxes2, _DIOU, eps)  # type: ignore[no-any-return]
+    return _box_iou(boxes1, boxes2, _DIOU, eps)
 
 
 def complete_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tensor:
@@ -175,4 +174,4 @@ def complete_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tenso
         >>> complete_box_iou(boxes[:1], boxes)
         tensor([[1.0000, 0.2460]])
     """
-    return _box_iou(boxes1, boxes2, _CIOU, eps)  # type: ignore[no-any-return]
+    return _box_iou(boxes1, boxes2, _CIOU, eps)
