@@ -172,6 +172,6 @@ def complete_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tenso
         >>> from torchkiln.ops import complete_box_iou
         >>> boxes = torch.tensor([[0.0, 0.0, 2.0, 1.0], [0.0, 0.0, 1.0, 2.0]])
         >>> complete_box_iou(boxes[:1], boxes)
-        tensor([[1.0000, 0.2460]])
+        tensor([[1.0000, 0.2371]])
     """
     return _box_iou(boxes1, boxes2, _CIOU, eps)
