@@ -1,0 +1,505 @@
+// roi_align: schema, checks and shapes, launches. (The CPU version is roi_align_cpu.cpp.)
+// SPDX-License-Identifier: Apache-2.0
+#include "bindings/detection/roi_align.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <tuple>
+
+#include "bindings/support/cuda.h"
+
+namespace torchkiln::bindings {
+namespace {
+
+using roi_align::Args;
+using roi_align::Span;
+
+constexpr const char* kOp = "roi_align";
+// Bins are numbered with 32 bits.
+constexpr std::int64_t kMostPooled = 4096;
+// Up to here one thread per output, which knows all geometry itself, beats a second launch.
+constexpr std::int64_t kFewOutputs = 65'536;
+
+// ---- kernels ----
+
+struct TableStatics {
+  std::int64_t scalar;
+};
+struct PlaneStatics {
+  std::int64_t scalar, index;
+};
+struct LastStatics {
+  std::int64_t scalar, index, vector;
+};
+struct DirectStatics {
+  std::int64_t scalar, index, pooling, channels_last;
+};
+struct Sizes {
+  std::int64_t outputs, n, c, h, w, k, pooled_h;
+};
+struct BlockTunables {
+  std::int64_t block_size;
+};
+struct PlaneTunables {
+  std::int64_t planes, block_size;
+};
+struct TileTunables {
+  std::int64_t tile_h, tile_w, lane_channels, block_size;
+};
+
+const std::vector<const char*> kForward = {"roi_align"};
+const std::vector<std::int64_t> kIndexTypes = {TORCHKILN_I32};
+const std::vector<torchkiln_size> kSizes = {
+    {"outputs", TORCHKILN_BUCKET_POW2}, {"n", TORCHKILN_BUCKET_NONE}, {"c", TORCHKILN_BUCKET_POW2},
+    {"h", TORCHKILN_BUCKET_NONE},       {"w", TORCHKILN_BUCKET_NONE}, {"k", TORCHKILN_BUCKET_POW2},
+    {"pooled_h", TORCHKILN_BUCKET_NONE}};
+
+using Tables = Kernel<Args, TableStatics, Sizes, BlockTunables>;
+using Planes = Kernel<Args, PlaneStatics, Sizes, PlaneTunables>;
+using Last = Kernel<Args, LastStatics, Sizes, BlockTunables>;
+using Direct = Kernel<Args, DirectStatics, Sizes, BlockTunables>;
+using Backward = Kernel<Args, DirectStatics, Sizes, TileTunables>;
+
+const Tables tables_kernel({
+    .path = "detection/roi_align.cuh",
+    .entry = "tables",
+    .operators = {"roi_align"},
+    .statics = {types("scalar", {TORCHKILN_FLOAT, TORCHKILN_DOUBLE})},
+    .sizes = kSizes,
+    .tunables = {ints("block_size", {32, 64, 128, 256})},
+    .defaults = {{64}},
+    .geometry =
+        [](const Tables::Problem& p, const BlockTunables& t) {
+          return linear(ceil_div(2 * p.sizes.k, t.block_size), t.block_size);
+        },
+});
+
+// Few maps: their regions are divided among several blocks, until the GPU is full.
+std::int64_t region_groups(const Device& device, const Sizes& s, const PlaneTunables& t) {
+  const std::int64_t blocks = s.n * ceil_div(s.c, t.planes);
+  const std::int64_t wanted =
+      ceil_div(4 * device.multiprocessors, std::max<std::int64_t>(1, blocks));
+  return std::clamp<std::int64_t>(wanted, 1, ceil_div(s.k, t.block_size / 32));
+}
+
+const Planes planes_kernel({
+    .path = "detection/roi_align.cuh",
+    .entry = "planes",
+    .operators = kForward,
+    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes)},
+    .sizes = kSizes,
+    .tunables = {ints("planes", {1, 2, 4}), ints("block_size", {256, 512, 1024})},
+    .defaults = {{2, 512}},
+    .geometry =
+        [](const Planes::Problem& p, const PlaneTunables& t) {
+          Geometry g = linear(p.sizes.n * ceil_div(p.sizes.c, t.planes), t.block_size);
+          g.grid[1] = static_cast<std::uint32_t>(region_groups(p.device, p.sizes, t));
+          return g;
+        },
+});
+
+// Elements that one thread of `last` handles: 16 bytes, or 1 when the channels do not divide.
+std::int64_t vector_width(std::int64_t scalar) {
+  return scalar == TORCHKILN_DOUBLE ? 2 : (scalar == TORCHKILN_FLOAT ? 4 : 8);
+}
+
+const Last last_kernel({
+    .path = "detection/roi_align.cuh",
+    .entry = "last",
+    .operators = kForward,
+    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes),
+                ints("vector", {1, 2, 4, 8})},
+    .sizes = kSizes,
+    .tunables = {ints("block_size", {64, 128, 256, 512})},
+    .defaults = {{128}},
+    .valid =
+        [](const LastStatics& s) { return s.vector == 1 || s.vector == vector_width(s.scalar); },
+    .geometry =
+        [](const Last::Problem& p, const BlockTunables& t) {
+          const std::int64_t items = p.sizes.k * p.sizes.pooled_h * (p.sizes.c / p.statics.vector);
+          return linear(ceil_div(items, t.block_size), t.block_size);
+        },
+});
+
+const Direct direct_kernel({
+    .path = "detection/roi_align.cuh",
+    .entry = "direct",
+    .operators = kForward,
+    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes), ints("pooling", {0, 1}),
+                bools("channels_last")},
+    .sizes = kSizes,
+    .tunables = {ints("block_size", {64, 128, 256, 512})},
+    .defaults = {{128}},
+    .geometry =
+        [](const Direct::Problem& p, const BlockTunables& t) {
+          return linear(ceil_div(p.sizes.outputs, t.block_size), t.block_size);
+        },
+});
+
+// The sums of a tile must fit into static shared memory, which is 48 KB.
+bool tile_fits(const Backward::Problem& p, const TileTunables& t) {
+  const std::int64_t sum_bytes = p.statics.scalar == TORCHKILN_DOUBLE ? 8 : 4;
+  return t.tile_h * t.tile_w * (32 * t.lane_channels + 1) * sum_bytes <= 40 * 1024;
+}
+
+const Backward backward_kernel({
+    .path = "detection/roi_align.cuh",
+    .entry = "backward",
+    .operators = kForward,
+    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes), ints("pooling", {0, 1}),
+                bools("channels_last")},
+    .sizes = kSizes,
+    .tunables = {ints("tile_h", {4, 8, 16}), ints("tile_w", {8, 16, 32}),
+                 ints("lane_channels", {1, 2, 4}), ints("block_size", {128, 256, 512})},
+    .defaults = {{16, 16, 1, 256}, {8, 16, 1, 256}, {8, 16, 2, 256}},
+    .legal = [](const Backward::Problem& p, const TileTunables& t) { return tile_fits(p, t); },
+    .choose = [](const Backward::Problem& p) -> std::uint32_t {
+      if (p.statics.scalar == TORCHKILN_DOUBLE) return 1;
+      return p.statics.channels_last != 0 && p.sizes.c >= 64 ? 2 : 0;
+    },
+    .geometry =
+        [](const Backward::Problem& p, const TileTunables& t) {
+          return linear(p.sizes.n * ceil_div(p.sizes.h, t.tile_h) * ceil_div(p.sizes.w, t.tile_w) *
+                            ceil_div(p.sizes.c, 32 * t.lane_channels),
+                        t.block_size);
+        },
+});
+
+// ---- checks and shapes ----
+
+void check_options(const Tensor& boxes, const RoiAlignOptions& options) {
+  check_rows(kOp, "boxes", boxes, 5);
+  const auto check_pooled = [](const char* argument, std::int64_t value) {
+    check_positive(kOp, argument, value);
+    if (value <= kMostPooled) return;
+    fail(TORCHKILN_ERROR_VALUE, kOp, argument, "be at most 4096", std::to_string(value));
+  };
+  check_pooled("pooled_height", options.pooled_height);
+  check_pooled("pooled_width", options.pooled_width);
+  if (!(options.spatial_scale > 0 && std::isfinite(options.spatial_scale))) {
+    fail(TORCHKILN_ERROR_VALUE, kOp, "spatial_scale", "be a finite number above 0",
+         std::to_string(options.spatial_scale));
+  }
+  if (options.sampling_ratio > roi_align::kMostSamples) {
+    fail(TORCHKILN_ERROR_VALUE, kOp, "sampling_ratio", "be at most 32768",
+         std::to_string(options.sampling_ratio));
+  }
+}
+
+void check_shape_of_maps(const RoiAlignShape& s) {
+  constexpr std::int64_t kMost = std::int64_t{1} << 30;
+  if (s.h < kMost && s.w < kMost) return;
+  fail(TORCHKILN_ERROR_VALUE, kOp, "input", "have fewer than 2^30 rows and columns",
+       std::to_string(s.h) + " x " + std::to_string(s.w));
+}
+
+// Sizes of one do not count: their strides say nothing.
+bool has_layout(const Tensor& tensor, bool channels_last) {
+  if (!channels_last) return tensor.is_contiguous();
+  std::int64_t stride = 1;
+  for (const std::int64_t dim : {1, 3, 2, 0}) {
+    if (tensor.size(dim) != 1 && tensor.stride(dim) != stride) return false;
+    stride *= tensor.size(dim);
+  }
+  return true;
+}
+
+Tensor empty_layout(const Tensor& like, ScalarType dtype, const std::array<std::int64_t, 4>& shape,
+                    bool channels_last) {
+  if (!channels_last) return empty(like, dtype, Shape(shape));
+  const auto [n, c, h, w] = shape;
+  const std::array<std::int64_t, 4> strides = {h * w * c, 1, w * c, c};
+  return empty_strided(like, dtype, Shape(shape), Shape(strides));
+}
+
+std::int64_t box_type(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Half:
+      return roi_align::kHalfBoxes;
+    case ScalarType::BFloat16:
+      return roi_align::kBfloat16Boxes;
+    case ScalarType::Double:
+      return roi_align::kDoubleBoxes;
+    default:
+      return roi_align::kFloatBoxes;
+  }
+}
+
+roi_align::Regions regions_of(const Tensor& boxes, const RoiAlignShape& s,
+                              const RoiAlignOptions& o) {
+  return {.boxes = boxes.const_data_ptr(),
+          .box_type = box_type(boxes.scalar_type()),
+          .n = s.n,
+          .c = s.c,
+          .h = s.h,
+          .w = s.w,
+          .k = boxes.size(0),
+          .pooled_h = o.pooled_height,
+          .pooled_w = o.pooled_width,
+          .sampling_ratio = o.sampling_ratio,
+          .aligned = o.aligned ? 1 : 0,
+          .spatial_scale = o.spatial_scale};
+}
+
+// ---- launches ----
+
+std::int64_t index_type(const RoiAlignPlan& p) {
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  return std::max(p.maps.numel(), p.bins.numel()) <= kMost ? TORCHKILN_I32 : TORCHKILN_I64;
+}
+
+Sizes sizes_of(const RoiAlignPlan& p) {
+  const roi_align::Regions& r = p.args.regions;
+  return {p.bins.numel(), r.n, r.c, r.h, r.w, r.k, r.pooled_h};
+}
+
+Buffer reads_memory(std::size_t offset, std::int64_t bytes) {
+  return {static_cast<std::uint32_t>(offset), TORCHKILN_READ, static_cast<std::uint64_t>(bytes)};
+}
+Buffer writes_memory(std::size_t offset, std::int64_t bytes) {
+  return {static_cast<std::uint32_t>(offset), TORCHKILN_WRITE, static_cast<std::uint64_t>(bytes)};
+}
+
+// The taps of all regions, made once for all channels; they live until the launch that reads them is queued.
+struct TapTable {
+  Tensor memory;
+  std::int64_t tap_bytes, begin_bytes, span_bytes;
+
+  std::array<Buffer, 3> read() const {
+    return {reads_memory(offsetof(Args, taps), tap_bytes),
+            reads_memory(offsetof(Args, begins), begin_bytes),
+            reads_memory(offsetof(Args, spans), span_bytes)};
+  }
+};
+
+TapTable make_table(const CudaPlace& place, RoiAlignPlan& p) {
+  const roi_align::Regions& r = p.args.regions;
+  const auto capacity = [&](std::int64_t size, std::int64_t pooled) {
+    const std::int64_t touched = size + 2 * pooled;
+    return r.sampling_ratio > 0 ? std::min<std::int64_t>(touched, 2 * r.sampling_ratio * pooled)
+                                : touched;
+  };
+  p.args.row_capacity = capacity(r.h, r.pooled_h);
+  p.args.column_capacity = capacity(r.w, r.pooled_w);
+  constexpr std::int64_t kTapBytes = 16;
+  TapTable table{.memory = Tensor(),
+                 .tap_bytes = r.k * (p.args.row_capacity + p.args.column_capacity) * kTapBytes,
+                 .begin_bytes = ceil_div(r.k * (r.pooled_h + r.pooled_w + 2) * 4, 16) * 16,
+                 .span_bytes = r.k * static_cast<std::int64_t>(sizeof(Span))};
+  table.memory =
+      empty(p.maps, ScalarType::Byte, {table.tap_bytes + table.begin_bytes + table.span_bytes});
+  auto* memory = mutable_data<std::uint8_t>(table.memory);
+  p.args.taps = memory;
+  p.args.begins = reinterpret_cast<i32*>(memory + table.tap_bytes);
+  p.args.spans = memory + table.tap_bytes + table.begin_bytes;
+  const bool wide = p.maps.scalar_type() == ScalarType::Double;
+  tables_kernel.run(
+      place, {wide ? TORCHKILN_DOUBLE : TORCHKILN_FLOAT}, sizes_of(p), p.args,
+      {reads_memory(offsetof(Args, regions), static_cast<std::int64_t>(bytes_of(p.boxes))),
+       writes_memory(offsetof(Args, taps), table.tap_bytes),
+       writes_memory(offsetof(Args, begins), table.begin_bytes),
+       writes_memory(offsetof(Args, spans), table.span_bytes)});
+  return table;
+}
+
+void launch_direct(const CudaPlace& place, const RoiAlignPlan& p) {
+  const Buffer argmax = p.maximum ? writes(offsetof(Args, argmax), p.argmax)
+                                  : writes_memory(offsetof(Args, argmax), 0);
+  const std::int64_t pooling = p.maximum ? roi_align::kMax : roi_align::kAverage;
+  direct_kernel.run(place,
+                    {kernel_type(p.maps.scalar_type()), index_type(p), pooling, p.channels_last},
+                    sizes_of(p), p.args,
+                    {reads(offsetof(Args, regions), p.boxes), reads(offsetof(Args, maps), p.maps),
+                     writes(offsetof(Args, bins), p.bins), argmax});
+}
+
+bool aligned_to_16(const Tensor& tensor) {
+  return reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+}
+
+void launch_average(const CudaPlace& place, RoiAlignPlan& p) {
+  const TapTable table = make_table(place, p);
+  const auto [taps, begins, spans] = table.read();
+  const Buffer maps = reads(offsetof(Args, maps), p.maps);
+  const Buffer bins = writes(offsetof(Args, bins), p.bins);
+  const std::int64_t scalar = kernel_type(p.maps.scalar_type());
+  if (!p.channels_last) {
+    planes_kernel.run(place, {scalar, index_type(p)}, sizes_of(p), p.args,
+                      {maps, bins, taps, begins, spans});
+    return;
+  }
+  const std::int64_t wide = vector_width(scalar);
+  const bool vectorised =
+      p.args.regions.c % wide == 0 && aligned_to_16(p.maps) && aligned_to_16(p.bins);
+  last_kernel.run(place, {scalar, index_type(p), vectorised ? wide : 1}, sizes_of(p), p.args,
+                  {maps, bins, taps, begins, spans});
+}
+
+RoiAlignPlan run_cuda(RoiAlignPlan p) {
+  if (p.bins.numel() == 0) return p;
+  if (p.maps.numel() == 0) {  // no pixel, no sample
+    torch::stable::zero_(p.bins);
+    if (p.maximum) torch::stable::fill_(p.argmax, -1);
+    return p;
+  }
+  const CudaPlace place(p.maps);
+  if (p.maximum || p.bins.numel() <= kFewOutputs) {
+    launch_direct(place, p);
+  } else {
+    launch_average(place, p);
+  }
+  return p;
+}
+
+Tensor forward_cuda(const Tensor& input, const Tensor& boxes, std::int64_t pooled_height,
+                    std::int64_t pooled_width, double spatial_scale, std::int64_t sampling_ratio,
+                    bool aligned, std::int64_t pool_mode) {
+  check_pool_mode(pool_mode);
+  const RoiAlignOptions o{pooled_height, pooled_width, spatial_scale, sampling_ratio, aligned};
+  return run_cuda(plan_roi_align(input, boxes, o, pool_mode == roi_align::kMax)).bins;
+}
+
+std::tuple<Tensor, Tensor> max_cuda(const Tensor& input, const Tensor& boxes,
+                                    std::int64_t pooled_height, std::int64_t pooled_width,
+                                    double spatial_scale, std::int64_t sampling_ratio,
+                                    bool aligned) {
+  const RoiAlignOptions o{pooled_height, pooled_width, spatial_scale, sampling_ratio, aligned};
+  const RoiAlignPlan p = run_cuda(plan_roi_align(input, boxes, o, true));
+  return {p.bins, p.argmax};
+}
+
+// One kernel for both values of `deterministic`: the one without atomics is the fastest too.
+Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes,
+                     const std::optional<Tensor>& argmax, std::int64_t n, std::int64_t c,
+                     std::int64_t h, std::int64_t w, double spatial_scale,
+                     std::int64_t sampling_ratio, bool aligned, bool channels_last,
+                     bool /*deterministic*/) {
+  const RoiAlignOptions o{grad_output.dim() == 4 ? grad_output.size(2) : 1,
+                          grad_output.dim() == 4 ? grad_output.size(3) : 1, spatial_scale,
+                          sampling_ratio, aligned};
+  RoiAlignPlan p =
+      plan_roi_align_backward(grad_output, boxes, argmax, {n, c, h, w}, o, channels_last);
+  if (p.maps.numel() == 0) return p.maps;
+  if (p.bins.numel() == 0) {
+    torch::stable::zero_(p.maps);
+    return p.maps;
+  }
+  // The kernel has channels in its lanes: gradients of bins are read by channel, whatever the layout of the maps.
+  p.bins = as_layout(p.bins, true);
+  p.args.bins = const_cast<void*>(p.bins.const_data_ptr());
+  if (p.maximum) {
+    p.argmax = as_layout(p.argmax, true);
+    p.args.argmax = const_cast<i32*>(static_cast<const i32*>(p.argmax.const_data_ptr()));
+  }
+  const CudaPlace place(p.maps);
+  const TapTable table = make_table(place, p);
+  const auto [taps, begins, spans] = table.read();
+  const Buffer winners =
+      p.maximum ? reads(offsetof(Args, argmax), p.argmax) : reads_memory(offsetof(Args, argmax), 0);
+  const std::int64_t pooling = p.maximum ? roi_align::kMax : roi_align::kAverage;
+  backward_kernel.run(place,
+                      {kernel_type(p.maps.scalar_type()), index_type(p), pooling, channels_last},
+                      sizes_of(p), p.args,
+                      {reads(offsetof(Args, regions), p.boxes), reads(offsetof(Args, bins), p.bins),
+                       winners, taps, begins, spans, writes(offsetof(Args, maps), p.maps)});
+  return p.maps;
+}
+
+}  // namespace
+
+void check_pool_mode(std::int64_t pool_mode) {
+  if (pool_mode == roi_align::kAverage || pool_mode == roi_align::kMax) return;
+  fail(TORCHKILN_ERROR_VALUE, kOp, "pool_mode", "be 0 (average) or 1 (max)",
+       std::to_string(pool_mode));
+}
+
+Tensor as_layout(const Tensor& tensor, bool channels_last) {
+  if (has_layout(tensor, channels_last)) return tensor;
+  Tensor copy =
+      empty_layout(tensor, tensor.scalar_type(),
+                   {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)}, channels_last);
+  torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
+RoiAlignPlan plan_roi_align(const Tensor& input, const Tensor& boxes,
+                            const RoiAlignOptions& options, bool maximum) {
+  check_floating(kOp, "input", input);
+  check_dim(kOp, "input", input, 4, "(N, C, H, W)");
+  check_options(boxes, options);
+  check_same_device(kOp, "boxes", boxes, "input", input);
+  const RoiAlignShape shape{input.size(0), input.size(1), input.size(2), input.size(3)};
+  check_shape_of_maps(shape);
+  const bool channels_last = !has_layout(input, false) && has_layout(input, true);
+  const std::array<std::int64_t, 4> out = {boxes.size(0), shape.c, options.pooled_height,
+                                           options.pooled_width};
+  RoiAlignPlan p{
+      .channels_last = channels_last,
+      .maximum = maximum,
+      .maps = channels_last ? input : as_contiguous(input),
+      .boxes = as_contiguous(boxes),
+      .bins = empty_layout(input, input.scalar_type(), out, channels_last),
+      .argmax = maximum ? empty_layout(input, ScalarType::Int, out, channels_last) : Tensor(),
+      .args = {}};
+  p.args.regions = regions_of(p.boxes, shape, options);
+  p.args.maps = const_cast<void*>(p.maps.const_data_ptr());
+  p.args.bins = p.bins.mutable_data_ptr();
+  if (maximum) p.args.argmax = mutable_data<i32>(p.argmax);
+  return p;
+}
+
+RoiAlignPlan plan_roi_align_backward(const Tensor& grad_output, const Tensor& boxes,
+                                     const std::optional<Tensor>& argmax,
+                                     const RoiAlignShape& shape, const RoiAlignOptions& options,
+                                     bool channels_last) {
+  check_floating(kOp, "grad_output", grad_output);
+  check_dim(kOp, "grad_output", grad_output, 4, "(K, C, pooled_height, pooled_width)");
+  check_options(boxes, options);
+  check_same_device(kOp, "boxes", boxes, "grad_output", grad_output);
+  check_shape(kOp, "grad_output", grad_output,
+              {boxes.size(0), shape.c, options.pooled_height, options.pooled_width});
+  check_shape_of_maps(shape);
+  if (argmax.has_value()) {
+    check_same_device(kOp, "argmax", *argmax, "grad_output", grad_output);
+    check_shape(kOp, "argmax", *argmax,
+                {boxes.size(0), shape.c, options.pooled_height, options.pooled_width});
+    if (argmax->scalar_type() != ScalarType::Int) {
+      fail(TORCHKILN_ERROR_TYPE, kOp, "argmax", "be an int32 tensor", text(argmax->scalar_type()));
+    }
+  }
+  RoiAlignPlan p{.channels_last = channels_last,
+                 .maximum = argmax.has_value(),
+                 .maps = empty_layout(grad_output, grad_output.scalar_type(),
+                                      {shape.n, shape.c, shape.h, shape.w}, channels_last),
+                 .boxes = as_contiguous(boxes),
+                 .bins = grad_output,
+                 .argmax = argmax.has_value() ? *argmax : Tensor(),
+                 .args = {}};
+  p.args.regions = regions_of(p.boxes, shape, options);
+  p.args.maps = p.maps.mutable_data_ptr();
+  return p;
+}
+
+}  // namespace torchkiln::bindings
+
+STABLE_TORCH_LIBRARY_FRAGMENT(torchkiln, m) {
+  m.def(
+      "roi_align(Tensor input, Tensor boxes, int pooled_height, int pooled_width, "
+      "float spatial_scale=1.0, int sampling_ratio=-1, bool aligned=False, int pool_mode=0) -> "
+      "Tensor");
+  m.def(
+      "_roi_align_max(Tensor input, Tensor boxes, int pooled_height, int pooled_width, "
+      "float spatial_scale, int sampling_ratio, bool aligned) -> (Tensor, Tensor)");
+  m.def(
+      "_roi_align_backward(Tensor grad_output, Tensor boxes, Tensor? argmax, int n, int c, int h, "
+      "int w, float spatial_scale, int sampling_ratio, bool aligned, bool channels_last, "
+      "bool deterministic) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(torchkiln, CUDA, m) {
+  m.impl("roi_align", TORCH_BOX(&torchkiln::bindings::forward_cuda));
+  m.impl("_roi_align_max", TORCH_BOX(&torchkiln::bindings::max_cuda));
+  m.impl("_roi_align_backward", TORCH_BOX(&torchkiln::bindings::backward_cuda));
+}
