@@ -2,10 +2,12 @@
 // and our kernels for the operators that we have. Nothing is registered when this library is loaded.
 // SPDX-License-Identifier: Apache-2.0
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -40,18 +42,44 @@ void redispatch(const char* name, StableIValue* stack) {
   throw std::runtime_error(error->kind != TORCHKILN_ERROR_NONE ? error->message : torch_sentence());
 }
 
+// Asks Python for torch.use_deterministic_algorithms: the stable ABI does not tell.
+std::atomic<std::int32_t (*)()> ask_deterministic{nullptr};
+
+bool deterministic() {
+  const auto ask = ask_deterministic.load(std::memory_order_acquire);
+  return ask != nullptr && ask() != 0;
+}
+
 // nms(dets, scores, iou_threshold)
 void nms(StableIValue* stack, std::uint64_t, std::uint64_t) { redispatch("torchkiln::nms", stack); }
 
 // roi_align(input, rois, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned)
 void roi_align(StableIValue* stack, std::uint64_t, std::uint64_t) {
-  redispatch("torchkiln::roi_align", stack);
+  const std::int64_t pool_mode = 0;  // average
+  std::array ours{stack[0], stack[1], stack[3], stack[4],
+                  stack[2], stack[5], stack[6], from(pool_mode)};
+  redispatch("torchkiln::roi_align", ours.data());
+  stack[0] = ours[0];
 }
 
 // _roi_align_backward(grad, rois, spatial_scale, pooled_height, pooled_width, batch_size, channels, height, width,
 // sampling_ratio, aligned)
 void roi_align_backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
-  redispatch("torchkiln::_roi_align_backward", stack);
+  const bool channels_last = false;  // as torchvision's fake says
+  std::array ours{stack[0],
+                  stack[1],
+                  from(std::optional<torch::stable::Tensor>()),
+                  stack[5],
+                  stack[6],
+                  stack[7],
+                  stack[8],
+                  stack[2],
+                  stack[9],
+                  stack[10],
+                  from(channels_last),
+                  from(deterministic())};
+  redispatch("torchkiln::_roi_align_backward", ours.data());
+  stack[0] = ours[0];
 }
 
 // _cuda_version(): built without CUDA, as torchvision's CPU builds say.
@@ -190,6 +218,11 @@ TORCHKILN_API const char* torchkiln_torchvision_operator(std::int32_t index, std
   *provided = op->kernel != nullptr && op->kernel != tk::cuda_version;
   *calls = tk::calls[static_cast<std::size_t>(index)].load(std::memory_order_relaxed);
   return op->name;
+}
+
+// `ask` returns whether deterministic algorithms are wanted; it must live as long as the process.
+TORCHKILN_API void torchkiln_torchvision_ask_deterministic(std::int32_t (*ask)()) {
+  torchkiln::bindings::ask_deterministic.store(ask, std::memory_order_release);
 }
 
 // Registers the schema of row `index`, which must not exist. Null, or why it failed.
