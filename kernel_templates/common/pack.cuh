@@ -1,0 +1,56 @@
+// Loads and stores of up to 16 bytes at once.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "common/types.h"
+
+namespace torchkiln {
+
+// kCount neighbouring elements; a pointer to them must be aligned to their size together.
+template <class Scalar, int kCount>
+union Pack {
+  static constexpr int kBytes = kCount * int(sizeof(Scalar));
+  static_assert(kBytes <= 16);
+  Scalar at[kCount];
+  u32 words[kBytes >= 4 ? kBytes / 4 : 1];
+};
+
+// Of memory that no thread of the launch writes.
+template <int kCount, class Scalar>
+__device__ __forceinline__ Pack<Scalar, kCount> load_pack(const Scalar* from) {
+  using Result = Pack<Scalar, kCount>;
+  Result result;
+  if constexpr (Result::kBytes == 16) {
+    const uint4 words = __ldg(reinterpret_cast<const uint4*>(from));
+    result.words[0] = words.x;
+    result.words[1] = words.y;
+    result.words[2] = words.z;
+    result.words[3] = words.w;
+  } else if constexpr (Result::kBytes == 8) {
+    const uint2 words = __ldg(reinterpret_cast<const uint2*>(from));
+    result.words[0] = words.x;
+    result.words[1] = words.y;
+  } else if constexpr (Result::kBytes == 4) {
+    result.words[0] = __ldg(reinterpret_cast<const u32*>(from));
+  } else {
+    for (int i = 0; i < kCount; ++i) result.at[i] = from[i];
+  }
+  return result;
+}
+
+template <int kCount, class Scalar>
+__device__ __forceinline__ void store_pack(Scalar* to, const Pack<Scalar, kCount>& value) {
+  using Value = Pack<Scalar, kCount>;
+  if constexpr (Value::kBytes == 16) {
+    *reinterpret_cast<uint4*>(to) =
+        make_uint4(value.words[0], value.words[1], value.words[2], value.words[3]);
+  } else if constexpr (Value::kBytes == 8) {
+    *reinterpret_cast<uint2*>(to) = make_uint2(value.words[0], value.words[1]);
+  } else if constexpr (Value::kBytes == 4) {
+    *reinterpret_cast<u32*>(to) = value.words[0];
+  } else {
+    for (int i = 0; i < kCount; ++i) to[i] = value.at[i];
+  }
+}
+
+}  // namespace torchkiln
