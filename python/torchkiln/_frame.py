@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 from torch._library import autograd as library_autograd
-from torch._library import simple_registry
+from torch._library import fake_impl, simple_registry
 from torch._library import utils as library_utils
 from torch.amp import autocast_mode
 from torch.autograd import forward_ad
@@ -286,9 +286,14 @@ class Frame:
     def _register_fake(self, name: str, fake: Callable[..., Any]) -> None:
         """`torch.library.register_fake` without its search for source lines."""
         self._fakes[name] = fake
-        holder = simple_registry.singleton.find(f"{self._namespace}::{name}").fake_impl
+        qualified = f"{self._namespace}::{name}"
+        holder = simple_registry.singleton.find(qualified).fake_impl
         holder.kernels.append(library_utils.Kernel(fake, fake.__module__))
-        self._implement(name, "Meta", fake, with_keyset=False)
+
+        def meta_kernel(*args: Any, **kwargs: Any) -> Any:
+            return fake_impl.construct_meta_kernel(qualified, holder)(*args, **kwargs)
+
+        self._implement(name, "Meta", meta_kernel, with_keyset=False)
 
 
 def _run_in_dtype(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -195,6 +196,7 @@ def frame() -> Iterator[Frame]:
     library = torch.library.Library("torchkiln_paths", "DEF")
     library.define("no_gradient(Tensor x) -> Tensor")
     library.define("indices(Tensor x) -> Tensor")
+    library.define("positive(Tensor x) -> Tensor")
     library.define("total(Tensor[] parts) -> Tensor")
     library.impl("no_gradient", torch.sin, "CPU")
     library.impl("indices", lambda x: torch.argsort(x), "CPU")
@@ -202,6 +204,9 @@ def frame() -> Iterator[Frame]:
     frame = Frame("torchkiln_paths")
     frame.operator("no_gradient", fake=torch.empty_like)
     frame.operator("indices", fake=lambda x: x.new_empty(x.shape, dtype=torch.int64))
+    frame.operator(
+        "positive", fake=lambda x: x.new_empty(torch.library.get_ctx().new_dynamic_size())
+    )
     frame.operator(
         "total",
         fake=lambda parts: torch.empty_like(parts[0]),
@@ -232,6 +237,14 @@ def test_lists_of_tensors(frame: Frame) -> None:
         assert torch.equal(part.grad, torch.ones(2))
     with pytest.raises(NotImplementedError, match="total: takes lists of tensors"):
         torch.func.grad(lambda x: frame["total"]([x, x]).sum())(torch.rand(2))
+
+
+def test_size_that_depends_on_data(frame: Frame) -> None:
+    mode = torch._subclasses.FakeTensorMode(shape_env=ShapeEnv())
+    with mode:
+        assert frame["positive"](torch.empty(4)).dim() == 1
+    with pytest.raises(RuntimeError, match="data-dependent"):
+        frame["positive"](torch.empty(4, device="meta"))
 
 
 def test_a_name_registers_once(frame: Frame) -> None:
