@@ -38,6 +38,18 @@ py::object control(const std::string& command, const py::object& request) {
   return from_json(reply);
 }
 
+// NVRTC may be a package in one of Python's site folders; the engine cannot know them by itself.
+void tell_site_directories() {
+  py::list folders;
+  for (const py::handle entry : py::module_::import("sys").attr("path")) {
+    const auto path = entry.cast<std::string>();
+    if (path.ends_with("site-packages") || path.ends_with("dist-packages")) folders.append(path);
+  }
+  py::dict request;
+  request["paths"] = folders;
+  control("set_site_directories", request);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_control, m) {
@@ -46,4 +58,5 @@ PYBIND11_MODULE(_control, m) {
         "Runs a cold command; raises RuntimeError and leaves its data in last_error().");
   m.def("last_error", &last_error, "The last failure on this thread: kind, argument, message, details.");
   m.def("version", &torchkiln_version, "Version of the engine library.");
+  tell_site_directories();
 }
