@@ -80,6 +80,7 @@ struct FakeCalls {
 
   static CudaResult attribute(FakeDriver& d, int* value, CudaDeviceAttribute which,
                               CudaDevice device);
+  static bool runs_on_a_device(const FakeDriver& d, const CubinFacts& facts);
   static CudaResult load(FakeDriver& d, CudaLibrary* library, const void* code);
   static CudaResult allocate(FakeDriver& d, void** pointer, std::size_t bytes);
   static CudaResult release(FakeDriver& d, void* pointer);
@@ -164,15 +165,16 @@ void FakeCalls::fill_devices(CudaApi& api) {
   };
 }
 
+bool FakeCalls::runs_on_a_device(const FakeDriver& d, const CubinFacts& facts) {
+  return std::any_of(d.devices.begin(), d.devices.end(), [&](const FakeDriver::Device& device) {
+    return binary_compatible(facts.architecture, device.facts.major * 10 + device.facts.minor);
+  });
+}
+
 CudaResult FakeCalls::load(FakeDriver& d, CudaLibrary* library, const void* code) {
   std::string image = copy_image(code);
   const CubinFacts facts = inspect_cubin(image);
   if (!facts.is_elf && image.find(".version") == std::string::npos) return kCudaInvalidImage;
-  const bool runs =
-      !facts.is_elf || std::any_of(d.devices.begin(), d.devices.end(), [&](auto& device) {
-        return binary_compatible(facts.architecture, device.facts.major * 10 + device.facts.minor);
-      });
-  if (!runs) return kCudaNoBinaryForGpu;
   d.images_.push_back(image);
   *library = make<CudaLibrary>(d);
   d.libraries_[*library] = std::make_unique<FakeDriver::Library>(FakeDriver::Library{image});
@@ -195,6 +197,7 @@ void FakeCalls::fill_libraries(CudaApi& api) {
       const auto found = d.libraries_.find(library);
       if (found == d.libraries_.end()) return kCudaInvalidHandle;
       const CubinFacts facts = inspect_cubin(found->second->image, name);
+      if (facts.is_elf && !runs_on_a_device(d, facts)) return kCudaNoBinaryForGpu;
       if (facts.is_elf && !facts.has_symbol) return kCudaNotFound;
       d.functions_.push_back(
           std::make_unique<FakeDriver::Function>(FakeDriver::Function{found->second.get(), name}));
@@ -234,31 +237,37 @@ void FakeCalls::fill_launches(CudaApi& api) {
   api.cuLaunchKernel = [](CudaFunction handle, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                           unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,
                           CudaStream stream, void** parameters, void**) {
-    return on_context("cuLaunchKernel", [&](FakeDriver& d) {
-      const std::string args(static_cast<const char*>(parameters[0]), d.args_bytes);
-      return d.launch({function(handle)->name,
-                       {grid_x, grid_y, grid_z},
-                       {block_x, block_y, block_z},
-                       shared,
-                       stream,
-                       args,
-                       false,
-                       false});
-    });
+    return call(
+        "cuLaunchKernel",
+        [&](FakeDriver& d) {
+          const std::string args(static_cast<const char*>(parameters[0]), d.args_bytes);
+          return d.launch({function(handle)->name,
+                           {grid_x, grid_y, grid_z},
+                           {block_x, block_y, block_z},
+                           shared,
+                           stream,
+                           args,
+                           false,
+                           false});
+        },
+        stream == nullptr);
   };
   api.cuLaunchKernelEx = [](const CudaLaunchConfig* c, CudaFunction handle, void** parameters,
                             void**) {
-    return on_context("cuLaunchKernelEx", [&](FakeDriver& d) {
-      const std::string args(static_cast<const char*>(parameters[0]), d.args_bytes);
-      return d.launch({function(handle)->name,
-                       {c->grid[0], c->grid[1], c->grid[2]},
-                       {c->block[0], c->block[1], c->block[2]},
-                       c->dynamic_shared_bytes,
-                       c->stream,
-                       args,
-                       false,
-                       false});
-    });
+    return call(
+        "cuLaunchKernelEx",
+        [&](FakeDriver& d) {
+          const std::string args(static_cast<const char*>(parameters[0]), d.args_bytes);
+          return d.launch({function(handle)->name,
+                           {c->grid[0], c->grid[1], c->grid[2]},
+                           {c->block[0], c->block[1], c->block[2]},
+                           c->dynamic_shared_bytes,
+                           c->stream,
+                           args,
+                           false,
+                           false});
+        },
+        c->stream == nullptr);
   };
   api.cuStreamCreate = [](CudaStream* stream, unsigned) {
     return on_context("cuStreamCreate",

@@ -28,12 +28,13 @@ namespace torchkiln::jit::testing {
 //   EXPECT_EQ(driver.launches().at(0).grid[0], 4u);
 //   EXPECT_EQ(driver.count("cuLibraryLoadData"), 1);
 //
-// Contexts: with `needs_context` a thread gets 201 from launches, memory, events and
-// cuKernelGetFunction until it has called cuCtxSetCurrent.
+// Contexts: with `needs_context` a thread gets 201 from launches on the default stream, memory,
+// events and cuKernelGetFunction until it has called cuCtxSetCurrent. A launch on a stream of its
+// own works without, as on the real driver.
 //
-// Images: cuLibraryLoadData takes a real cubin (refused with 209 unless a device of the list can
-// run it) or PTX text; anything else is 200. cuLibraryGetKernel gives 500 for a kernel that the
-// cubin does not have.
+// Images: cuLibraryLoadData takes a cubin or PTX text, anything else is 200. Like the real driver
+// it loads lazily: cuLibraryGetKernel is what gives 209 for a cubin that no device of the list can
+// run, and 500 for a kernel that the cubin does not have.
 //
 // Memory is host memory, so copies and fills work. Launches compute nothing.
 //
