@@ -71,11 +71,17 @@ std::optional<Found> Objects::find_on_disk(const std::string& key, const Target&
   if (!store_.readable()) return std::nullopt;
   const auto start = Clock::now();
   const bool exact = settings_.compiler_policy == "exact";
-  auto object = store_.find(key, compilers_.identity(), exact,
+  auto object = store_.find(key, compiler_identity(), exact,
                             [&](const cache::Object& o) { return validate_object(o, target); });
   if (!object) return std::nullopt;
   Statistics::add(statistics_.hits_disk);
   return remember(key, std::move(*object), Layer::kDisk, milliseconds_since(start));
+}
+
+// Reading two ELF notes takes up to a millisecond: once.
+const std::string& Objects::compiler_identity() {
+  std::call_once(identity_once_, [&] { identity_ = compilers_.identity(); });
+  return identity_;
 }
 
 Found Objects::remember(const std::string& key, cache::Object object, Layer layer,

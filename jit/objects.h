@@ -71,6 +71,7 @@ class Objects {
              Priority priority);
   Found compile(const Specialization& specialization, const Target& target, const std::string& key,
                 Priority priority);
+  const std::string& compiler_identity();
   void prune_sometimes();
   Found remember(const std::string& key, cache::Object object, Layer layer, double milliseconds);
 
@@ -80,6 +81,8 @@ class Objects {
   Statistics& statistics_;
   std::vector<std::string> options_;
   cache::Store store_;
+  std::once_flag identity_once_;
+  std::string identity_;
   CompilePool pool_;
 
   std::mutex mutex_;  // guards what follows
