@@ -176,8 +176,7 @@ void launch(const CudaPlace& cuda_place, const NmsPlan& p, const Tensor& indices
 
   const Buffer boxes = reads(offsetof(Args, boxes), p.boxes);
   const Buffer scores = reads(offsetof(Args, scores), p.scores);
-  const Buffer idxs = classes ? reads(offsetof(Args, idxs), p.idxs)
-                              : buffer(offsetof(Args, idxs), TORCHKILN_READ, 0);
+  const Buffer idxs = buffer(offsetof(Args, idxs), TORCHKILN_READ, args.n * args.idx_bytes);
   const auto part = [](std::size_t offset, std::int64_t bytes) {
     return [=](std::int32_t access) { return buffer(offset, access, bytes); };
   };
@@ -270,7 +269,12 @@ NmsPlan plan_nms(const char* op, const Tensor& boxes, const Tensor& scores,
   check_same_dtype(op, "scores", scores, "boxes", boxes);
   check_same_device(op, "scores", scores, "boxes", boxes);
   check_shape(op, "scores", scores, {boxes.size(0)});
-  if (idxs.has_value()) check_classes(op, *idxs, boxes);
+  if (idxs.has_value()) {
+    class_bytes(op, *idxs);
+    check_dim(op, "idxs", *idxs, 1, "(N,)");
+    check_same_device(op, "idxs", *idxs, "boxes", boxes);
+    check_shape(op, "idxs", *idxs, {boxes.size(0)});
+  }
   check_not_nan(op, "iou_threshold", iou_threshold);
   if (boxes.size(0) >= kMaxBoxes)
     fail(TORCHKILN_ERROR_VALUE, op, "boxes", "have fewer than 2^30 rows", text(boxes));
@@ -284,26 +288,26 @@ NmsPlan plan_nms(const char* op, const Tensor& boxes, const Tensor& scores,
   p.args.iou_threshold = iou_threshold;
   if (idxs.has_value()) {
     p.args.idxs = p.idxs.const_data_ptr();
-    p.args.idx_bytes = static_cast<std::int64_t>(element_size(p.idxs.scalar_type()));
+    p.args.idx_bytes = class_bytes(op, p.idxs);
   }
   return p;
 }
 
-void check_classes(const char* op, const Tensor& idxs, const Tensor& boxes) {
+std::int64_t class_bytes(const char* op, const Tensor& idxs) {
   switch (idxs.scalar_type()) {
     case ScalarType::Byte:
     case ScalarType::Char:
+      return 1;
     case ScalarType::Short:
+      return 2;
     case ScalarType::Int:
+      return 4;
     case ScalarType::Long:
-      break;
+      return 8;
     default:
       fail(TORCHKILN_ERROR_TYPE, op, "idxs", "be an integer tensor", text(idxs.scalar_type()),
            "Convert it with idxs.long()");
   }
-  check_dim(op, "idxs", idxs, 1, "(N,)");
-  check_same_device(op, "idxs", idxs, "boxes", boxes);
-  check_shape(op, "idxs", idxs, {boxes.size(0)});
 }
 
 void check_max_output(std::int64_t max_output) {

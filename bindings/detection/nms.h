@@ -21,7 +21,8 @@ struct NmsPlan {
 
 NmsPlan plan_nms(const char* op, const Tensor& boxes, const Tensor& scores,
                  const std::optional<Tensor>& idxs, double iou_threshold);
-void check_classes(const char* op, const Tensor& idxs, const Tensor& boxes);
+// Size of one class; fails unless it is an integer.
+std::int64_t class_bytes(const char* op, const Tensor& idxs);
 void check_max_output(std::int64_t max_output);
 
 }  // namespace torchkiln::bindings

@@ -356,10 +356,10 @@ RoiAlignPlan run_cuda(RoiAlignPlan p) {
 
 Tensor forward_cuda(const Tensor& input, const Tensor& boxes, std::int64_t pooled_height,
                     std::int64_t pooled_width, double spatial_scale, std::int64_t sampling_ratio,
-                    bool aligned, std::int64_t pool_mode) {
-  check_pool_mode(pool_mode);
+                    bool aligned, std::int64_t pooling) {
+  check_pooling(pooling);
   const RoiAlignOptions o{pooled_height, pooled_width, spatial_scale, sampling_ratio, aligned};
-  return run_cuda(plan_roi_align(input, boxes, o, pool_mode == roi_align::kMax)).bins;
+  return run_cuda(plan_roi_align(input, boxes, o, pooling == roi_align::kMax)).bins;
 }
 
 std::tuple<Tensor, Tensor> max_cuda(const Tensor& input, const Tensor& boxes,
@@ -371,12 +371,10 @@ std::tuple<Tensor, Tensor> max_cuda(const Tensor& input, const Tensor& boxes,
   return {p.bins, p.argmax};
 }
 
-// One kernel for both values of `deterministic`: the one without atomics is the fastest too.
 Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes,
                      const std::optional<Tensor>& argmax, std::int64_t n, std::int64_t c,
                      std::int64_t h, std::int64_t w, double spatial_scale,
-                     std::int64_t sampling_ratio, bool aligned, bool channels_last,
-                     bool /*deterministic*/) {
+                     std::int64_t sampling_ratio, bool aligned, bool channels_last) {
   const RoiAlignOptions o{grad_output.dim() == 4 ? grad_output.size(2) : 1,
                           grad_output.dim() == 4 ? grad_output.size(3) : 1, spatial_scale,
                           sampling_ratio, aligned};
@@ -410,10 +408,9 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes,
 
 }  // namespace
 
-void check_pool_mode(std::int64_t pool_mode) {
-  if (pool_mode == roi_align::kAverage || pool_mode == roi_align::kMax) return;
-  fail(TORCHKILN_ERROR_VALUE, kOp, "pool_mode", "be 0 (average) or 1 (max)",
-       std::to_string(pool_mode));
+void check_pooling(std::int64_t pooling) {
+  if (pooling == roi_align::kAverage || pooling == roi_align::kMax) return;
+  fail(TORCHKILN_ERROR_VALUE, kOp, "pooling", "be 0 (average) or 1 (max)", std::to_string(pooling));
 }
 
 Tensor as_layout(const Tensor& tensor, bool channels_last) {
@@ -488,15 +485,15 @@ RoiAlignPlan plan_roi_align_backward(const Tensor& grad_output, const Tensor& bo
 STABLE_TORCH_LIBRARY_FRAGMENT(torchkiln, m) {
   m.def(
       "roi_align(Tensor input, Tensor boxes, int pooled_height, int pooled_width, "
-      "float spatial_scale=1.0, int sampling_ratio=-1, bool aligned=False, int pool_mode=0) -> "
+      "float spatial_scale=1.0, int sampling_ratio=-1, bool aligned=False, int pooling=0) -> "
       "Tensor");
   m.def(
       "_roi_align_max(Tensor input, Tensor boxes, int pooled_height, int pooled_width, "
       "float spatial_scale, int sampling_ratio, bool aligned) -> (Tensor, Tensor)");
   m.def(
       "_roi_align_backward(Tensor grad_output, Tensor boxes, Tensor? argmax, int n, int c, int h, "
-      "int w, float spatial_scale, int sampling_ratio, bool aligned, bool channels_last, "
-      "bool deterministic) -> Tensor");
+      "int w, float spatial_scale, int sampling_ratio, bool aligned, bool channels_last) -> "
+      "Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(torchkiln, CUDA, m) {
   m.impl("roi_align", TORCH_BOX(&torchkiln::bindings::forward_cuda));

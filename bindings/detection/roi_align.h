@@ -37,7 +37,7 @@ RoiAlignPlan plan_roi_align_backward(const Tensor& grad_output, const Tensor& bo
                                      const std::optional<Tensor>& argmax,
                                      const RoiAlignShape& shape, const RoiAlignOptions& options,
                                      bool channels_last);
-void check_pool_mode(std::int64_t pool_mode);
+void check_pooling(std::int64_t pooling);
 
 // The tensor itself when it has the layout already.
 Tensor as_layout(const Tensor& tensor, bool channels_last);

@@ -374,10 +374,10 @@ void gradient_of_maps(const RoiAlignPlan& p) {
 
 Tensor forward_cpu(const Tensor& input, const Tensor& boxes, std::int64_t pooled_height,
                    std::int64_t pooled_width, double spatial_scale, std::int64_t sampling_ratio,
-                   bool aligned, std::int64_t pool_mode) {
-  check_pool_mode(pool_mode);
+                   bool aligned, std::int64_t pooling) {
+  check_pooling(pooling);
   const RoiAlignOptions o{pooled_height, pooled_width, spatial_scale, sampling_ratio, aligned};
-  return run_cpu(plan_roi_align(input, boxes, o, pool_mode == roi_align::kMax)).bins;
+  return run_cpu(plan_roi_align(input, boxes, o, pooling == roi_align::kMax)).bins;
 }
 
 std::tuple<Tensor, Tensor> max_cpu(const Tensor& input, const Tensor& boxes,
@@ -392,8 +392,7 @@ std::tuple<Tensor, Tensor> max_cpu(const Tensor& input, const Tensor& boxes,
 Tensor backward_cpu(const Tensor& grad_output, const Tensor& boxes,
                     const std::optional<Tensor>& argmax, std::int64_t n, std::int64_t c,
                     std::int64_t h, std::int64_t w, double spatial_scale,
-                    std::int64_t sampling_ratio, bool aligned, bool channels_last,
-                    bool /*deterministic*/) {
+                    std::int64_t sampling_ratio, bool aligned, bool channels_last) {
   const RoiAlignOptions o{grad_output.dim() == 4 ? grad_output.size(2) : 1,
                           grad_output.dim() == 4 ? grad_output.size(3) : 1, spatial_scale,
                           sampling_ratio, aligned};

@@ -1,3 +1,5 @@
 """Modules around the operators, for those that have parameters or settings worth keeping."""
 
 # SPDX-License-Identifier: Apache-2.0
+
+from torchkiln.nn.roi_align import *  # noqa: F403

@@ -1,0 +1,145 @@
+"""Non-maximum suppression in plain PyTorch, from its definition: one box after the other.
+
+Source: Girshick et al., "Rich feature hierarchies", 2014, section 2.2; ties and NaN as documented
+with the public functions.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchkiln.testing._cases import Case, Inputs, Parity
+
+__all__ = ["batched_nms", "nms", "nms_padded"]
+
+# Makes boxes and scores.
+_Candidates = Callable[[Inputs], tuple[Tensor, Tensor]]
+
+
+def _suppressed_by(box: Tensor, others: Tensor, iou_threshold: float) -> Tensor:
+    """Which of `others` overlap `box` by more than the threshold; an empty union is no overlap."""
+    upper, lower = torch.minimum(box[2:], others[:, 2:]), torch.maximum(box[:2], others[:, :2])
+    intersection = (upper - lower).clamp(min=0).prod(1)
+    areas = (others[:, 2:] - others[:, :2]).clamp(min=0).prod(1)
+    union = (box[2:] - box[:2]).clamp(min=0).prod() + areas - intersection
+    return intersection > iou_threshold * union
+
+
+def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+    """Greedy suppression inside each class.
+
+    Args:
+        boxes: (N, 4) x1, y1, x2, y2.
+        scores: (N,).
+        idxs: (N,) class of each box.
+        iou_threshold: a box goes when it overlaps a kept one by more.
+
+    Returns:
+        (K,) rows of the kept boxes by descending score.
+    """
+    if boxes.dtype in (torch.float16, torch.bfloat16):
+        boxes, scores = boxes.float(), scores.float()
+    is_number = ~scores.isnan()
+    ranked = torch.where(is_number, scores, torch.full_like(scores, -math.inf))
+    # By score, then numbers before NaN: the last of two stable sorts decides first.
+    by_kind = torch.argsort((~is_number).int(), stable=True)
+    order = by_kind[torch.argsort(ranked[by_kind], descending=True, stable=True)]
+    alive = torch.ones_like(scores, dtype=torch.bool)
+    kept = []
+    for row in order.tolist():
+        if not alive[row]:
+            continue
+        kept.append(row)
+        if is_number[row]:
+            hit = _suppressed_by(boxes[row], boxes, iou_threshold)
+            alive &= ~(hit & (idxs == idxs[row]) & is_number)
+    return torch.tensor(kept, dtype=torch.int64, device=boxes.device)
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Greedy suppression among all boxes; see `batched_nms`."""
+    classes = torch.zeros_like(scores, dtype=torch.int64)
+    return batched_nms(boxes, scores, classes, iou_threshold)
+
+
+def nms_padded(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    max_output: int,
+    idxs: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The first `max_output` rows of `batched_nms` followed by -1, and how many they are."""
+    classes = torch.zeros_like(scores, dtype=torch.int64) if idxs is None else idxs
+    kept = batched_nms(boxes, scores, classes, iou_threshold)[:max_output]
+    padded = kept.new_full((max_output,), -1)
+    padded[: kept.shape[0]] = kept
+    return padded, torch.tensor(kept.shape[0], dtype=torch.int64, device=boxes.device)
+
+
+def parity() -> Parity:
+    """What the family is tried on; nms_padded stands first because its sizes are known."""
+    return Parity(
+        op="nms",
+        functions=("nms_padded", "nms", "batched_nms"),
+        tier="X",
+        cases=tuple(
+            Case(f"{name}_{function}", _make(boxes, function), functions=(function,))
+            for function in ("nms_padded", "nms", "batched_nms")
+            for name, boxes in _CANDIDATES.items()
+        ),
+    )
+
+
+def _make(candidates: _Candidates, function: str) -> Callable[[Inputs], Mapping[str, Any]]:
+    def make(new: Inputs) -> Mapping[str, Any]:
+        boxes, scores = candidates(new)
+        arguments: dict[str, Any] = {"boxes": boxes, "scores": scores, "iou_threshold": 0.5}
+        if function == "nms_padded":
+            arguments["max_output"] = 20
+        if function == "batched_nms":
+            arguments["idxs"] = new.integers(boxes.shape[0], high=3)
+        return arguments
+
+    return make
+
+
+def _random(count: int, extent: float = 100.0) -> _Candidates:
+    return lambda new: (new.boxes(count, extent), new.uniform(count))
+
+
+def _ties(new: Inputs) -> tuple[Tensor, Tensor]:
+    return new.boxes(40, 10.0), new.integers(40, high=4).double() / 4
+
+
+def _degenerate(new: Inputs) -> tuple[Tensor, Tensor]:
+    """Equal boxes, points, lines, exchanged corners, NaN and infinities, in boxes and scores."""
+    nan, inf = math.nan, math.inf
+    rows: list[list[float]]
+    rows = [[0, 0, 4, 4], [0, 0, 4, 4], [2, 2, 2, 2], [2, 2, 2, 2], [1, 1, 3, 1], [3, 3, 1, 1]]
+    rows += [[0, nan, 4, 4], [0, 0, 4, 4], [-inf, 0, 4, 4], [0, 0, inf, inf], [0, 0, 4, 4]]
+    scores = [0.5, 0.5, 0.75, 0.25, 0.5, 1, 2, nan, inf, -inf, nan]
+    return torch.tensor(rows, dtype=torch.float64), torch.tensor(scores, dtype=torch.float64)
+
+
+_CANDIDATES = {
+    "typical": _random(70, 40.0),
+    "empty": _random(0),
+    "single": _random(1),
+    # Around the panels of 32 to 128 boxes that blocks and threads take.
+    "panel": _random(64, 30.0),
+    "panels": _random(257, 100.0),
+    # More than one tile of the sort.
+    "tiles": _random(1500, 60.0),
+    "ties": _ties,
+    "degenerate": _degenerate,
+    # Areas beyond float16.
+    "large": _random(50, 6e4),
+}

@@ -1,0 +1,237 @@
+"""roi_align and its module."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from support.op_suite import Failure, OpSuite
+from support.strategies import seeds
+from torchkiln import nn, ops, reference
+from torchkiln.reference.detection.roi_align import parity
+from torchkiln.testing import Inputs
+
+ratios = st.sampled_from([-1, 0, 1, 2, 3])
+modes = st.sampled_from(["avg", "max"])
+
+
+def inside(new: Inputs, count: int, height: int, width: int) -> Tensor:
+    """(count, 5) regions whose samples all lie between pixel centres."""
+    corner = new.uniform(count, 2) * torch.tensor([width - 3.0, height - 3.0])
+    far = (
+        corner
+        + 1
+        + new.uniform(count, 2) * (torch.tensor([width - 1.0, height - 1.0]) - corner - 1)
+    )
+    return torch.cat([torch.zeros(count, 1), corner, far], dim=1).double()
+
+
+class TestRoiAlign(OpSuite):
+    parity = parity()
+    dynamic: ClassVar = {"input": 0, "boxes": 0}
+    failures = (
+        Failure(
+            "three_dimensions",
+            {"input": lambda input: input[0]},
+            ValueError,
+            r"^roi_align: input must have shape \(N, C, H, W\); got \(5, 13, 17\)$",
+        ),
+        Failure(
+            "integers",
+            {"input": lambda input: input.int()},
+            TypeError,
+            r"^roi_align: input must be a floating-point tensor; got int32\. ",
+        ),
+        Failure(
+            "four_columns",
+            {"boxes": lambda boxes: boxes[:, 1:]},
+            ValueError,
+            r"^roi_align: boxes must have shape \(N, 5\); got \(12, 4\)$",
+        ),
+        Failure(
+            "list_of_five_columns",
+            {"boxes": lambda boxes: [boxes]},
+            ValueError,
+            r"^roi_align: boxes\[0\] must have shape \(L, 4\); got \(12, 5\)$",
+        ),
+        Failure(
+            "no_bins",
+            {"output_size": (7, 0)},
+            ValueError,
+            "^roi_align: pooled_width must be at least 1; got 0$",
+        ),
+        Failure(
+            "negative_bins",
+            {"output_size": -2},
+            ValueError,
+            "^roi_align: pooled_height must be at least 1; got -2$",
+        ),
+        Failure(
+            "too_many_bins",
+            {"output_size": 5000},
+            ValueError,
+            "^roi_align: pooled_height must be at most 4096; got 5000$",
+        ),
+        Failure(
+            "scale_of_zero",
+            {"spatial_scale": 0.0},
+            ValueError,
+            "^roi_align: spatial_scale must be a finite number above 0; got 0",
+        ),
+        Failure(
+            "scale_is_nan",
+            {"spatial_scale": math.nan},
+            ValueError,
+            "^roi_align: spatial_scale must be a finite number above 0; got nan",
+        ),
+        Failure(
+            "too_many_samples",
+            {"sampling_ratio": 1 << 20},
+            ValueError,
+            "^roi_align: sampling_ratio must be at most 32768; got 1048576$",
+        ),
+        Failure(
+            "mode",
+            {"pool_mode": "sum"},
+            ValueError,
+            "^roi_align: pool_mode must be 'avg' or 'max'; got 'sum'$",
+        ),
+        Failure("none", {"boxes": None}, TypeError, "boxes must be a tensor"),
+    )
+
+    def sized(self, new: Inputs, n: int) -> dict[str, Any]:
+        return {
+            "input": new.normal(n, 3, 6, 7),
+            "boxes": inside(new, n + 2, 6, 7),
+            "output_size": 3,
+        }
+
+    def test_batch_index_out_of_range(self, device: str) -> None:
+        input = torch.ones(2, 1, 4, 4, device=device, requires_grad=True)
+        for index in (-1.0, 2.0, math.nan):
+            boxes = torch.tensor([[index, 0, 0, 3, 3], [1, 0, 0, 3, 3]], device=device)
+            if device == "cpu":
+                with pytest.raises(IndexError, match="boxes must have batch indices from 0 to 1"):
+                    ops.roi_align(input, boxes, 2)
+                continue
+            for mode in ("avg", "max"):
+                output = ops.roi_align(input, boxes, 2, pool_mode=mode)
+                assert not output[0].any()
+                assert output[1].all()
+                (grad,) = torch.autograd.grad(output[0].sum(), input)
+                assert not grad.any()
+
+    @pytest.mark.parametrize("box_dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_boxes_of_another_dtype(self, box_dtype: torch.dtype, device: str) -> None:
+        new = Inputs()
+        input = new.normal(1, 3, 8, 9).float().to(device)
+        boxes = (inside(new, 5, 8, 9) * 4).round().div(4).to(device)
+        expected = ops.roi_align(input, boxes.float(), 3)
+        torch.testing.assert_close(ops.roi_align(input, boxes.to(box_dtype), 3), expected)
+
+    def test_list_of_boxes(self, device: str) -> None:
+        new = Inputs()
+        input = new.normal(2, 3, 8, 9).to(device)
+        rows = [inside(new, n, 8, 9)[:, 1:].to(device) for n in (3, 2)]
+        joined = torch.cat(
+            [torch.tensor([0, 0, 0, 1, 1])[:, None].to(device), *[torch.cat(rows)]], 1
+        )
+        expected = ops.roi_align(input, joined, 2)
+        assert torch.equal(ops.roi_align(input, rows, 2), expected)
+        module = nn.RoIAlign(2, spatial_scale=1.0, sampling_ratio=-1)
+        assert torch.equal(module(input, rows), expected)
+        assert repr(module).startswith("RoIAlign(output_size=2, spatial_scale=1.0")
+
+    @pytest.mark.parametrize("pool_mode", ["avg", "max"])
+    def test_nan_reaches_its_bins_only(self, pool_mode: str, device: str) -> None:
+        input = torch.zeros(1, 1, 8, 8, device=device)
+        input[0, 0, 1, 1] = math.nan
+        boxes = torch.tensor([[0.0, 0, 0, 8, 8]], device=device)
+        output = ops.roi_align(input, boxes, 2, aligned=True, pool_mode=pool_mode)
+        assert output.isnan().flatten().tolist() == [True, False, False, False]
+
+    def test_maximum_below_every_start(self, device: str) -> None:
+        """Values no start value of a peer would survive."""
+        input = torch.full((1, 1, 5, 5), -1e30, device=device)
+        boxes = torch.tensor([[0.0, 1, 1, 3, 3], [0, 3, 3, 1, 1]], device=device)
+        output = ops.roi_align(input, boxes, 1, aligned=True, pool_mode="max")
+        assert output.flatten().tolist() == [input[0, 0, 0, 0].item(), 0]
+
+    @pytest.mark.parametrize("pool_mode", ["avg", "max"])
+    @pytest.mark.parametrize("channels_last", [False, True])
+    def test_layout_is_kept(self, pool_mode: str, channels_last: bool, device: str) -> None:
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        input = torch.rand(2, 3, 6, 7, device=device).contiguous(memory_format=layout)
+        input.requires_grad_()
+        boxes = torch.tensor([[0.0, 0, 0, 5, 5], [1, 1, 1, 4, 6]], device=device)
+        output = ops.roi_align(input, boxes, 2, pool_mode=pool_mode)
+        (grad,) = torch.autograd.grad(output.sum(), input)
+        for tensor in (output, grad):
+            assert tensor.is_contiguous(memory_format=layout)
+
+    @given(ratios, st.booleans(), modes, seeds)
+    def test_constant_stays(self, ratio: int, aligned: bool, mode: str, seed: int) -> None:
+        boxes = inside(Inputs(seed), 6, 9, 11)
+        input = torch.full((1, 2, 9, 11), 1.25, dtype=torch.float64)
+        output = ops.roi_align(input, boxes, (2, 3), 1.0, ratio, aligned, pool_mode=mode)
+        torch.testing.assert_close(output, torch.full_like(output, 1.25))
+
+    @given(ratios, seeds)
+    def test_ramp_is_exact(self, ratio: int, seed: int) -> None:
+        """The average of a linear map is its value at the bin's centre."""
+        boxes = inside(Inputs(seed), 6, 9, 11)
+        y, x = torch.meshgrid(torch.arange(9.0), torch.arange(11.0), indexing="ij")
+        input = (2 * y + 3 * x + 1).double()[None, None]
+        output = ops.roi_align(input, boxes, 2, 1.0, ratio)
+        _, x1, y1, x2, y2 = boxes.unbind(1)
+        parts = torch.tensor([0.25, 0.75], dtype=torch.float64)
+        centre_y = y1[:, None] + parts * (y2 - y1)[:, None]
+        centre_x = x1[:, None] + parts * (x2 - x1)[:, None]
+        expected = 2 * centre_y[:, :, None] + 3 * centre_x[:, None] + 1
+        torch.testing.assert_close(output[:, 0], expected)
+
+    @given(ratios, modes, seeds)
+    def test_gradient_keeps_the_sum(self, ratio: int, mode: str, seed: int) -> None:
+        new = Inputs(seed)
+        boxes = inside(new, 6, 9, 11)
+        input = new.normal(1, 2, 9, 11).requires_grad_()
+        output = ops.roi_align(input, boxes, (2, 3), 1.0, ratio, pool_mode=mode)
+        direction = new.normal(*output.shape)
+        (grad,) = torch.autograd.grad(output, input, direction)
+        torch.testing.assert_close(grad.sum((2, 3))[0], direction.sum((0, 2, 3)))
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("channels_last", [False, True])
+    def test_nothing_is_copied(self, channels_last: bool) -> None:
+        """Peak memory of the forward: its output and the taps, a small part of the input."""
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        input = torch.rand(2, 64, 200, 336, device="cuda").contiguous(memory_format=layout)
+        boxes = torch.tensor([[0.0, 10, 10, 300, 300]], device="cuda").repeat(64, 1)
+        ops.roi_align(input, boxes, 7, 0.25, 2)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        output = ops.roi_align(input, boxes, 7, 0.25, 2)
+        extra = torch.cuda.max_memory_allocated() - before
+        assert extra < output.nbytes + input.nbytes // 10
+
+
+def test_reference_by_hand() -> None:
+    input = torch.arange(16, dtype=torch.float64).reshape(1, 1, 4, 4)
+    boxes = torch.tensor([[0, 0, 0, 4, 4]], dtype=torch.float64)
+    # Aligned, 2 by 2 bins of the whole map: each bin is the mean of its four pixels.
+    output = reference.roi_align(input, boxes, 2, 2, aligned=True)
+    assert output.flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    # The greatest of the same samples is the lower right pixel.
+    output = reference.roi_align(input, boxes, 2, 2, aligned=True, pooling=1)
+    assert output.flatten().tolist() == [5.0, 7.0, 13.0, 15.0]
+    # One sample in the middle, (1.5, 1.5): the mean of four pixels.
+    output = reference.roi_align(input, boxes - torch.tensor([0, 0, 0, 1, 1]), 1, 1, 1.0, 1)
+    assert output.flatten().tolist() == [7.5]
