@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ floats = torch.float32
 
 class TestSigmoidFocalLoss(OpSuite):
     parity = parity()
-    dynamic = {"inputs": 0, "targets": 0}
+    dynamic: ClassVar = {"inputs": 0, "targets": 0}
     autocast = torch.float32
     failures = (
         Failure(
@@ -92,7 +92,7 @@ class TestSigmoidFocalLoss(OpSuite):
 
 
 def test_reference_by_hand() -> None:
-    """p = 0.5 at a logit of 0, so that the loss is alpha_t * 0.25 * log 2."""
+    """A probability of 0.5 at a logit of 0, so that the loss is alpha_t * 0.25 * log 2."""
     logits = torch.zeros(1, 2, dtype=torch.float64)
     loss, _ = reference.sigmoid_focal_loss(logits, torch.tensor([1]))
     expected = [[0.75 * 0.25 * math.log(2), 0.25 * 0.25 * math.log(2)]]
@@ -136,6 +136,14 @@ def test_a_retained_graph_gives_both_gradients(reduction: str, device: str) -> N
     (second,) = torch.autograd.grad(loss, logits, retain_graph=True)
     assert torch.equal(first, kept)
     torch.testing.assert_close(3 * second, first)
+
+
+def test_second_derivatives_are_refused(device: str) -> None:
+    logits = torch.zeros(2, 3, device=device, requires_grad=True)
+    loss = sigmoid_focal_loss(logits, torch.zeros(2, device=device).long(), reduction="sum")
+    (grad,) = torch.autograd.grad(2 * loss, logits, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives are not implemented"):
+        grad.sum().backward()
 
 
 def test_gradient_is_not_computed_unless_needed(device: str) -> None:

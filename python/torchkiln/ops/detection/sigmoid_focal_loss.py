@@ -60,14 +60,17 @@ def _backward(ctx: Any, grad_loss: Tensor, _: Tensor | None = None) -> Tensor:
             'Detach them, or use torchkiln.backend("reference")'
         )
     gradient, ctx.gradient = ctx.gradient, None
-    if gradient is None:
-        result: Tensor = _sigmoid_focal_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.settings)
-        return result
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return gradient * grad_loss
-    # In place, and only once: a second backward of a retained graph computes the gradient anew.
-    _sigmoid_focal_loss_scale_(gradient, grad_loss)
-    return gradient
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    result: Tensor
+    if gradient is None or (torch.is_grad_enabled() and not traced):
+        # No gradient yet, or used up by an earlier backward; or the graph of the gradient is wanted.
+        result = _sigmoid_focal_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.settings)
+    elif traced:
+        result = gradient * grad_loss
+    else:
+        _sigmoid_focal_loss_scale_(gradient, grad_loss)
+        result = gradient
+    return result
 
 
 _sigmoid_focal_loss_backward = operator("_sigmoid_focal_loss_backward", fake=_fake_backward)
@@ -97,7 +100,7 @@ def sigmoid_focal_loss(
     (mmcv's form). That of `inputs`: a probability for each element (torchvision's form).
 
     Args:
-        inputs: logits, float16, bfloat16, float32 or float64; (N, C) with labels, any shape otherwise.
+        inputs: logits, float16, bfloat16, float32 or float64; (N, C) with labels, else any shape.
         targets: (N,) int64 from 0 to C, where C and whatever is out of range mean background: no
             positive class. Or the shape, dtype and device of `inputs`, from 0 to 1.
         alpha: factor of positive elements; negative ones get 1 - alpha. Below 0: both get 1.
@@ -147,4 +150,4 @@ def sigmoid_focal_loss(
         and not torch._C._are_functorch_transforms_active()
     )
     loss, _ = _sigmoid_focal_loss(inputs, targets, weight, alpha, gamma, number, with_gradient)
-    return loss  # type: ignore[no-any-return]
+    return loss

@@ -22,7 +22,7 @@ def _one_hot(labels: Tensor, like: Tensor) -> Tensor:
 
 
 def _elements(x: Tensor, t: Tensor, alpha: float, gamma: float) -> Tensor:
-    """-alpha_t (1 - p_t)^gamma log(p_t), with a cross entropy for log(p_t) so that t may be soft."""
+    """-alpha_t (1 - p_t)^gamma log(p_t), where a cross entropy lets t be soft."""
     p, q = x.sigmoid(), (-x).sigmoid()
     # Where t takes no part of a logarithm, an infinite one must not give NaN.
     of_p = torch.where(t == 0, 0.0, t * logsigmoid(x))
