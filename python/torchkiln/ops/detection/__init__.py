@@ -5,4 +5,5 @@
 from torchkiln.ops.detection.box_iou import *  # noqa: F403
 from torchkiln.ops.detection.nms import *  # noqa: F403
 from torchkiln.ops.detection.roi_align import *  # noqa: F403
+from torchkiln.ops.detection.roi_pool import *  # noqa: F403
 from torchkiln.ops.detection.sigmoid_focal_loss import *  # noqa: F403

@@ -1,0 +1,192 @@
+// Arguments and geometry of roi_pool, shared by CPU and GPU.
+// Source: Girshick 2015, "Fast R-CNN", section 2.1. Two rules for the corners: rounded and inclusive (Caffe,
+// torchvision), or as they are with x2 and y2 one pixel further (mmcv).
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "common/types.h"
+
+namespace torchkiln::roi_pool {
+
+struct Shape {
+  i64 images, channels, height, width;
+  i64 rois, pooled_height, pooled_width;
+  double spatial_scale;
+  i64 rounding;
+};
+
+struct Args {
+  const void* input;  // (images, channels, height, width), or channels last
+  const void* boxes;  // (rois, 5) image, x1, y1, x2, y2, in accumulator type
+  void* output;       // (rois, channels, pooled_height, pooled_width), layout of input
+  void* argmax;       // cell codes, same shape and layout; or null
+  Shape shape;
+};
+
+struct BackwardArgs {
+  const void* grad_output;  // shape and layout of the output
+  const void* argmax;
+  const void* boxes;
+  void* grad_input;
+  Shape shape;
+};
+
+// A cell as y << half | x, so that nobody divides by the width. Two bytes if both sides fit into one, else four; all
+// ones for an empty bin.
+constexpr i64 kMaxNarrowSide = 254, kMaxSide = 65534;
+template <int kBytes>
+struct CodeOf {
+  using Type = u32;
+};
+template <>
+struct CodeOf<2> {
+  using Type = u16;
+};
+template <int kBytes>
+using Code = typename CodeOf<kBytes>::Type;
+template <int kBytes>
+constexpr Code<kBytes> kNoCell = Code<kBytes>(~u32(0));
+template <int kBytes>
+TORCHKILN_HD Code<kBytes> encode(i32 y, i32 x) {
+  return Code<kBytes>(u32(y) << (4 * kBytes) | u32(x));
+}
+
+// Half away from zero, without the error of adding 0.5 below it.
+template <class T>
+TORCHKILN_HD T round_away(T x) {
+  const T magnitude = x < T(0) ? -x : x;
+  const T whole = floor_of(magnitude);
+  const T rounded = magnitude - whole >= T(0.5) ? whole + T(1) : whole;
+  return x < T(0) ? -rounded : rounded;
+}
+
+// a * b + c with two roundings on every machine: a cell must not change sides with the compiler.
+TORCHKILN_HD float multiply_add(float a, float b, float c) {
+#if defined(__CUDACC_RTC__)
+  return __fadd_rn(__fmul_rn(a, b), c);
+#else
+  return a * b + c;
+#endif
+}
+TORCHKILN_HD double multiply_add(double a, double b, double c) {
+#if defined(__CUDACC_RTC__)
+  return __dadd_rn(__dmul_rn(a, b), c);
+#else
+  return a * b + c;
+#endif
+}
+
+struct Range {
+  i32 begin, end;
+  TORCHKILN_HD bool is_empty() const { return end <= begin; }
+};
+
+TORCHKILN_HD i32 clamp_cell(i32 cell, i32 limit) {
+  return cell < 0 ? 0 : (cell > limit ? limit : cell);
+}
+
+// One side of a region, cut into bins.
+template <class T>
+struct Axis {
+  i32 pooled, limit;  // bins; cells of the image
+  bool rounding, is_empty;
+  i32 first, whole, rest;  // rounded: first cell, and size = whole * pooled + rest
+  T start, bin;            // not rounded
+
+  TORCHKILN_HD i32 begin(i32 p) const {
+    if (rounding) return clamp_cell(first + p * whole + i32(u32(p * rest) / u32(pooled)), limit);
+    return to_cell(floor_of(multiply_add(T(p), bin, start)));
+  }
+  // One past the last cell.
+  TORCHKILN_HD i32 end(i32 p) const {
+    if (rounding) {
+      const u32 part = u32((p + 1) * rest + pooled - 1) / u32(pooled);
+      return clamp_cell(first + (p + 1) * whole + i32(part), limit);
+    }
+    return to_cell(ceil_of(multiply_add(T(p + 1), bin, start)));
+  }
+  TORCHKILN_HD Range bin_of(i32 p) const {
+    return is_empty ? Range{0, 0} : Range{begin(p), end(p)};
+  }
+  TORCHKILN_HD i32 to_cell(T x) const { return i32(min_of(T(limit), x > T(0) ? x : T(0))); }
+};
+
+template <class T>
+TORCHKILN_HD Axis<T> make_axis(T low, T high, T scale, bool rounding, i64 pooled, i64 limit) {
+  constexpr T kFarAway = T(1 << 29);  // sums of two stay inside of 32 bits
+  Axis<T> axis = {i32(pooled), i32(limit), rounding, false, 0, 0, 0, T(0), T(0)};
+  axis.start = low * scale;
+  if (rounding) {
+    const T first = max_of(-kFarAway, min_of(kFarAway, round_away(axis.start)));
+    const T last = max_of(-kFarAway, min_of(kFarAway, round_away(high * scale)));
+    axis.first = i32(first);
+    const i32 size = last < first ? 1 : i32(last) - axis.first + 1;
+    axis.whole = i32(u32(size) / u32(axis.pooled));
+    axis.rest = size - axis.whole * axis.pooled;
+  } else {
+    const T size = (high + T(1)) * scale - axis.start;
+    axis.is_empty = !(size > T(0));
+    axis.bin = size / T(pooled);
+  }
+  return axis;
+}
+
+template <class T>
+struct Region {
+  i32 image;  // -1: its bins are all empty
+  Axis<T> y, x;
+};
+
+template <class T>
+TORCHKILN_HD bool is_finite(T x) {
+  return x - x == T(0);
+}
+
+// A batch index that is no image of ours, or a coordinate that is no finite number, leaves the region empty.
+template <class T>
+TORCHKILN_HD Region<T> load_region(const T* boxes, i64 index, const Shape& shape) {
+  const T* row = boxes + 5 * index;
+  const T image = row[0], x1 = row[1], y1 = row[2], x2 = row[3], y2 = row[4];
+  const T scale = T(shape.spatial_scale);
+  const bool finite = is_finite(x1) && is_finite(y1) && is_finite(x2) && is_finite(y2);
+  const bool known = image > T(-1) && image < T(shape.images);
+  Region<T> region;
+  region.image = known && finite ? i32(image) : -1;
+  const bool rounding = shape.rounding != 0;
+  region.y = make_axis(finite ? y1 : T(0), finite ? y2 : T(0), scale, rounding, shape.pooled_height,
+                       shape.height);
+  region.x = make_axis(finite ? x1 : T(0), finite ? x2 : T(0), scale, rounding, shape.pooled_width,
+                       shape.width);
+  return region;
+}
+
+// The bin's greatest element so far. NaN is greater than any number, and the first of equals wins.
+template <class T>
+struct Best {
+  T value;
+  i32 y, x;
+  TORCHKILN_HD void take(T other, i32 other_y, i32 other_x) {
+    if (!(other <= value) && !is_nan(value)) {
+      value = other;
+      y = other_y;
+      x = other_x;
+    }
+  }
+  // For candidates that do not come row by row: of equals, the one in the upper row.
+  TORCHKILN_HD void take_any_order(T other, i32 other_y, i32 other_x) {
+    const bool same = other == value || (is_nan(other) && is_nan(value));
+    if (same && other_y < y) {
+      y = other_y;
+      x = other_x;
+    }
+    take(other, other_y, other_x);
+  }
+};
+
+// What to start from: its cell is the first one, in case nothing is greater than -infinity.
+template <class T>
+TORCHKILN_HD Best<T> worst(i32 y, i32 x) {
+  return {T(bits_float(0xff800000u)), y, x};  // -infinity
+}
+
+}  // namespace torchkiln::roi_pool
