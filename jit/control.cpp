@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <map>
 
+#include "jit/driver/device.h"
 #include "jit/driver/nvrtc_finder.h"
 #include "jit/selftest.h"
 
@@ -86,16 +87,33 @@ std::string known_operators(Engine& engine) {
   return list;
 }
 
-// Specialisations of the named operators (all when null), each once, tagged with the first operator that wants it.
+Points parse_points(const std::string& name) {
+  if (name == "defaults") return Points::kDefaults;
+  if (name == "corners") return Points::kCorners;
+  if (name == "all") return Points::kAll;
+  throw Error(TORCHKILN_ERROR_VALUE, "points must be defaults, corners or all; got " + name, {},
+              "points");
+}
+
+// The device that a target such as "sm_90" stands for; none when there is no target.
+std::vector<torchkiln_device> devices_of(const json& target) {
+  if (target.is_null()) return {};
+  return {typical_device(Target::parse(target.get<std::string>()).architecture)};
+}
+
+// Specialisations of the named operators (all when null), each once, tagged with the first operator that wants it:
+// "points" of the search space that a GPU of "target", or any GPU, can run.
 json expand_operators(Engine& engine, const json& request) {
   const auto dtypes = parse_dtypes(request.value("dtypes", json()));
+  const Points points = parse_points(request.value("points", "defaults"));
+  const auto devices = devices_of(request.value("target", json()));
   const json wanted = request.value("operators", json());
   json list = json::array();
   std::vector<const Kernel*> done;
   const auto add = [&](const Kernel* kernel, const std::string& name) {
     if (std::find(done.begin(), done.end(), kernel) != done.end()) return;
     done.push_back(kernel);
-    for (const Specialization& s : expand(*kernel, dtypes)) {
+    for (const Specialization& s : expand(*kernel, dtypes, points, devices)) {
       json row = s.to_json();
       row["operator"] = name;
       list.push_back(std::move(row));

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "jit/driver/device.h"
 
+#include <algorithm>
 #include <array>
 
 #include "jit/error.h"
@@ -31,7 +32,51 @@ int attribute(const CudaApi& cuda, CudaDevice device, CudaDeviceAttribute which)
   return value;
 }
 
+struct DataSheet {
+  int architecture;
+  int multiprocessors;
+  int shared_kilobytes;  // of one block, with opt-in
+  int l2_megabytes;
+};
+
+constexpr std::array kDataSheets = {
+    DataSheet{75, 40, 64, 4},       // T4
+    DataSheet{80, 108, 163, 40},    // A100
+    DataSheet{86, 84, 99, 6},       // A40
+    DataSheet{87, 16, 163, 4},      // Jetson AGX Orin
+    DataSheet{89, 142, 99, 96},     // L40
+    DataSheet{90, 132, 227, 50},    // H100, H200
+    DataSheet{100, 148, 227, 126},  // B200
+    DataSheet{110, 20, 227, 32},    // Jetson Thor
+    DataSheet{120, 170, 99, 96},    // GeForce RTX 5090
+    DataSheet{121, 48, 99, 24},     // GB10
+};
+
+torchkiln_device device_of(const DataSheet& sheet, int architecture) {
+  torchkiln_device facts{};
+  facts.major = architecture / 10;
+  facts.minor = architecture % 10;
+  facts.multiprocessors = sheet.multiprocessors;
+  facts.shared_bytes_per_block = sheet.shared_kilobytes * 1024;
+  facts.l2_bytes = std::int64_t{sheet.l2_megabytes} << 20;
+  return facts;
+}
+
 }  // namespace
+
+torchkiln_device typical_device(int architecture) {
+  const auto* newer =
+      std::find_if(kDataSheets.begin(), kDataSheets.end(),
+                   [&](const DataSheet& sheet) { return sheet.architecture > architecture; });
+  return device_of(newer == kDataSheets.begin() ? *newer : *(newer - 1), architecture);
+}
+
+std::vector<torchkiln_device> typical_devices() {
+  std::vector<torchkiln_device> devices;
+  for (const DataSheet& sheet : kDataSheets)
+    devices.push_back(device_of(sheet, sheet.architecture));
+  return devices;
+}
 
 int device_count(const CudaApi& cuda) {
   int count = 0;

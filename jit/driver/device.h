@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "jit/driver/cuda_api.h"
 #include "torchkiln/torchkiln.h"
@@ -14,5 +15,11 @@ namespace torchkiln::jit {
 torchkiln_device query_device(const CudaApi& cuda, int ordinal);
 std::string device_name(const CudaApi& cuda, int ordinal);  // "NVIDIA H200"
 int device_count(const CudaApi& cuda);
+
+// Facts of a usual GPU of this architecture (90 for sm_90), from public data sheets: for choices about a device that is
+// not there. An architecture that is not in the table gets the numbers of the next older one that is.
+torchkiln_device typical_device(int architecture);
+// One for each row of the table.
+std::vector<torchkiln_device> typical_devices();
 
 }  // namespace torchkiln::jit

@@ -4,8 +4,10 @@
 #include "jit/launch/kernel.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 
+#include "jit/driver/device.h"
 #include "jit/error.h"
 
 namespace {
@@ -54,25 +56,79 @@ std::vector<std::int64_t> generic_values(const torchkiln_param& param,
   return values;
 }
 
-// All combinations of the static parameters' generic values that exist.
-std::vector<std::vector<std::int64_t>> generic_statics(const Kernel& kernel,
-                                                       std::span<const std::int64_t> dtypes) {
-  std::vector<std::vector<std::int64_t>> rows = {{}};
-  for (std::uint32_t i = 0; i < kernel.n_statics; ++i) {
-    std::vector<std::vector<std::int64_t>> longer;
-    for (const auto& row : rows) {
-      for (const std::int64_t value : generic_values(kernel.declaration.params[i], dtypes)) {
+using Row = std::vector<std::int64_t>;
+
+// All combinations of one value of each column.
+std::vector<Row> product(std::span<const Row> columns) {
+  std::vector<Row> rows = {{}};
+  for (const Row& column : columns) {
+    std::vector<Row> longer;
+    for (const Row& row : rows) {
+      for (const std::int64_t value : column) {
         longer.push_back(row);
         longer.back().push_back(value);
       }
     }
     rows = std::move(longer);
   }
+  return rows;
+}
+
+// All combinations of the static parameters' generic values that exist.
+std::vector<Row> generic_statics(const Kernel& kernel, std::span<const std::int64_t> dtypes) {
   const torchkiln_declaration& d = kernel.declaration;
+  std::vector<Row> columns;
+  for (std::uint32_t i = 0; i < kernel.n_statics; ++i) {
+    columns.push_back(generic_values(d.params[i], dtypes));
+  }
+  std::vector<Row> rows = product(columns);
   if (d.valid != nullptr) {
-    std::erase_if(rows, [&](const auto& row) { return d.valid(d.context, row.data()) == 0; });
+    std::erase_if(rows, [&](const Row& row) { return d.valid(d.context, row.data()) == 0; });
   }
   return rows;
+}
+
+std::vector<Row> default_points(const Kernel& kernel) {
+  std::vector<Row> rows;
+  for (std::uint32_t i = 0; i < kernel.declaration.n_defaults; ++i) {
+    const auto* row = kernel.declaration.defaults + std::size_t{i} * kernel.n_tunables;
+    rows.emplace_back(row, row + kernel.n_tunables);
+  }
+  return rows;
+}
+
+std::vector<Row> points_of(const Kernel& kernel, Points points) {
+  if (points == Points::kDefaults) return default_points(kernel);
+  std::vector<Row> columns;
+  for (std::uint32_t i = kernel.n_statics; i < kernel.declaration.n_params; ++i) {
+    const torchkiln_param& p = kernel.declaration.params[i];
+    Row values(p.values, p.values + p.n_values);
+    if (points == Points::kCorners) {
+      const auto [least, most] = std::minmax_element(values.begin(), values.end());
+      values = *least == *most ? Row{*least} : Row{*least, *most};
+    }
+    columns.push_back(std::move(values));
+  }
+  return product(columns);
+}
+
+// What is legal may depend on sizes, whose meaning only the declaration knows: few, usual and many of everything.
+constexpr std::array<std::int64_t, 3> kUsualSizes = {16, 1024, 65'536};
+
+bool runs_somewhere(const Kernel& kernel, const Row& statics, const Row& point,
+                    std::span<const torchkiln_device> devices) {
+  const torchkiln_declaration& d = kernel.declaration;
+  if (d.legal == nullptr) return true;
+  const auto runs = [&](const torchkiln_device& device, std::int64_t size) {
+    std::array<std::int64_t, TORCHKILN_MAX_SIZES> sizes{};
+    sizes.fill(size);
+    const torchkiln_problem problem{&device, statics.data(), sizes.data(), d.context};
+    return d.legal(&problem, point.data()) != 0;
+  };
+  return std::any_of(devices.begin(), devices.end(), [&](const torchkiln_device& device) {
+    return std::any_of(kUsualSizes.begin(), kUsualSizes.end(),
+                       [&](std::int64_t size) { return runs(device, size); });
+  });
 }
 
 }  // namespace
@@ -123,14 +179,19 @@ Specialization specialize(const Kernel& kernel, std::span<const std::int64_t> st
   return s;
 }
 
-std::vector<Specialization> expand(const Kernel& kernel, std::span<const std::int64_t> dtypes) {
+std::vector<Specialization> expand(const Kernel& kernel, std::span<const std::int64_t> dtypes,
+                                   Points points, std::span<const torchkiln_device> devices) {
+  const std::vector<torchkiln_device> known = typical_devices();
+  if (devices.empty()) devices = known;
+  std::vector<Row> rows = points_of(kernel, points);
+  std::sort(rows.begin(), rows.end());
+  rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
   std::vector<Specialization> result;
-  for (const auto& statics : generic_statics(kernel, dtypes)) {
-    for (std::uint32_t i = 0; i < kernel.declaration.n_defaults; ++i) {
-      const auto* row = kernel.declaration.defaults + std::size_t{i} * kernel.n_tunables;
-      Specialization s = specialize(kernel, statics, std::span(row, kernel.n_tunables));
-      if (std::find(result.begin(), result.end(), s) == result.end())
-        result.push_back(std::move(s));
+  for (const Row& statics : generic_statics(kernel, dtypes)) {
+    for (const Row& point : rows) {
+      if (runs_somewhere(kernel, statics, point, devices)) {
+        result.push_back(specialize(kernel, statics, point));
+      }
     }
   }
   return result;

@@ -35,8 +35,15 @@ std::span<const std::int64_t> choose_tunables(const Kernel& kernel,
 Specialization specialize(const Kernel& kernel, std::span<const std::int64_t> statics,
                           std::span<const std::int64_t> tunables);
 
-// Every generic variant for these dtypes (all when empty), with every point that the default can return.
-std::vector<Specialization> expand(const Kernel& kernel, std::span<const std::int64_t> dtypes);
+// Which points of the search space: those that the default can return, every combination of the smallest and largest
+// value of each tunable, or all.
+enum class Points { kDefaults, kCorners, kAll };
+
+// Every generic variant for these dtypes (all when empty), with every such point that at least one of the devices can run
+// on a problem of some usual size; any GPU that we know when `devices` is empty.
+std::vector<Specialization> expand(const Kernel& kernel, std::span<const std::int64_t> dtypes,
+                                   Points points = Points::kDefaults,
+                                   std::span<const torchkiln_device> devices = {});
 
 bool launches_for(const Kernel& kernel, const std::string& operator_name);
 

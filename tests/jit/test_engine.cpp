@@ -442,6 +442,20 @@ TEST_F(EngineTest, WarmNeedsNoDriver) {
   EXPECT_EQ(driver.calls().size(), 0u);
 }
 
+TEST_F(EngineTest, ExpandKnowsThePointsOfTheSearchSpace) {
+  World world;
+  const auto count = [&](nlohmann::json request) {
+    request["dtypes"] = {"float32"};
+    return control(*world.engine, "expand", request).at("specializations").size();
+  };
+  EXPECT_EQ(count({{"points", "defaults"}}), 2u);
+  EXPECT_EQ(count({{"points", "corners"}}), 2u);
+  EXPECT_EQ(count({{"points", "all"}, {"target", "sm_90"}}), 3u);
+  const Error e = failure_of([&] { count({{"points", "some"}}); });
+  EXPECT_EQ(e.kind(), TORCHKILN_ERROR_VALUE);
+  EXPECT_NE(std::string(e.what()).find("defaults, corners or all"), std::string::npos) << e.what();
+}
+
 TEST_F(EngineTest, UnknownOperatorsAndDtypesAreNamed) {
   World world;
   const auto text = [&](const nlohmann::json& request) {
