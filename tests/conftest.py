@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 
 import hypothesis
 import pytest
@@ -34,8 +36,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for marker, reason in ASKED_FOR.items():
-        if not config.getoption(f"--{marker}"):
-            skip(items, marker, f"{reason}; pass --{marker}")
+        if not (
+            config.getoption(f"--{marker}") or marker in re.findall(r"\w+", config.option.markexpr)
+        ):
+            skip(items, marker, f"{reason}; pass --{marker} or -m {marker}")
     if not torch.cuda.is_available():
         skip(items, "gpu", "needs a CUDA device")
 
@@ -74,13 +78,24 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints how near to its limit each suite came, so that limits can be tightened."""
+    """Prints how near to its limit each suite came, and the lines that tests want to have read."""
     worst: dict[tuple[str, str], tuple[float, str]] = {}
     for report in terminalreporter.stats.get("passed", []):
         for key, ratio in report.user_properties:
             if key.startswith(("forward", "gradient")):
                 place = (report.nodeid.split("::")[1], key.split()[0])
                 worst[place] = max(worst.get(place, (0.0, "")), (ratio, report.nodeid))
+    lines = [
+        (report.nodeid, text)
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, [])
+        for key, text in report.user_properties
+        if key == "summary"
+    ]
+    for nodeid, group in itertools.groupby(lines, key=lambda line: line[0]):
+        terminalreporter.section(nodeid.rpartition("::")[2])
+        for _, text in group:
+            terminalreporter.line(text)
     if worst:
         terminalreporter.section("worst ratio of error to limit")
     for (suite, direction), (ratio, nodeid) in sorted(worst.items()):

@@ -33,6 +33,7 @@ class Row:
     milliseconds: float  # of this call
     compile_milliseconds: float = 0.0  # of the compile that made the object, now or earlier
     registers: int = 0
+    spill_bytes: int = 0
     bytes: int = 0
     error: str | None = None
 
@@ -81,7 +82,7 @@ class Outcome:
 def parse_architectures(text: str) -> list[str]:
     """Splits "sm_80,sm_90" and checks each against the NVRTC that is installed."""
     names = split(text)
-    known = _known_architectures()
+    known = known_architectures()
     for name in names:
         if not re.fullmatch(r"sm_\d+", name) or (known and name not in known):
             listed = ", ".join(known) if known else "names like sm_80 or sm_90"
@@ -129,7 +130,31 @@ def warm(
         for arch in architectures
         if int(arch.removeprefix("sm_")) >= s.get("min_architecture", 0)
     ]
-    return _run(work, jobs or len(os.sched_getaffinity(0)))
+    return compile_work(work, jobs)
+
+
+def compile_work(
+    work: Sequence[tuple[dict[str, Any], str]], jobs: int | None = None, what: str = "warm"
+) -> Outcome:
+    """Brings pairs of a specialisation and an architecture into the cache; `what` names the bar."""
+    outcome = Outcome(total=len(work))
+    start = time.monotonic()
+    jobs = jobs or len(os.sched_getaffinity(0))
+    executor = ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="torchkiln-warm")
+    futures: list[Future[Row]] = []
+    try:
+        with Progress(what, len(work)) as progress:
+            futures += [executor.submit(_compile, *item) for item in work]
+            for future in as_completed(futures):
+                row = future.result()
+                progress.advance(f"{row.specialization}@{row.arch}")
+    except KeyboardInterrupt:
+        outcome.interrupted = True
+    # The few compiles in flight cannot be stopped, and are worth keeping.
+    executor.shutdown(wait=True, cancel_futures=True)
+    outcome.rows = [f.result() for f in futures if f.done() and not f.cancelled()]
+    outcome.seconds = time.monotonic() - start
+    return outcome
 
 
 def emit_failures(outcome: Outcome) -> None:
@@ -164,26 +189,6 @@ def emit_kernel_table(outcome: Outcome) -> None:
     )
 
 
-def _run(work: list[tuple[dict[str, Any], str]], jobs: int) -> Outcome:
-    outcome = Outcome(total=len(work))
-    start = time.monotonic()
-    executor = ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="torchkiln-warm")
-    futures: list[Future[Row]] = []
-    try:
-        with Progress("warm", len(work)) as progress:
-            futures += [executor.submit(_compile, *item) for item in work]
-            for future in as_completed(futures):
-                row = future.result()
-                progress.advance(f"{row.specialization}@{row.arch}")
-    except KeyboardInterrupt:
-        outcome.interrupted = True
-    # The few compiles in flight cannot be stopped, and are worth keeping.
-    executor.shutdown(wait=True, cancel_futures=True)
-    outcome.rows = [f.result() for f in futures if f.done() and not f.cancelled()]
-    outcome.seconds = time.monotonic() - start
-    return outcome
-
-
 def _compile(specialization: dict[str, Any], arch: str) -> Row:
     start = time.monotonic()
     try:
@@ -205,11 +210,13 @@ def _compile(specialization: dict[str, Any], arch: str) -> Row:
         milliseconds=reply["milliseconds"],
         compile_milliseconds=reply.get("compile_milliseconds", reply["milliseconds"]),
         registers=reply["registers"],
+        spill_bytes=reply.get("spill_bytes", 0),
         bytes=reply["bytes"],
     )
 
 
-def _known_architectures() -> list[str]:
+def known_architectures() -> list[str]:
+    """Names of what the installed NVRTC compiles for; empty without one."""
     try:
         return [f"sm_{number}" for number in _native.control("nvrtc", load=True)["architectures"]]
     except _native.ControlError:
