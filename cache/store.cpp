@@ -3,10 +3,14 @@
 #include "cache/store.h"
 
 #include <fcntl.h>
+#include <linux/magic.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
+#include <cstdint>
 #include <exception>
 #include <tuple>
 #include <utility>
@@ -66,6 +70,16 @@ std::optional<Object> checked_object(const std::string& bytes, const ObjectId& i
 
 bool is_absent(int error) { return error == ENOENT; }
 
+// Folders such as /proc look writable to root, yet nobody can make a file there.
+bool is_view_of_the_kernel(const std::filesystem::path& path) {
+  constexpr std::array<std::uint64_t, 4> kViews = {PROC_SUPER_MAGIC, SYSFS_MAGIC,
+                                                   CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC};
+  struct statfs status{};
+  if (::statfs(path.c_str(), &status) != 0) return false;
+  return std::find(kViews.begin(), kViews.end(), static_cast<std::uint64_t>(status.f_type)) !=
+         kViews.end();
+}
+
 // All other compilers' files of a key. Sorted, newest compiler version first, so that processes
 // agree.
 std::vector<std::string> other_names(int shard, const std::string& key,
@@ -113,7 +127,9 @@ bool Store::writable() const {
   if (root_.path.empty()) return false;
   // The deepest directory that exists decides: the others would be made in it.
   for (auto path = root_.path / kVersion / kObjects;; path = path.parent_path()) {
-    if (::access(path.c_str(), F_OK) == 0) return ::access(path.c_str(), W_OK | X_OK) == 0;
+    if (::access(path.c_str(), F_OK) == 0) {
+      return ::access(path.c_str(), W_OK | X_OK) == 0 && !is_view_of_the_kernel(path);
+    }
     if (!is_absent(errno) || path == path.root_path()) return false;
   }
 }

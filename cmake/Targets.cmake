@@ -15,6 +15,8 @@ function(torchkiln_configure target)
   target_compile_definitions(${target} PRIVATE TORCHKILN_VERSION="${PROJECT_VERSION}")
   target_compile_options(${target} PRIVATE -Wall -Wextra -Wconversion -Wshadow
                                            $<$<BOOL:${TORCHKILN_WERROR}>:-Werror>)
+  # Messages and assertions hold file names: none of them may name a folder of the machine that built the library.
+  target_compile_options(${target} PRIVATE "-ffile-prefix-map=${PROJECT_SOURCE_DIR}=.")
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     # The flow analysis of g++ 12 misjudges inlined std::string (GCC bug 105651): these two stay warnings.
     target_compile_options(${target} PRIVATE -fno-gnu-unique -Wno-error=array-bounds -Wno-error=restrict)

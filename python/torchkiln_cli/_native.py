@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import importlib.util
-import site
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -57,12 +56,6 @@ def load_operators() -> None:
         ) from error
 
 
-def site_directories() -> list[str]:
-    """Folders of installed packages, where pip puts NVRTC."""
-    folders = [*site.getsitepackages(), site.getusersitepackages(), *sys.path]
-    return list(dict.fromkeys(f for f in folders if f.endswith("-packages") and Path(f).is_dir()))
-
-
 @functools.cache
 def _control() -> ModuleType:
     name = "torchkiln._control"
@@ -80,7 +73,6 @@ def _control() -> ModuleType:
             f"{path} cannot be loaded: {error}. Reinstall torchkiln"
         ) from error
     sys.modules[name] = module  # `import torchkiln` will use this one
-    module.control("set_site_directories", {"paths": site_directories()})
     return module
 
 

@@ -69,6 +69,11 @@ def test_library_is_named_by_its_version_and_finds_its_neighbours(name: str) -> 
     assert dynamic(path, "RUNPATH") | dynamic(path, "RPATH") <= {"$ORIGIN"}
 
 
+@pytest.mark.parametrize("name", ["libtorchkiln", "libtorchkiln_ops"])
+def test_library_names_no_folder_of_the_machine_that_built_it(name: str) -> None:
+    assert str(ROOT).encode() not in library(name).read_bytes()
+
+
 def test_engine_exports_the_c_abi_and_nothing_else() -> None:
     header = (ROOT / "include/torchkiln/torchkiln.h").read_text()
     declared = set(re.findall(r"^TORCHKILN_API\b[^;(]*?(torchkiln_\w+)\(", header, re.MULTILINE))

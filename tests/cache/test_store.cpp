@@ -311,6 +311,12 @@ TEST_F(StoreTest, StateIsASentenceForPeople) {
   EXPECT_NE(store_.state().find("readable and writable"), std::string::npos);
 }
 
+TEST_F(StoreTest, FolderThatCanNeverBeMadeIsNotCalledUsable) {
+  const Store store("/proc/torchkiln/cache", [](const std::string&) {});
+  EXPECT_FALSE(store.writable());
+  EXPECT_NE(store.state().find("cannot be made"), std::string::npos) << store.state();
+}
+
 TEST_F(StoreTest, RefusedRootMeansMemoryOnlyWithOneWarning) {
   support::Warnings warnings;
   Store store("relative/root", warnings.collector());
