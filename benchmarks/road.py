@@ -1,7 +1,7 @@
 """Measures what a user feels before any kernel is fast: first calls, host time per call, import.
 
-Prints one JSON object; `tools/gpu_report.py` turns it into the report. Every measure that needs a fresh process runs in
-one of its own, several times; the median is reported with the spread.
+Prints one JSON object; `tools/gpu_report.py` turns it into the report. Every measure that needs a
+fresh process runs in one of its own, several times; the median is reported with the spread.
 
 SPDX-License-Identifier: Apache-2.0
 """

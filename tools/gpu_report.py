@@ -1,7 +1,8 @@
 """Builds this tree on a GPU machine, runs every test there, measures, and writes a report.
 
-Needs what a build needs (CMake, a C++ compiler, the packages of `pyproject.toml`) and nothing from a network.
-`python tools/gpu_report.py --output docs/reports/road-h200` writes `<output>.json` and `<output>.md`.
+Needs what a build needs (CMake, a C++ compiler, the packages of `pyproject.toml`) and nothing from
+a network. `python tools/gpu_report.py --output docs/reports/road-h200` writes `<output>.json` and
+`<output>.md`.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -32,6 +33,7 @@ class Step:
         self.output = ""
 
     def run(self, command: list[str], timeout: float, **environment: str) -> Step:
+        """Runs a command to its end, or stops it after `timeout` seconds."""
         start = time.monotonic()
         try:
             done = subprocess.run(
@@ -57,8 +59,11 @@ class Step:
 
 def git_commit() -> str:
     """The commit of the tree, with a plus sign when files differ from it."""
+
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
         return done.stdout.strip()
 
     commit = git("rev-parse", "--short=12", "HEAD")
@@ -70,7 +75,8 @@ def facts(commit: str) -> dict[str, str]:
     import torch
 
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    driver = answer.split("\n")[0]
     return {
         "commit": commit or git_commit() or "unknown",
         "gpu": torch.cuda.get_device_name(),
@@ -84,12 +90,13 @@ def facts(commit: str) -> dict[str, str]:
 
 def count_line(output: str) -> str:
     """The closing line of pytest or ctest."""
-    lines = [line for line in output.splitlines() if re.search(r"\d+ (passed|failed)|tests passed", line)]
+    verdict = re.compile(r"\d+ (passed|failed)|tests passed")
+    lines = [line for line in output.splitlines() if verdict.search(line)]
     return re.sub(r"=+", "", lines[-1]).strip() if lines else "no closing line"
 
 
 def build(prefix: str, site: Path, logs: Path) -> tuple[Path, Step]:
-    """Compiles engine, operators, control module and C++ tests, and lays the package out in `site`."""
+    """Compiles libraries, control module and C++ tests, and lays the package out in `site`."""
     folder = ROOT / "build" / "gpu"
     configure = [
         "cmake", "-S", ".", "-B", str(folder), "-G", "Ninja", "-DTORCHKILN_BUILD_TESTS=ON",
@@ -104,7 +111,7 @@ def build(prefix: str, site: Path, logs: Path) -> tuple[Path, Step]:
 
 
 def lay_out(folder: Path, site: Path) -> None:
-    """Puts the Python sources and the built libraries together, as an installed package has them."""
+    """Puts the Python sources and the built libraries together, as an installed package has."""
     for package in ("torchkiln", "torchkiln_cli"):
         target = site / package
         target.mkdir(parents=True, exist_ok=True)
@@ -141,9 +148,10 @@ def road_rows(road: dict[str, object]) -> list[list[str]]:
     for first in road["first_calls"]:  # type: ignore[attr-defined]
         cold, disk = limits[first["operator"]]
         row(f"first call, empty cache: {first['operator']}", first["cold_ms"], f"≤ {cold} ms", "ms")
-        row(f"first call from disk: {first['operator']}", first["from_disk_ms"], f"≤ {disk} ms", "ms")
+        name = first["operator"]
+        row(f"first call from disk: {name}", first["from_disk_ms"], f"≤ {disk} ms", "ms")
         opened = first["from_disk_counters"]["nvrtc_opened"]
-        rows.append([f"libnvrtc opened by us, from disk: {first['operator']}", str(opened), "", "0"])
+        rows.append([f"libnvrtc opened by us, from disk: {name}", str(opened), "", "0"])
     row("import torchkiln after torch", road["import_ms"], "≤ 60 ms", "ms")  # type: ignore[arg-type]
     for host in road["host"]:  # type: ignore[attr-defined]
         name = host["operator"]
@@ -157,8 +165,10 @@ def markdown(report: dict[str, object]) -> str:
     """The report for people."""
     context: dict[str, str] = report["facts"]  # type: ignore[assignment]
     steps: list[dict[str, object]] = report["steps"]  # type: ignore[assignment]
-    text = f"# Report: {context['gpu']}\n\nWritten by `tools/gpu_report.py`; the numbers are in the JSON file beside it.\n\n"
-    text += table([["", ""], *([key, value] for key, value in context.items())]) + "\n\n## Steps\n\n"
+    text = f"# Report: {context['gpu']}\n\n"
+    text += "Written by `tools/gpu_report.py`; the numbers are in the JSON file beside it.\n\n"
+    text += table([["", ""], *([key, value] for key, value in context.items())])
+    text += "\n\n## Steps\n\n"
     text += table([
         ["step", "exit", "seconds", "result"],
         *([str(s["name"]), str(s["code"]), f"{s['seconds']:.0f}", str(s["result"])] for s in steps),

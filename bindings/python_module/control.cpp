@@ -13,7 +13,9 @@ namespace py = pybind11;
 
 namespace {
 
-py::object from_json(const std::string& text) { return py::module_::import("json").attr("loads")(text); }
+py::object from_json(const std::string& text) {
+  return py::module_::import("json").attr("loads")(text);
+}
 
 py::dict last_error() {
   const torchkiln_error* e = torchkiln_last_error();
@@ -56,7 +58,8 @@ PYBIND11_MODULE(_control, m) {
   m.doc() = "Control of the torchkiln engine: JSON commands and the error record of this thread.";
   m.def("control", &control, py::arg("command"), py::arg("request") = py::dict(),
         "Runs a cold command; raises RuntimeError and leaves its data in last_error().");
-  m.def("last_error", &last_error, "The last failure on this thread: kind, argument, message, details.");
+  m.def("last_error", &last_error,
+        "The last failure on this thread: kind, argument, message, details.");
   m.def("version", &torchkiln_version, "Version of the engine library.");
   tell_site_directories();
 }

@@ -50,7 +50,8 @@ Error keep_failure(const Error& failure, const Settings& settings) {
   const cache::Root root = cache::resolve_root(settings.cache_dir);
   if (root.path.empty()) return failure;
   const fs::path folder =
-      root.path / "v1" / "failures" / file_name(details.value("specialization", "kernel") + details.value("target", ""));
+      root.path / "v1" / "failures" /
+      file_name(details.value("specialization", "kernel") + details.value("target", ""));
   try {
     write_all(folder, details);
     fs::permissions(root.path / "v1" / "failures", fs::perms::owner_all);
@@ -58,7 +59,8 @@ Error keep_failure(const Error& failure, const Settings& settings) {
     return failure;  // the log is still in the details; a full disk must not hide it
   }
   details["source_path"] = folder.string();
-  return Error(failure.kind(), std::string(failure.what()) + " Log and source kept in " + folder.string(), details,
+  return Error(failure.kind(),
+               std::string(failure.what()) + " Log and source kept in " + folder.string(), details,
                failure.argument());
 }
 

@@ -100,14 +100,11 @@ CudaFunction Residents::make_resident(const Loaded& loaded, const std::string& t
   check(cuda, cuda.cuKernelGetFunction(&function, loaded.kernel), "cuKernelGetFunction", text);
   if (cuda.cuFuncLoad != nullptr) check(cuda, cuda.cuFuncLoad(function), "cuFuncLoad", text);
   int static_shared = 0;
-  check(cuda,
-        cuda.cuFuncGetAttribute(&static_shared, kFunctionSharedBytes, function),
+  check(cuda, cuda.cuFuncGetAttribute(&static_shared, kFunctionSharedBytes, function),
         "cuFuncGetAttribute", text);
   const int dynamic_limit = driver_.device(ordinal).shared_bytes_per_block - static_shared;
   // Raises only a limit; what a launch asks for decides what it gets.
-  check(cuda,
-        cuda.cuFuncSetAttribute(function, kFunctionMaxDynamicSharedBytes,
-                                dynamic_limit),
+  check(cuda, cuda.cuFuncSetAttribute(function, kFunctionMaxDynamicSharedBytes, dynamic_limit),
         "cuFuncSetAttribute", text);
   return function;
 }
