@@ -63,7 +63,7 @@ def _backward(ctx: Any, grad_loss: Tensor, _: Tensor | None = None) -> Tensor:
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     result: Tensor
     if gradient is None or (torch.is_grad_enabled() and not traced):
-        # No gradient yet, or used up by an earlier backward; or the graph of the gradient is wanted.
+        # None was left, or an earlier backward used it up, or its own graph is wanted.
         result = _sigmoid_focal_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.settings)
     elif traced:
         result = gradient * grad_loss
@@ -133,9 +133,9 @@ def sigmoid_focal_loss(
         >>> from torchkiln.ops import sigmoid_focal_loss
         >>> logits = torch.tensor([[0.0, 2.0], [0.0, -2.0]])
         >>> sigmoid_focal_loss(logits, torch.tensor([1, 2]), reduction="mean")
-        tensor(0.1317)
+        tensor(0.1308)
         >>> sigmoid_focal_loss(logits, torch.tensor([[0.0, 1.0], [0.0, 0.0]]), reduction="mean")
-        tensor(0.0658)
+        tensor(0.0654)
     """
     if reduction not in _REDUCTIONS:
         raise ValueError(
