@@ -26,7 +26,6 @@ using roi_pool::Region;
 
 constexpr const char* kOp = "roi_pool";
 constexpr std::int64_t kMaxI32 = 2'147'483'647, kMaxGridY = 65'535;
-constexpr std::int64_t kMaxPooled = 32'767;
 constexpr std::int64_t kWarp = 32;
 
 struct Statics {
@@ -213,9 +212,9 @@ roi_pool::Shape plan_shape(const std::array<std::int64_t, 4>& input, std::int64_
                            std::int64_t pooled_height, std::int64_t pooled_width,
                            double spatial_scale, bool rounding) {
   for (const std::int64_t pooled : {pooled_height, pooled_width}) {
-    if (pooled >= 1 && pooled <= kMaxPooled) continue;
-    fail(TORCHKILN_ERROR_VALUE, kOp, "output_size", "be from 1 to " + std::to_string(kMaxPooled),
-         std::to_string(pooled));
+    if (pooled >= 1 && pooled <= roi_pool::kMaxPooled) continue;
+    fail(TORCHKILN_ERROR_VALUE, kOp, "output_size",
+         "be from 1 to " + std::to_string(roi_pool::kMaxPooled), std::to_string(pooled));
   }
   if (!(spatial_scale > 0)) {
     fail(TORCHKILN_ERROR_VALUE, kOp, "spatial_scale", "be above 0", std::to_string(spatial_scale));
@@ -237,6 +236,8 @@ roi_pool::Shape plan_shape(const std::array<std::int64_t, 4>& input, std::int64_
           .pooled_height = pooled_height,
           .pooled_width = pooled_width,
           .spatial_scale = spatial_scale,
+          .inverse_pooled_height = 1.0f / static_cast<float>(pooled_height),
+          .inverse_pooled_width = 1.0f / static_cast<float>(pooled_width),
           .rounding = rounding};
 }
 

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kBlockSize) forward_channels_last(const Args a
   const i32 pooled_width = i32(s.pooled_width), bins = i32(s.pooled_height) * pooled_width;
 #pragma unroll 1
   for (i32 bin = threadIdx.x / kLanes; bin < bins; bin += kBlockSize / kLanes) {
-    const i32 row = i32(u32(bin) / u32(pooled_width));
+    const i32 row = quotient(bin, s.inverse_pooled_width);
     const Range rows = region.y.bin_of(row);
     const Range columns = region.x.bin_of(bin - row * pooled_width);
     const bool is_empty = region.image < 0 || rows.is_empty() || columns.is_empty();
@@ -109,9 +109,10 @@ __device__ __forceinline__ void walk_columns(const Args& args, const Region<T>& 
   const Scalar* plane = static_cast<const Scalar*>(args.input) +
                         input_offset<Index, false>(args.shape, region.image, channel, 0, 0);
   const i32 width = window.end - window.begin, stride = i32(args.shape.width);
+  const float inverse_width = __fdividef(1.0f, static_cast<float>(width));
 #pragma unroll 1
   for (i32 item = threadIdx.x % kWarpSize; item < count * width; item += kWarpSize) {
-    const i32 row = i32(u32(item) / u32(width));
+    const i32 row = quotient(item, inverse_width);
     const i32 x = window.begin + item - row * width;
     const Range rows = region.y.bin_of(first + row);
     const Scalar* at = plane + Index(rows.begin) * stride + x;
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(kBlockSize) forward(const Args args) {
       }
 #pragma unroll 1
       for (i32 item = threadIdx.x % kWarpSize; item < count * pooled_width; item += kWarpSize) {
-        const i32 row = i32(u32(item) / u32(pooled_width));
+        const i32 row = quotient(item, s.inverse_pooled_width);
         const Range rows = region.y.bin_of(first + row);
         const Range columns = region.x.bin_of(item - row * pooled_width);
         const bool is_empty = region.image < 0 || rows.is_empty() || columns.is_empty();
@@ -304,6 +305,7 @@ __device__ __forceinline__ void add_region(const BackwardArgs& args, const Tile&
   const i32 lane = threadIdx.x % kWarpSize, pooled_width = i32(s.pooled_width);
   const i32 columns = item.columns.end - item.columns.begin;
   const i32 bins = columns * (item.rows.end - item.rows.begin);
+  const float inverse_columns = __fdividef(1.0f, static_cast<float>(columns));
   const i64 first_offset = output_offset<false>(s, item.roi, first_channel, 0);
   const i64 channel_stride = s.pooled_height * s.pooled_width;
 #pragma unroll 1

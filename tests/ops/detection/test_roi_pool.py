@@ -53,7 +53,7 @@ class TestRoIPool(OpSuite):
             "output_size",
             {"output_size": (3, 0)},
             ValueError,
-            r"output_size must be from 1 to 32767; got 0",
+            r"output_size must be from 1 to 1024; got 0",
         ),
         Failure(
             "spatial_scale",

@@ -93,7 +93,7 @@ def roi_pool(
         input: (N, C, H, W), float16, bfloat16, float32 or float64, contiguous or channels last. H
             and W up to 65534.
         boxes: (K, 5), any floating dtype; batch index, x1, y1, x2, y2 in pixels of the image.
-        output_size: bins (height, width), or one number for both; from 1 to 32767.
+        output_size: bins (height, width), or one number for both; from 1 to 1024.
         spatial_scale: cells of `input` per pixel of the image, above 0.
         rounding: True: corners are rounded to cells, half away from zero, and belong to the region,
             which has at least one cell (torchvision's rule). False: corners are not rounded, x2 and
