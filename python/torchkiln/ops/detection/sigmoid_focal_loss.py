@@ -133,7 +133,7 @@ def sigmoid_focal_loss(
         >>> from torchkiln.ops import sigmoid_focal_loss
         >>> logits = torch.tensor([[0.0, 2.0], [0.0, -2.0]])
         >>> sigmoid_focal_loss(logits, torch.tensor([1, 2]), reduction="mean")
-        tensor(0.1308)
+        tensor(0.1309)
         >>> sigmoid_focal_loss(logits, torch.tensor([[0.0, 1.0], [0.0, 0.0]]), reduction="mean")
         tensor(0.0654)
     """
