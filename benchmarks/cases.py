@@ -274,15 +274,14 @@ class Pooling:
         self, device: torch.device, dtype: torch.dtype, layout: str, direction: str
     ) -> Inputs:
         """Feature map, regions and, for a backward, the gradient of the output."""
-        g = data.generator(SEED)
         shape = (self.images, self.channels, self.height, self.width)
-        features = torch.randn(shape, generator=g).to(device, dtype)
+        features = data.normal(shape, SEED).to(device, dtype, copy=True)
         if layout == "channels_last":
             features = features.to(memory_format=torch.channels_last)
         inputs: Inputs = {"input": features, "rois": self.rois().to(device, dtype)}
         if direction == "backward":
             out = (self.regions, self.channels, self.bins, self.bins)
-            inputs["grad"] = torch.randn(out, generator=g).to(device, dtype)
+            inputs["grad"] = data.normal(out, SEED + 1).to(device, dtype, copy=True)
             features.requires_grad_()
         return inputs
 
@@ -421,7 +420,7 @@ def sigmoid_focal_loss(
 
     def make(device: torch.device) -> Work:
         # The bias that a detector starts with: nearly everything is background.
-        logits = torch.randn(rows, classes, generator=data.generator(SEED + 1)) - 4.6
+        logits = data.normal((rows, classes), SEED) - 4.6
         features = logits.to(device, dtype)
         features.requires_grad_(direction != "forward")
         targets = focal_targets(rows, classes, form, dtype).to(device)
@@ -518,7 +517,7 @@ MMCV_ROI_ALIGN = {
 
 def nms_rows() -> Iterator[Case]:
     """The issue's sizes, then others."""
-    # Half of N² / 64 words of 8 bytes are never needed; this is all of them.
+    # One bit for every pair, as the peers keep it.
     mask_bytes = 20_000**2 / 8
     memory = Target("memory", mask_bytes, mask_bytes / 10)
     largest = (Target("mmcv", 8, 16), memory)

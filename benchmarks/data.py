@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -19,6 +20,12 @@ BACKGROUND_SHARE = 0.2
 def generator(seed: int) -> torch.Generator:
     """On the CPU, so that every machine measures the same numbers."""
     return torch.Generator().manual_seed(seed)
+
+
+@functools.lru_cache(maxsize=4)
+def normal(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Normal numbers on the CPU, kept because many rows want the same; never write into them."""
+    return torch.randn(shape, generator=generator(seed))
 
 
 def log_uniform(n: int, low: float, high: float, g: torch.Generator) -> Tensor:

@@ -33,8 +33,9 @@ too small to be made cold that way. Sides marked *events* were timed by events a
 after L2 was filled, because they are long or wait for the device; for those, waits for the host are
 in it. **Eager** is wall time per call, many in a row; **latency** is that of a call with a
 synchronisation after it. **Speed-up** is against the fastest peer; below 1 the row is a **loss**. A
-peer whose error says that it computes something else is marked *wrong* and is no peer in the ratios. **Floor** is the share of
-the time that moving the bytes once would take at this GPU's measured copy bandwidth.
+peer whose error says that it computes something else is marked *wrong* and is no peer in the
+ratios. **Floor** is the share of the time that moving the bytes once would take at this GPU's
+measured copy bandwidth.
 """
 
 MMCV = """\
