@@ -27,13 +27,16 @@ std::atomic<int> allocations{0};
 std::atomic<int> locks{0};
 }  // namespace
 
-void* operator new(std::size_t size) {
+// Never inlined: g++ 12 would see free() after operator new in its callers and call them mismatched.
+__attribute__((noinline)) void* operator new(std::size_t size) {
   if (counting.load(std::memory_order_relaxed)) ++allocations;
   if (void* memory = std::malloc(size)) return memory;
   throw std::bad_alloc();
 }
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+__attribute__((noinline)) void operator delete(void* memory) noexcept { std::free(memory); }
+__attribute__((noinline)) void operator delete(void* memory, std::size_t) noexcept {
+  std::free(memory);
+}
 
 extern "C" int pthread_mutex_lock(pthread_mutex_t* mutex) noexcept {
   using Lock = int (*)(pthread_mutex_t*);
