@@ -57,9 +57,10 @@ using Forward = Kernel<Args, Statics, Sizes, Tunables>;
 using ForwardChannelsLast = Kernel<Args, ChannelsLastStatics, Sizes, ChannelsLastTunables>;
 using Backward = Kernel<BackwardArgs, BackwardStatics, BackwardSizes, BackwardTunables>;
 
-// Elements in 16 bytes.
-std::int64_t full_vector(std::int64_t scalar) {
-  return scalar == TORCHKILN_DOUBLE ? 2 : (scalar == TORCHKILN_FLOAT ? 4 : 8);
+// Channels a thread: no more than 16 bytes of values, nor of their cells' codes.
+std::int64_t full_vector(std::int64_t scalar, std::int64_t code_bytes) {
+  if (scalar == TORCHKILN_DOUBLE) return 2;
+  return scalar == TORCHKILN_FLOAT || code_bytes == 4 ? 4 : 8;
 }
 
 // One block per region and group of channels; a group count past the grid's limit has failed in plan().
@@ -100,7 +101,7 @@ const ForwardChannelsLast forward_channels_last_kernel({
     .defaults = {{256, 8}},
     .valid =
         [](const ChannelsLastStatics& s) {
-          return s.vector == 1 || s.vector == full_vector(s.scalar);
+          return s.vector == 1 || s.vector == full_vector(s.scalar, s.code_bytes);
         },
     .geometry =
         [](const ForwardChannelsLast::Problem& p, const ChannelsLastTunables& t) {
@@ -473,7 +474,8 @@ bool is_aligned(const void* pointer) {
 
 // 16 bytes of channels, where every cell's begin allows it.
 std::int64_t vector_of(const Plan& p) {
-  const std::int64_t full = full_vector(kernel_type(p.input.scalar_type()));
+  const std::int64_t full =
+      full_vector(kernel_type(p.input.scalar_type()), code_bytes_of(p.args.shape));
   const bool fits = p.args.shape.channels % full == 0 && is_aligned(p.args.input) &&
                     is_aligned(p.args.output) && is_aligned(p.args.argmax);
   return fits ? full : 1;

@@ -12,6 +12,7 @@
 // half a microsecond. Work is n times the number of kept boxes, memory 32 n bytes. With classes the order is by class,
 // a class is one interval of it, and a block looks back only to where the class of its first box begins: classes run
 // side by side and never test each other.
+// spills: up to 32 bytes for wide types and indices, by ptxas' own choice: no kernel asks for a number of blocks.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

@@ -10,6 +10,7 @@
 //   backward  one block owns one tile of the gradient for 32 (or 64, 128) channels in shared memory, lanes on channels;
 //             it finds the regions that touch the tile, adds their taps in a fixed order and writes once. No atomics,
 //             no zero fill, the same bits every time, float32 sums for half types
+// spills: up to 32 bytes for wide types and indices, by ptxas' own choice: no kernel asks for a number of blocks.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

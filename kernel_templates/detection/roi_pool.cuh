@@ -6,6 +6,7 @@
 //   backward                one block owns one tile of one image and 32 channels a warp; a lane owns its channel. It
 //                           goes through the regions that touch the tile, adds what falls into it in shared memory
 //                           and writes every cell once: no atomics, no zero fill, and the same bits every time.
+// spills: up to 32 bytes for wide types and indices, by ptxas' own choice: no kernel asks for a number of blocks.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

@@ -47,10 +47,15 @@ def test_reference_has_the_schema(operator: Operator[Any]) -> None:
 
 @pytest.mark.parametrize("operator", [o for o in OPERATORS if o.name in PUBLIC], ids=label)
 def test_public_function_follows_the_schema(operator: Operator[Any]) -> None:
-    """Arguments of both have one order and one default; the public one may resolve None itself."""
+    """Arguments of both have one order and one default; the public one may resolve None itself.
+
+    Keyword-only arguments have no order: they may stand anywhere in the schema.
+    """
     public, schema = arguments_of(getattr(ops, operator.name)), schema_of(operator)
-    shared = [name for name, _ in schema if name in dict(public)]
-    assert [name for name, _ in public if name in shared] == shared
+    parameters = inspect.signature(getattr(ops, operator.name)).parameters
+    shared = [name for name, _ in schema if name in parameters]
+    ordered = [n for n in shared if parameters[n].kind is not inspect.Parameter.KEYWORD_ONLY]
+    assert [name for name, _ in public if name in ordered] == ordered
     for name in shared:
         default = dict(public)[name]
         assert default is None or default == dict(schema)[name], name
