@@ -74,12 +74,14 @@ std::int32_t torchkiln_run(torchkiln_kernel* kernel, const torchkiln_launch* lau
   return guarded([&] { Engine::instance().run(*kernel, *launch); });
 }
 
-std::int32_t torchkiln_capture_guard(void* stream, const char* what, const char* way_out) {
-  return guarded([&] { Engine::instance().capture_guard(stream, what, way_out); });
+std::int32_t torchkiln_capture_guard(std::int32_t device, void* stream, const char* what,
+                                     const char* way_out) {
+  return guarded([&] { Engine::instance().capture_guard(device, stream, what, way_out); });
 }
 
-std::int32_t torchkiln_synchronize(void* stream, const char* what, const char* way_out) {
-  return guarded([&] { Engine::instance().synchronize(stream, what, way_out); });
+std::int32_t torchkiln_synchronize(std::int32_t device, void* stream, const char* what,
+                                   const char* way_out) {
+  return guarded([&] { Engine::instance().synchronize(device, stream, what, way_out); });
 }
 
 const torchkiln_device* torchkiln_device_facts(std::int32_t device) {

@@ -143,14 +143,17 @@ void Engine::submit(const LaunchRecord& record, const torchkiln_launch& launch,
   Statistics::add(statistics_.launches);
 }
 
-void Engine::capture_guard(void* stream, const std::string& what, const std::string& way_out) {
+void Engine::capture_guard(int device, void* stream, const std::string& what,
+                           const std::string& way_out) {
+  driver_.attach(device);  // a thread that has launched on a stream of its own may still have none
   if (!driver_.is_capturing(stream)) return;
   throw Error(TORCHKILN_ERROR_CAPTURE,
               what + " must not happen while the stream is captured into a CUDA graph. " + way_out);
 }
 
-void Engine::synchronize(void* stream, const std::string& what, const std::string& way_out) {
-  capture_guard(stream, what, way_out);
+void Engine::synchronize(int device, void* stream, const std::string& what,
+                         const std::string& way_out) {
+  capture_guard(device, stream, what, way_out);
   check(driver_.api(), driver_.api().cuStreamSynchronize(static_cast<CudaStream>(stream)),
         "cuStreamSynchronize", what);
 }

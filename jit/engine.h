@@ -39,8 +39,8 @@ class Engine {
   Kernel* declare(const torchkiln_declaration& declaration);
   void run(Kernel& kernel, const torchkiln_launch& launch);
   // Throws Error(CAPTURE) when `stream` is being captured.
-  void capture_guard(void* stream, const std::string& what, const std::string& way_out);
-  void synchronize(void* stream, const std::string& what, const std::string& way_out);
+  void capture_guard(int device, void* stream, const std::string& what, const std::string& way_out);
+  void synchronize(int device, void* stream, const std::string& what, const std::string& way_out);
 
   std::vector<Kernel*> kernels();
   const Settings& settings() const { return settings_; }

@@ -229,10 +229,10 @@ Tensor cuda_sized(const char* op, const NmsPlan& p) {
   if (p.args.n == 0) return indices;
   const CudaPlace cuda_place(p.boxes);
   constexpr const char* kWayOut = "Use torchkiln.ops.nms_padded, whose result has a fixed size";
-  check(torchkiln_capture_guard(cuda_place.stream(), op, kWayOut));
+  check(torchkiln_capture_guard(cuda_place.device(), cuda_place.stream(), op, kWayOut));
   std::int64_t* count = host_number();
   launch(cuda_place, p, indices, count);
-  check(torchkiln_synchronize(cuda_place.stream(), op, kWayOut));
+  check(torchkiln_synchronize(cuda_place.device(), cuda_place.stream(), op, kWayOut));
   return torch::stable::narrow(indices, 0, 0, *static_cast<volatile std::int64_t*>(count));
 }
 

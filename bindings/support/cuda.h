@@ -16,6 +16,7 @@ class CudaPlace {
  public:
   explicit CudaPlace(const Tensor& tensor);
   operator const Place&() const { return place_; }  // NOLINT: that is what it is for
+  std::int32_t device() const { return place_.device; }
   void* stream() const { return place_.stream; }
   const Device& facts() const;
 

@@ -181,10 +181,12 @@ TORCHKILN_API int32_t torchkiln_run(torchkiln_kernel* kernel, const torchkiln_la
 
 // Refuses (TORCHKILN_ERROR_CAPTURE) when `stream` is being captured into a CUDA graph; `what` names the thing that
 // would break the capture, `way_out` what to do instead.
-TORCHKILN_API int32_t torchkiln_capture_guard(void* stream, const char* what, const char* way_out);
+TORCHKILN_API int32_t torchkiln_capture_guard(int32_t device, void* stream, const char* what,
+                                              const char* way_out);
 
 // Waits for `stream`, after the capture guard.
-TORCHKILN_API int32_t torchkiln_synchronize(void* stream, const char* what, const char* way_out);
+TORCHKILN_API int32_t torchkiln_synchronize(int32_t device, void* stream, const char* what,
+                                            const char* way_out);
 
 // Facts of a device, cached; null and a record when the driver is missing.
 TORCHKILN_API const torchkiln_device* torchkiln_device_facts(int32_t device);

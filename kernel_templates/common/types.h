@@ -5,8 +5,11 @@
 
 #if defined(__CUDACC_RTC__)
 #define TORCHKILN_HD __device__ __forceinline__
+// For rare or long code that is called in several places: compiled once instead of once per call.
+#define TORCHKILN_HD_CALLED __device__ __noinline__
 #else
 #define TORCHKILN_HD inline
+#define TORCHKILN_HD_CALLED inline
 #endif
 
 namespace torchkiln {

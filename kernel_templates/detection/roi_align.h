@@ -72,18 +72,22 @@ TORCHKILN_HD T sample_position(const Axis<T>& axis, i64 bin, i32 i) {
 TORCHKILN_HD i32 clamp_count(double value, i32 count) {
   return value > 0 ? (value < double(count) ? i32(value) : count) : 0;
 }
+TORCHKILN_HD_CALLED i32 samples_before(double position, double begin, double step, i32 count) {
+  return clamp_count((position - begin) / step, count);
+}
 template <class T>
 TORCHKILN_HD void sample_range(const Axis<T>& axis, i64 bin, i64 size, i32& first, i32& last) {
   first = 0;
   last = axis.count;
   if (axis.count <= 8 || !(axis.step > T(0))) return;
+  const double step = double(axis.step);
   const double begin = double(axis.start) + double(bin) * double(axis.bin);
-  first = clamp_count((-1.0 - begin) / double(axis.step) - 2.0, axis.count);
-  last = clamp_count((double(size) - begin) / double(axis.step) + 2.0, axis.count);
+  first = samples_before(-1.0 - 2.0 * step, begin, step, axis.count);
+  last = samples_before(double(size) + 2.0 * step, begin, step, axis.count);
 }
 
 template <class T>
-TORCHKILN_HD T coordinate(const Regions& r, i64 region, int column) {
+TORCHKILN_HD_CALLED T coordinate(const Regions& r, i64 region, int column) {
   const i64 at = region * 5 + column;
   switch (r.box_type) {
     case kHalfBoxes:

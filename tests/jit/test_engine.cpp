@@ -325,10 +325,10 @@ TEST_F(EngineTest, ArgsOfAnotherSizeAreRefusedAtCompileTime) {
 TEST_F(EngineTest, GuardRefusesInCaptureAndSaysTheWayOut) {
   World world;
   const auto stream = reinterpret_cast<CudaStream>(std::uintptr_t{64});
-  EXPECT_NO_THROW(world.engine->capture_guard(stream, "nms", ""));
+  EXPECT_NO_THROW(world.engine->capture_guard(0, stream, "nms", ""));
   driver.set_capturing(stream, true);
   const Error e = failure_of(
-      [&] { world.engine->synchronize(stream, "nms: reading the count", "Use nms_padded"); });
+      [&] { world.engine->synchronize(0, stream, "nms: reading the count", "Use nms_padded"); });
   EXPECT_EQ(e.kind(), TORCHKILN_ERROR_CAPTURE);
   EXPECT_NE(std::string(e.what()).find("Use nms_padded"), std::string::npos);
   EXPECT_FALSE(driver.capture_invalidated());

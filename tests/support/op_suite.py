@@ -30,7 +30,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torchkiln
 from support.memory import run_watched
 from torchkiln.testing import Case, Inputs, Parity, check
-from torchkiln.testing._parity import compare_to_reference, evaluate, outputs_of, prepare
+from torchkiln.testing._parity import (
+    compare_to_reference,
+    convert,
+    evaluate,
+    outputs_of,
+    prepare,
+)
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,13 @@ class Failure:
     match: str
     function: str = ""
 
-    def arguments(self, right: Mapping[str, Any]) -> dict[str, Any]:
-        changed = {
-            name: new(right[name]) if callable(new) else new for name, new in self.change.items()
-        }
-        return {**right, **changed}
+    def arguments(self, right: Mapping[str, Any], device: str) -> dict[str, Any]:
+        def replace(name: str, new: Any) -> Any:
+            if callable(new):
+                return new(right[name])
+            return new.to(device) if isinstance(new, Tensor) and new.is_cpu else new
+
+        return {**right, **{name: replace(name, new) for name, new in self.change.items()}}
 
 
 def map_floats(change: Callable[[Tensor], Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -313,8 +321,7 @@ class OpSuite:
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(call, backend=counter, fullgraph=True)
         for n in (9, 14, 25):
-            arguments = self.sized(Inputs(n), n)
-            arguments = map_floats(lambda x: x.to(device, torch.float32), arguments)
+            arguments = convert(self.sized(Inputs(n), n), torch.float32, device)
             expected = evaluate(call, arguments, ())
             for name, dim in self.dynamic.items():
                 torch._dynamo.mark_dynamic(arguments[name], dim)
@@ -353,7 +360,7 @@ class OpSuite:
         function = failure.function or self.parity.functions[0]
         right = prepare(self.typical_of(function), torch.float32, device)
         with pytest.raises(failure.type, match=failure.match) as caught:
-            getattr(torchkiln.ops, function)(**failure.arguments(right))
+            getattr(torchkiln.ops, function)(**failure.arguments(right, device))
         assert caught.type is failure.type
 
 
