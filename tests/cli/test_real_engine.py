@@ -89,6 +89,8 @@ def test_interrupt_keeps_what_is_compiled(tmp_path):
         env={**os.environ, "TORCHKILN_CACHE_DIR": str(cache)},
         stdout=subprocess.PIPE,
         text=True,
+        # A shell starts background jobs with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while process.poll() is None and not _objects(cache):
         time.sleep(0.02)
