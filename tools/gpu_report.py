@@ -200,7 +200,7 @@ def main(output: str, prefix: str, logs: str, commit: str, only: str, pytest_arg
         "pytest": [sys.executable, "-m", "pytest", *pytest_args.split()],
         "road": [sys.executable, "benchmarks/road.py"],
     }
-    for name in only.split(",") if built.code == 0 else []:
+    for name in filter(None, only.split(",")) if built.code == 0 else []:
         steps.append(Step(name, folder).run(commands[name], 500, **environment))
         if name == "road" and steps[-1].code == 0:
             report["road"] = json.loads(steps[-1].output.strip().splitlines()[-1])

@@ -19,10 +19,14 @@ using box_iou::BackwardArgs;
 
 constexpr const char* kOp = "box_iou";
 constexpr std::int64_t kPairNanoseconds = 4;
-constexpr std::int64_t kMaxGridY = 65'535;
+// Two times what a multiprocessor can hold: the second half balances the first.
+constexpr std::int64_t kThreadsPerMultiprocessor = 4096;
 
 struct Statics {
   std::int64_t scalar, mode;
+};
+struct ForwardStatics {
+  std::int64_t scalar, mode, vector;
 };
 struct Sizes {
   std::int64_t n, m;
@@ -31,24 +35,32 @@ struct Tunables {
   std::int64_t block_size;
 };
 
-using Forward = Kernel<Args, Statics, Sizes, Tunables>;
+using Forward = Kernel<Args, ForwardStatics, Sizes, Tunables>;
 using Backward = Kernel<BackwardArgs, Statics, Sizes, Tunables>;
+
+// Columns a thread: up to 16 bytes, where every row's begin allows it.
+std::int64_t full_vector(std::int64_t scalar) { return scalar == TORCHKILN_DOUBLE ? 2 : 4; }
+
+// Threads that fill the GPU, each with a few rows; at least one for each vector of a row, at most one for each vector.
+Geometry over_pairs(const Forward::Problem& p, const Tunables& t) {
+  const std::int64_t vectors = p.sizes.m / p.statics.vector;
+  const std::int64_t wanted = p.device.multiprocessors * kThreadsPerMultiprocessor;
+  const std::int64_t rows = std::clamp<std::int64_t>(ceil_div(wanted, vectors), 1, p.sizes.n);
+  return linear(ceil_div(rows * vectors, t.block_size), t.block_size);
+}
 
 const Forward forward_kernel({
     .path = "detection/box_iou.cuh",
     .entry = "forward",
     .operators = {"box_iou"},
-    .statics = {types("scalar", kFloatTypes), ints("mode", {0, 1, 2, 3})},
+    .statics = {types("scalar", kFloatTypes), ints("mode", {0, 1, 2, 3}),
+                ints("vector", {1, 2, 4})},
     .sizes = {{"n", TORCHKILN_BUCKET_NONE}, {"m", TORCHKILN_BUCKET_POW2}},
     .tunables = {ints("block_size", {64, 128, 256, 512})},
-    .defaults = {{256}, {64}},
-    .choose = [](const Forward::Problem& p) { return p.sizes.m <= 64 ? 1u : 0u; },
-    .geometry =
-        [](const Forward::Problem& p, const Tunables& t) {
-          Geometry g = linear(ceil_div(p.sizes.m, t.block_size), t.block_size);
-          g.grid[1] = static_cast<std::uint32_t>(std::min(p.sizes.n, kMaxGridY));
-          return g;
-        },
+    .defaults = {{256}},
+    .valid =
+        [](const ForwardStatics& s) { return s.vector == 1 || s.vector == full_vector(s.scalar); },
+    .geometry = &over_pairs,
 });
 
 const Backward backward_kernel({
@@ -216,8 +228,9 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor&
 Tensor cuda(const Tensor& boxes1, const Tensor& boxes2, std::int64_t mode, double eps) {
   const Plan p = plan(boxes1, boxes2, mode, eps);
   if (p.out.numel() == 0) return p.out;
-  forward_kernel.run(CudaPlace(p.out), {kernel_type(p.out.scalar_type()), mode},
-                     {p.args.n, p.args.m}, p.args,
+  const std::int64_t scalar = kernel_type(p.out.scalar_type());
+  const std::int64_t vector = p.args.m % full_vector(scalar) == 0 ? full_vector(scalar) : 1;
+  forward_kernel.run(CudaPlace(p.out), {scalar, mode, vector}, {p.args.n, p.args.m}, p.args,
                      {reads(offsetof(Args, boxes1), p.boxes1),
                       reads(offsetof(Args, boxes2), p.boxes2), writes(offsetof(Args, out), p.out)});
   return p.out;

@@ -196,25 +196,6 @@ void check_shape_of_maps(const RoiAlignShape& s) {
        std::to_string(s.h) + " x " + std::to_string(s.w));
 }
 
-// Sizes of one do not count: their strides say nothing.
-bool has_layout(const Tensor& tensor, bool channels_last) {
-  if (!channels_last) return tensor.is_contiguous();
-  std::int64_t stride = 1;
-  for (const std::int64_t dim : {1, 3, 2, 0}) {
-    if (tensor.size(dim) != 1 && tensor.stride(dim) != stride) return false;
-    stride *= tensor.size(dim);
-  }
-  return true;
-}
-
-Tensor empty_layout(const Tensor& like, ScalarType dtype, const std::array<std::int64_t, 4>& shape,
-                    bool channels_last) {
-  if (!channels_last) return empty(like, dtype, Shape(shape));
-  const auto [n, c, h, w] = shape;
-  const std::array<std::int64_t, 4> strides = {h * w * c, 1, w * c, c};
-  return empty_strided(like, dtype, Shape(shape), Shape(strides));
-}
-
 std::int64_t box_type(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Half:
@@ -316,10 +297,6 @@ void launch_direct(const CudaPlace& place, const RoiAlignPlan& p) {
                      writes(offsetof(Args, bins), p.bins), argmax});
 }
 
-bool aligned_to_16(const Tensor& tensor) {
-  return reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
-}
-
 void launch_average(const CudaPlace& place, RoiAlignPlan& p) {
   const TapTable table = make_table(place, p);
   const auto [taps, begins, spans] = table.read();
@@ -333,7 +310,7 @@ void launch_average(const CudaPlace& place, RoiAlignPlan& p) {
   }
   const std::int64_t wide = vector_width(scalar);
   const bool vectorised =
-      p.args.regions.c % wide == 0 && aligned_to_16(p.maps) && aligned_to_16(p.bins);
+      p.args.regions.c % wide == 0 && aligned_to_16(p.args.maps) && aligned_to_16(p.args.bins);
   last_kernel.run(place, {scalar, index_type(p), vectorised ? wide : 1}, sizes_of(p), p.args,
                   {maps, bins, taps, begins, spans});
 }
@@ -413,15 +390,6 @@ void check_pooling(std::int64_t pooling) {
   fail(TORCHKILN_ERROR_VALUE, kOp, "pooling", "be 0 (average) or 1 (max)", std::to_string(pooling));
 }
 
-Tensor as_layout(const Tensor& tensor, bool channels_last) {
-  if (has_layout(tensor, channels_last)) return tensor;
-  Tensor copy =
-      empty_layout(tensor, tensor.scalar_type(),
-                   {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)}, channels_last);
-  torch::stable::copy_(copy, tensor);
-  return copy;
-}
-
 RoiAlignPlan plan_roi_align(const Tensor& input, const Tensor& boxes,
                             const RoiAlignOptions& options, bool maximum) {
   check_floating(kOp, "input", input);
@@ -430,7 +398,7 @@ RoiAlignPlan plan_roi_align(const Tensor& input, const Tensor& boxes,
   check_same_device(kOp, "boxes", boxes, "input", input);
   const RoiAlignShape shape{input.size(0), input.size(1), input.size(2), input.size(3)};
   check_shape_of_maps(shape);
-  const bool channels_last = !has_layout(input, false) && has_layout(input, true);
+  const bool channels_last = is_channels_last(input);
   const std::array<std::int64_t, 4> out = {boxes.size(0), shape.c, options.pooled_height,
                                            options.pooled_width};
   RoiAlignPlan p{

@@ -5,7 +5,7 @@
 #include <optional>
 
 #include "bindings/support/check.h"
-#include "bindings/support/tensor.h"
+#include "bindings/support/layout.h"
 #include "detection/roi_align.h"
 
 namespace torchkiln::bindings {
@@ -38,8 +38,5 @@ RoiAlignPlan plan_roi_align_backward(const Tensor& grad_output, const Tensor& bo
                                      const RoiAlignShape& shape, const RoiAlignOptions& options,
                                      bool channels_last);
 void check_pooling(std::int64_t pooling);
-
-// The tensor itself when it has the layout already.
-Tensor as_layout(const Tensor& tensor, bool channels_last);
 
 }  // namespace torchkiln::bindings

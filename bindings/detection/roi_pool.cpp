@@ -1,61 +1,150 @@
-// roi_pool: schema, checks and shapes, CPU loops, launches.
+// roi_pool: schema, checks and shapes, launches. (The CPU version is roi_pool_cpu.cpp.)
 // SPDX-License-Identifier: Apache-2.0
-#include "detection/roi_pool.h"
+#include "bindings/detection/roi_pool.h"
 
 #include <algorithm>
 #include <array>
 #include <cstddef>
-#include <optional>
+#include <limits>
 #include <tuple>
 #include <vector>
 
+#include "bindings/support/bands.h"
 #include "bindings/support/check.h"
 #include "bindings/support/cuda.h"
-#include "bindings/support/parallel.h"
-#include "bindings/support/tensor.h"
 
 namespace torchkiln::bindings {
 namespace {
 
 using roi_pool::Args;
 using roi_pool::BackwardArgs;
-using roi_pool::Best;
-using roi_pool::Code;
-using roi_pool::Range;
-using roi_pool::Region;
+using roi_pool::ListArgs;
 
 constexpr const char* kOp = "roi_pool";
-constexpr std::int64_t kMaxI32 = 2'147'483'647, kMaxGridY = 65'535;
-constexpr std::int64_t kWarp = 32;
+constexpr std::int64_t kMaxI32 = std::numeric_limits<std::int32_t>::max(), kMaxGridY = 65'535;
+// Up to here one thread per bin, which needs no lists, beats two launches.
+constexpr std::int64_t kFewOutputs = 65'536;
 
-struct Statics {
+// ---- kernels ----
+
+struct ListStatics {
+  std::int64_t scalar, reach;
+};
+struct StagedStatics {
+  std::int64_t scalar, index, code_bytes, window, maps;
+};
+struct DirectStatics {
   std::int64_t scalar, index, code_bytes;
 };
 struct ChannelsLastStatics {
   std::int64_t scalar, index, code_bytes, vector;
 };
-struct BackwardStatics {
-  std::int64_t scalar, index, channels_last, code_bytes;
+struct ScatterStatics {
+  std::int64_t scalar, index, code_bytes, deterministic;
+};
+struct GatherStatics {
+  std::int64_t scalar, index, code_bytes;
 };
 struct Sizes {
-  std::int64_t rois, channels, cells;  // cells of one image
+  std::int64_t rois, channels, images, height, width;
+  std::int64_t items;              // of kernels with one thread for each
+  std::int64_t bands, band_bytes;  // of the kernels that keep a band in shared memory
 };
-struct BackwardSizes {
-  std::int64_t rois, channels, height, width, images;
-};
-struct Tunables {
-  std::int64_t block_size, channels, by_columns;
+struct BlockTunables {
+  std::int64_t block_size;
 };
 struct ChannelsLastTunables {
   std::int64_t block_size, lanes;
 };
-struct BackwardTunables {
+struct GatherTunables {
   std::int64_t block_size, tile_height, tile_width;
 };
 
-using Forward = Kernel<Args, Statics, Sizes, Tunables>;
+using List = Kernel<ListArgs, ListStatics, Sizes, BlockTunables>;
+using Staged = Kernel<Args, StagedStatics, Sizes, BlockTunables>;
+using Direct = Kernel<Args, DirectStatics, Sizes, BlockTunables>;
 using ForwardChannelsLast = Kernel<Args, ChannelsLastStatics, Sizes, ChannelsLastTunables>;
-using Backward = Kernel<BackwardArgs, BackwardStatics, BackwardSizes, BackwardTunables>;
+using Scatter = Kernel<BackwardArgs, ScatterStatics, Sizes, BlockTunables>;
+using Gather = Kernel<BackwardArgs, GatherStatics, Sizes, GatherTunables>;
+
+const std::vector<const char*> kOperators = {"roi_pool"};
+const std::vector<std::int64_t> kIndexTypes = {TORCHKILN_I32, TORCHKILN_I64};
+const std::vector<std::int64_t> kKeyTypes = {TORCHKILN_FLOAT, TORCHKILN_HALF, TORCHKILN_BFLOAT16};
+const std::vector<torchkiln_size> kSizes = {
+    {"rois", TORCHKILN_BUCKET_POW2},   {"channels", TORCHKILN_BUCKET_POW2},
+    {"images", TORCHKILN_BUCKET_NONE}, {"height", TORCHKILN_BUCKET_NONE},
+    {"width", TORCHKILN_BUCKET_NONE},  {"items", TORCHKILN_BUCKET_NONE},
+    {"bands", TORCHKILN_BUCKET_NONE},  {"band_bytes", TORCHKILN_BUCKET_NONE}};
+
+const List list_kernel({
+    .path = "detection/roi_pool.cuh",
+    .entry = "list",
+    .operators = kOperators,
+    .statics = {types("scalar", {TORCHKILN_FLOAT, TORCHKILN_DOUBLE}), bools("reach")},
+    .sizes = kSizes,
+    .tunables = {ints("block_size", {128, 256, 512, 1024})},
+    .defaults = {{1024}},
+    .geometry =
+        [](const List::Problem& p, const BlockTunables& t) {
+          return linear(p.sizes.images * p.sizes.bands + ceil_div(p.sizes.items, t.block_size),
+                        t.block_size);
+        },
+});
+
+// One block per band of each map.
+Geometry over_bands(const Sizes& s, std::int64_t maps, const BlockTunables& t) {
+  return linear(s.images * (s.channels / maps) * s.bands, t.block_size,
+                static_cast<std::uint32_t>(s.band_bytes));
+}
+
+const std::vector<BlockTunables> kBandDefaults = {{1024}, {768}, {512}, {256}};
+
+// The most threads a block with which `threads` of them fill a multiprocessor, given the blocks that its shared memory
+// and the grid allow it.
+std::uint32_t choose_band_threads(const Device& device, std::int64_t blocks, std::int64_t bytes,
+                                  std::int64_t threads) {
+  const std::int64_t fitting = device.shared_bytes_per_block / (bytes + 1024);
+  const std::int64_t resident =
+      std::max<std::int64_t>(1, std::min(fitting, ceil_div(blocks, device.multiprocessors)));
+  std::uint32_t choice = 0;
+  while (choice + 1 < kBandDefaults.size() && kBandDefaults[choice].block_size * resident > threads)
+    ++choice;
+  return choice;
+}
+
+const Staged staged_kernel({
+    .path = "detection/roi_pool.cuh",
+    .entry = "staged",
+    .operators = kOperators,
+    .statics = {types("scalar", kKeyTypes), types("index", kIndexTypes), ints("code_bytes", {2, 4}),
+                ints("window", {1, 4}), ints("maps", {1, 2, 4})},
+    .sizes = kSizes,
+    .tunables = {ints("block_size", {256, 512, 768, 1024})},
+    .defaults = kBandDefaults,
+    .valid = [](const StagedStatics& s) { return s.window == 1 || s.maps == 1; },
+    .choose =
+        [](const Staged::Problem& p) {
+          const std::int64_t blocks = p.sizes.images * p.sizes.channels / p.statics.maps;
+          return choose_band_threads(p.device, blocks * p.sizes.bands, p.sizes.band_bytes, 1536);
+        },
+    .geometry = [](const Staged::Problem& p,
+                   const BlockTunables& t) { return over_bands(p.sizes, p.statics.maps, t); },
+});
+
+const Direct direct_kernel({
+    .path = "detection/roi_pool.cuh",
+    .entry = "direct",
+    .operators = kOperators,
+    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes),
+                ints("code_bytes", {2, 4})},
+    .sizes = kSizes,
+    .tunables = {ints("block_size", {64, 128, 256, 512})},
+    .defaults = {{256}},
+    .geometry =
+        [](const Direct::Problem& p, const BlockTunables& t) {
+          return linear(ceil_div(p.sizes.items, t.block_size), t.block_size);
+        },
+});
 
 // Channels a thread: no more than 16 bytes of values, nor of their cells' codes.
 std::int64_t full_vector(std::int64_t scalar, std::int64_t code_bytes) {
@@ -63,40 +152,13 @@ std::int64_t full_vector(std::int64_t scalar, std::int64_t code_bytes) {
   return scalar == TORCHKILN_FLOAT || code_bytes == 4 ? 4 : 8;
 }
 
-// One block per region and group of channels; a group count past the grid's limit has failed in plan().
-Geometry over_regions(std::int64_t rois, std::int64_t groups, std::int64_t block_size) {
-  Geometry g = linear(rois, block_size);
-  g.grid[1] = static_cast<std::uint32_t>(groups);
-  return g;
-}
-
-const Forward forward_kernel({
-    .path = "detection/roi_pool.cuh",
-    .entry = "forward",
-    .operators = {"roi_pool"},
-    .statics = {types("scalar", kFloatTypes), types("index", {TORCHKILN_I32, TORCHKILN_I64}),
-                ints("code_bytes", {2, 4})},
-    .sizes = {{"rois", TORCHKILN_BUCKET_POW2},
-              {"channels", TORCHKILN_BUCKET_POW2},
-              {"cells", TORCHKILN_BUCKET_POW2}},
-    .tunables = {ints("block_size", {128, 256}), ints("channels", {8, 16, 32, 64}),
-                 bools("by_columns")},
-    .defaults = {{256, 32, 1}},
-    .geometry =
-        [](const Forward::Problem& p, const Tunables& t) {
-          return over_regions(p.sizes.rois, ceil_div(p.sizes.channels, t.channels), t.block_size);
-        },
-});
-
 const ForwardChannelsLast forward_channels_last_kernel({
     .path = "detection/roi_pool.cuh",
     .entry = "forward_channels_last",
-    .operators = {"roi_pool"},
-    .statics = {types("scalar", kFloatTypes), types("index", {TORCHKILN_I32, TORCHKILN_I64}),
+    .operators = kOperators,
+    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes),
                 ints("code_bytes", {2, 4}), ints("vector", {1, 2, 4, 8})},
-    .sizes = {{"rois", TORCHKILN_BUCKET_POW2},
-              {"channels", TORCHKILN_BUCKET_POW2},
-              {"cells", TORCHKILN_BUCKET_POW2}},
+    .sizes = kSizes,
     .tunables = {ints("block_size", {64, 128, 256, 512}), ints("lanes", {8, 16, 32})},
     .defaults = {{256, 8}},
     .valid =
@@ -105,102 +167,77 @@ const ForwardChannelsLast forward_channels_last_kernel({
         },
     .geometry =
         [](const ForwardChannelsLast::Problem& p, const ChannelsLastTunables& t) {
-          return over_regions(p.sizes.rois, ceil_div(p.sizes.channels, t.lanes * p.statics.vector),
-                              t.block_size);
-        },
-});
-
-// The sums of a tile for one channel a thread, and the stages in which channels first is turned round.
-std::int64_t backward_shared_bytes(const BackwardStatics& s, const BackwardTunables& t) {
-  const std::int64_t acc = s.scalar == TORCHKILN_DOUBLE ? 8 : 4;
-  const std::int64_t stage = s.channels_last ? 0 : t.block_size * 17 * (acc + 4);
-  return stage + t.block_size * t.tile_height * t.tile_width * acc;
-}
-bool backward_fits(const Backward::Problem& p, const BackwardTunables& t) {
-  constexpr std::int64_t kStatic = 8'192;  // the list and the sums of a scan, rounded up
-  return backward_shared_bytes(p.statics, t) + kStatic <= p.device.shared_bytes_per_block;
-}
-
-const std::vector<BackwardTunables> kBackwardDefaults = {{128, 8, 16}, {64, 8, 16}, {32, 8, 8}};
-
-const Backward backward_kernel({
-    .path = "detection/roi_pool.cuh",
-    .entry = "backward",
-    .operators = {"roi_pool"},
-    .statics = {types("scalar", kFloatTypes), types("index", {TORCHKILN_I32, TORCHKILN_I64}),
-                bools("channels_last"), ints("code_bytes", {2, 4})},
-    .sizes = {{"rois", TORCHKILN_BUCKET_POW2},
-              {"channels", TORCHKILN_BUCKET_POW2},
-              {"height", TORCHKILN_BUCKET_NONE},
-              {"width", TORCHKILN_BUCKET_NONE},
-              {"images", TORCHKILN_BUCKET_NONE}},
-    .tunables = {ints("block_size", {32, 64, 128, 256}), ints("tile_height", {4, 8, 16}),
-                 ints("tile_width", {8, 16, 32})},
-    .defaults = kBackwardDefaults,
-    .legal = &backward_fits,
-    .choose =
-        [](const Backward::Problem& p) {
-          std::uint32_t row = 0;
-          while (row + 1 < kBackwardDefaults.size() && !backward_fits(p, kBackwardDefaults[row]))
-            ++row;
-          return row;
-        },
-    .geometry =
-        [](const Backward::Problem& p, const BackwardTunables& t) {
-          const std::int64_t tiles =
-              ceil_div(p.sizes.height, t.tile_height) * ceil_div(p.sizes.width, t.tile_width);
-          Geometry g = over_regions(p.sizes.images * tiles,
-                                    ceil_div(p.sizes.channels, t.block_size), t.block_size);
-          g.dynamic_shared_bytes = static_cast<std::uint32_t>(backward_shared_bytes(p.statics, t));
+          Geometry g = linear(p.sizes.rois, t.block_size);
+          g.grid[1] =
+              static_cast<std::uint32_t>(ceil_div(p.sizes.channels, t.lanes * p.statics.vector));
           return g;
         },
 });
 
-// The kernel arguments, and the tensors that keep their pointers alive.
-struct Plan {
-  Tensor input, boxes, output, argmax;
-  bool channels_last;
-  Args args;
-};
-struct BackwardPlan {
-  Tensor grad_output, argmax, boxes, grad_input;
-  bool channels_last;
-  BackwardArgs args;
-};
+const Scatter scatter_kernel({
+    .path = "detection/roi_pool.cuh",
+    .entry = "scatter",
+    .operators = kOperators,
+    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes),
+                ints("code_bytes", {2, 4}), bools("deterministic")},
+    .sizes = kSizes,
+    .tunables = {ints("block_size", {256, 512, 768, 1024})},
+    .defaults = kBandDefaults,
+    .choose = [](const Scatter::Problem& p) -> std::uint32_t {
+      const std::int64_t blocks = p.sizes.images * p.sizes.channels * p.sizes.bands;
+      if (p.statics.deterministic) return 2u;
+      return choose_band_threads(p.device, blocks, p.sizes.band_bytes, 2048);
+    },
+    .geometry =
+        [](const Scatter::Problem& p, const BlockTunables& t) {
+          Geometry g = over_bands(p.sizes, 1, t);
+          g.grid[1] = static_cast<std::uint32_t>(ceil_div(p.sizes.width, roi_pool::kColumns));
+          return g;
+        },
+});
 
-// torch calls some tensors both; those count as channels first.
-bool is_channels_last(const Tensor& t) {
-  const std::int64_t c = t.size(1), h = t.size(2), w = t.size(3);
-  const std::array<std::int64_t, 4> strides = {h * w * c, 1, w * c, c};
-  for (std::int64_t i = 0; i < 4; ++i) {
-    if (t.size(i) != 1 && t.stride(i) != strides[static_cast<std::size_t>(i)]) return false;
-  }
-  return !t.is_contiguous();
+std::int64_t gather_bytes(const GatherStatics& s, const GatherTunables& t) {
+  return t.block_size * t.tile_height * t.tile_width * (s.scalar == TORCHKILN_DOUBLE ? 8 : 4);
+}
+bool gather_fits(const Gather::Problem& p, const GatherTunables& t) {
+  constexpr std::int64_t kStatic = 8'192;  // the list and the sums of a scan, rounded up
+  return gather_bytes(p.statics, t) + kStatic <= p.device.shared_bytes_per_block;
 }
 
-Tensor empty_like_layout(const Tensor& like, ScalarType dtype,
-                         const std::array<std::int64_t, 4>& shape, bool channels_last) {
-  if (!channels_last) return empty(like, dtype, Shape(shape));
-  const auto [n, c, h, w] = shape;
-  const std::array<std::int64_t, 4> strides = {h * w * c, 1, w * c, c};
-  return empty_strided(like, dtype, Shape(shape), Shape(strides));
-}
+const std::vector<GatherTunables> kGatherDefaults = {{128, 8, 16}, {64, 8, 16}, {32, 8, 8}};
 
-Tensor as_layout(const Tensor& tensor, bool channels_last) {
-  if (!channels_last) return as_contiguous(tensor);
-  if (is_channels_last(tensor)) return tensor;
-  Tensor copy =
-      empty_like_layout(tensor, tensor.scalar_type(),
-                        {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)}, true);
-  torch::stable::copy_(copy, tensor);
-  return copy;
-}
+const Gather gather_kernel({
+    .path = "detection/roi_pool.cuh",
+    .entry = "gather",
+    .operators = kOperators,
+    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes),
+                ints("code_bytes", {2, 4})},
+    .sizes = kSizes,
+    .tunables = {ints("block_size", {32, 64, 128, 256}), ints("tile_height", {4, 8, 16}),
+                 ints("tile_width", {8, 16, 32})},
+    .defaults = kGatherDefaults,
+    .legal = &gather_fits,
+    .choose =
+        [](const Gather::Problem& p) {
+          std::uint32_t row = 0;
+          while (row + 1 < kGatherDefaults.size() && !gather_fits(p, kGatherDefaults[row])) ++row;
+          return row;
+        },
+    .geometry =
+        [](const Gather::Problem& p, const GatherTunables& t) {
+          const std::int64_t tiles =
+              ceil_div(p.sizes.height, t.tile_height) * ceil_div(p.sizes.width, t.tile_width);
+          Geometry g = linear(p.sizes.images * tiles, t.block_size,
+                              static_cast<std::uint32_t>(gather_bytes(p.statics, t)));
+          g.grid[1] = static_cast<std::uint32_t>(ceil_div(p.sizes.channels, t.block_size));
+          return g;
+        },
+});
 
-std::int64_t code_bytes_of(const roi_pool::Shape& s) {
-  return std::max(s.height, s.width) <= roi_pool::kMaxNarrowSide ? 2 : 4;
-}
+// ---- checks and shapes ----
+
 ScalarType code_dtype(const roi_pool::Shape& s) {
-  return code_bytes_of(s) == 2 ? ScalarType::Short : ScalarType::Int;
+  return roi_pool_code_bytes(s) == 2 ? ScalarType::Short : ScalarType::Int;
 }
 
 void check_boxes(const Tensor& input, const Tensor& boxes) {
@@ -252,8 +289,217 @@ Tensor boxes_for(const Tensor& boxes, const Tensor& input) {
   return copy;
 }
 
-Plan plan(const Tensor& input, const Tensor& boxes, std::int64_t pooled_height,
-          std::int64_t pooled_width, double spatial_scale, bool rounding, bool with_argmax) {
+// ---- launches ----
+
+std::int64_t index_of(const Tensor& map, const Tensor& bins) {
+  return std::max(map.numel(), bins.numel()) <= kMaxI32 ? TORCHKILN_I32 : TORCHKILN_I64;
+}
+
+Sizes sizes_of(const roi_pool::Shape& s, std::int64_t items, std::int64_t bands = 0,
+               std::int64_t band_bytes = 0) {
+  return {s.rois, s.channels, s.images, s.height, s.width, items, bands, band_bytes};
+}
+
+// 16 bytes of channels, where every cell's begin allows it.
+std::int64_t vector_of(const RoiPoolPlan& p) {
+  const std::int64_t full =
+      full_vector(kernel_type(p.input.scalar_type()), roi_pool_code_bytes(p.args.shape));
+  const bool fits = p.args.shape.channels % full == 0 && aligned_to_16(p.args.input) &&
+                    aligned_to_16(p.args.output) && aligned_to_16(p.args.argmax);
+  return fits ? full : 1;
+}
+
+// Who works on what; the memory lives until the launch that reads it is queued.
+struct Lists {
+  Tensor memory;
+  BandList list;
+  u32* edges;
+  std::int64_t entry_bytes, part_bytes, edge_bytes;
+
+  template <class LaunchArgs>
+  std::array<Buffer, 2> read() const {
+    constexpr std::size_t list_at = offsetof(LaunchArgs, list);
+    return {Buffer{static_cast<std::uint32_t>(list_at + offsetof(BandList, entries)),
+                   TORCHKILN_READ, static_cast<std::uint64_t>(entry_bytes)},
+            Buffer{static_cast<std::uint32_t>(list_at + offsetof(BandList, parts)), TORCHKILN_READ,
+                   static_cast<std::uint64_t>(part_bytes)}};
+  }
+};
+
+// reach: a row of bins is listed in every band that holds one of its cells, not only where it begins.
+Lists make_lists(const CudaPlace& place, const Tensor& boxes, const roi_pool::Shape& s,
+                 const Bands& bands, bool reach) {
+  Lists l{.memory = Tensor(),
+          .list = {.bands = bands, .entries = nullptr, .parts = nullptr},
+          .edges = nullptr,
+          .entry_bytes = s.rois * s.pooled_height * (reach ? bands.count : 1) *
+                         std::int64_t{sizeof(BandEntry)},
+          .part_bytes = s.images * bands.count * std::int64_t{sizeof(Range)},
+          .edge_bytes = reach ? 0 : s.rois * (s.pooled_height + s.pooled_width) * 4};
+  l.memory = empty(boxes, ScalarType::Byte, {l.entry_bytes + l.part_bytes + l.edge_bytes});
+  auto* memory = mutable_data<std::uint8_t>(l.memory);
+  l.list.entries = reinterpret_cast<BandEntry*>(memory);
+  l.list.parts = reinterpret_cast<Range*>(memory + l.entry_bytes);
+  if (!reach) l.edges = reinterpret_cast<u32*>(memory + l.entry_bytes + l.part_bytes);
+  const ListArgs args = {
+      .boxes = boxes.const_data_ptr(), .shape = s, .list = l.list, .edges = l.edges};
+  const auto written = [](std::size_t offset, std::int64_t bytes) {
+    return Buffer{static_cast<std::uint32_t>(offset), TORCHKILN_WRITE,
+                  static_cast<std::uint64_t>(bytes)};
+  };
+  constexpr std::size_t list_at = offsetof(ListArgs, list);
+  const bool wide = boxes.scalar_type() == ScalarType::Double;
+  list_kernel.run(place, {wide ? TORCHKILN_DOUBLE : TORCHKILN_FLOAT, reach},
+                  sizes_of(s, l.edge_bytes / 4, bands.count), args,
+                  {reads(offsetof(ListArgs, boxes), boxes),
+                   written(list_at + offsetof(BandList, entries), l.entry_bytes),
+                   written(list_at + offsetof(BandList, parts), l.part_bytes),
+                   written(offsetof(ListArgs, edges), l.edge_bytes)});
+  return l;
+}
+
+// Entries are numbered with 32 bits.
+bool can_list(const roi_pool::Shape& s, const Bands& bands) {
+  return bands.count > 0 && s.rois * s.pooled_height * bands.count <= kMaxI32 &&
+         s.images * s.channels * bands.count <= kMaxI32;
+}
+
+// How the forward of channels first works; no bands where bins must be searched in global memory.
+struct ForwardCut {
+  Bands bands;
+  std::int64_t window, maps, cell_bytes;
+};
+
+ForwardCut cut_forward(const Device& device, const roi_pool::Shape& s, ScalarType dtype) {
+  if (dtype == ScalarType::Double) return {};
+  const bool narrow = dtype != ScalarType::Float;
+  // Bins of a few cells are read cell by cell; of small maps several at once, which share the geometry.
+  const std::int64_t window = s.height > 10 * s.pooled_height ? roi_pool::kWindowSize : 1;
+  std::int64_t maps = window == 1 ? 4 : 1;
+  while (s.channels % maps != 0 || (maps > 1 && s.height * s.width * maps * 4 > 72 * 1024))
+    maps /= 2;
+  const std::int64_t key_bytes = window == 1 || narrow ? 4 : 8;
+  return {.bands = cut_into_bands(
+              device, {.maps = s.images * s.channels / maps,
+                       .height = s.height,
+                       .row_bytes = s.width * key_bytes * maps,
+                       // Most bins are lower than 0.6 times those of a region as high as the map.
+                       .reach = 2 + s.height * 3 / (5 * s.pooled_height),
+                       .budget = (key_bytes == 4 ? 112 : 224) * 1024,
+                       .most_rows = narrow ? 65'536 / s.width : 65'536}),
+          .window = window,
+          .maps = maps,
+          .cell_bytes = key_bytes * maps};
+}
+
+void launch_staged(const CudaPlace& place, RoiPoolPlan& p, const ForwardCut& cut) {
+  const roi_pool::Shape& s = p.args.shape;
+  const Lists lists = make_lists(place, p.boxes, s, cut.bands, false);
+  p.args.list = lists.list;
+  p.args.edges = lists.edges;
+  const auto [entries, parts] = lists.read<Args>();
+  staged_kernel.run(
+      place,
+      {kernel_type(p.input.scalar_type()), index_of(p.input, p.output), roi_pool_code_bytes(s),
+       cut.window, cut.maps},
+      sizes_of(s, 0, cut.bands.count, cut.bands.height * s.width * cut.cell_bytes), p.args,
+      {reads(offsetof(Args, input), p.input), writes(offsetof(Args, output), p.output),
+       writes(offsetof(Args, argmax), p.argmax), entries, parts,
+       Buffer{offsetof(Args, edges), TORCHKILN_READ,
+              static_cast<std::uint64_t>(lists.edge_bytes)}});
+}
+
+void launch_forward(RoiPoolPlan& p) {
+  const roi_pool::Shape& s = p.args.shape;
+  const CudaPlace place(p.input);
+  const std::int64_t scalar = kernel_type(p.input.scalar_type()),
+                     index = index_of(p.input, p.output);
+  const std::int64_t code_bytes = roi_pool_code_bytes(s);
+  const std::initializer_list<Buffer> buffers = {
+      reads(offsetof(Args, input), p.input), reads(offsetof(Args, boxes), p.boxes),
+      writes(offsetof(Args, output), p.output), writes(offsetof(Args, argmax), p.argmax)};
+  if (p.channels_last) {
+    forward_channels_last_kernel.run(place, {scalar, index, code_bytes, vector_of(p)},
+                                     sizes_of(s, 0), p.args, buffers);
+    return;
+  }
+  const ForwardCut cut = cut_forward(place.facts(), s, p.input.scalar_type());
+  if (can_list(s, cut.bands) && p.output.numel() > kFewOutputs) {
+    launch_staged(place, p, cut);
+  } else {
+    direct_kernel.run(place, {scalar, index, code_bytes}, sizes_of(s, p.output.numel()), p.args,
+                      buffers);
+  }
+}
+
+std::tuple<Tensor, Tensor> cuda(const Tensor& input, const Tensor& boxes,
+                                std::int64_t pooled_height, std::int64_t pooled_width,
+                                double spatial_scale, bool rounding, bool /*deterministic*/,
+                                bool with_argmax) {
+  RoiPoolPlan p = plan_roi_pool(input, boxes, pooled_height, pooled_width, spatial_scale, rounding,
+                                with_argmax);
+  if (p.output.numel() > 0) launch_forward(p);
+  return {p.output, p.argmax};
+}
+
+void launch_scatter(const CudaPlace& place, RoiPoolBackwardPlan& p, bool deterministic) {
+  const roi_pool::Shape& s = p.args.shape;
+  const std::int64_t scalar = kernel_type(p.grad_input.scalar_type());
+  const std::int64_t cell_bytes = (scalar == TORCHKILN_DOUBLE ? 8 : 4) + (deterministic ? 4 : 0);
+  const std::int64_t row_bytes = std::min<std::int64_t>(s.width, roi_pool::kColumns) * cell_bytes;
+  const Bands bands = cut_into_bands(place.facts(), {.maps = s.images * s.channels,
+                                                     .height = s.height,
+                                                     .row_bytes = row_bytes,
+                                                     .reach = 0,
+                                                     .budget = 112 * 1024,
+                                                     .most_rows = s.height});
+  if (!can_list(s, bands)) {
+    fail(TORCHKILN_ERROR_VALUE, kOp, "boxes", "have fewer rows for this map",
+         std::to_string(s.rois), "Split the boxes into parts and add their gradients.");
+  }
+  const Lists lists = make_lists(place, p.boxes, s, bands, true);
+  p.args.list = lists.list;
+  const auto [entries, parts] = lists.read<BackwardArgs>();
+  scatter_kernel.run(
+      place, {scalar, index_of(p.grad_input, p.grad_output), roi_pool_code_bytes(s), deterministic},
+      sizes_of(s, 0, bands.count, bands.height * row_bytes), p.args,
+      {reads(offsetof(BackwardArgs, grad_output), p.grad_output),
+       reads(offsetof(BackwardArgs, argmax), p.argmax),
+       writes(offsetof(BackwardArgs, grad_input), p.grad_input), entries, parts});
+}
+
+Tensor backward_cuda(const Tensor& grad_output, const Tensor& argmax, const Tensor& boxes,
+                     std::int64_t images, std::int64_t height, std::int64_t width,
+                     double spatial_scale, bool rounding, bool deterministic) {
+  RoiPoolBackwardPlan p = plan_roi_pool_backward(grad_output, argmax, boxes, images, height, width,
+                                                 spatial_scale, rounding);
+  if (p.grad_input.numel() == 0) return p.grad_input;
+  const roi_pool::Shape& s = p.args.shape;
+  const CudaPlace place(p.grad_input);
+  if (!p.channels_last) {
+    launch_scatter(place, p, deterministic);
+    return p.grad_input;
+  }
+  gather_kernel.run(place,
+                    {kernel_type(p.grad_input.scalar_type()), index_of(p.grad_input, p.grad_output),
+                     roi_pool_code_bytes(s)},
+                    sizes_of(s, 0), p.args,
+                    {reads(offsetof(BackwardArgs, grad_output), p.grad_output),
+                     reads(offsetof(BackwardArgs, argmax), p.argmax),
+                     reads(offsetof(BackwardArgs, boxes), p.boxes),
+                     writes(offsetof(BackwardArgs, grad_input), p.grad_input)});
+  return p.grad_input;
+}
+
+}  // namespace
+
+std::int64_t roi_pool_code_bytes(const roi_pool::Shape& s) {
+  return std::max(s.height, s.width) <= roi_pool::kMaxNarrowSide ? 2 : 4;
+}
+
+RoiPoolPlan plan_roi_pool(const Tensor& input, const Tensor& boxes, std::int64_t pooled_height,
+                          std::int64_t pooled_width, double spatial_scale, bool rounding,
+                          bool with_argmax) {
   check_floating(kOp, "input", input);
   check_dim(kOp, "input", input, 4, "(N, C, H, W)");
   check_boxes(input, boxes);
@@ -262,24 +508,27 @@ Plan plan(const Tensor& input, const Tensor& boxes, std::int64_t pooled_height,
                  pooled_height, pooled_width, spatial_scale, rounding);
   const bool last = is_channels_last(input);
   const std::array<std::int64_t, 4> out = {shape.rois, shape.channels, pooled_height, pooled_width};
-  Plan p{.input = as_layout(input, last),
-         .boxes = boxes_for(boxes, input),
-         .output = empty_like_layout(input, input.scalar_type(), out, last),
-         .argmax = with_argmax ? empty_like_layout(input, code_dtype(shape), out, last)
-                               : empty(input, code_dtype(shape), {std::int64_t{0}}),
-         .channels_last = last,
-         .args = {}};
+  RoiPoolPlan p{.input = as_layout(input, last),
+                .boxes = boxes_for(boxes, input),
+                .output = empty_layout(input, input.scalar_type(), out, last),
+                .argmax = with_argmax ? empty_layout(input, code_dtype(shape), out, last)
+                                      : empty(input, code_dtype(shape), {std::int64_t{0}}),
+                .channels_last = last,
+                .args = {}};
   p.args = {.input = p.input.const_data_ptr(),
             .boxes = p.boxes.const_data_ptr(),
             .output = p.output.mutable_data_ptr(),
             .argmax = with_argmax ? p.argmax.mutable_data_ptr() : nullptr,
-            .shape = shape};
+            .shape = shape,
+            .list = {},
+            .edges = nullptr};
   return p;
 }
 
-BackwardPlan plan_backward(const Tensor& grad_output, const Tensor& argmax, const Tensor& boxes,
-                           std::int64_t images, std::int64_t height, std::int64_t width,
-                           double spatial_scale, bool rounding) {
+RoiPoolBackwardPlan plan_roi_pool_backward(const Tensor& grad_output, const Tensor& argmax,
+                                           const Tensor& boxes, std::int64_t images,
+                                           std::int64_t height, std::int64_t width,
+                                           double spatial_scale, bool rounding) {
   check_floating(kOp, "grad_output", grad_output);
   check_dim(kOp, "grad_output", grad_output, 4, "(K, C, pooled_height, pooled_width)");
   check_boxes(grad_output, boxes);
@@ -298,238 +547,23 @@ BackwardPlan plan_backward(const Tensor& grad_output, const Tensor& argmax, cons
          text(argmax.scalar_type()));
   }
   const bool last = is_channels_last(argmax);
-  BackwardPlan p{.grad_output = as_layout(grad_output, last),
-                 .argmax = as_layout(argmax, last),
-                 .boxes = boxes_for(boxes, grad_output),
-                 .grad_input = empty_like_layout(grad_output, grad_output.scalar_type(),
-                                                 {images, out[1], height, width}, last),
-                 .channels_last = last,
-                 .args = {}};
+  RoiPoolBackwardPlan p{.grad_output = as_layout(grad_output, last),
+                        .argmax = as_layout(argmax, last),
+                        .boxes = boxes_for(boxes, grad_output),
+                        .grad_input = empty_layout(grad_output, grad_output.scalar_type(),
+                                                   {images, out[1], height, width}, last),
+                        .channels_last = last,
+                        .args = {}};
   p.args = {.grad_output = p.grad_output.const_data_ptr(),
             .argmax = p.argmax.const_data_ptr(),
             .boxes = p.boxes.const_data_ptr(),
             .grad_input = p.grad_input.mutable_data_ptr(),
-            .shape = shape};
+            .shape = shape,
+            .list = {}};
   return p;
 }
 
-// ---- CPU -----------------------------------------------------------------------------------------------------------
-
-// Channels that are searched side by side with channels last.
-constexpr std::int64_t kSpan = 64;
-
-template <class Scalar>
-void check_images(const Tensor& boxes, const roi_pool::Shape& s) {
-  using T = Acc<Scalar>;
-  for (std::int64_t i = 0; i < s.rois; ++i) {
-    const T image = data<T>(boxes)[5 * i];
-    if (image > T(-1) && image < static_cast<T>(s.images)) continue;
-    fail(TORCHKILN_ERROR_INDEX, kOp, "boxes",
-         "have batch indices below " + std::to_string(s.images), std::to_string(image));
-  }
-}
-
-// Calls f.operator()<Scalar, kCodeBytes>().
-template <class F>
-void with_variant(ScalarType dtype, const roi_pool::Shape& s, const F& f) {
-  with_float(dtype, [&]<class Scalar>() {
-    if (code_bytes_of(s) == 2) {
-      f.template operator()<Scalar, 2>();
-    } else {
-      f.template operator()<Scalar, 4>();
-    }
-  });
-}
-
-// The bin of n <= kSpan channels that lie `step` elements apart, cells `cell` elements apart.
-template <class Scalar>
-void search(const Scalar* plane, std::int64_t width, std::int64_t cell, std::int64_t n,
-            const Range& rows, const Range& columns, Best<Acc<Scalar>>* best) {
-  for (std::int64_t c = 0; c < n; ++c)
-    best[c] = roi_pool::worst<Acc<Scalar>>(rows.begin, columns.begin);
-  for (i32 y = rows.begin; y < rows.end; ++y) {
-    for (i32 x = columns.begin; x < columns.end; ++x) {
-      const Scalar* at = plane + (y * width + x) * cell;
-      for (std::int64_t c = 0; c < n; ++c) best[c].take(load(at[c]), y, x);
-    }
-  }
-}
-
-// One region and the channels [first, first + n): one channel, or up to kSpan with channels last.
-template <class Scalar, int kCodeBytes>
-void pool_region(const Plan& p, std::int64_t roi, std::int64_t first, std::int64_t n) {
-  using T = Acc<Scalar>;
-  const roi_pool::Shape& s = p.args.shape;
-  const Region<T> region = roi_pool::load_region(static_cast<const T*>(p.args.boxes), roi, s);
-  const std::int64_t cells = s.height * s.width, bins = s.pooled_height * s.pooled_width;
-  const std::int64_t image = std::max<std::int64_t>(region.image, 0) * s.channels * cells;
-  const auto* plane =
-      static_cast<const Scalar*>(p.args.input) + image + (p.channels_last ? first : first * cells);
-  auto* argmax = static_cast<Code<kCodeBytes>*>(p.args.argmax);
-  Best<T> best[kSpan];
-  for (std::int64_t bin = 0; bin < bins; ++bin) {
-    const Range rows = region.y.bin_of(static_cast<i32>(bin / s.pooled_width));
-    const Range columns = region.x.bin_of(static_cast<i32>(bin % s.pooled_width));
-    const bool is_empty = region.image < 0 || rows.is_empty() || columns.is_empty();
-    if (!is_empty) {
-      search(plane, s.width, p.channels_last ? s.channels : 1, n, rows, columns, best);
-    }
-    const std::int64_t at = p.channels_last ? (roi * bins + bin) * s.channels + first
-                                            : (roi * s.channels + first) * bins + bin;
-    for (std::int64_t c = 0; c < n; ++c) {
-      store(static_cast<Scalar*>(p.args.output)[at + c], is_empty ? T(0) : best[c].value);
-      if (argmax == nullptr) continue;
-      argmax[at + c] = is_empty ? roi_pool::kNoCell<kCodeBytes>
-                                : roi_pool::encode<kCodeBytes>(best[c].y, best[c].x);
-    }
-  }
-}
-
-std::tuple<Tensor, Tensor> cpu(const Tensor& input, const Tensor& boxes, std::int64_t pooled_height,
-                               std::int64_t pooled_width, double spatial_scale, bool rounding,
-                               bool /*deterministic*/, bool with_argmax) {
-  const Plan p =
-      plan(input, boxes, pooled_height, pooled_width, spatial_scale, rounding, with_argmax);
-  const roi_pool::Shape& s = p.args.shape;
-  const std::int64_t span = p.channels_last ? kSpan : 1, groups = ceil_div(s.channels, span);
-  // A region of a quarter of the image, at two nanoseconds a cell.
-  const std::int64_t nanoseconds =
-      span * (pooled_height * pooled_width * 8 + s.height * s.width / 8);
-  with_variant(p.input.scalar_type(), s, [&]<class Scalar, int kCodeBytes>() {
-    check_images<Scalar>(p.boxes, s);
-    parallel_for(s.rois * groups, nanoseconds, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t i = begin; i < end; ++i) {
-        const std::int64_t first = i % groups * span;
-        pool_region<Scalar, kCodeBytes>(p, i / groups, first,
-                                        std::min<std::int64_t>(span, s.channels - first));
-      }
-    });
-  });
-  return {p.output, p.argmax};
-}
-
-// What one thread owns in the backward: some channels of one image, summed in accumulator type.
-template <class Scalar, int kCodeBytes>
-void scatter_channels(const BackwardPlan& p, std::int64_t image, std::int64_t first, std::int64_t n,
-                      std::vector<Acc<Scalar>>& sums) {
-  using T = Acc<Scalar>;
-  const roi_pool::Shape& s = p.args.shape;
-  const std::int64_t cells = s.height * s.width, bins = s.pooled_height * s.pooled_width;
-  const auto* grad_output = static_cast<const Scalar*>(p.args.grad_output);
-  const auto* argmax = static_cast<const Code<kCodeBytes>*>(p.args.argmax);
-  const auto* boxes = static_cast<const T*>(p.args.boxes);
-  constexpr u32 kMask = (u32{1} << (4 * kCodeBytes)) - 1;
-  std::fill(sums.begin(), sums.end(), T(0));
-  for (std::int64_t roi = 0; roi < s.rois; ++roi) {
-    if (!(boxes[5 * roi] > T(-1)) || static_cast<std::int64_t>(boxes[5 * roi]) != image) continue;
-    for (std::int64_t bin = 0; bin < bins; ++bin) {
-      const std::int64_t at = p.channels_last ? (roi * bins + bin) * s.channels + first
-                                              : (roi * s.channels + first) * bins + bin;
-      for (std::int64_t c = 0; c < n; ++c) {
-        const u32 code = argmax[at + c];
-        if (code == roi_pool::kNoCell<kCodeBytes>) continue;
-        const std::int64_t y = code >> (4 * kCodeBytes), x = code & kMask;
-        sums[static_cast<std::size_t>((y * s.width + x) * n + c)] += load(grad_output[at + c]);
-      }
-    }
-  }
-  auto* grad_input = static_cast<Scalar*>(p.args.grad_input) + image * s.channels * cells;
-  for (std::int64_t cell = 0; cell < cells; ++cell) {
-    for (std::int64_t c = 0; c < n; ++c) {
-      store(grad_input[p.channels_last ? cell * s.channels + first + c : first * cells + cell],
-            sums[static_cast<std::size_t>(cell * n + c)]);
-    }
-  }
-}
-
-Tensor backward_cpu(const Tensor& grad_output, const Tensor& argmax, const Tensor& boxes,
-                    std::int64_t images, std::int64_t height, std::int64_t width,
-                    double spatial_scale, bool rounding, bool /*deterministic*/) {
-  const BackwardPlan p =
-      plan_backward(grad_output, argmax, boxes, images, height, width, spatial_scale, rounding);
-  const roi_pool::Shape& s = p.args.shape;
-  // A cache line of channels, so that threads do not share one.
-  const std::int64_t span = p.channels_last ? 16 : 1, groups = ceil_div(s.channels, span);
-  const std::int64_t nanoseconds =
-      span * (s.height * s.width + s.rois * s.pooled_height * s.pooled_width);
-  with_variant(p.grad_output.scalar_type(), s, [&]<class Scalar, int kCodeBytes>() {
-    parallel_for(images * groups, nanoseconds, [&](std::int64_t begin, std::int64_t end) {
-      std::vector<Acc<Scalar>> sums;
-      for (std::int64_t i = begin; i < end; ++i) {
-        const std::int64_t first = i % groups * span,
-                           n = std::min<std::int64_t>(span, s.channels - first);
-        sums.resize(static_cast<std::size_t>(s.height * s.width * n));
-        scatter_channels<Scalar, kCodeBytes>(p, i / groups, first, n, sums);
-      }
-    });
-  });
-  return p.grad_input;
-}
-
-// ---- CUDA ----------------------------------------------------------------------------------------------------------
-
-bool is_aligned(const void* pointer) {
-  return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0;  // null is
-}
-
-// 16 bytes of channels, where every cell's begin allows it.
-std::int64_t vector_of(const Plan& p) {
-  const std::int64_t full =
-      full_vector(kernel_type(p.input.scalar_type()), code_bytes_of(p.args.shape));
-  const bool fits = p.args.shape.channels % full == 0 && is_aligned(p.args.input) &&
-                    is_aligned(p.args.output) && is_aligned(p.args.argmax);
-  return fits ? full : 1;
-}
-
-std::int64_t index_of(const Tensor& tensor) {
-  return tensor.numel() <= kMaxI32 ? TORCHKILN_I32 : TORCHKILN_I64;
-}
-
-void launch_forward(const Plan& p) {
-  const roi_pool::Shape& s = p.args.shape;
-  const std::int64_t scalar = kernel_type(p.input.scalar_type()), index = index_of(p.input);
-  const Sizes sizes{s.rois, s.channels, s.height * s.width};
-  const std::initializer_list<Buffer> buffers = {
-      reads(offsetof(Args, input), p.input), reads(offsetof(Args, boxes), p.boxes),
-      writes(offsetof(Args, output), p.output), writes(offsetof(Args, argmax), p.argmax)};
-  const CudaPlace place(p.input);
-  if (p.channels_last) {
-    forward_channels_last_kernel.run(place, {scalar, index, code_bytes_of(s), vector_of(p)}, sizes,
-                                     p.args, buffers);
-  } else {
-    forward_kernel.run(place, {scalar, index, code_bytes_of(s)}, sizes, p.args, buffers);
-  }
-}
-
-std::tuple<Tensor, Tensor> cuda(const Tensor& input, const Tensor& boxes,
-                                std::int64_t pooled_height, std::int64_t pooled_width,
-                                double spatial_scale, bool rounding, bool /*deterministic*/,
-                                bool with_argmax) {
-  const Plan p =
-      plan(input, boxes, pooled_height, pooled_width, spatial_scale, rounding, with_argmax);
-  if (p.output.numel() > 0) launch_forward(p);
-  return {p.output, p.argmax};
-}
-
-Tensor backward_cuda(const Tensor& grad_output, const Tensor& argmax, const Tensor& boxes,
-                     std::int64_t images, std::int64_t height, std::int64_t width,
-                     double spatial_scale, bool rounding, bool /*deterministic*/) {
-  const BackwardPlan p =
-      plan_backward(grad_output, argmax, boxes, images, height, width, spatial_scale, rounding);
-  if (p.grad_input.numel() == 0) return p.grad_input;
-  const roi_pool::Shape& s = p.args.shape;
-  backward_kernel.run(CudaPlace(p.grad_input),
-                      {kernel_type(p.grad_input.scalar_type()), index_of(p.grad_input),
-                       p.channels_last, code_bytes_of(s)},
-                      {s.rois, s.channels, s.height, s.width, s.images}, p.args,
-                      {reads(offsetof(BackwardArgs, grad_output), p.grad_output),
-                       reads(offsetof(BackwardArgs, argmax), p.argmax),
-                       reads(offsetof(BackwardArgs, boxes), p.boxes),
-                       writes(offsetof(BackwardArgs, grad_input), p.grad_input)});
-  return p.grad_input;
-}
-
-}  // namespace
+}  // namespace torchkiln::bindings
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torchkiln, m) {
   m.def(
@@ -541,13 +575,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torchkiln, m) {
       "SymInt height, SymInt width, float spatial_scale, bool rounding, bool deterministic) -> "
       "Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(torchkiln, CPU, m) {
-  m.impl("roi_pool", TORCH_BOX(&cpu));
-  m.impl("_roi_pool_backward", TORCH_BOX(&backward_cpu));
-}
 STABLE_TORCH_LIBRARY_IMPL(torchkiln, CUDA, m) {
-  m.impl("roi_pool", TORCH_BOX(&cuda));
-  m.impl("_roi_pool_backward", TORCH_BOX(&backward_cuda));
+  m.impl("roi_pool", TORCH_BOX(&torchkiln::bindings::cuda));
+  m.impl("_roi_pool_backward", TORCH_BOX(&torchkiln::bindings::backward_cuda));
 }
-
-}  // namespace torchkiln::bindings

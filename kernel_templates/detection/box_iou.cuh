@@ -1,26 +1,42 @@
-// box_iou on the GPU. Forward: one thread computes one pair, neighbouring threads neighbouring columns, so stores are
-// coalesced and the row's box comes from one broadcast load. Backward: one block owns one box and sums over the other
-// set in a fixed order: no atomics, and the same bits every time.
+// box_iou on the GPU. Forward: one thread keeps kVector neighbouring boxes of the second set and walks over rows; what
+// it writes is one vector, and the row's box comes from one broadcast load. Backward: one block owns one box and sums
+// over the other set in a fixed order: no atomics, and the same bits every time.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "common/pack.cuh"
 #include "common/reduce.cuh"
 #include "detection/box_iou.h"
 
 namespace torchkiln::box_iou {
 
-template <class Scalar, int kMode, int kBlockSize>
+// Grid: one-dimensional; thread i takes vector i % (m / kVector) of the columns, and every gridDim-th row.
+template <class Scalar, int kMode, int kVector, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) forward(const Args args) {
   using T = Acc<Scalar>;
   const Scalar* boxes1 = static_cast<const Scalar*>(args.boxes1);
-  const Scalar* boxes2 = static_cast<const Scalar*>(args.boxes2);
-  Scalar* out = static_cast<Scalar*>(args.out);
-  const i64 column = i64(blockIdx.x) * kBlockSize + threadIdx.x;
-  if (column >= args.m) return;
-  const Box<T> other = load_box(boxes2, column);
-  // Rows go over y and then loop: a grid has at most 65535 blocks in y.
-  for (i64 row = blockIdx.y; row < args.n; row += gridDim.y) {
-    store(out[row * args.m + column], element<kMode>(load_box(boxes1, row), other, T(args.eps)));
+  const i64 vectors = args.m / kVector;
+  const i64 item = i64(blockIdx.x) * kBlockSize + threadIdx.x;
+  const i64 row_step = i64(gridDim.x) * kBlockSize / vectors;
+  if (item >= row_step * vectors) return;
+  const i64 first_row = item / vectors, column = (item - first_row * vectors) * kVector;
+  Box<T> others[kVector];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    others[i] = load_box(static_cast<const Scalar*>(args.boxes2), column + i);
+  }
+  Scalar* out = static_cast<Scalar*>(args.out) + first_row * args.m + column;
+  Box<T> next = load_box(boxes1, min_of(first_row, args.n - 1));
+#pragma unroll 1
+  for (i64 row = first_row; row < args.n; row += row_step, out += row_step * args.m) {
+    const Box<T> box = next;
+    next = load_box(boxes1, min_of(row + row_step, args.n - 1));  // its latency is the longest here
+    Pack<Scalar, kVector> result;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      store(result.at[i], element<kMode>(box, others[i], T(args.eps)));
+    }
+    store_pack<kVector>(out, result);
   }
 }
 

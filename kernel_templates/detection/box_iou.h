@@ -32,7 +32,7 @@ struct BackwardArgs {
 // 0 for a pair whose denominator is 0, so that degenerate boxes never give NaN.
 template <class T>
 TORCHKILN_HD T ratio(T numerator, T denominator) {
-  return denominator == T(0) ? T(0) : numerator / denominator;
+  return denominator == T(0) ? T(0) : fast_quotient(numerator, denominator);
 }
 
 template <class T>

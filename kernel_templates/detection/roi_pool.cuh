@@ -1,15 +1,20 @@
 // roi_pool on the GPU.
 //
-//   forward                 one warp, one region of one channel. Its lanes walk down the columns of a few rows of
-//                           bins, which makes loads coalesced; then each lane joins the columns of one bin.
-//   forward_channels_last   one thread, one bin of kVector channels; neighbouring threads take neighbouring channels.
-//   backward                one block owns one tile of one image and 32 channels a warp; a lane owns its channel. It
-//                           goes through the regions that touch the tile, adds what falls into it in shared memory
-//                           and writes every cell once: no atomics, no zero fill, and the same bits every time.
+//   list                    who works on what in the kernels of channels first: see common/bands.cuh
+//   staged                  channels first: a block keeps a band of a few maps in shared memory and goes through the
+//                           bins that begin in it. Of large maps it keeps the greatest of each 4 x 4 window instead,
+//                           which takes a sixteenth of the steps; thin bins are then searched in global memory
+//   direct                  channels first, one thread, one bin: float64, and maps too wide for shared memory
+//   forward_channels_last   one thread, one bin of kVector channels; neighbouring threads take neighbouring channels
+//   scatter                 backward, channels first: a block sums a band of one map in shared memory
+//   gather                  backward, channels last: one block owns one tile of one image and 32 channels a warp; a
+//                           lane owns its channel. It goes through the regions that touch the tile
+// Both backwards write every cell once: no atomics on global memory, no zero fill, float32 sums for half types.
 // spills: up to 32 bytes for wide types and indices, by ptxas' own choice: no kernel asks for a number of blocks.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "common/bands.cuh"
 #include "common/pack.cuh"
 #include "common/scan.cuh"
 #include "detection/roi_pool.h"
@@ -95,97 +100,470 @@ __global__ void __launch_bounds__(kBlockSize) forward_channels_last(const Args a
   }
 }
 
-// The greatest of each column of a bin's rows, for the columns of the region that the image has.
-template <class T>
-struct Columns {
-  static constexpr i32 kCapacity = 512;
-  T value[kCapacity];
-  i32 row[kCapacity];
+// One thread per bin: 32-bit divisions by sizes that do not change, and no shared memory.
+template <class Scalar, class Index, int kCodeBytes, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) direct(const Args args) {
+  using T = Acc<Scalar>;
+  const Shape& s = args.shape;
+  const i32 pooled_width = i32(s.pooled_width), bins = i32(s.pooled_height) * pooled_width;
+  const i64 item = i64(blockIdx.x) * kBlockSize + threadIdx.x;
+  if (item >= s.rois * s.channels * bins) return;
+  const i64 plane = item / bins, roi = plane / s.channels;
+  const i32 bin = i32(item - plane * bins), row = quotient(bin, s.inverse_pooled_width);
+  const Region<T> region = load_region(static_cast<const T*>(args.boxes), roi, s);
+  const Range rows = region.y.bin_of(row), columns = region.x.bin_of(bin - row * pooled_width);
+  const bool is_empty = region.image < 0 || rows.is_empty() || columns.is_empty();
+  Best<T> best = worst<T>(0, 0);
+  if (!is_empty) {
+    search<Scalar, Index, false, 1>(args, region.image, plane - roi * s.channels, rows, columns,
+                                    &best);
+  }
+  put<1, kCodeBytes, Scalar>(args, item, &best, is_empty);
+}
+
+// ---- channels first: lists -----------------------------------------------------------------------------------------
+
+// The bands of a region's rows of bins. kReach: all bands that hold one of a bin's cells; otherwise the one in which
+// it begins.
+template <class T, bool kReach>
+struct RowsOfBins {
+  i32 image;
+  bool is_known;
+  Axis<T> axis;
+  Bands cut;
+
+  __device__ __forceinline__ Range bands(i32 row) const {
+    const Range cells = is_known ? axis.bin_of(row) : Range{0, 0};
+    const i32 first = band_of(cut, cells.begin);
+    if (!kReach) return {first, first + 1};
+    return {first, cells.is_empty() ? first : band_of(cut, cells.end - 1) + 1};
+  }
 };
 
-// Fills row-of-bins `first` and the `count - 1` after it.
-template <class Scalar, class Index, class T>
-__device__ __forceinline__ void walk_columns(const Args& args, const Region<T>& region, i64 channel,
-                                             i32 first, i32 count, Range window, Columns<T>& out) {
-  const Scalar* plane = static_cast<const Scalar*>(args.input) +
-                        input_offset<Index, false>(args.shape, region.image, channel, 0, 0);
-  const i32 width = window.end - window.begin, stride = i32(args.shape.width);
-  const float inverse_width = __fdividef(1.0f, static_cast<float>(width));
+// Grid: one block per band of each image, then one thread per bin of the axes of the regions.
+template <class T, bool kReach, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) list(const ListArgs args) {
+  const Shape& s = args.shape;
+  const i32 bands = args.list.bands.count, rows = i32(s.pooled_height);
+  const T* boxes = static_cast<const T*>(args.boxes);
+  const i32 lists = bands * i32(s.images);
+  if (i32(blockIdx.x) < lists) {
+    const auto rows_of = [&](i64 roi) {
+      const Region<T> region = load_region(boxes, roi, s);
+      // The bins of a region of no image are empty; somebody has to write them.
+      const i32 image = kReach ? region.image : max_of(region.image, 0);
+      return RowsOfBins<T, kReach>{image, region.image >= 0, region.y, args.list.bands};
+    };
+    list_band<kBlockSize>(args.list, s.rois, rows, blockIdx.x / bands, blockIdx.x % bands, rows_of);
+    return;
+  }
+  const i32 bins = rows + i32(s.pooled_width);
+  const i64 item = i64(blockIdx.x - lists) * kBlockSize + threadIdx.x, roi = item / bins;
+  if (roi >= s.rois) return;
+  const i32 bin = i32(item - roi * bins);
+  const Region<T> region = load_region(boxes, roi, s);
+  const Range r = bin < rows ? region.y.bin_of(bin) : region.x.bin_of(bin - rows);
+  args.edges[item] = region.image < 0 ? 0 : u32(r.begin) | u32(r.end) << 16;
+}
+
+// ---- channels first: forward ---------------------------------------------------------------------------------------
+
+// A value as an unsigned number that is greater for a greater value. NaN is greater than all, -0 is 0, and no value is
+// 0, which stands for none.
+__device__ __forceinline__ u32 ascending(float value) {
+  const u32 bits = float_bits(value + 0.0f);
+  return is_nan(value) ? 0xffffffffu : (bits & 0x80000000u ? ~bits : bits | 0x80000000u);
+}
+template <class Half>
+__device__ __forceinline__ u32 ascending(Half value) {
+  const u32 bits = value.bits == 0x8000u ? 0 : value.bits;
+  return is_nan(load(value)) ? 0xffffu : (bits & 0x8000u ? ~bits & 0xffffu : bits | 0x8000u);
+}
+__device__ __forceinline__ void from_ascending(u32 number, float& value) {
+  value = bits_float(number & 0x80000000u ? number ^ 0x80000000u : ~number);
+}
+template <class Half>
+__device__ __forceinline__ void from_ascending(u32 number, Half& value) {
+  value.bits = u16(number & 0x8000u ? number ^ 0x8000u : ~number);
+}
+
+// What a table keeps of a cell: its value and its place, so that the greater one of two is one comparison; of equals,
+// the one that comes first.
+template <class Scalar>
+struct Placed {
+  using Key = u32;  // upper half: value, lower half: cells from there to the end of the band
+  static __device__ __forceinline__ Key key(Scalar value, i32 index, i32, i32) {
+    return ascending(value) << 16 | (0xffffu - u32(index));
+  }
+  static __device__ __forceinline__ Best<float> best(Key key, i32 width, float inverse_width) {
+    const i32 index = 0xffff - i32(key & 0xffffu), row = quotient(index, inverse_width);
+    Scalar value;
+    from_ascending(key >> 16, value);
+    return {load(value), row, index - row * width};
+  }
+};
+template <>
+struct Placed<float> {
+  using Key = u64;  // upper half: value, lower half: row and column, inverted
+  static __device__ __forceinline__ Key key(float value, i32, i32 row, i32 column) {
+    return Key(ascending(value)) << 32 | ~(u32(row) << 16 | u32(column));
+  }
+  static __device__ __forceinline__ Best<float> best(Key key, i32, float) {
+    const u32 place = ~u32(key);
+    float value;
+    from_ascending(u32(key >> 32), value);
+    return {value, i32(place >> 16), i32(place & 0xffffu)};
+  }
+};
+// Values alone, for tables of cells: half the shared memory of a Placed<float>.
+struct Unplaced {
+  using Key = u32;
+  static __device__ __forceinline__ Key key(float value, i32, i32, i32) { return ascending(value); }
+};
+template <class Scalar, int kWindow>
+struct CellOf {
+  using Type = Placed<Scalar>;
+};
+template <>
+struct CellOf<float, 1> {
+  using Type = Unplaced;
+};
+template <class Scalar, int kWindow>
+using Cell = typename CellOf<Scalar, kWindow>::Type;
+
+// The keys of kMaps maps side by side, so that one load brings them all.
+template <class Key, int kMaps>
+struct alignas(kMaps * sizeof(Key)) Keys {
+  Key at[kMaps];
+
+  __device__ __forceinline__ void take(const Keys& other) {
+#pragma unroll
+    for (int i = 0; i < kMaps; ++i) at[i] = max_of(at[i], other.at[i]);
+  }
+};
+
+// Fills table[row * width + column] with the keys of the band's cells.
+template <class Scalar, int kMaps, int kBlockSize, class Table>
+__device__ __forceinline__ void build_cells(const Scalar* const* bands, i32 height, i32 width,
+                                            Table* table) {
+  const i32 lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
 #pragma unroll 1
-  for (i32 item = threadIdx.x % kWarpSize; item < count * width; item += kWarpSize) {
-    const i32 row = quotient(item, inverse_width);
-    const i32 x = window.begin + item - row * width;
-    const Range rows = region.y.bin_of(first + row);
-    const Scalar* at = plane + Index(rows.begin) * stride + x;
-    Best<T> best = worst<T>(rows.begin, x);
-#pragma unroll 4
-    for (i32 y = rows.begin; y < rows.end; ++y) {
-      best.take(load(*at), y, x);
-      at += stride;
+  for (i32 y = warp; y < height; y += kBlockSize / kWarpSize) {
+#pragma unroll 2
+    for (i32 x = lane; x < width; x += kWarpSize) {
+      Table keys;
+#pragma unroll
+      for (int i = 0; i < kMaps; ++i) {
+        keys.at[i] = Cell<Scalar, 1>::key(bands[i][y * width + x], y * width + x, y, x);
+      }
+      table[y * width + x] = keys;
     }
-    out.value[item] = best.value;
-    out.row[item] = best.y;
   }
 }
 
-// One bin out of its columns.
-template <class T>
-__device__ __forceinline__ Best<T> join_columns(const Columns<T>& in, i32 offset, Range window,
-                                                Range columns) {
-  const i32 begin = offset - window.begin;
-  Best<T> best = {in.value[begin + columns.begin], in.row[begin + columns.begin], columns.begin};
+// Fills table[row * width + column] with the greatest of the 4 x 4 cells from there on that the band has. A warp walks
+// down 29 columns of one part of the rows; three more lanes only bring their cells.
+template <class Scalar, int kBlockSize, class Key>
+__device__ __forceinline__ void build_windows(const Scalar* band, i32 height, i32 width,
+                                              Key* table) {
+  constexpr u32 kAll = 0xffffffffu;
+  constexpr i32 kParts = 8, kOwned = kWarpSize - (kWindowSize - 1);
+  const i32 lane = threadIdx.x % kWarpSize, groups = (width + kOwned - 1) / kOwned;
 #pragma unroll 1
-  for (i32 x = columns.begin + 1; x < columns.end; ++x) {
-    best.take_any_order(in.value[begin + x], in.row[begin + x], x);
+  for (i32 unit = threadIdx.x / kWarpSize; unit < groups * kParts; unit += kBlockSize / kWarpSize) {
+    const i32 part = unit % kParts, x_first = unit / kParts * kOwned;
+    const i32 begin = height * part / kParts, end = height * (part + 1) / kParts;
+    const i32 x = min_of(x_first + lane, width - 1);
+    const bool owns = lane < kOwned && x_first + lane < width;
+    // The greatest of four neighbours of a row.
+    const auto across = [&](i32 y) {
+      Key key = Placed<Scalar>::key(band[y * width + x], y * width + x, y, x);
+      key = max_of(key, __shfl_down_sync(kAll, key, 1));
+      return max_of(key, __shfl_down_sync(kAll, key, 2));
+    };
+    Key above = across(begin), pairs[2] = {0, 0};
+#pragma unroll 4
+    for (i32 y = begin + 1; y < end + kWindowSize - 1; ++y) {
+      const Key below = across(min_of(y, height - 1));
+      const Key pair = max_of(above, below);
+      const i32 row = y - (kWindowSize - 1);
+      if (owns && row >= begin) table[row * width + x] = max_of(pairs[1], pair);
+      pairs[1] = pairs[0];
+      pairs[0] = pair;
+      above = below;
+    }
+  }
+}
+
+// The greatest of `count` neighbouring cells of kMaps maps.
+template <class Table>
+__device__ __forceinline__ Table greatest_of_row(const Table* row, i32 count) {
+  Table best = row[0];
+  best.take(row[count - 1]);
+  if (count > 2) best.take(row[1]);
+  if (count > 3) best.take(row[2]);
+#pragma unroll 1
+  for (i32 x = 3; x < count - 1; ++x) best.take(row[x]);
+  return best;
+}
+
+// A bin of kMaps maps, out of a table of cells with their places.
+template <int kMaps, class Scalar, class T>
+__device__ __forceinline__ void search_cells(const Keys<u32, kMaps>* table, i32 width, Range rows,
+                                             Range columns, Best<T>* best, Placed<Scalar>) {
+  Keys<u32, kMaps> keys = {};
+#pragma unroll 1
+  for (i32 y = rows.begin; y < rows.end; ++y) {
+    keys.take(greatest_of_row(table + y * width + columns.begin, columns.end - columns.begin));
+  }
+  const float inverse_width = 1.0f / static_cast<float>(width);
+#pragma unroll
+  for (int i = 0; i < kMaps; ++i) {
+    best[i] = Placed<Scalar>::best(keys.at[i], width, inverse_width);
+  }
+}
+
+// The same out of a table of values: the first row that has the greatest one is remembered, and then looked through.
+template <int kMaps, class T>
+__device__ __forceinline__ void search_cells(const Keys<u32, kMaps>* table, i32 width, Range rows,
+                                             Range columns, Best<T>* best, Unplaced) {
+  Keys<u32, kMaps> keys = {};
+#pragma unroll 1
+  for (i32 y = rows.begin; y < rows.end; ++y) {
+    const auto row =
+        greatest_of_row(table + y * width + columns.begin, columns.end - columns.begin);
+#pragma unroll
+    for (int i = 0; i < kMaps; ++i) {
+      if (row.at[i] > keys.at[i]) best[i].y = y;
+    }
+    keys.take(row);
+  }
+#pragma unroll
+  for (int i = 0; i < kMaps; ++i) {
+    const u32* row = table[best[i].y * width].at + i;
+    i32 x = columns.begin;
+    while (row[x * kMaps] != keys.at[i]) ++x;
+    best[i].x = x;
+    from_ascending(keys.at[i], best[i].value);
+  }
+}
+
+// A bin that is no thinner than a window, out of a table of windows; the last ones may overlap those before.
+template <class Key>
+__device__ __forceinline__ Key search_windows(const Key* table, i32 width, Range rows,
+                                              Range columns) {
+  const i32 last = columns.end - columns.begin - kWindowSize;  // where the last window begins
+  Key best = 0;
+#pragma unroll 1
+  for (i32 y = rows.begin; y < rows.end; y += kWindowSize) {
+    const Key* row = table + min_of(y, rows.end - kWindowSize) * width + columns.begin;
+    best = max_of(best, max_of(row[0], row[last]));
+    if (last > kWindowSize) best = max_of(best, row[kWindowSize]);
+    if (last > 2 * kWindowSize) best = max_of(best, row[2 * kWindowSize]);
+#pragma unroll 1
+    for (i32 x = 3 * kWindowSize; x < last; x += kWindowSize) best = max_of(best, row[x]);
   }
   return best;
 }
 
-// kByColumns: see above; otherwise, and where a region is too wide, a lane searches one bin.
-template <class Scalar, class Index, int kCodeBytes, int kBlockSize, int kChannels, bool kByColumns>
-__global__ void __launch_bounds__(kBlockSize) forward(const Args args) {
+// Grid: one block per band of kMaps maps. Dynamic shared memory: keys for each cell of a band. kWindow: 1, or
+// kWindowSize for one map.
+template <class Scalar, class Index, int kCodeBytes, int kWindow, int kMaps, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) staged(const Args args) {
   using T = Acc<Scalar>;
-  constexpr int kWarps = kBlockSize / kWarpSize;
-  __shared__ Columns<T> shared[kByColumns ? kWarps : 1];
-  Columns<T>& columns_of_warp = shared[kByColumns ? threadIdx.x / kWarpSize : 0];
+  using Key = typename Cell<Scalar, kWindow>::Key;
+  using Table = Keys<Key, kMaps>;
+  extern __shared__ uint4 memory[];
+  Table* table = reinterpret_cast<Table*>(memory);
   const Shape& s = args.shape;
-  const Region<T> region = load_region(static_cast<const T*>(args.boxes), blockIdx.x, s);
-  const i32 pooled_height = i32(s.pooled_height), pooled_width = i32(s.pooled_width);
-  const Range window = {region.x.bin_of(0).begin, region.x.bin_of(pooled_width - 1).end};
-  const i32 width = max_of(window.end - window.begin, 1);
-  const bool by_columns = kByColumns && width <= Columns<T>::kCapacity && region.image >= 0;
-  const i32 rows_at_once =
-      by_columns ? min_of(Columns<T>::kCapacity / width, pooled_height) : pooled_height;
-  const i64 end = min_of(s.channels, i64(blockIdx.y + 1) * kChannels);
+  const Bands& bands = args.list.bands;
+  const i32 band = blockIdx.x % bands.count, group = blockIdx.x / bands.count;
+  const i32 groups = i32(s.channels) / kMaps;
+  const i32 image = group / groups, channel = group % groups * kMaps;
+  const i32 width = i32(s.width), top = band * bands.step;
+  const i32 height = min_of(bands.height, i32(s.height) - top);
+  const Range part = args.list.parts[image * bands.count + band];
+  if (part.is_empty()) return;
+  const Scalar* cells[kMaps];
+#pragma unroll
+  for (int i = 0; i < kMaps; ++i) {
+    cells[i] = static_cast<const Scalar*>(args.input) +
+               input_offset<Index, false>(s, image, channel + i, top, 0);
+  }
+  if constexpr (kWindow == 1) {
+    build_cells<Scalar, kMaps, kBlockSize>(cells, height, width, table);
+  } else {
+    build_windows<Scalar, kBlockSize>(cells[0], height, width, &table->at[0]);
+  }
+  __syncthreads();
+
+  const i32 pooled_width = i32(s.pooled_width), axes = i32(s.pooled_height) + pooled_width;
+  const i64 bins = s.pooled_height * pooled_width;
+  const i32 across = min_of(pooled_width, kBlockSize);
+  const i32 first = threadIdx.x / across, step = kBlockSize / across;
+  if (first >= step) return;
 #pragma unroll 1
-  for (i64 c = i64(blockIdx.y) * kChannels + threadIdx.x / kWarpSize; c < end; c += kWarps) {
+  for (i32 i = part.begin + first; i < part.end; i += step) {
+    const BandEntry entry = args.list.entries[i];
+    const u32* edges = args.edges + i64(entry.region) * axes;
+    const u32 row_edges = edges[entry.row];
+    const Range rows = {i32(row_edges & 0xffffu) - top, i32(row_edges >> 16) - top};
 #pragma unroll 1
-    for (i32 first = 0; first < pooled_height; first += rows_at_once) {
-      const i32 count = min_of(rows_at_once, pooled_height - first);
-      if (by_columns) {
-        __syncwarp();  // the lanes may still be reading the rows before
-        walk_columns<Scalar, Index>(args, region, c, first, count, window, columns_of_warp);
-        __syncwarp();
-      }
-#pragma unroll 1
-      for (i32 item = threadIdx.x % kWarpSize; item < count * pooled_width; item += kWarpSize) {
-        const i32 row = quotient(item, s.inverse_pooled_width);
-        const Range rows = region.y.bin_of(first + row);
-        const Range columns = region.x.bin_of(item - row * pooled_width);
-        const bool is_empty = region.image < 0 || rows.is_empty() || columns.is_empty();
-        Best<T> best = worst<T>(0, 0);
-        if (!is_empty && by_columns) {
-          best = join_columns(columns_of_warp, row * width, window, columns);
-        } else if (!is_empty) {
-          search<Scalar, Index, false, 1>(args, region.image, c, rows, columns, &best);
+    for (i32 column = threadIdx.x - first * across; column < pooled_width; column += across) {
+      const u32 column_edges = edges[s.pooled_height + column];
+      const Range columns = {i32(column_edges & 0xffffu), i32(column_edges >> 16)};
+      const i32 h = rows.end - rows.begin, w = columns.end - columns.begin;
+      const bool is_empty = h <= 0 || w <= 0;
+      const i64 at =
+          (i64(entry.region) * s.channels + channel) * bins + entry.row * pooled_width + column;
+      if (h >= kWindow && w >= kWindow && rows.end <= height) {
+        Best<T> best[kMaps];
+        if constexpr (kWindow == 1) {
+          search_cells<kMaps>(table, width, rows, columns, best, Cell<Scalar, 1>());
+        } else {
+          best[0] = Placed<Scalar>::best(search_windows(&table->at[0], width, rows, columns), width,
+                                         1.0f / static_cast<float>(width));
         }
-        put<1, kCodeBytes, Scalar>(
-            args, output_offset<false>(s, blockIdx.x, c, first * pooled_width + item), &best,
-            is_empty);
+#pragma unroll
+        for (int m = 0; m < kMaps; ++m) {
+          best[m].y += top;
+          put<1, kCodeBytes, Scalar>(args, at + m * bins, best + m, false);
+        }
+        continue;
+      }
+      // Empty, too thin for a window, or it ends below the band.
+#pragma unroll 1
+      for (int m = 0; m < kMaps; ++m) {
+        Best<T> best = worst<T>(0, 0);
+        if (!is_empty) {
+          search<Scalar, Index, false, 1>(args, image, channel + m,
+                                          {top + rows.begin, top + rows.end}, columns, &best);
+        }
+        put<1, kCodeBytes, Scalar>(args, at + m * bins, &best, is_empty);
       }
     }
   }
 }
+
+// ---- channels first: backward --------------------------------------------------------------------------------------
+
+// Adds what the threads of a block hold: kCount gradients each, for a cell or, below 0, for none. kDeterministic:
+// gradients of the same cell take turns, in the order of their numbers; `owners` has kNobody for every cell, before and
+// after.
+constexpr u32 kNobody = ~u32(0);
+template <bool kDeterministic, int kCount, class T>
+__device__ __forceinline__ void add_to_cells(T* sums, u32* owners, i32* cell, const T* gradient) {
+  if constexpr (!kDeterministic) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (cell[i] >= 0) atomicAdd(sums + cell[i], gradient[i]);
+    }
+  } else {
+    const auto number = [](int i) { return threadIdx.x * kCount + i; };
+    bool has_any = true;
+#pragma unroll 1
+    while (__syncthreads_or(has_any)) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (cell[i] >= 0) atomicMin(owners + cell[i], number(i));
+      }
+      __syncthreads();
+      u32 turns = 0;
+      has_any = false;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (cell[i] < 0) continue;
+        if (owners[cell[i]] == number(i)) {
+          turns |= 1u << i;
+        } else {
+          has_any = true;
+        }
+      }
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if ((turns >> i & 1) == 0) continue;
+        sums[cell[i]] += gradient[i];
+        owners[cell[i]] = kNobody;
+        cell[i] = -1;
+      }
+    }
+  }
+}
+
+// Grid: x over the bands of all maps, y over groups of kColumns columns. Dynamic shared memory: the sums of a band,
+// then the owners of its cells if kDeterministic. A band has no rows but its own.
+template <class Scalar, class Index, int kCodeBytes, bool kDeterministic, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) scatter(const BackwardArgs args) {
+  using T = Acc<Scalar>;
+  constexpr u32 kMask = (u32(1) << (4 * kCodeBytes)) - 1;
+  constexpr int kAtOnce = kDeterministic ? 1 : 4;  // fewer in one batch meet in the same cell
+  extern __shared__ uint4 memory[];
+  const Shape& s = args.shape;
+  const Bands& bands = args.list.bands;
+  const i32 band = blockIdx.x % bands.count, plane = blockIdx.x / bands.count;
+  const i32 image = plane / i32(s.channels), channel = plane % i32(s.channels);
+  const i32 top = band * bands.step, left = i32(blockIdx.y) * kColumns;
+  const i32 height = min_of(bands.height, i32(s.height) - top);
+  const i32 width = min_of(kColumns, i32(s.width) - left);
+  T* sums = reinterpret_cast<T*>(memory);
+  u32* owners = reinterpret_cast<u32*>(sums + bands.height * min_of(kColumns, i32(s.width)));
+#pragma unroll 4
+  for (i32 i = threadIdx.x; i < height * width; i += kBlockSize) {
+    sums[i] = T(0);
+    if (kDeterministic) owners[i] = kNobody;
+  }
+  __syncthreads();
+
+  const Range part = args.list.parts[image * bands.count + band];
+  const i32 pooled_width = i32(s.pooled_width), across = min_of(pooled_width, kBlockSize);
+  const i32 first = threadIdx.x / across, step = kBlockSize / across;
+  const Index bins = Index(s.pooled_height) * pooled_width, region_size = Index(s.channels) * bins;
+  const Scalar* grad_output = static_cast<const Scalar*>(args.grad_output) + channel * bins;
+  const auto* argmax = static_cast<const Code<kCodeBytes>*>(args.argmax) + channel * bins;
+  // All warps go on together: deterministic ones wait for each other.
+#pragma unroll 1
+  for (i32 base = part.begin; base < part.end; base += kAtOnce * step) {
+#pragma unroll 1
+    for (i32 shift = 0; shift < pooled_width; shift += across) {
+      const i32 column = threadIdx.x - first * across + shift;
+      const i32 end = first < step && column < pooled_width ? part.end : part.begin;
+      i32 cell[kAtOnce];
+      T gradient[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const i32 i = base + first + j * step;
+        cell[j] = -1;
+        gradient[j] = T(0);
+        if (i >= end) continue;
+        const BandEntry entry = args.list.entries[i];
+        const Index at = entry.region * region_size + entry.row * pooled_width + column;
+        const u32 code = argmax[at];
+        gradient[j] = load(grad_output[at]);
+        // kNoCell lies below every map.
+        const u32 y = (code >> (4 * kCodeBytes)) - top, x = (code & kMask) - left;
+        if (y < u32(height) && x < u32(width)) cell[j] = y * width + x;
+      }
+      add_to_cells<kDeterministic, kAtOnce>(sums, owners, cell, gradient);
+    }
+  }
+  __syncthreads();
+
+  Scalar* grad_input = static_cast<Scalar*>(args.grad_input) +
+                       input_offset<Index, false>(s, image, channel, top, left);
+  if (width == s.width) {  // the band is one piece
+#pragma unroll 4
+    for (i32 i = threadIdx.x; i < height * width; i += kBlockSize) store(grad_input[i], sums[i]);
+    return;
+  }
+#pragma unroll 1
+  for (i32 i = threadIdx.x; i < height * width; i += kBlockSize) {
+    const i32 y = i / width;
+    store(grad_input[Index(y) * Index(s.width) + (i - y * width)], sums[i]);
+  }
+}
+
+// ---- channels last: backward ---------------------------------------------------------------------------------------
 
 // A region that touches the tile, and which of its bins may.
 struct Touching {
@@ -259,10 +637,9 @@ __device__ __forceinline__ void add(const Tile& tile, Code<kCodeBytes> code, T g
 
 // Lanes are channels, so kAtOnce bins are kAtOnce coalesced loads.
 template <class Scalar, int kCodeBytes, int kTileHeight, int kTileWidth, class T>
-__device__ __forceinline__ void add_region_channels_last(const BackwardArgs& args, const Tile& tile,
-                                                         const Touching& item, i64 channel,
-                                                         T* sums) {
-  constexpr int kAtOnce = 4;
+__device__ __forceinline__ void add_region(const BackwardArgs& args, const Tile& tile,
+                                           const Touching& item, i64 channel, T* sums) {
+  constexpr int kAtOnce = kDeterministic ? 1 : 4;  // fewer in one batch meet in the same cell
   const Shape& s = args.shape;
   const Scalar* grad_output = static_cast<const Scalar*>(args.grad_output);
   const auto* argmax = static_cast<const Code<kCodeBytes>*>(args.argmax);
@@ -288,99 +665,27 @@ __device__ __forceinline__ void add_region_channels_last(const BackwardArgs& arg
   }
 }
 
-// Channels first: what 32 channels have of kStaged bins goes through shared memory, to turn it round.
-constexpr int kStaged = 16;
-template <class T>
-struct Stage {
-  T gradient[kWarpSize][kStaged + 1];
-  u32 code[kWarpSize][kStaged + 1];
-};
-
-template <class Scalar, int kCodeBytes, int kTileHeight, int kTileWidth, class T>
-__device__ __forceinline__ void add_region(const BackwardArgs& args, const Tile& tile,
-                                           const Touching& item, i64 first_channel, Stage<T>& stage,
-                                           T* sums) {
+template <class Scalar, class Index, int kTileHeight, int kTileWidth, class T>
+__device__ __forceinline__ void write_tile(const BackwardArgs& args, const Tile& tile, i64 channel,
+                                           const T* sums) {
   const Shape& s = args.shape;
-  const Scalar* grad_output = static_cast<const Scalar*>(args.grad_output);
-  const auto* argmax = static_cast<const Code<kCodeBytes>*>(args.argmax);
-  const i32 lane = threadIdx.x % kWarpSize, pooled_width = i32(s.pooled_width);
-  const i32 columns = item.columns.end - item.columns.begin;
-  const i32 bins = columns * (item.rows.end - item.rows.begin);
-  const float inverse_columns = __fdividef(1.0f, static_cast<float>(columns));
-  const i64 first_offset = output_offset<false>(s, item.roi, first_channel, 0);
-  const i64 channel_stride = s.pooled_height * s.pooled_width;
-#pragma unroll 1
-  for (i32 first = 0; first < bins; first += kStaged) {
-    const i32 count = min_of(bins - first, kStaged);
-    const i32 mine = lane % kStaged, index = first + mine;
-    const i32 bin =
-        (item.rows.begin + index / columns) * pooled_width + item.columns.begin + index % columns;
-    __syncwarp();  // the lanes may still be reading the bins before
-#pragma unroll 4
-    for (int c = lane / kStaged; c < kWarpSize; c += kWarpSize / kStaged) {
-      const bool exists = mine < count && first_channel + c < s.channels;
-      const i64 at = first_offset + c * channel_stride + bin;
-      stage.code[c][mine] = exists ? u32(argmax[at]) : u32(kNoCell<kCodeBytes>);
-      stage.gradient[c][mine] = exists ? load(grad_output[at]) : T(0);
-    }
-    __syncwarp();
-#pragma unroll 1
-    for (i32 i = 0; i < count; ++i) {
-      add<kCodeBytes, kTileHeight, kTileWidth>(tile, Code<kCodeBytes>(stage.code[lane][i]),
-                                               stage.gradient[lane][i], sums);
-    }
-  }
-}
-
-// Writes the warp's sums; neighbouring lanes write neighbouring elements.
-template <class Scalar, class Index, bool kChannelsLast, int kTileHeight, int kTileWidth, class T>
-__device__ __forceinline__ void write_tile(const BackwardArgs& args, const Tile& tile,
-                                           i64 first_channel, Stage<T>* stage, const T* sums) {
-  const Shape& s = args.shape;
+  if (channel >= s.channels) return;
   Scalar* grad_input = static_cast<Scalar*>(args.grad_input);
-  const i32 lane = threadIdx.x % kWarpSize;
   const i32 rows = min_of(i32(kTileHeight), i32(s.height) - tile.y);
   const i32 columns = min_of(i32(kTileWidth), i32(s.width) - tile.x);
-  const i32 channels = i32(min_of(i64(kWarpSize), s.channels - first_channel));
-  if (kChannelsLast) {
-    if (lane >= channels) return;
 #pragma unroll 1
-    for (i32 cell = 0; cell < rows * kTileWidth; ++cell) {
-      const i32 y = cell / kTileWidth, x = cell % kTileWidth;
-      if (x >= columns) continue;
-      store(grad_input[input_offset<Index, true>(s, tile.image, first_channel + lane, tile.y + y,
-                                                 tile.x + x)],
-            sums[cell * kWarpSize + lane]);
-    }
-    return;
-  }
-  // 16 cells of all channels at a time, turned round in the stage.
-#pragma unroll 1
-  for (i32 first = 0; first < rows * kTileWidth; first += kStaged) {
-    __syncwarp();
-#pragma unroll 4
-    for (int i = 0; i < kStaged; ++i) {
-      stage->gradient[lane][i] = sums[(first + i) * kWarpSize + lane];
-    }
-    __syncwarp();
-    const i32 cell = first + lane % kStaged;
+  for (i32 cell = 0; cell < rows * kTileWidth; ++cell) {
     const i32 y = cell / kTileWidth, x = cell % kTileWidth;
-    if (y < rows && x < columns) {
-#pragma unroll 1
-      for (i32 c = lane / kStaged; c < channels; c += kWarpSize / kStaged) {
-        store(grad_input[input_offset<Index, false>(s, tile.image, first_channel + c, tile.y + y,
-                                                    tile.x + x)],
-              stage->gradient[c][lane % kStaged]);
-      }
-    }
+    if (x >= columns) continue;
+    store(grad_input[input_offset<Index, true>(s, tile.image, channel, tile.y + y, tile.x + x)],
+          sums[cell * kWarpSize]);
   }
 }
 
-// Grid: x over the tiles of all images, y over groups of kBlockSize channels. Dynamic shared memory: a stage per warp
-// (channels first), then the sums.
-template <class Scalar, class Index, bool kChannelsLast, int kCodeBytes, int kBlockSize,
-          int kTileHeight, int kTileWidth>
-__global__ void __launch_bounds__(kBlockSize) backward(const BackwardArgs args) {
+// Grid: x over the tiles of all images, y over groups of kBlockSize channels. Dynamic shared memory: the sums.
+template <class Scalar, class Index, int kCodeBytes, int kBlockSize, int kTileHeight,
+          int kTileWidth>
+__global__ void __launch_bounds__(kBlockSize) gather(const BackwardArgs args) {
   using T = Acc<Scalar>;
   constexpr int kWarps = kBlockSize / kWarpSize, kCells = kTileHeight * kTileWidth;
   extern __shared__ double memory[];
@@ -388,37 +693,27 @@ __global__ void __launch_bounds__(kBlockSize) backward(const BackwardArgs args) 
   __shared__ int shared[kWarps];
   const Shape& s = args.shape;
   const i32 lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  Stage<T>* stages = reinterpret_cast<Stage<T>*>(memory);
-  T* sums = reinterpret_cast<T*>(stages + (kChannelsLast ? 0 : kWarps)) + warp * kCells * kWarpSize;
+  T* sums = reinterpret_cast<T*>(memory) + warp * kCells * kWarpSize + lane;
 #pragma unroll 4
-  for (int i = 0; i < kCells; ++i) sums[i * kWarpSize + lane] = T(0);
+  for (int i = 0; i < kCells; ++i) sums[i * kWarpSize] = T(0);
 
   const i32 across = i32((s.width + kTileWidth - 1) / kTileWidth);
   const i32 down = i32((s.height + kTileHeight - 1) / kTileHeight);
   const i32 row_of_tiles = i32(blockIdx.x) / across;
   const Tile tile = {row_of_tiles / down, row_of_tiles % down * kTileHeight,
                      i32(blockIdx.x) % across * kTileWidth};
-  const i64 first_channel = i64(blockIdx.y) * kBlockSize + warp * kWarpSize;
+  const i64 channel = i64(blockIdx.y) * kBlockSize + warp * kWarpSize + lane;
 #pragma unroll 1
   for (i64 first = 0; first < s.rois; first += kBlockSize) {
     const int count =
         collect<T, kBlockSize, kTileHeight, kTileWidth>(args, tile, first, list, shared);
 #pragma unroll 1
-    for (int i = 0; i < count && first_channel < s.channels; ++i) {
-      if (kChannelsLast) {
-        add_region_channels_last<Scalar, kCodeBytes, kTileHeight, kTileWidth>(
-            args, tile, list[i], first_channel + lane, sums + lane);
-      } else {
-        add_region<Scalar, kCodeBytes, kTileHeight, kTileWidth>(args, tile, list[i], first_channel,
-                                                                stages[warp], sums + lane);
-      }
+    for (int i = 0; i < count && channel - lane < s.channels; ++i) {
+      add_region<Scalar, kCodeBytes, kTileHeight, kTileWidth>(args, tile, list[i], channel, sums);
     }
     __syncthreads();  // the list is filled anew
   }
-  if (first_channel < s.channels) {
-    write_tile<Scalar, Index, kChannelsLast, kTileHeight, kTileWidth>(
-        args, tile, first_channel, kChannelsLast ? nullptr : stages + warp, sums);
-  }
+  write_tile<Scalar, Index, kTileHeight, kTileWidth>(args, tile, channel, sums);
 }
 
 }  // namespace torchkiln::roi_pool

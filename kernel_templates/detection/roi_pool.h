@@ -4,6 +4,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "common/bands.h"
 #include "common/types.h"
 
 namespace torchkiln::roi_pool {
@@ -23,12 +24,21 @@ TORCHKILN_HD i32 quotient(i32 n, float inverse) {
   return i32((static_cast<float>(n) + 0.5f) * inverse);
 }
 
+// Columns of a map that a block of the backward sums at most, so that a row of any map fits into shared memory.
+constexpr i32 kColumns = 8192;
+
+// Side of the windows whose greatest cells the forward keeps of large maps.
+constexpr i32 kWindowSize = 4;
+
 struct Args {
   const void* input;  // (images, channels, height, width), or channels last
   const void* boxes;  // (rois, 5) image, x1, y1, x2, y2, in accumulator type
   void* output;       // (rois, channels, pooled_height, pooled_width), layout of input
   void* argmax;       // cell codes, same shape and layout; or null
   Shape shape;
+  BandList list;  // channels first only, as `edges`
+  const u32*
+      edges;  // (rois, pooled_height + pooled_width) begin | end << 16 of each bin, rows before columns
 };
 
 struct BackwardArgs {
@@ -37,6 +47,14 @@ struct BackwardArgs {
   const void* boxes;
   void* grad_input;
   Shape shape;
+  BandList list;  // channels first only
+};
+
+struct ListArgs {
+  const void* boxes;
+  Shape shape;
+  BandList list;
+  u32* edges;  // written if not null
 };
 
 // A cell as y << half | x, so that nobody divides by the width. Two bytes if both sides fit into one, else four; all
@@ -83,11 +101,6 @@ TORCHKILN_HD double multiply_add(double a, double b, double c) {
   return a * b + c;
 #endif
 }
-
-struct Range {
-  i32 begin, end;
-  TORCHKILN_HD bool is_empty() const { return end <= begin; }
-};
 
 TORCHKILN_HD i32 clamp_cell(i32 cell, i32 limit) {
   return cell < 0 ? 0 : (cell > limit ? limit : cell);

@@ -162,3 +162,87 @@ def test_a_growing_function_commutes(seed: int, size: int) -> None:
     boxes = torch.cat([torch.zeros(5, 1).double(), new.boxes(5, 20)], 1)
     image = new.normal(1, 2, 20, 20)
     assert torch.equal(roi_pool(image.exp(), boxes, size), roi_pool(image, boxes, size).exp())
+
+
+# Channels, height, width, regions, bins: large enough for shared memory, in each of its forms.
+STAGED = {
+    "windows": (3, 96, 80, 500, (7, 7)),
+    "bands": (2, 200, 200, 700, (7, 7)),
+    "tall_bins": (2, 300, 120, 6000, (2, 3)),
+    "four_maps": (8, 24, 30, 200, (7, 7)),
+    "two_maps": (6, 50, 84, 100, (14, 14)),
+    "odd_maps": (5, 40, 37, 300, (7, 7)),
+}
+
+
+def _regions(new: Inputs, size: tuple[int, int, int, int]) -> torch.Tensor:
+    """Most of a few cells, some as large as the map, some outside, of no image or not finite."""
+    _, height, width, count = size
+    center = new.uniform(count, 2) * torch.tensor([width, height])
+    half = torch.exp(new.uniform(count, 2) * 4 - 0.7)
+    image = new.integers(count, 1, high=2).double()
+    boxes = torch.cat([image, center - half, center + half], 1)
+    boxes[::50, 1:] = torch.tensor([0.0, 0.0, width, height], dtype=boxes.dtype)
+    boxes[1::50, 0] = 7
+    boxes[2::50, 3] = math.inf
+    boxes[3::50, 1:] += 1000
+    return boxes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", STAGED)
+def test_large_maps_equal_cpu(name: str, dtype: torch.dtype) -> None:
+    """Values and cells, with ties, zeros of both signs, NaN and infinities."""
+    *size, bins = STAGED[name]
+    new = Inputs(5)
+    boxes = _regions(new, tuple(size)).float()
+    input = new.normal(2, *size[:3]).mul(3).round().div(3).to(dtype)
+    input[0, 0, 5:8, 5:9] = math.nan
+    input[1, 0, ::7] = -0.0
+    input[1, 1, :20] = -math.inf
+    expected_boxes = boxes.clone()
+    expected_boxes[boxes[:, 0] > 1, 0] = 0
+    outside = boxes[:, 0] > 1
+    expected, cells = torch.ops.torchkiln.roi_pool(input, expected_boxes, *bins)
+    expected[outside], cells[outside] = 0, -1
+    result, codes = torch.ops.torchkiln.roi_pool(input.cuda(), boxes.cuda(), *bins)
+    torch.testing.assert_close(result.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(codes.cpu(), cells)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", STAGED)
+def test_gradient_of_large_maps(name: str) -> None:
+    """Both routes against the CPU; the deterministic one repeats its bits."""
+    *size, bins = STAGED[name]
+    new = Inputs(6)
+    boxes = _regions(new, tuple(size)).float()
+    boxes[:, 0].clamp_(max=1)
+    input = new.normal(2, *size[:3]).float()
+
+    def gradient(device: str, deterministic: bool) -> torch.Tensor:
+        leaf = input.to(device).requires_grad_()
+        output = roi_pool(leaf, boxes.to(device), bins, deterministic=deterministic)
+        weight = torch.linspace(-1, 1, output.numel()).reshape(output.shape).to(device)
+        return torch.autograd.grad((output * weight).sum(), leaf)[0].cpu()
+
+    expected = gradient("cpu", True)
+    torch.testing.assert_close(gradient("cuda", False), expected)
+    fixed = gradient("cuda", True)
+    torch.testing.assert_close(fixed, expected)
+    assert torch.equal(fixed, gradient("cuda", True))
+
+
+@pytest.mark.gpu
+def test_gradient_of_a_wide_map() -> None:
+    """Rows longer than what one block sums."""
+    input = Inputs(7).normal(1, 2, 3, 20000).float()
+    boxes = torch.tensor([[0.0, 0.0, 0.0, 19999.0, 2.0], [0.0, 8000.0, 0.0, 8400.0, 2.0]])
+
+    def gradient(device: str) -> torch.Tensor:
+        leaf = input.to(device).requires_grad_()
+        output = roi_pool(leaf, boxes.to(device), (2, 40))
+        return torch.autograd.grad(output.square().sum(), leaf)[0].cpu()
+
+    torch.testing.assert_close(gradient("cuda"), gradient("cpu"))

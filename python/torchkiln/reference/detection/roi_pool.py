@@ -140,7 +140,8 @@ def _problem(
     index = new.integers(count, 1, high=images).double()
     boxes = torch.cat([index, corners.mul(4).round().div(4)], 1)
     features = new.normal(images, channels, height, width)
-    return {"input": features, "boxes": boxes, "output_size": output_size, **settings}
+    own = {"input": features, "boxes": boxes, "output_size": output_size, "deterministic": True}
+    return {**own, **settings}
 
 
 def _edges(new: Inputs, **settings: object) -> dict[str, object]:
@@ -151,7 +152,8 @@ def _edges(new: Inputs, **settings: object) -> dict[str, object]:
     rows += [[-0.5, -1.5, 2, 2], [nan, 0, 5, 5], [0, 0, inf, 5], [-inf, 0, 5, 5]]
     rows += [[-50, -50, 60, 60], [1, 5, 7, 2]]
     boxes = torch.tensor([[0.0, *row] for row in rows], dtype=torch.float64)
-    return {"input": new.normal(1, 3, 8, 9), "boxes": boxes, "output_size": 2, **settings}
+    own = {"input": new.normal(1, 3, 8, 9), "boxes": boxes, "output_size": 2, "deterministic": True}
+    return {**own, **settings}
 
 
 def _ties(new: Inputs) -> dict[str, object]:

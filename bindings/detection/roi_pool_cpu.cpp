@@ -1,0 +1,178 @@
+// roi_pool on the CPU.
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "bindings/detection/roi_pool.h"
+#include "bindings/support/check.h"
+#include "bindings/support/parallel.h"
+#include "torchkiln/torchkiln.hpp"
+
+namespace torchkiln::bindings {
+namespace {
+
+using roi_pool::Best;
+using roi_pool::Code;
+using roi_pool::Region;
+using Plan = RoiPoolPlan;
+using BackwardPlan = RoiPoolBackwardPlan;
+
+// Channels that are searched side by side with channels last.
+constexpr std::int64_t kSpan = 64;
+
+template <class Scalar>
+void check_images(const Tensor& boxes, const roi_pool::Shape& s) {
+  using T = Acc<Scalar>;
+  for (std::int64_t i = 0; i < s.rois; ++i) {
+    const T image = data<T>(boxes)[5 * i];
+    if (image > T(-1) && image < static_cast<T>(s.images)) continue;
+    fail(TORCHKILN_ERROR_INDEX, "roi_pool", "boxes",
+         "have batch indices below " + std::to_string(s.images), std::to_string(image));
+  }
+}
+
+// Calls f.operator()<Scalar, kCodeBytes>().
+template <class F>
+void with_variant(ScalarType dtype, const roi_pool::Shape& s, const F& f) {
+  with_float(dtype, [&]<class Scalar>() {
+    if (roi_pool_code_bytes(s) == 2) {
+      f.template operator()<Scalar, 2>();
+    } else {
+      f.template operator()<Scalar, 4>();
+    }
+  });
+}
+
+// The bin of n <= kSpan channels that lie `step` elements apart, cells `cell` elements apart.
+template <class Scalar>
+void search(const Scalar* plane, std::int64_t width, std::int64_t cell, std::int64_t n,
+            const Range& rows, const Range& columns, Best<Acc<Scalar>>* best) {
+  for (std::int64_t c = 0; c < n; ++c)
+    best[c] = roi_pool::worst<Acc<Scalar>>(rows.begin, columns.begin);
+  for (i32 y = rows.begin; y < rows.end; ++y) {
+    for (i32 x = columns.begin; x < columns.end; ++x) {
+      const Scalar* at = plane + (y * width + x) * cell;
+      for (std::int64_t c = 0; c < n; ++c) best[c].take(load(at[c]), y, x);
+    }
+  }
+}
+
+// One region and the channels [first, first + n): one channel, or up to kSpan with channels last.
+template <class Scalar, int kCodeBytes>
+void pool_region(const Plan& p, std::int64_t roi, std::int64_t first, std::int64_t n) {
+  using T = Acc<Scalar>;
+  const roi_pool::Shape& s = p.args.shape;
+  const Region<T> region = roi_pool::load_region(static_cast<const T*>(p.args.boxes), roi, s);
+  const std::int64_t cells = s.height * s.width, bins = s.pooled_height * s.pooled_width;
+  const std::int64_t image = std::max<std::int64_t>(region.image, 0) * s.channels * cells;
+  const auto* plane =
+      static_cast<const Scalar*>(p.args.input) + image + (p.channels_last ? first : first * cells);
+  auto* argmax = static_cast<Code<kCodeBytes>*>(p.args.argmax);
+  Best<T> best[kSpan];
+  for (std::int64_t bin = 0; bin < bins; ++bin) {
+    const Range rows = region.y.bin_of(static_cast<i32>(bin / s.pooled_width));
+    const Range columns = region.x.bin_of(static_cast<i32>(bin % s.pooled_width));
+    const bool is_empty = region.image < 0 || rows.is_empty() || columns.is_empty();
+    if (!is_empty) {
+      search(plane, s.width, p.channels_last ? s.channels : 1, n, rows, columns, best);
+    }
+    const std::int64_t at = p.channels_last ? (roi * bins + bin) * s.channels + first
+                                            : (roi * s.channels + first) * bins + bin;
+    for (std::int64_t c = 0; c < n; ++c) {
+      store(static_cast<Scalar*>(p.args.output)[at + c], is_empty ? T(0) : best[c].value);
+      if (argmax == nullptr) continue;
+      argmax[at + c] = is_empty ? roi_pool::kNoCell<kCodeBytes>
+                                : roi_pool::encode<kCodeBytes>(best[c].y, best[c].x);
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor> cpu(const Tensor& input, const Tensor& boxes, std::int64_t pooled_height,
+                               std::int64_t pooled_width, double spatial_scale, bool rounding,
+                               bool /*deterministic*/, bool with_argmax) {
+  const Plan p = plan_roi_pool(input, boxes, pooled_height, pooled_width, spatial_scale, rounding,
+                               with_argmax);
+  const roi_pool::Shape& s = p.args.shape;
+  const std::int64_t span = p.channels_last ? kSpan : 1, groups = ceil_div(s.channels, span);
+  // A region of a quarter of the image, at two nanoseconds a cell.
+  const std::int64_t nanoseconds =
+      span * (pooled_height * pooled_width * 8 + s.height * s.width / 8);
+  with_variant(p.input.scalar_type(), s, [&]<class Scalar, int kCodeBytes>() {
+    check_images<Scalar>(p.boxes, s);
+    parallel_for(s.rois * groups, nanoseconds, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) {
+        const std::int64_t first = i % groups * span;
+        pool_region<Scalar, kCodeBytes>(p, i / groups, first,
+                                        std::min<std::int64_t>(span, s.channels - first));
+      }
+    });
+  });
+  return {p.output, p.argmax};
+}
+
+// What one thread owns in the backward: some channels of one image, summed in accumulator type.
+template <class Scalar, int kCodeBytes>
+void scatter_channels(const BackwardPlan& p, std::int64_t image, std::int64_t first, std::int64_t n,
+                      std::vector<Acc<Scalar>>& sums) {
+  using T = Acc<Scalar>;
+  const roi_pool::Shape& s = p.args.shape;
+  const std::int64_t cells = s.height * s.width, bins = s.pooled_height * s.pooled_width;
+  const auto* grad_output = static_cast<const Scalar*>(p.args.grad_output);
+  const auto* argmax = static_cast<const Code<kCodeBytes>*>(p.args.argmax);
+  const auto* boxes = static_cast<const T*>(p.args.boxes);
+  constexpr u32 kMask = (u32{1} << (4 * kCodeBytes)) - 1;
+  std::fill(sums.begin(), sums.end(), T(0));
+  for (std::int64_t roi = 0; roi < s.rois; ++roi) {
+    if (!(boxes[5 * roi] > T(-1)) || static_cast<std::int64_t>(boxes[5 * roi]) != image) continue;
+    for (std::int64_t bin = 0; bin < bins; ++bin) {
+      const std::int64_t at = p.channels_last ? (roi * bins + bin) * s.channels + first
+                                              : (roi * s.channels + first) * bins + bin;
+      for (std::int64_t c = 0; c < n; ++c) {
+        const u32 code = argmax[at + c];
+        if (code == roi_pool::kNoCell<kCodeBytes>) continue;
+        const std::int64_t y = code >> (4 * kCodeBytes), x = code & kMask;
+        sums[static_cast<std::size_t>((y * s.width + x) * n + c)] += load(grad_output[at + c]);
+      }
+    }
+  }
+  auto* grad_input = static_cast<Scalar*>(p.args.grad_input) + image * s.channels * cells;
+  for (std::int64_t cell = 0; cell < cells; ++cell) {
+    for (std::int64_t c = 0; c < n; ++c) {
+      store(grad_input[p.channels_last ? cell * s.channels + first + c : first * cells + cell],
+            sums[static_cast<std::size_t>(cell * n + c)]);
+    }
+  }
+}
+
+Tensor backward_cpu(const Tensor& grad_output, const Tensor& argmax, const Tensor& boxes,
+                    std::int64_t images, std::int64_t height, std::int64_t width,
+                    double spatial_scale, bool rounding, bool /*deterministic*/) {
+  const BackwardPlan p = plan_roi_pool_backward(grad_output, argmax, boxes, images, height, width,
+                                                spatial_scale, rounding);
+  const roi_pool::Shape& s = p.args.shape;
+  // A cache line of channels, so that threads do not share one.
+  const std::int64_t span = p.channels_last ? 16 : 1, groups = ceil_div(s.channels, span);
+  const std::int64_t nanoseconds =
+      span * (s.height * s.width + s.rois * s.pooled_height * s.pooled_width);
+  with_variant(p.grad_output.scalar_type(), s, [&]<class Scalar, int kCodeBytes>() {
+    parallel_for(images * groups, nanoseconds, [&](std::int64_t begin, std::int64_t end) {
+      std::vector<Acc<Scalar>> sums;
+      for (std::int64_t i = begin; i < end; ++i) {
+        const std::int64_t first = i % groups * span,
+                           n = std::min<std::int64_t>(span, s.channels - first);
+        sums.resize(static_cast<std::size_t>(s.height * s.width * n));
+        scatter_channels<Scalar, kCodeBytes>(p, i / groups, first, n, sums);
+      }
+    });
+  });
+  return p.grad_input;
+}
+
+}  // namespace
+}  // namespace torchkiln::bindings
+
+STABLE_TORCH_LIBRARY_IMPL(torchkiln, CPU, m) {
+  m.impl("roi_pool", TORCH_BOX(&torchkiln::bindings::cpu));
+  m.impl("_roi_pool_backward", TORCH_BOX(&torchkiln::bindings::backward_cpu));
+}
