@@ -9,6 +9,7 @@
 #include <limits>
 #include <tuple>
 
+#include "bindings/support/bands.h"
 #include "bindings/support/cuda.h"
 
 namespace torchkiln::bindings {
@@ -16,6 +17,8 @@ namespace {
 
 using roi_align::Args;
 using roi_align::Span;
+using roi_align::StagedArgs;
+using roi_align::TransposeArgs;
 
 constexpr const char* kOp = "roi_align";
 // Bins are numbered with 32 bits.
@@ -31,6 +34,9 @@ struct TableStatics {
 struct PlaneStatics {
   std::int64_t scalar, index;
 };
+struct StagedStatics {
+  std::int64_t scalar, index, maps;
+};
 struct LastStatics {
   std::int64_t scalar, index, vector;
 };
@@ -39,6 +45,14 @@ struct DirectStatics {
 };
 struct Sizes {
   std::int64_t outputs, n, c, h, w, k, pooled_h;
+  std::int64_t axis_bins;  // of all regions
+};
+// Of the kernel that keeps bands of maps in shared memory.
+struct StagedSizes {
+  std::int64_t groups, k, images, bands, band_bytes, axis_bins;  // groups of maps
+};
+struct TransposeSizes {
+  std::int64_t k, c, bins;
 };
 struct BlockTunables {
   std::int64_t block_size;
@@ -53,15 +67,23 @@ struct TileTunables {
 const std::vector<const char*> kForward = {"roi_align"};
 const std::vector<std::int64_t> kIndexTypes = {TORCHKILN_I32};
 const std::vector<torchkiln_size> kSizes = {
-    {"outputs", TORCHKILN_BUCKET_POW2}, {"n", TORCHKILN_BUCKET_NONE}, {"c", TORCHKILN_BUCKET_POW2},
-    {"h", TORCHKILN_BUCKET_NONE},       {"w", TORCHKILN_BUCKET_NONE}, {"k", TORCHKILN_BUCKET_POW2},
-    {"pooled_h", TORCHKILN_BUCKET_NONE}};
+    {"outputs", TORCHKILN_BUCKET_POW2},  {"n", TORCHKILN_BUCKET_NONE},
+    {"c", TORCHKILN_BUCKET_POW2},        {"h", TORCHKILN_BUCKET_NONE},
+    {"w", TORCHKILN_BUCKET_NONE},        {"k", TORCHKILN_BUCKET_POW2},
+    {"pooled_h", TORCHKILN_BUCKET_NONE}, {"axis_bins", TORCHKILN_BUCKET_NONE}};
+const std::vector<torchkiln_size> kStagedSizes = {
+    {"groups", TORCHKILN_BUCKET_POW2},     {"k", TORCHKILN_BUCKET_POW2},
+    {"images", TORCHKILN_BUCKET_NONE},     {"bands", TORCHKILN_BUCKET_NONE},
+    {"band_bytes", TORCHKILN_BUCKET_NONE}, {"axis_bins", TORCHKILN_BUCKET_NONE}};
 
 using Tables = Kernel<Args, TableStatics, Sizes, BlockTunables>;
 using Planes = Kernel<Args, PlaneStatics, Sizes, PlaneTunables>;
 using Last = Kernel<Args, LastStatics, Sizes, BlockTunables>;
 using Direct = Kernel<Args, DirectStatics, Sizes, BlockTunables>;
 using Backward = Kernel<Args, DirectStatics, Sizes, TileTunables>;
+using Quads = Kernel<StagedArgs, TableStatics, StagedSizes, BlockTunables>;
+using Staged = Kernel<StagedArgs, StagedStatics, StagedSizes, BlockTunables>;
+using Transpose = Kernel<TransposeArgs, TableStatics, TransposeSizes, BlockTunables>;
 
 const Tables tables_kernel({
     .path = "detection/roi_align.cuh",
@@ -73,7 +95,7 @@ const Tables tables_kernel({
     .defaults = {{64}},
     .geometry =
         [](const Tables::Problem& p, const BlockTunables& t) {
-          return linear(ceil_div(2 * p.sizes.k, t.block_size), t.block_size);
+          return linear(ceil_div(p.sizes.axis_bins, t.block_size), t.block_size);
         },
 });
 
@@ -97,6 +119,67 @@ const Planes planes_kernel({
         [](const Planes::Problem& p, const PlaneTunables& t) {
           Geometry g = linear(p.sizes.n * ceil_div(p.sizes.c, t.planes), t.block_size);
           g.grid[1] = static_cast<std::uint32_t>(region_groups(p.device, p.sizes, t));
+          return g;
+        },
+});
+
+const Quads quads_kernel({
+    .path = "detection/roi_align.cuh",
+    .entry = "quads",
+    .operators = kForward,
+    .statics = {types("scalar", {TORCHKILN_FLOAT, TORCHKILN_DOUBLE})},
+    .sizes = kStagedSizes,
+    .tunables = {ints("block_size", {256, 512, 1024})},
+    .defaults = {{1024}},
+    .geometry =
+        [](const Quads::Problem& p, const BlockTunables& t) {
+          return linear(p.sizes.images * p.sizes.bands + ceil_div(p.sizes.axis_bins, t.block_size),
+                        t.block_size);
+        },
+});
+
+const std::vector<BlockTunables> kStagedDefaults = {{1024}, {512}, {256}};
+
+const Staged staged_kernel({
+    .path = "detection/roi_align.cuh",
+    .entry = "staged",
+    .operators = kForward,
+    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes), ints("maps", {1, 2})},
+    .sizes = kStagedSizes,
+    .tunables = {ints("block_size", {256, 512, 768, 1024})},
+    .defaults = kStagedDefaults,
+    .choose = [](const Staged::Problem& p) -> std::uint32_t {
+      // 64 registers a thread: 1024 threads a multiprocessor.
+      const std::int64_t resident =
+          resident_blocks(p.device, p.sizes.groups * p.sizes.bands, p.sizes.band_bytes);
+      std::uint32_t choice = 0;
+      while (choice + 1 < kStagedDefaults.size() &&
+             kStagedDefaults[choice].block_size * resident > 1024)
+        ++choice;
+      return choice;
+    },
+    .geometry =
+        [](const Staged::Problem& p, const BlockTunables& t) {
+          return linear(p.sizes.groups * p.sizes.bands, t.block_size,
+                        static_cast<std::uint32_t>(p.sizes.band_bytes));
+        },
+});
+
+const Transpose transpose_kernel({
+    .path = "detection/roi_align.cuh",
+    .entry = "transpose",
+    .operators = kForward,
+    .statics = {types("scalar", kFloatTypes)},
+    .sizes = {{"k", TORCHKILN_BUCKET_NONE},
+              {"c", TORCHKILN_BUCKET_POW2},
+              {"bins", TORCHKILN_BUCKET_POW2}},
+    .tunables = {ints("block_size", {128, 256, 512, 1024})},
+    .defaults = {{256}},
+    .geometry =
+        [](const Transpose::Problem& p, const BlockTunables& t) {
+          Geometry g = linear(p.sizes.k, t.block_size);
+          g.grid[1] = static_cast<std::uint32_t>(ceil_div(p.sizes.c, 64));
+          g.grid[2] = static_cast<std::uint32_t>(ceil_div(p.sizes.bins, 64));
           return g;
         },
 });
@@ -154,11 +237,11 @@ const Backward backward_kernel({
     .sizes = kSizes,
     .tunables = {ints("tile_h", {4, 8, 16}), ints("tile_w", {8, 16, 32}),
                  ints("lane_channels", {1, 2, 4}), ints("block_size", {128, 256, 512})},
-    .defaults = {{16, 16, 1, 256}, {8, 16, 1, 256}, {8, 16, 2, 256}},
+    .defaults = {{16, 16, 1, 256}, {8, 16, 1, 256}, {8, 16, 2, 256}, {8, 8, 4, 256}},
     .legal = [](const Backward::Problem& p, const TileTunables& t) { return tile_fits(p, t); },
     .choose = [](const Backward::Problem& p) -> std::uint32_t {
       if (p.statics.scalar == TORCHKILN_DOUBLE) return 1;
-      return p.statics.channels_last != 0 && p.sizes.c >= 64 ? 2 : 0;
+      return p.sizes.c >= 128 ? 3 : (p.sizes.c >= 64 ? 2 : 0);
     },
     .geometry =
         [](const Backward::Problem& p, const TileTunables& t) {
@@ -234,7 +317,7 @@ std::int64_t index_type(const RoiAlignPlan& p) {
 
 Sizes sizes_of(const RoiAlignPlan& p) {
   const roi_align::Regions& r = p.args.regions;
-  return {p.bins.numel(), r.n, r.c, r.h, r.w, r.k, r.pooled_h};
+  return {p.bins.numel(), r.n, r.c, r.h, r.w, r.k, r.pooled_h, r.k * (r.pooled_h + r.pooled_w)};
 }
 
 Buffer reads_memory(std::size_t offset, std::int64_t bytes) {
@@ -247,11 +330,11 @@ Buffer writes_memory(std::size_t offset, std::int64_t bytes) {
 // The taps of all regions, made once for all channels; they live until the launch that reads them is queued.
 struct TapTable {
   Tensor memory;
-  std::int64_t tap_bytes, begin_bytes, span_bytes;
+  std::int64_t tap_bytes, range_bytes, span_bytes;
 
   std::array<Buffer, 3> read() const {
     return {reads_memory(offsetof(Args, taps), tap_bytes),
-            reads_memory(offsetof(Args, begins), begin_bytes),
+            reads_memory(offsetof(Args, ranges), range_bytes),
             reads_memory(offsetof(Args, spans), span_bytes)};
   }
 };
@@ -259,29 +342,30 @@ struct TapTable {
 TapTable make_table(const CudaPlace& place, RoiAlignPlan& p) {
   const roi_align::Regions& r = p.args.regions;
   const auto capacity = [&](std::int64_t size, std::int64_t pooled) {
-    const std::int64_t touched = size + 2 * pooled;
+    const std::int64_t touched = size + 3 * pooled;
     return r.sampling_ratio > 0 ? std::min<std::int64_t>(touched, 2 * r.sampling_ratio * pooled)
                                 : touched;
   };
   p.args.row_capacity = capacity(r.h, r.pooled_h);
   p.args.column_capacity = capacity(r.w, r.pooled_w);
   constexpr std::int64_t kTapBytes = 16;
-  TapTable table{.memory = Tensor(),
-                 .tap_bytes = r.k * (p.args.row_capacity + p.args.column_capacity) * kTapBytes,
-                 .begin_bytes = ceil_div(r.k * (r.pooled_h + r.pooled_w + 2) * 4, 16) * 16,
-                 .span_bytes = r.k * static_cast<std::int64_t>(sizeof(Span))};
+  TapTable table{
+      .memory = Tensor(),
+      .tap_bytes = r.k * (p.args.row_capacity + p.args.column_capacity) * kTapBytes,
+      .range_bytes = r.k * (r.pooled_h + r.pooled_w) * static_cast<std::int64_t>(sizeof(Range)),
+      .span_bytes = r.k * static_cast<std::int64_t>(sizeof(Span))};
   table.memory =
-      empty(p.maps, ScalarType::Byte, {table.tap_bytes + table.begin_bytes + table.span_bytes});
+      empty(p.maps, ScalarType::Byte, {table.tap_bytes + table.range_bytes + table.span_bytes});
   auto* memory = mutable_data<std::uint8_t>(table.memory);
   p.args.taps = memory;
-  p.args.begins = reinterpret_cast<i32*>(memory + table.tap_bytes);
-  p.args.spans = memory + table.tap_bytes + table.begin_bytes;
+  p.args.ranges = reinterpret_cast<Range*>(memory + table.tap_bytes);
+  p.args.spans = memory + table.tap_bytes + table.range_bytes;
   const bool wide = p.maps.scalar_type() == ScalarType::Double;
   tables_kernel.run(
       place, {wide ? TORCHKILN_DOUBLE : TORCHKILN_FLOAT}, sizes_of(p), p.args,
       {reads_memory(offsetof(Args, regions), static_cast<std::int64_t>(bytes_of(p.boxes))),
        writes_memory(offsetof(Args, taps), table.tap_bytes),
-       writes_memory(offsetof(Args, begins), table.begin_bytes),
+       writes_memory(offsetof(Args, ranges), table.range_bytes),
        writes_memory(offsetof(Args, spans), table.span_bytes)});
   return table;
 }
@@ -297,22 +381,98 @@ void launch_direct(const CudaPlace& place, const RoiAlignPlan& p) {
                      writes(offsetof(Args, bins), p.bins), argmax});
 }
 
+// How `staged` works; no bands where it cannot serve.
+struct StagedCut {
+  Bands bands;
+  std::int64_t maps;
+};
+
+StagedCut cut_maps(const CudaPlace& place, const RoiAlignPlan& p) {
+  const roi_align::Regions& r = p.args.regions;
+  const bool few_samples = r.sampling_ratio >= 1 && r.sampling_ratio <= roi_align::kQuadSamples;
+  if (!few_samples || std::max(r.h, r.w) > roi_align::kMostQuadPixels ||
+      r.k * std::max(r.pooled_h, r.n) > std::numeric_limits<std::int32_t>::max()) {
+    return {};
+  }
+  const auto bytes = static_cast<std::int64_t>(element_size(p.maps.scalar_type()));
+  const std::int64_t maps = r.c % 2 == 0 ? 2 : 1, row_bytes = r.w * bytes * maps;
+  // Half of a multiprocessor's memory, so that one block loads while another computes; all of it where a half would
+  // hold too few rows.
+  const std::int64_t half = 112 * 1024;
+  return {.bands = cut_into_bands(
+              place.facts(),
+              {.maps = r.n * r.c / maps,
+               .height = r.h,
+               .row_bytes = row_bytes,
+               // Samples of a bin lie half of its height apart; most bins are lower than 0.6 times
+               // those of a region as high as the map.
+               .reach = 2 + r.h * 3 / (10 * r.pooled_h),
+               .budget = half / row_bytes < 64 && half / row_bytes < r.h ? 2 * half : half,
+               .most_rows = r.h}),
+          .maps = maps};
+}
+
+void launch_staged(const CudaPlace& place, const RoiAlignPlan& p, const StagedCut& cut) {
+  const Bands& bands = cut.bands;
+  const roi_align::Regions& r = p.args.regions;
+  const bool wide = p.maps.scalar_type() == ScalarType::Double;
+  const std::int64_t axis_bins = r.k * (r.pooled_h + r.pooled_w);
+  const std::int64_t weight_bytes =
+      axis_bins * static_cast<std::int64_t>(wide ? sizeof(roi_align::QuadWeights<double>)
+                                                 : sizeof(roi_align::QuadWeights<float>));
+  const std::int64_t pixel_bytes = axis_bins * std::int64_t{sizeof(roi_align::QuadPixels)};
+  const std::int64_t entry_bytes = r.k * r.pooled_h * std::int64_t{sizeof(BandEntry)};
+  const std::int64_t part_bytes = r.n * bands.count * std::int64_t{sizeof(Range)};
+  const Tensor memory =
+      empty(p.maps, ScalarType::Byte, {weight_bytes + pixel_bytes + entry_bytes + part_bytes});
+  auto* at = mutable_data<std::uint8_t>(memory);
+  const StagedArgs args = {
+      .regions = r,
+      .maps = p.maps.const_data_ptr(),
+      .bins = p.bins.mutable_data_ptr(),
+      .weights = at,
+      .pixels = reinterpret_cast<roi_align::QuadPixels*>(at + weight_bytes),
+      .list = {.bands = bands,
+               .entries = reinterpret_cast<BandEntry*>(at + weight_bytes + pixel_bytes),
+               .parts = reinterpret_cast<Range*>(at + weight_bytes + pixel_bytes + entry_bytes)}};
+  constexpr std::size_t list_at = offsetof(StagedArgs, list);
+  constexpr std::size_t entries_at = list_at + offsetof(BandList, entries);
+  constexpr std::size_t parts_at = list_at + offsetof(BandList, parts);
+  const std::int64_t band_bytes = cut.maps *
+                                  roi_align::band_pitch(bands.height, static_cast<i32>(r.w)) *
+                                  static_cast<std::int64_t>(element_size(p.maps.scalar_type()));
+  const StagedSizes sizes = {r.n * r.c / cut.maps, r.k, r.n, bands.count, band_bytes, axis_bins};
+  quads_kernel.run(place, {wide ? TORCHKILN_DOUBLE : TORCHKILN_FLOAT}, sizes, args,
+                   {reads(offsetof(StagedArgs, regions), p.boxes),
+                    writes_memory(offsetof(StagedArgs, weights), weight_bytes),
+                    writes_memory(offsetof(StagedArgs, pixels), pixel_bytes),
+                    writes_memory(entries_at, entry_bytes), writes_memory(parts_at, part_bytes)});
+  staged_kernel.run(
+      place, {kernel_type(p.maps.scalar_type()), index_type(p), cut.maps}, sizes, args,
+      {reads(offsetof(StagedArgs, maps), p.maps), writes(offsetof(StagedArgs, bins), p.bins),
+       reads_memory(offsetof(StagedArgs, weights), weight_bytes),
+       reads_memory(offsetof(StagedArgs, pixels), pixel_bytes),
+       reads_memory(entries_at, entry_bytes), reads_memory(parts_at, part_bytes)});
+}
+
 void launch_average(const CudaPlace& place, RoiAlignPlan& p) {
+  const StagedCut cut = p.channels_last ? StagedCut{} : cut_maps(place, p);
+  if (cut.bands.count > 0) return launch_staged(place, p, cut);
   const TapTable table = make_table(place, p);
-  const auto [taps, begins, spans] = table.read();
+  const auto [taps, ranges, spans] = table.read();
   const Buffer maps = reads(offsetof(Args, maps), p.maps);
   const Buffer bins = writes(offsetof(Args, bins), p.bins);
   const std::int64_t scalar = kernel_type(p.maps.scalar_type());
   if (!p.channels_last) {
     planes_kernel.run(place, {scalar, index_type(p)}, sizes_of(p), p.args,
-                      {maps, bins, taps, begins, spans});
+                      {maps, bins, taps, ranges, spans});
     return;
   }
   const std::int64_t wide = vector_width(scalar);
   const bool vectorised =
       p.args.regions.c % wide == 0 && aligned_to_16(p.args.maps) && aligned_to_16(p.args.bins);
   last_kernel.run(place, {scalar, index_type(p), vectorised ? wide : 1}, sizes_of(p), p.args,
-                  {maps, bins, taps, begins, spans});
+                  {maps, bins, taps, ranges, spans});
 }
 
 RoiAlignPlan run_cuda(RoiAlignPlan p) {
@@ -348,6 +508,20 @@ std::tuple<Tensor, Tensor> max_cuda(const Tensor& input, const Tensor& boxes,
   return {p.bins, p.argmax};
 }
 
+// The gradient of bins by channel.
+Tensor by_channel(const CudaPlace& place, const Tensor& bins) {
+  if (has_layout(bins, true) || !bins.is_contiguous()) return as_layout(bins, true);
+  const std::int64_t k = bins.size(0), c = bins.size(1), n = bins.size(2) * bins.size(3);
+  const Tensor copy =
+      empty_layout(bins, bins.scalar_type(), {k, c, bins.size(2), bins.size(3)}, true);
+  const TransposeArgs args = {
+      .from = bins.const_data_ptr(), .to = copy.mutable_data_ptr(), .k = k, .c = c, .bins = n};
+  transpose_kernel.run(
+      place, {kernel_type(bins.scalar_type())}, {k, c, n}, args,
+      {reads(offsetof(TransposeArgs, from), bins), writes(offsetof(TransposeArgs, to), copy)});
+  return copy;
+}
+
 Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes,
                      const std::optional<Tensor>& argmax, std::int64_t n, std::int64_t c,
                      std::int64_t h, std::int64_t w, double spatial_scale,
@@ -363,15 +537,15 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes,
     return p.maps;
   }
   // The kernel has channels in its lanes: gradients of bins are read by channel, whatever the layout of the maps.
-  p.bins = as_layout(p.bins, true);
+  const CudaPlace place(p.maps);
+  p.bins = by_channel(place, p.bins);
   p.args.bins = const_cast<void*>(p.bins.const_data_ptr());
   if (p.maximum) {
     p.argmax = as_layout(p.argmax, true);
     p.args.argmax = const_cast<i32*>(static_cast<const i32*>(p.argmax.const_data_ptr()));
   }
-  const CudaPlace place(p.maps);
   const TapTable table = make_table(place, p);
-  const auto [taps, begins, spans] = table.read();
+  const auto [taps, ranges, spans] = table.read();
   const Buffer winners =
       p.maximum ? reads(offsetof(Args, argmax), p.argmax) : reads_memory(offsetof(Args, argmax), 0);
   const std::int64_t pooling = p.maximum ? roi_align::kMax : roi_align::kAverage;
@@ -379,7 +553,7 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes,
                       {kernel_type(p.maps.scalar_type()), index_type(p), pooling, channels_last},
                       sizes_of(p), p.args,
                       {reads(offsetof(Args, regions), p.boxes), reads(offsetof(Args, bins), p.bins),
-                       winners, taps, begins, spans, writes(offsetof(Args, maps), p.maps)});
+                       winners, taps, ranges, spans, writes(offsetof(Args, maps), p.maps)});
   return p.maps;
 }
 

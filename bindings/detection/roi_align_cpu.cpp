@@ -53,11 +53,16 @@ struct AxisTaps {
   i32 n = 0;
 
   void make(const Axis<T>& axis, std::int64_t pooled, std::int64_t size) {
-    const std::int64_t touched = size + 2 * pooled;
+    const std::int64_t touched = size + 3 * pooled;
     const std::int64_t sampled = 2 * std::int64_t{axis.count} * pooled;
     taps.resize(static_cast<std::size_t>(std::min(touched, sampled)));
     begins.resize(static_cast<std::size_t>(pooled + 1));
-    n = roi_align::make_taps(axis, pooled, size, taps.data(), begins.data());
+    n = 0;
+    for (std::int64_t bin = 0; bin < pooled; ++bin) {
+      begins[static_cast<std::size_t>(bin)] = n;
+      n += roi_align::make_taps(axis, bin, size, taps.data() + n);
+    }
+    begins.back() = n;
   }
   std::span<const Tap<T>> of_bin(std::int64_t bin) const {
     const auto at = static_cast<std::size_t>(bin);

@@ -103,9 +103,7 @@ const std::vector<BlockTunables> kBandDefaults = {{1024}, {768}, {512}, {256}};
 // and the grid allow it.
 std::uint32_t choose_band_threads(const Device& device, std::int64_t blocks, std::int64_t bytes,
                                   std::int64_t threads) {
-  const std::int64_t fitting = device.shared_bytes_per_block / (bytes + 1024);
-  const std::int64_t resident =
-      std::max<std::int64_t>(1, std::min(fitting, ceil_div(blocks, device.multiprocessors)));
+  const std::int64_t resident = resident_blocks(device, blocks, bytes);
   std::uint32_t choice = 0;
   while (choice + 1 < kBandDefaults.size() && kBandDefaults[choice].block_size * resident > threads)
     ++choice;

@@ -37,4 +37,11 @@ inline Bands cut_into_bands(const Device& device, const BandRequest& r) {
           static_cast<i32>(height)};
 }
 
+// Blocks that a multiprocessor holds at a time, by shared memory and by how many there are.
+inline std::int64_t resident_blocks(const Device& device, std::int64_t blocks,
+                                    std::int64_t shared_bytes) {
+  const std::int64_t fitting = device.shared_bytes_per_block / (shared_bytes + 1024);
+  return std::max<std::int64_t>(1, std::min(fitting, ceil_div(blocks, device.multiprocessors)));
+}
+
 }  // namespace torchkiln::bindings

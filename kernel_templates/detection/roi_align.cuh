@@ -2,11 +2,14 @@
 //
 //   tables    one thread per region and axis merges the samples of each bin into taps (pixel, weight), once for all
 //             channels; the kernels below but `direct` read them
-//   planes    NCHW: a block stays on kPlanes maps and walks all regions of their image, so that the maps' pixels are
+//   staged    NCHW, at most 2 samples per bin and axis: a block keeps a band of one map in shared memory and goes through
+//             the bins that begin in it; quads is its table
+//   planes    NCHW otherwise: a block stays on kPlanes maps and walks all regions of their image, so that the maps' pixels are
 //             fetched from L2 once and then hit L1; 4 lanes share a bin, neighbouring bins are neighbouring lanes
 //   last      channels_last: one thread computes a row of bins for 16 bytes of channels, neighbouring threads
 //             neighbouring channels; the taps that rows of bins share hit L1
 //   direct    one thread per output, geometry included: the maximum, and averages too small to deserve two launches
+//   transpose brings the gradient of bins into the order that backward reads, in NCHW
 //   backward  one block owns one tile of the gradient for 32 (or 64, 128) channels in shared memory, lanes on channels;
 //             it finds the regions that touch the tile, adds their taps in a fixed order and writes once. No atomics,
 //             no zero fill, the same bits every time, float32 sums for half types
@@ -14,6 +17,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "common/bands.cuh"
 #include "common/pack.cuh"
 #include "common/scan.cuh"
 #include "detection/roi_align.h"
@@ -22,33 +26,48 @@ namespace torchkiln::roi_align {
 
 // ---- tables --------------------------------------------------------------------------------------------------------
 
+// One thread per bin of an axis of a region.
 template <class Scalar, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) tables(const Args args) {
   using T = Acc<Scalar>;
   const Regions& r = args.regions;
   const i64 item = i64(blockIdx.x) * kBlockSize + threadIdx.x;
-  const i64 region = item / 2;
-  const bool columns = item % 2 != 0;
+  const i64 axes = r.pooled_h + r.pooled_w, region = item / axes;
   if (region >= r.k) return;
-  Window<T> window = window_of<T>(r, region);
-  Axis<T> axis = columns ? window.x : window.y;
-  if (window.batch < 0) axis.count = 0;
+  const i64 in_region = item - region * axes;
+  const bool columns = in_region >= r.pooled_h;
+  const i64 bin = columns ? in_region - r.pooled_h : in_region;
+  const i64 pooled = columns ? r.pooled_w : r.pooled_h, size = columns ? r.w : r.h;
+  const i64 capacity = columns ? args.column_capacity : args.row_capacity;
+  const T batch = coordinate<T>(r, region, 0);
+  const bool known = batch > T(-1) && batch < T(r.n);
+  Axis<T> axis = axis_at<T>(r, region, columns);
+  if (!known) axis.count = 0;
   Tap<T>* taps = static_cast<Tap<T>*>(args.taps) +
                  region * (args.row_capacity + args.column_capacity) +
                  (columns ? args.row_capacity : 0);
-  i32* begins =
-      args.begins + region * (r.pooled_h + r.pooled_w + 2) + (columns ? r.pooled_h + 1 : 0);
-  const i32 n =
-      make_taps(axis, columns ? r.pooled_w : r.pooled_h, columns ? r.w : r.h, taps, begins);
+  const i32 begin = axis.count > 0 ? first_tap(axis, bin, pooled, size, capacity) : 0;
+  const i32 n = make_taps(axis, bin, size, taps + begin);
+  args.ranges[item] = {begin, begin + n};
+  // Places up to the next bin's stay empty.
+  const i32 next = axis.count > 0 && bin + 1 < pooled
+                       ? first_tap(axis, bin + 1, pooled, size, capacity)
+                       : begin + n;
+  for (i32 i = begin + n; i < next; ++i) taps[i] = {T(0), -1, i32(bin)};
+  if (bin != 0) return;
+  // From the first sample to the last one: no tap lies further out.
   Span& span = static_cast<Span*>(args.spans)[region];
-  const i32 first = n > 0 ? taps[0].pixel : 0, last = n > 0 ? taps[n - 1].pixel : -1;
+  const T last = axis.start + T(pooled) * axis.bin;
+  const bool empty = axis.count == 0;
+  const i32 low = empty ? 0 : first_pixel(axis, 0, size);
+  const i32 high = empty ? -1 : i32(max_of(T(0), min_of(last + T(1), T(size - 1))));
   if (columns) {
-    span.x_first = first;
-    span.x_last = last;
+    span.x_first = low;
+    span.x_last = high;
   } else {
-    span.batch = i32(window.batch);
-    span.y_first = first;
-    span.y_last = last;
+    span.batch = known ? i32(batch) : -1;
+    span.y_first = low;
+    span.y_last = high;
   }
 }
 
@@ -57,8 +76,8 @@ template <class T>
 struct Table {
   const Tap<T>* rows;
   const Tap<T>* columns;
-  const i32* row_begins;
-  const i32* column_begins;
+  const Range* row_bins;
+  const Range* column_bins;
 };
 
 template <class T>
@@ -68,8 +87,8 @@ __device__ __forceinline__ Table<T> table_of(const Args& args, i64 region) {
   table.rows =
       static_cast<const Tap<T>*>(args.taps) + region * (args.row_capacity + args.column_capacity);
   table.columns = table.rows + args.row_capacity;
-  table.row_begins = args.begins + region * (r.pooled_h + r.pooled_w + 2);
-  table.column_begins = table.row_begins + r.pooled_h + 1;
+  table.row_bins = args.ranges + region * (r.pooled_h + r.pooled_w);
+  table.column_bins = table.row_bins + r.pooled_h;
   return table;
 }
 
@@ -104,14 +123,14 @@ __global__ void __launch_bounds__(kBlockSize) planes(const Args args) {
     for (i32 first = 0; first < pooled_w; first += kBinsPerWarp) {
       const i32 bin = first + lane / kLanesPerBin;
       const bool has_bin = bin < pooled_w;
-      const i32 begin = has_bin ? table.column_begins[bin] : 0;
-      const i32 end = has_bin ? table.column_begins[bin + 1] : 0;
+      const Range columns = has_bin ? table.column_bins[bin] : Range{0, 0};
+      const i32 begin = columns.begin, end = columns.end;
       // The first column of each lane stays in registers; wide bins come back for the others.
       const bool has_column = begin + sub < end;
       const Tap<T> column = has_column ? table.columns[begin + sub] : Tap<T>{T(0), 0, 0};
 #pragma unroll 1
       for (i32 row_bin = 0; row_bin < pooled_h; ++row_bin) {
-        const i32 row_begin = table.row_begins[row_bin], row_end = table.row_begins[row_bin + 1];
+        const Range rows = table.row_bins[row_bin];
         T sum[kPlanes] = {};
         Tap<T> at = column;
 #pragma unroll 1
@@ -119,7 +138,7 @@ __global__ void __launch_bounds__(kBlockSize) planes(const Args args) {
           if (c != begin + sub) at = table.columns[c];
           T of_column[kPlanes] = {};
 #pragma unroll 4
-          for (i32 y = row_begin; y < row_end; ++y) {
+          for (i32 y = rows.begin; y < rows.end; ++y) {
             const Tap<T> row = table.rows[y];
             const Index offset = Index(row.pixel) * width + at.pixel;
 #pragma unroll
@@ -147,6 +166,189 @@ __global__ void __launch_bounds__(kBlockSize) planes(const Args args) {
   }
 }
 
+// Where the bands of channels first begin for a region's rows of bins.
+template <class T>
+struct RowsOfBins {
+  i32 image, size;
+  Axis<T> axis;
+  Bands cut;
+
+  __device__ __forceinline__ Range bands(i32 row) const {
+    const i32 band = axis.count > 0 ? band_of(cut, first_pixel(axis, row, size)) : 0;
+    return {band, band + 1};
+  }
+};
+
+// Grid: one block per band of each image, then one thread per bin of an axis of a region.
+template <class Scalar, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) quads(const StagedArgs args) {
+  using T = Acc<Scalar>;
+  const Regions& r = args.regions;
+  const i32 bands = args.list.bands.count, lists = bands * i32(r.n);
+  if (i32(blockIdx.x) < lists) {
+    const auto rows_of = [&](i64 region) {
+      const T batch = coordinate<T>(r, region, 0);
+      const bool known = batch > T(-1) && batch < T(r.n);
+      // The bins of a region of no image are zeros; somebody has to write them.
+      RowsOfBins<T> rows = {known ? i32(batch) : 0, i32(r.h), axis_at<T>(r, region, false),
+                            args.list.bands};
+      if (!known) rows.axis.count = 0;
+      return rows;
+    };
+    list_band<kBlockSize>(args.list, r.k, i32(r.pooled_h), blockIdx.x / bands, blockIdx.x % bands,
+                          rows_of);
+    return;
+  }
+  const i64 item = i64(blockIdx.x - lists) * kBlockSize + threadIdx.x;
+  const i64 axes = r.pooled_h + r.pooled_w, region = item / axes;
+  if (region >= r.k) return;
+  const i64 bin = item - region * axes;
+  const bool columns = bin >= r.pooled_h;
+  const T batch = coordinate<T>(r, region, 0);
+  const Axis<T> axis = axis_at<T>(r, region, columns);
+  const T share = axis.count > 0 ? T(1) / T(axis.count) : T(0);
+  QuadWeights<T> weights = {};
+  u16 pixels[2 * kQuadSamples];
+  u16 some = kNoPixel;  // what stands in for a pixel that is not there, with the weight 0
+#pragma unroll
+  for (int i = 0; i < kQuadSamples; ++i) {
+    const T position = sample_position(axis, columns ? bin - r.pooled_h : bin, i);
+    const Taps<T> t = taps_at(position, i32(columns ? r.w : r.h));
+    const bool exists = t.inside && i < axis.count && batch > T(-1) && batch < T(r.n);
+    weights.at[2 * i] = exists ? t.weight_low * share : T(0);
+    weights.at[2 * i + 1] = exists ? t.weight_high * share : T(0);
+    if (exists) some = u16(t.low);
+    pixels[2 * i] = exists ? u16(t.low) : kNoPixel;
+    pixels[2 * i + 1] = exists ? u16(t.high) : kNoPixel;
+  }
+  QuadPixels result;
+#pragma unroll
+  for (int i = 0; i < 2 * kQuadSamples; ++i) {
+    result.at[i] = pixels[i] == kNoPixel ? some : pixels[i];
+  }
+  static_cast<QuadWeights<T>*>(args.weights)[item] = weights;
+  args.pixels[item] = result;
+}
+
+// Copies `count` elements to shared memory, 16 bytes at a time where both sides allow it.
+template <int kBlockSize, class Scalar>
+__device__ __forceinline__ void stage(const Scalar* from, i32 count, Scalar* to) {
+  constexpr i32 kVector = 16 / sizeof(Scalar);
+  i32 done = 0;
+  if (reinterpret_cast<u64>(from) % 16 == 0) {
+    done = count / kVector * kVector;
+#pragma unroll 4
+    for (i32 i = threadIdx.x; i < count / kVector; i += kBlockSize) {
+      store_pack<kVector>(to + i * kVector, load_pack<kVector>(from + i * kVector));
+    }
+  }
+#pragma unroll 4
+  for (i32 i = done + threadIdx.x; i < count; i += kBlockSize) to[i] = from[i];
+}
+
+// A bin that ends below the band, which is rare: out of the whole map.
+template <class Scalar, class Index, class T>
+__device__ __noinline__ T average_of_map(const Scalar* map, Index width, const QuadWeights<T>* rows,
+                                         const QuadPixels* row_pixels,
+                                         const QuadWeights<T>* columns,
+                                         const QuadPixels* column_pixels) {
+  T sum = T(0);
+#pragma unroll 1
+  for (int i = 0; i < 2 * kQuadSamples; ++i) {
+    const Scalar* row = map + row_pixels->at[i] * width;
+    T of_row = T(0);
+#pragma unroll 1
+    for (int j = 0; j < 2 * kQuadSamples; ++j) {
+      of_row += columns->at[j] * load(row[column_pixels->at[j]]);
+    }
+    sum += rows->at[i] * of_row;
+  }
+  return sum;
+}
+
+// Grid: one block per band of kMaps maps, which share the geometry. Dynamic shared memory: their bands. One thread, one
+// bin: its 16 reads meet those of the other lanes in four places of a bank on average, which is what holds float32.
+// Four lanes a bin have a quarter of these conflicts, but 2.6 times the instructions, and are slower.
+template <class Scalar, class Index, int kMaps, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) staged(const StagedArgs args) {
+  using T = Acc<Scalar>;
+  extern __shared__ uint4 memory[];
+  Scalar* cells = reinterpret_cast<Scalar*>(memory);
+  const Regions& r = args.regions;
+  const Bands& bands = args.list.bands;
+  const i32 band = blockIdx.x % bands.count, plane = blockIdx.x / bands.count * kMaps;
+  const i32 image = plane / i32(r.c), channel = plane % i32(r.c);
+  const Range part = args.list.parts[image * bands.count + band];
+  if (part.is_empty()) return;
+  const i32 width = i32(r.w), top = band * bands.step;
+  const i32 pitch = band_pitch(bands.height, width);
+  const i32 height = min_of(bands.height, i32(r.h) - top);
+  const Index map_size = Index(r.h) * width;
+  const Scalar* map = static_cast<const Scalar*>(args.maps) + plane * map_size;
+#pragma unroll
+  for (int m = 0; m < kMaps; ++m) {
+    stage<kBlockSize>(map + m * map_size + Index(top) * width, height * width, cells + m * pitch);
+  }
+  __syncthreads();
+
+  const i32 pooled_w = i32(r.pooled_w), axes = i32(r.pooled_h) + pooled_w;
+  const Index bins = Index(r.pooled_h) * pooled_w, region_size = Index(r.c) * bins;
+  Scalar* out = static_cast<Scalar*>(args.bins) + channel * bins;
+  const i32 across = min_of(pooled_w, kBlockSize);
+  const i32 first = threadIdx.x / across, step = kBlockSize / across;
+  if (first >= step) return;
+  const auto* all_weights = static_cast<const QuadWeights<T>*>(args.weights);
+#pragma unroll 1
+  for (i32 i = part.begin + first; i < part.end; i += step) {
+    const BandEntry entry = args.list.entries[i];
+    const Index table = Index(entry.region) * axes, row_at = table + entry.row;
+    const QuadWeights<T> row_weights = all_weights[row_at];
+    const QuadPixels rows = args.pixels[row_at];
+    i32 row[2 * kQuadSamples], lowest = 0;
+#pragma unroll
+    for (int y = 0; y < 2 * kQuadSamples; ++y) {
+      lowest = max_of(lowest, i32(rows.at[y]) - top);
+      row[y] = (i32(rows.at[y]) - top) * width;
+    }
+    const bool has_rows = rows.at[0] != kNoPixel, in_band = lowest < height;
+#pragma unroll 1
+    for (i32 bin = threadIdx.x - first * across; bin < pooled_w; bin += across) {
+      const Index column_at = table + i32(r.pooled_h) + bin;
+      const QuadWeights<T> column_weights = all_weights[column_at];
+      const QuadPixels columns = args.pixels[column_at];
+      T sum[kMaps] = {};
+      if (!has_rows || columns.at[0] == kNoPixel) {
+        // No sample: 0.
+      } else if (in_band) {
+#pragma unroll
+        for (int y = 0; y < 2 * kQuadSamples; ++y) {
+          T of_row[kMaps] = {};
+#pragma unroll
+          for (int x = 0; x < 2 * kQuadSamples; ++x) {
+            const Scalar* cell = cells + row[y] + i32(columns.at[x]);
+#pragma unroll
+            for (int m = 0; m < kMaps; ++m) {
+              of_row[m] += column_weights.at[x] * load(cell[m * pitch]);
+            }
+          }
+#pragma unroll
+          for (int m = 0; m < kMaps; ++m) sum[m] += row_weights.at[y] * of_row[m];
+        }
+      } else {
+#pragma unroll
+        for (int m = 0; m < kMaps; ++m) {
+          sum[m] = average_of_map<Scalar, Index>(map + m * map_size, Index(width),
+                                                 all_weights + row_at, args.pixels + row_at,
+                                                 all_weights + column_at, args.pixels + column_at);
+        }
+      }
+      Scalar* to = out + entry.region * region_size + entry.row * pooled_w + bin;
+#pragma unroll
+      for (int m = 0; m < kMaps; ++m) store(to[m * bins], sum[m]);
+    }
+  }
+}
+
 template <class Scalar, class Index, int kVector, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) last(const Args args) {
   using T = Acc<Scalar>;
@@ -163,16 +365,16 @@ __global__ void __launch_bounds__(kBlockSize) last(const Args args) {
                       Index(max_of(batch, 0)) * Index(r.h) * Index(r.w) * Index(r.c);
   Scalar* out = static_cast<Scalar*>(args.bins) + channel +
                 (Index(region) * pooled_h + row_bin) * pooled_w * Index(r.c);
-  const i32 row_begin = table.row_begins[row_bin], row_end = table.row_begins[row_bin + 1];
+  const Range rows = table.row_bins[row_bin];
 #pragma unroll 1
   for (u32 bin = 0; bin < pooled_w; ++bin) {
     T sum[kVector] = {};
-    const i32 end = table.column_begins[bin + 1];
+    const Range columns = table.column_bins[bin];
 #pragma unroll 1
-    for (i32 x = table.column_begins[bin]; x < end; ++x) {
+    for (i32 x = columns.begin; x < columns.end; ++x) {
       const Tap<T> column = table.columns[x];
 #pragma unroll 4
-      for (i32 y = row_begin; y < row_end; ++y) {
+      for (i32 y = rows.begin; y < rows.end; ++y) {
         const Tap<T> row = table.rows[y];
         const T weight = row.weight * column.weight;
         const Pack<Scalar, kVector> pixel =
@@ -253,6 +455,39 @@ __global__ void __launch_bounds__(kBlockSize) direct(const Args args) {
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
+// (k, c, bins) to (k, bins, c), 64 channels x 64 bins a block: neighbouring threads read neighbouring bins and write
+// neighbouring channels.
+template <class Scalar, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) transpose(const TransposeArgs args) {
+  constexpr i32 kSide = 64, kWarps = kBlockSize / kWarpSize;
+  __shared__ Scalar tile[kSide][kSide + 1];
+  const i32 lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const i64 channel = i64(blockIdx.y) * kSide, bin = i64(blockIdx.z) * kSide;
+  const i32 channels = i32(min_of(args.c - channel, i64(kSide)));
+  const i32 bins = i32(min_of(args.bins - bin, i64(kSide)));
+  const i64 region = i64(blockIdx.x) * args.c * args.bins;
+  const Scalar* from = static_cast<const Scalar*>(args.from) + region + channel * args.bins + bin;
+  Scalar* to = static_cast<Scalar*>(args.to) + region + bin * args.c + channel;
+  if (bins == args.bins) {  // one piece of memory
+    const float inverse_bins = 1.0f / static_cast<float>(bins);
+#pragma unroll 4
+    for (i32 i = threadIdx.x; i < channels * bins; i += kBlockSize) {
+      const i32 c = i32((static_cast<float>(i) + 0.5f) * inverse_bins);
+      tile[c][i - c * bins] = from[i];
+    }
+  } else {
+#pragma unroll 4
+    for (i32 c = warp; c < channels; c += kWarps) {
+      for (i32 b = lane; b < bins; b += kWarpSize) tile[c][b] = from[c * args.bins + b];
+    }
+  }
+  __syncthreads();
+#pragma unroll 4
+  for (i32 b = warp; b < bins; b += kWarps) {
+    for (i32 c = lane; c < channels; c += kWarpSize) to[b * args.c + c] = tile[c][b];
+  }
+}
+
 constexpr int kMostThreads = 512;
 
 // What a block holds. The sums have channels innermost and one place of padding, so that a row of pixels of
@@ -285,7 +520,8 @@ __device__ __forceinline__ void add_average(const Args& args, i64 region, const 
   constexpr u32 kAll = 0xffffffffu;
   const Regions& r = args.regions;
   const Table<T> table = table_of<T>(args, region);
-  const i32 n_rows = table.row_begins[r.pooled_h], n_columns = table.column_begins[r.pooled_w];
+  const i32 n_rows = table.row_bins[r.pooled_h - 1].end;
+  const i32 n_columns = table.column_bins[r.pooled_w - 1].end;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const Scalar* bins = static_cast<const Scalar*>(args.bins) +
                        Index(region) * Index(r.pooled_h * r.pooled_w) * Index(r.c) + at.channel +

@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "common/bands.h"
 #include "common/types.h"
 #include "geometry/bilinear.h"
 
@@ -30,10 +31,38 @@ struct Args {
   i32* argmax;  // as bins: the number of the winning sample in its bin, -1 for none; kMax only
   void*
       taps;  // (k, row_capacity + column_capacity) Tap: what each bin takes of the rows, then of the columns
-  i32*
-      begins;  // (k, pooled_h + 1 + pooled_w + 1) the number of the first tap of each bin, and of all
-  void* spans;  // (k,) Span
+  Range* ranges;  // (k, pooled_h + pooled_w) where each bin's taps lie among those of its axis
+  void* spans;    // (k,) Span
   i64 row_capacity, column_capacity;
+};
+
+// For at most kQuadSamples samples per bin and axis, on maps of channels first: all taps of a bin have a fixed place.
+constexpr i64 kQuadSamples = 2;
+constexpr i64 kMostQuadPixels = 65534;
+constexpr u16 kNoPixel = 65535;
+template <class T>
+struct alignas(16) QuadWeights {
+  T at[2 * kQuadSamples];
+};
+struct alignas(8) QuadPixels {
+  u16 at[2 * kQuadSamples];  // kNoPixel: the bin has no sample
+};
+struct StagedArgs {
+  Regions regions;
+  const void* maps;
+  void* bins;
+  void* weights;       // (k, pooled_h + pooled_w) QuadWeights, rows before columns
+  QuadPixels* pixels;  // the same shape
+  BandList list;
+};
+
+// Elements from the band of one map to that of the next; each begins at 16 bytes.
+TORCHKILN_HD i32 band_pitch(i32 height, i32 width) { return (height * width + 15) / 16 * 16; }
+
+struct TransposeArgs {
+  const void* from;  // (k, c, bins)
+  void* to;          // (k, bins, c)
+  i64 k, c, bins;
 };
 
 // The samples of a region on one axis: bin b has `count` of them at start + b * bin + (i + 0.5) * step.
@@ -86,19 +115,30 @@ TORCHKILN_HD void sample_range(const Axis<T>& axis, i64 bin, i64 size, i32& firs
   last = samples_before(double(size) + 2.0 * step, begin, step, axis.count);
 }
 
+// Called by value: a reference would put the kernel's arguments on the stack.
 template <class T>
-TORCHKILN_HD_CALLED T coordinate(const Regions& r, i64 region, int column) {
-  const i64 at = region * 5 + column;
-  switch (r.box_type) {
+TORCHKILN_HD_CALLED T load_as(const void* from, i64 type, i64 at) {
+  switch (type) {
     case kHalfBoxes:
-      return T(load(static_cast<const half*>(r.boxes)[at]));
+      return T(load(static_cast<const half*>(from)[at]));
     case kBfloat16Boxes:
-      return T(load(static_cast<const bfloat16*>(r.boxes)[at]));
+      return T(load(static_cast<const bfloat16*>(from)[at]));
     case kDoubleBoxes:
-      return T(static_cast<const double*>(r.boxes)[at]);
+      return T(static_cast<const double*>(from)[at]);
     default:
-      return T(static_cast<const float*>(r.boxes)[at]);
+      return T(static_cast<const float*>(from)[at]);
   }
+}
+template <class T>
+TORCHKILN_HD T coordinate(const Regions& r, i64 region, int column) {
+  return load_as<T>(r.boxes, r.box_type, region * 5 + column);
+}
+
+// One axis of a region.
+template <class T>
+TORCHKILN_HD Axis<T> axis_at(const Regions& r, i64 region, bool columns) {
+  return axis_of(coordinate<T>(r, region, columns ? 1 : 2),
+                 coordinate<T>(r, region, columns ? 3 : 4), r, columns ? r.pooled_w : r.pooled_h);
 }
 
 // A region on both axes; batch is -1 when its index is out of range or not a number.
@@ -113,8 +153,8 @@ TORCHKILN_HD Window<T> window_of(const Regions& r, i64 region) {
   Window<T> window;
   const T batch = coordinate<T>(r, region, 0);
   window.batch = batch > T(-1) && batch < T(r.n) ? i64(batch) : -1;
-  window.y = axis_of(coordinate<T>(r, region, 2), coordinate<T>(r, region, 4), r, r.pooled_h);
-  window.x = axis_of(coordinate<T>(r, region, 1), coordinate<T>(r, region, 3), r, r.pooled_w);
+  window.y = axis_at<T>(r, region, false);
+  window.x = axis_at<T>(r, region, true);
   // Either axis without samples leaves the region without any.
   if (window.y.count == 0 || window.x.count == 0) window.y.count = window.x.count = 0;
   return window;
@@ -133,34 +173,41 @@ struct Span {
   i32 batch, y_first, y_last, x_first, x_last;
 };
 
-// Writes the taps of one axis, those of a bin that fall on the same pixel as one, and where each bin begins in them.
-// Returns their number: at most min(2 * count * pooled, size + 2 * pooled).
+// Writes the taps of one bin, those that fall on the same pixel as one, and returns their number: at most 2 * count, and
+// at most two more than the pixels from the bin's first sample to its last one.
 template <class T>
-TORCHKILN_HD i32 make_taps(const Axis<T>& axis, i64 pooled, i64 size, Tap<T>* taps, i32* begins) {
+TORCHKILN_HD i32 make_taps(const Axis<T>& axis, i64 bin, i64 size, Tap<T>* taps) {
   const T share = axis.count > 0 ? T(1) / T(axis.count) : T(0);
-  i32 n = 0;
-  for (i64 bin = 0; bin < pooled; ++bin) {
-    const i32 begin = n;
-    begins[bin] = n;
-    i32 first, last;
-    sample_range(axis, bin, size, first, last);
-    for (i32 i = first; i < last; ++i) {
-      const Taps<T> t = taps_at(sample_position(axis, bin, i), i32(size));
-      if (!t.inside) continue;
-      // Samples of a bin ascend, so a pixel that is there already is the last one or the one before it.
-      if (n == begin || taps[n - 1].pixel < t.low) {
-        taps[n++] = {T(0), t.low, i32(bin)};
-      }
-      i32 low = n - 1;
-      if (taps[low].pixel != t.low) --low;
-      taps[low].weight += t.weight_low * share;
-      if (t.high == t.low) continue;
-      if (taps[n - 1].pixel < t.high) taps[n++] = {T(0), t.high, i32(bin)};
-      taps[n - 1].weight += t.weight_high * share;
-    }
+  i32 n = 0, first, last;
+  sample_range(axis, bin, size, first, last);
+  for (i32 i = first; i < last; ++i) {
+    const Taps<T> t = taps_at(sample_position(axis, bin, i), i32(size));
+    if (!t.inside) continue;
+    // Samples of a bin ascend, so a pixel that is there already is the last one or the one before it.
+    if (n == 0 || taps[n - 1].pixel < t.low) taps[n++] = {T(0), t.low, i32(bin)};
+    i32 low = n - 1;
+    if (taps[low].pixel != t.low) --low;
+    taps[low].weight += t.weight_low * share;
+    if (t.high == t.low) continue;
+    if (taps[n - 1].pixel < t.high) taps[n++] = {T(0), t.high, i32(bin)};
+    taps[n - 1].weight += t.weight_high * share;
   }
-  begins[pooled] = n;
   return n;
+}
+
+// The pixel of the map nearest to a bin's first sample.
+template <class T>
+TORCHKILN_HD i32 first_pixel(const Axis<T>& axis, i64 bin, i64 size) {
+  const T position = sample_position(axis, bin, 0);
+  return position > T(0) ? i32(min_of(position, T(size - 1))) : 0;
+}
+
+// Where the taps of a bin begin: a fixed number of places each where the capacity was made for it; else after as many
+// as the bins before can have (one more each, lest rounding moves a sample over a pixel).
+template <class T>
+TORCHKILN_HD i32 first_tap(const Axis<T>& axis, i64 bin, i64 pooled, i64 size, i64 capacity) {
+  if (capacity == 2 * i64(axis.count) * pooled) return i32(2 * axis.count * bin);
+  return first_pixel(axis, bin, size) - first_pixel(axis, 0, size) + i32(3 * bin);
 }
 
 }  // namespace torchkiln::roi_align

@@ -235,3 +235,47 @@ def test_reference_by_hand() -> None:
     # One sample in the middle, (1.5, 1.5): the mean of four pixels.
     output = reference.roi_align(input, boxes - torch.tensor([0, 0, 0, 1, 1]), 1, 1, 1.0, 1)
     assert output.flatten().tolist() == [7.5]
+
+
+# Channels, height, width, regions, bins: large enough for bands of maps in shared memory.
+STAGED = {
+    "one_band": (3, 60, 52, 400, (7, 7)),
+    "bands": (2, 200, 333, 700, (7, 7)),
+    "tall_bins": (2, 300, 120, 6000, (2, 3)),
+    "wide": (4, 7, 5000, 90, (3, 70)),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("ratio", [1, 2, 3])
+@pytest.mark.parametrize("name", STAGED)
+def test_large_maps_equal_cpu(name: str, ratio: int, dtype: torch.dtype) -> None:
+    """Regions of all sizes, over borders, outside, of no image; forward and gradient."""
+    channels, height, width, count, bins = STAGED[name]
+    new = Inputs(3)
+    center = new.uniform(count, 2) * torch.tensor([width, height])
+    half = torch.exp(new.uniform(count, 2) * 4 - 0.7)
+    image = new.integers(count, 1, high=2).double()
+    boxes = torch.cat([image, center - half, center + half], 1)
+    boxes[::50, 1:] = torch.tensor([0.0, 0.0, width, height], dtype=boxes.dtype)
+    boxes[3::50, 1:] += 10000
+    boxes = boxes.to(torch.float32 if dtype == torch.float16 else dtype)
+    input = new.normal(2, channels, height, width).to(dtype)
+
+    def both(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = input.to(device).requires_grad_()
+        output = ops.roi_align(leaf, boxes.to(device), bins, 1.0, ratio, aligned=True)
+        return output.cpu(), torch.autograd.grad(output.sum(), leaf)[0].cpu()
+
+    # Positions are rounded differently; a pixel's worth of noise changes by that much.
+    limit = 1e-12 if dtype == torch.float64 else (2e-6 if dtype == torch.float32 else 1e-5)
+    for result, expected in zip(both("cuda"), both("cpu"), strict=True):
+        torch.testing.assert_close(result, expected, rtol=2e-3, atol=limit * max(height, width))
+
+
+@pytest.mark.gpu
+def test_region_of_no_image_is_zero_on_large_maps() -> None:
+    boxes = torch.tensor([[5.0, 1, 1, 30, 30], [-1.0, 1, 1, 30, 30]]).repeat(400, 1).cuda()
+    output = ops.roi_align(torch.ones(1, 4, 40, 40, device="cuda"), boxes, 7, 1.0, 2)
+    assert torch.equal(output, torch.zeros_like(output))
