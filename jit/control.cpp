@@ -9,7 +9,9 @@
 
 #include "jit/driver/device.h"
 #include "jit/driver/nvrtc_finder.h"
+#include "jit/explain.h"
 #include "jit/selftest.h"
+#include "jit/warm.h"
 
 // The environment, for the check for misspelt settings.
 extern char** environ;  // NOLINT
@@ -60,33 +62,6 @@ const std::map<std::string, std::int64_t>& dtype_types() {
   return table;
 }
 
-std::vector<std::int64_t> parse_dtypes(const json& names) {
-  std::vector<std::int64_t> types;
-  for (const json& name : names) {
-    const auto found = dtype_types().find(name.get<std::string>());
-    if (found == dtype_types().end()) {
-      throw Error(TORCHKILN_ERROR_VALUE,
-                  "dtypes must be among float32, float16, bfloat16, float64; got " +
-                      name.get<std::string>(),
-                  {}, "dtypes");
-    }
-    types.push_back(found->second);
-  }
-  return types;
-}
-
-std::string known_operators(Engine& engine) {
-  std::vector<std::string> names;
-  for (const Kernel* kernel : engine.kernels()) {
-    for (std::string& name : operators_of(*kernel)) names.push_back(std::move(name));
-  }
-  std::sort(names.begin(), names.end());
-  names.erase(std::unique(names.begin(), names.end()), names.end());
-  std::string list;
-  for (const std::string& name : names) list += (list.empty() ? "" : ", ") + name;
-  return list;
-}
-
 Points parse_points(const std::string& name) {
   if (name == "defaults") return Points::kDefaults;
   if (name == "corners") return Points::kCorners;
@@ -124,16 +99,7 @@ json expand_operators(Engine& engine, const json& request) {
   }
   for (const json& item : wanted) {
     const auto name = item.get<std::string>();
-    bool known = false;
-    for (const Kernel* kernel : engine.kernels()) {
-      if (!launches_for(*kernel, name)) continue;
-      known = true;
-      add(kernel, name);
-    }
-    if (!known) {
-      throw Error(TORCHKILN_ERROR_VALUE,
-                  "ops must be among " + known_operators(engine) + "; got " + name, {}, "ops");
-    }
+    for (const Kernel* kernel : engine.kernels_of(name)) add(kernel, name);
   }
   return {{"specializations", list}};
 }
@@ -253,7 +219,8 @@ json driver(Engine& engine, const json&) {
                        {"minor", facts.minor},
                        {"multiprocessors", facts.multiprocessors},
                        {"shared_bytes_per_block", facts.shared_bytes_per_block},
-                       {"l2_bytes", facts.l2_bytes}});
+                       {"l2_bytes", facts.l2_bytes},
+                       {"compute_mode", compute_mode(d.api(), i)}});
   }
   return {{"version", d.version()}, {"devices", devices}};
 }
@@ -280,11 +247,30 @@ const std::map<std::string, Command>& commands() {
       {"driver", &driver},
       {"set_site_directories", &site_directories},
       {"selftest.store", &selftest_store},
+      {"explain", &explain},
+      {"ladder", &explain_ladder},
+      {"dump", &dump},
+      {"warm", &warm},
   };
   return table;
 }
 
 }  // namespace
+
+std::vector<std::int64_t> parse_dtypes(const json& names) {
+  std::vector<std::int64_t> types;
+  for (const json& name : names) {
+    const auto found = dtype_types().find(name.get<std::string>());
+    if (found == dtype_types().end()) {
+      throw Error(TORCHKILN_ERROR_VALUE,
+                  "dtypes must be among float32, float16, bfloat16, float64; got " +
+                      name.get<std::string>(),
+                  {}, "dtypes");
+    }
+    types.push_back(found->second);
+  }
+  return types;
+}
 
 json control(Engine& engine, const std::string& command, const json& request) {
   const auto found = commands().find(command);

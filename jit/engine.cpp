@@ -5,6 +5,8 @@
 
 #include <pthread.h>
 
+#include <set>
+
 #include "jit/driver/nvrtc_finder.h"
 #include "jit/log.h"
 
@@ -95,6 +97,21 @@ std::vector<Kernel*> Engine::kernels() {
   return result;
 }
 
+std::vector<const Kernel*> Engine::kernels_of(const std::string& operator_name) {
+  std::vector<const Kernel*> result;
+  std::set<std::string> known;
+  for (const Kernel* kernel : kernels()) {
+    const auto* names = kernel->declaration.operators;
+    known.insert(names, names + kernel->declaration.n_operators);
+    if (launches_for(*kernel, operator_name)) result.push_back(kernel);
+  }
+  if (!result.empty()) return result;
+  std::string list;
+  for (const std::string& name : known) list += (list.empty() ? "" : ", ") + name;
+  throw Error(TORCHKILN_ERROR_VALUE, "ops must be among " + list + "; got " + operator_name, {},
+              "ops");
+}
+
 void Engine::run(Kernel& kernel, const torchkiln_launch& launch) {
   const LaunchKey key = launch_key(kernel, launch);
   const LaunchRecord* record = kernel.records.find(key);
@@ -167,6 +184,7 @@ void Engine::after_fork_in_parent() {
   kernels_mutex_.unlock();
 }
 void Engine::after_fork_in_child() {
+  log_after_fork_in_child();
   objects_.after_fork_in_child();
   kernels_mutex_.unlock();
 }

@@ -43,8 +43,11 @@ class Engine {
   void synchronize(int device, void* stream, const std::string& what, const std::string& way_out);
 
   std::vector<Kernel*> kernels();
+  // Those that an operator launches; throws Error(VALUE) with the known names when there are none.
+  std::vector<const Kernel*> kernels_of(const std::string& operator_name);
   const Settings& settings() const { return settings_; }
   Statistics& statistics() { return statistics_; }
+  const TemplateSources& sources() const { return sources_; }
   Objects& objects() { return objects_; }
   Driver& driver() { return driver_; }
 

@@ -21,6 +21,9 @@ using Clock = std::chrono::steady_clock;
 // Longer than any healthy compile: after it, compiling twice beats waiting for a stopped process.
 constexpr std::chrono::milliseconds kLockBound{30'000};
 
+// How often a waiting thread looks whether its wait is worth a line.
+constexpr std::chrono::milliseconds kProgressTick{100};
+
 double milliseconds_since(Clock::time_point start) {
   return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
 }
@@ -46,7 +49,8 @@ Objects::Objects(const Settings& settings, const TemplateSources& sources, Compi
       statistics_(statistics),
       options_(canonical_options(settings)),
       store_(settings.cache_dir, warn),
-      pool_(settings.compile_jobs) {}
+      pool_(settings.compile_jobs),
+      progress_([](const std::string& line) { log(TORCHKILN_LOG_INFO, line); }) {}
 
 std::string Objects::key_of(const Specialization& specialization, const Target& target) const {
   return cache_key(specialization, target, sources_.digest(specialization.path), options_);
@@ -147,8 +151,13 @@ Found Objects::compile(const Specialization& specialization, const Target& targe
   const auto used = compiler();
   cache::Object object;
   try {
-    object =
-        pool_.run(priority, [&] { return used->compile(specialization, target, key, options_); });
+    const auto compiled = pool_.submit(
+        priority, [&] { return used->compile(specialization, target, key, options_); });
+    if (priority == Priority::kInteractive) {
+      Progress::Compile waiting(progress_, specialization.text() + "@" + target.text());
+      while (compiled.wait_for(kProgressTick) == std::future_status::timeout) waiting.tick();
+    }
+    object = compiled.get();
   } catch (const Error& e) {
     if (e.kind() != TORCHKILN_ERROR_COMPILE) throw;
     const Error kept = keep_failure(e, settings_);

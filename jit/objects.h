@@ -16,6 +16,7 @@
 #include "cache/store.h"
 #include "jit/compile/compiler.h"
 #include "jit/compile/pool.h"
+#include "jit/compile/progress.h"
 #include "jit/error.h"
 #include "jit/settings.h"
 #include "jit/spec/specialization.h"
@@ -84,6 +85,7 @@ class Objects {
   std::once_flag identity_once_;
   std::string identity_;
   CompilePool pool_;
+  Progress progress_;
 
   std::mutex mutex_;  // guards what follows
   std::unordered_map<std::string, std::shared_ptr<const cache::Object>> memory_;

@@ -191,6 +191,26 @@ TORCHKILN_API int32_t torchkiln_synchronize(int32_t device, void* stream, const 
 // Facts of a device, cached; null and a record when the driver is missing.
 TORCHKILN_API const torchkiln_device* torchkiln_device_facts(int32_t device);
 
+// ---- watching ------------------------------------------------------------------------------------------------------
+
+// The process's counters, under the names that Python's torchkiln.statistics() has too. Fills at most `capacity` rows
+// and returns how many there are.
+typedef struct torchkiln_counter {
+  const char* name;  // lives as long as the process
+  uint64_t value;
+} torchkiln_counter;
+TORCHKILN_API uint32_t torchkiln_statistics(torchkiln_counter* out, uint32_t capacity);
+
+// What the engine has to say to people: a warning, or that compiles make the caller wait. Without a sink it goes to the
+// standard error stream. A sink may be called from any thread and must not throw.
+typedef enum torchkiln_log_level {
+  TORCHKILN_LOG_INFO = 20,  // the numbers of Python's logging
+  TORCHKILN_LOG_WARNING = 30
+} torchkiln_log_level;
+typedef void (*torchkiln_log_sink)(void* context, int32_t level, const char* sentence);
+// Null for none. When this returns, no thread is inside the sink before.
+TORCHKILN_API void torchkiln_set_log_sink(torchkiln_log_sink sink, void* context);
+
 // ---- control -------------------------------------------------------------------------------------------------------
 
 // Everything that is not a launch: JSON in, JSON out, so that the interface does not grow with each command. The reply

@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <map>
+#include <memory>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -201,5 +203,22 @@ inline Geometry linear(std::int64_t blocks, std::int64_t block_size,
 }
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// The process's counters by name, the same as Python's torchkiln.statistics().
+inline std::map<std::string, std::uint64_t> statistics() {
+  std::vector<torchkiln_counter> rows(torchkiln_statistics(nullptr, 0));
+  torchkiln_statistics(rows.data(), static_cast<std::uint32_t>(rows.size()));
+  std::map<std::string, std::uint64_t> result;
+  for (const torchkiln_counter& row : rows) result[row.name] = row.value;
+  return result;
+}
+
+// A command of the engine: JSON in, JSON out; throws Error. Commands are listed in jit/control.cpp.
+inline std::string control(const std::string& command, const std::string& request = "{}") {
+  char* reply = nullptr;
+  check(torchkiln_control(command.c_str(), request.c_str(), &reply));
+  const std::unique_ptr<char, decltype(&torchkiln_free)> owner(reply, &torchkiln_free);
+  return reply;
+}
 
 }  // namespace torchkiln

@@ -17,6 +17,7 @@ _native.load()
 
 from torchkiln import errors, ops  # noqa: E402 - the schemas must exist before the operators
 from torchkiln._backend import backend  # noqa: E402
+from torchkiln._native import statistics  # noqa: E402
 
 if TYPE_CHECKING:
     from torchkiln import compat, nn, reference, testing
@@ -30,6 +31,7 @@ __all__ = [
     "nn",
     "ops",
     "reference",
+    "statistics",
     "testing",
     "verify",
 ]

@@ -41,9 +41,29 @@ def _version(context: click.Context, parameter: click.Parameter, value: bool) ->
     context.exit()
 
 
+def _cmake_dir(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if not value or context.resilient_parsing:
+        return
+    from torchkiln_cli import _native
+
+    try:
+        click.echo(_native.cmake_dir())
+    except _native.EngineMissingError as error:
+        raise click.ClickException(str(error)) from error
+    context.exit()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Version."
+)
+@click.option(
+    "--cmake-dir",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_cmake_dir,
+    help="Folder for CMake's torchkiln_DIR.",
 )
 def cli() -> None:
     """CUDA operators for PyTorch, compiled where they run, without nvcc."""
@@ -182,6 +202,90 @@ def cache_clear(yes: bool, as_json: bool) -> None:
     from torchkiln_cli import cache as module
 
     module.clear(yes, as_json)
+
+
+_PLACE = (
+    click.argument("op"),
+    click.argument("values", nargs=-1, metavar="[NAME=VALUE]..."),
+    click.option("--arch", help="An architecture, for example sm_90; by default that of --device."),
+    click.option("--device", default=0, show_default=True, help="A GPU of this machine."),
+    click.option("--dtypes", help="For example float32,float16; all by default."),
+)
+
+
+def _place(function: _F) -> _F:
+    """Adds the arguments that name an operator's kernels on a GPU."""
+    for option in reversed(_PLACE):
+        function = option(function)
+    return function
+
+
+@cli.command()
+@_place
+@_json
+@_command
+def explain(
+    op: str,
+    values: tuple[str, ...],
+    arch: str | None,
+    device: int,
+    dtypes: str | None,
+    as_json: bool,
+) -> None:
+    """Tell which kernels OP runs, where each comes from, and why.
+
+    NAME=VALUE fixes a static parameter or gives a size, such as scalar=half or k=1000; with all
+    sizes of a kernel the default that it would take is shown, without them all of its defaults.
+    """
+    from torchkiln_cli import explain as module
+    from torchkiln_cli.warm import UsageError, split
+
+    try:
+        names, place = module.parse_values(values), module.where(arch, device)
+        reply = module.kernels(op, names, split(dtypes) if dtypes else None, place)
+    except UsageError as error:
+        raise click.UsageError(str(error)) from error
+    module.emit(op, reply, as_json)
+    sys.exit(1 if any(row["layer"] == "none" for row in reply["kernels"]) else 0)
+
+
+@cli.command()
+@_place
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder to write to.")
+@click.option(
+    "--what", default="source,ptx,sass", show_default=True, help="Also cubin, the machine code."
+)
+@_json
+@_command
+def dump(
+    op: str,
+    values: tuple[str, ...],
+    arch: str | None,
+    device: int,
+    dtypes: str | None,
+    out: str,
+    what: str,
+    as_json: bool,
+) -> None:
+    """Write source, PTX and SASS of the kernels of OP, chosen as by explain.
+
+    SASS needs nvdisasm or cuobjdump; without one the rest is written and the exit code is 1.
+    """
+    from torchkiln_cli import dump as module
+    from torchkiln_cli import explain as explanation
+    from torchkiln_cli.warm import UsageError, split
+
+    kinds = split(what)
+    for kind in kinds:
+        if kind not in module.KINDS:
+            raise click.UsageError(f"--what must be among {', '.join(module.KINDS)}; got {kind}")
+    try:
+        names, place = explanation.parse_values(values), explanation.where(arch, device)
+        reply = explanation.kernels(op, names, split(dtypes) if dtypes else None, place)
+    except UsageError as error:
+        raise click.UsageError(str(error)) from error
+    target = f"sm_{reply['architecture']}"
+    sys.exit(0 if module.run(reply["kernels"], target, out, kinds, as_json) else 1)
 
 
 if __name__ == "__main__":
