@@ -188,11 +188,11 @@ struct SigmoidFocalLoss : torch::autograd::Function<SigmoidFocalLoss> {
     static const auto op =
         find<Tensor(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&,
                     double, double, std::int64_t)>("torchkiln::_sigmoid_focal_loss_backward");
-    TORCH_CHECK(!ctx->needs_input_grad(1) && !ctx->needs_input_grad(2),
+    const auto saved = ctx->get_saved_variables();
+    TORCH_CHECK(!saved[1].requires_grad() && !(saved[2].defined() && saved[2].requires_grad()),
                 "sigmoid_focal_loss: targets and weight get no gradient. Detach them");
     refuse_second_derivative("sigmoid_focal_loss", at::GradMode::is_enabled());
     const at::AutoDispatchBelowADInplaceOrView guard;
-    const auto saved = ctx->get_saved_variables();
     const auto weight = saved[2].defined() ? std::optional(saved[2]) : std::nullopt;
     const Tensor grad =
         op.call(grads[0], saved[0], saved[1], weight, ctx->saved_data["alpha"].toDouble(),
