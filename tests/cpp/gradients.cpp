@@ -67,20 +67,19 @@ void print_gradients() {
   const Tensor maps = leaf(wave({2, 3, 8, 8}, 0.3));
   print("roi_align", ops::roi_align(maps, rois(), 3, 2, 0.8, 2, true), {maps});
   const Tensor peaks = leaf(wave({2, 3, 8, 8}, 0.3));
-  print("roi_align_max",
-        ops::roi_align(peaks, rois(), 3, 2, 0.8, 2, true, ops::Pooling::kMaximum), {peaks});
-  const Tensor last =
-      leaf(wave({2, 3, 8, 8}, 0.3).contiguous(at::MemoryFormat::ChannelsLast));
+  print("roi_align_max", ops::roi_align(peaks, rois(), 3, 2, 0.8, 2, true, ops::Pooling::kMaximum),
+        {peaks});
+  const Tensor last = leaf(wave({2, 3, 8, 8}, 0.3).contiguous(at::MemoryFormat::ChannelsLast));
   print("roi_align_channels_last", ops::roi_align(last, rois(), 3, 2), {last});
   const Tensor pooled = leaf(wave({2, 3, 8, 8}, 0.3));
   print("roi_pool", ops::roi_pool(pooled, rois(), 3, 2, 0.8, false), {pooled});
 
   const Tensor logits = leaf(wave({4, 3}, 0.9));
   const Tensor labels = at::tensor({0, 1, 2, 3}, at::kLong);
-  print("focal_labels",
-        ops::sigmoid_focal_loss(logits, labels, wave({3}, 0.4).abs(), 0.3, 1.5,
-                                ops::Reduction::kSum),
-        {logits});
+  print(
+      "focal_labels",
+      ops::sigmoid_focal_loss(logits, labels, wave({3}, 0.4).abs(), 0.3, 1.5, ops::Reduction::kSum),
+      {logits});
   const Tensor soft = leaf(wave({4, 3}, 0.9));
   print("focal_soft", ops::sigmoid_focal_loss(soft, wave({4, 3}, 0.2).abs()), {soft});
 }

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torchkiln_cli import _native, _output
 from torchkiln_cli.doctor import _cache, _environment, _gpu, _trials, _versions
-from torchkiln_cli.doctor._finding import Finding
+from torchkiln_cli.doctor._finding import REINSTALL, REPORT, Finding
 
 _CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     *_versions.CHECKS,
@@ -33,11 +33,12 @@ def examine() -> list[Finding]:
         name = check.__name__.strip("_").replace("_", " ")
         try:
             findings += check()
-        except (_native.ControlError, _native.EngineMissingError) as error:
-            findings.append(Finding(name, "fail", str(error)))
+        except _native.EngineMissingError as error:
+            findings.append(Finding(name, "fail", str(error), REINSTALL))
+        except _native.ControlError as error:
+            findings.append(Finding(name, "fail", str(error), REPORT))
         except OSError as error:
-            fix = "Report this with the output of torchkiln doctor --report"
-            findings.append(Finding(name, "warn", f"could not be looked at: {error}", fix))
+            findings.append(Finding(name, "warn", f"could not be looked at: {error}", REPORT))
     return findings
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 
+REINSTALL = "Reinstall torchkiln: pip install --force-reinstall --no-deps torchkiln"
+REPORT = "Report this with the output of torchkiln doctor --report"
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:

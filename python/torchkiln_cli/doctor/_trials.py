@@ -14,12 +14,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from torchkiln_cli import _native
-from torchkiln_cli.doctor._finding import Finding, judge
+from torchkiln_cli.doctor._finding import REPORT, Finding, judge
 
 _PROBE_SECONDS = 300
 # Ten times what the slowest template should take on one core (docs/reports).
 _SLOW_MILLISECONDS = 2500
-_REPORT = "Report this with the output of torchkiln doctor --report"
 
 
 @functools.cache
@@ -74,7 +73,7 @@ def _surroundings() -> Iterator[Finding]:
     """A thread with a small stack, a forked child, a folder full of traps."""
     for row in probe().get("surroundings", []):
         fact = row["fact"] if row["error"] is None else row["error"]
-        yield judge(row["name"], row["error"] is None, fact, _REPORT)
+        yield judge(row["name"], row["error"] is None, fact, REPORT)
 
 
 def _launch() -> Iterator[Finding]:

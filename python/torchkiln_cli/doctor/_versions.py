@@ -13,10 +13,9 @@ from typing import Any
 
 from torchkiln_cli import _native
 from torchkiln_cli.doctor import _trials
-from torchkiln_cli.doctor._finding import Finding, judge
+from torchkiln_cli.doctor._finding import REINSTALL, Finding, judge
 
 _MINIMUM_TORCH = (2, 10)
-_REINSTALL = "Reinstall torchkiln: pip install --force-reinstall --no-deps torchkiln"
 
 
 def _library() -> Iterator[Finding]:
@@ -29,13 +28,13 @@ def _library() -> Iterator[Finding]:
         package = version  # built in place, without metadata
     if package != version:
         fact = f"the package is {package} and its engine library {version}"
-        yield Finding("torchkiln's parts", "fail", fact, _REINSTALL)
+        yield Finding("torchkiln's parts", "fail", fact, REINSTALL)
     folder = _native.package_folder()
     expected = f"libtorchkiln_ops-{version}.so"
     found = sorted(path.name for path in folder.glob("libtorchkiln_ops*.so"))
     there = f"; there is {', '.join(found)}" if found else ""
     fact = expected if expected in found else f"{expected} is missing in {folder}{there}"
-    yield judge("operator library", expected in found, fact, _REINSTALL)
+    yield judge("operator library", expected in found, fact, REINSTALL)
 
 
 def _torch() -> Iterator[Finding]:
