@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <map>
 
+#include "jit/deploy/commands.h"
 #include "jit/driver/device.h"
 #include "jit/driver/nvrtc_finder.h"
 #include "jit/explain.h"
@@ -108,17 +109,18 @@ json compile(Engine& engine, const json& request) {
   const auto specialization = Specialization::from_json(request.at("specialization"));
   Target target = Target::parse(request.at("target").get<std::string>());
   target.specific = specialization.architecture_specific;
-  const Found found = engine.objects().get(specialization, target, Priority::kPrewarm);
+  const Origin origin = request.value("own_compiler", false) ? Origin::kOwnCompiler : Origin::kAny;
+  const Found found = engine.objects().get(specialization, target, Priority::kPrewarm, origin);
   const json& header = found.object->header;
   return {{"specialization", specialization.text()},
           {"arch", target.text()},
           {"status", found.layer == Layer::kCompiled ? "compiled" : "hit"},
           {"layer", layer_name(found.layer)},
           {"milliseconds", found.milliseconds},
-          {"compile_milliseconds", header.value("milliseconds", 0.0)},
-          {"registers", header.value("registers", 0)},
-          {"spill_bytes", header.value("spill_bytes", 0)},
-          {"shared_bytes", header.value("shared_bytes", 0)},
+          {"compile_milliseconds", number_field(header, "milliseconds")},
+          {"registers", number_field(header, "registers")},
+          {"spill_bytes", number_field(header, "spill_bytes")},
+          {"shared_bytes", number_field(header, "shared_bytes")},
           {"bytes", found.object->payload.size()},
           {"key", found.key}};
 }
@@ -157,7 +159,7 @@ json cache_list(Engine& engine, const json&) {
     if (!object) continue;
     list.back()["specialization"] = object->header.value("text", "");
     list.back()["arch"] = object->header.value("target", "");
-    list.back()["registers"] = object->header.value("registers", 0);
+    list.back()["registers"] = number_field(object->header, "registers");
   }
   return {{"entries", list}};
 }
@@ -247,6 +249,15 @@ const std::map<std::string, Command>& commands() {
       {"driver", &driver},
       {"set_site_directories", &site_directories},
       {"selftest.store", &selftest_store},
+      {"manifest.expand", &expand_manifests},
+      {"record.start", &start_recording},
+      {"record.stop", &stop_recording},
+      {"seal", &seal},
+      {"bundles", &bundles_in_use},
+      {"bundle.create", &create_bundle},
+      {"bundle.merge", &merge_bundles},
+      {"bundle.list", &list_bundle},
+      {"bundle.verify", &verify_bundle},
       {"explain", &explain},
       {"ladder", &explain_ladder},
       {"dump", &dump},

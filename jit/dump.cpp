@@ -5,6 +5,7 @@
 #include <cctype>
 #include <filesystem>
 #include <fstream>
+#include <string_view>
 
 #include "jit/explain.h"
 
@@ -51,8 +52,9 @@ std::string write_ptx(Engine& engine, const Specialization& s, Target target,
   target.ptx = true;
   const Found found = engine.objects().get(s, target, Priority::kPrewarm);
   const fs::path file = folder / "kernel.ptx";
-  // Without the zero byte that the driver wants at the end.
-  write(file, found.object->payload.c_str());
+  std::string_view text = found.object->payload;
+  if (text.ends_with('\0')) text.remove_suffix(1);  // the driver wants it, readers do not
+  write(file, text);
   return file.string();
 }
 

@@ -24,7 +24,9 @@ typedef enum torchkiln_error_kind {
   TORCHKILN_ERROR_COMPILER = 5,  // CompilerNotFoundError: a compile is needed and there is no NVRTC
   TORCHKILN_ERROR_DRIVER = 6,    // DriverError: libcuda is missing or refused a call
   TORCHKILN_ERROR_CAPTURE = 7,   // CaptureError: the call would break a CUDA graph capture
-  TORCHKILN_ERROR_INTERNAL = 8   // RuntimeError: our own bug
+  TORCHKILN_ERROR_INTERNAL = 8,  // RuntimeError: our own bug
+  TORCHKILN_ERROR_MISSING =
+      9  // MissingKernelError: not in a bundle or the cache, and compiling is forbidden
 } torchkiln_error_kind;
 
 // The last failure on this thread. `details` is a JSON object (log, excerpt, options, source_path, ...), never null.
@@ -67,6 +69,10 @@ typedef struct torchkiln_param {
   const int64_t*
       values;  // tunable: the search space; static: the generic values that `warm --ops` compiles
   uint32_t n_values;
+  // 1: a layer constant, an integer that is compiled in where that is faster. Its value 0 means "given at run time" and
+  // must be among the values: that generic program serves every value, from the arguments and sizes of the launch alone,
+  // and runs where the exact one may not be compiled. Its launch geometry sees the 0.
+  int32_t constant;
 } torchkiln_param;
 
 // A size known at each call and never compiled in. It chooses the bucket that tunables are looked up by.

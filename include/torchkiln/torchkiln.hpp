@@ -36,14 +36,22 @@ struct Parameter {
   const char* name;
   torchkiln_param_kind kind;
   std::vector<std::int64_t> values;
+  bool constant = false;
 };
 inline Parameter types(const char* name, std::vector<std::int64_t> values) {
-  return {name, TORCHKILN_PARAM_TYPE, std::move(values)};
+  return {.name = name, .kind = TORCHKILN_PARAM_TYPE, .values = std::move(values)};
 }
 inline Parameter ints(const char* name, std::vector<std::int64_t> values) {
-  return {name, TORCHKILN_PARAM_INT, std::move(values)};
+  return {.name = name, .kind = TORCHKILN_PARAM_INT, .values = std::move(values)};
 }
-inline Parameter bools(const char* name) { return {name, TORCHKILN_PARAM_BOOL, {0, 1}}; }
+inline Parameter bools(const char* name) {
+  return {.name = name, .kind = TORCHKILN_PARAM_BOOL, .values = {0, 1}};
+}
+// A number of a layer (channels, groups, kernel size) that a launch may compile in; with 0 the program takes it from its
+// arguments and serves every value. `warm --ops` compiles the 0.
+inline Parameter layer_constant(const char* name) {
+  return {.name = name, .kind = TORCHKILN_PARAM_INT, .values = {0}, .constant = true};
+}
 
 inline const std::vector<std::int64_t> kFloatTypes = {TORCHKILN_FLOAT, TORCHKILN_HALF,
                                                       TORCHKILN_BFLOAT16, TORCHKILN_DOUBLE};
@@ -171,7 +179,8 @@ class Kernel {
                        .kind = p.kind,
                        .tunable = tunable,
                        .values = p.values.data(),
-                       .n_values = static_cast<std::uint32_t>(p.values.size())});
+                       .n_values = static_cast<std::uint32_t>(p.values.size()),
+                       .constant = p.constant ? 1 : 0});
   }
 
   static std::int32_t valid_thunk(const void* context, const std::int64_t* statics) {

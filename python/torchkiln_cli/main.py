@@ -134,38 +134,164 @@ def verify(ops: str | None, device: str, dtypes: str | None, as_json: bool) -> N
     sys.exit(0 if passed else 1)
 
 
+def _selection(function: _F) -> _F:
+    """What `warm` and `bundle create` compile, for what, and how many at a time."""
+    options = [
+        click.option(
+            "--manifest",
+            "manifests",
+            multiple=True,
+            type=click.Path(exists=True, dir_okay=False),
+            help="Kernels that a program used, as `record` wrote them down.",
+        ),
+        click.option("--ops", help="Generic variants of operators, for example nms,roi_align."),
+        click.option("--all", "all_ops", is_flag=True, help="Generic variants of all operators."),
+        click.option("--dtypes", help="With --ops, --all: float32,float16; all by default."),
+        click.option("--arch", required=True, help="Architectures, for example sm_80,sm_90."),
+        click.option(
+            "--jobs", type=click.IntRange(min=1), help="Compiles at a time; by cores and memory."
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 @cli.command()
-@click.option("--ops", help="Operators, for example nms,roi_align.")
-@click.option("--all", "all_ops", is_flag=True, help="All operators.")
-@click.option("--dtypes", help="For example float32,float16; all by default.")
-@click.option("--arch", required=True, help="Architectures, for example sm_80,sm_90.")
-@click.option("--jobs", type=click.IntRange(min=1), help="Compiles at a time; one per core.")
+@_selection
 @_json
 @_command
 def warm(
-    ops: str | None, all_ops: bool, dtypes: str | None, arch: str, jobs: int | None, as_json: bool
+    manifests: tuple[str, ...],
+    ops: str | None,
+    all_ops: bool,
+    dtypes: str | None,
+    arch: str,
+    jobs: int | None,
+    as_json: bool,
 ) -> None:
     """Compile kernels into the cache, for GPUs that need not be here."""
     from torchkiln_cli import _output
     from torchkiln_cli import warm as module
 
-    if bool(ops) == all_ops:
-        raise click.UsageError("Name operators with --ops, or take --all")
+    module.use_jobs(jobs)
     try:
         outcome = module.warm(
-            module.split(ops) if ops else None,
-            module.split(dtypes) if dtypes else None,
+            module.parse_selection(manifests, ops, all_ops, dtypes),
             module.parse_architectures(arch),
             jobs,
         )
     except module.UsageError as error:
         raise click.UsageError(str(error)) from error
     if as_json:
-        _output.emit_json({"kernels": [row.to_json() for row in outcome.rows]})
+        _output.emit_json(
+            {"complete": outcome.complete, "kernels": [row.to_json() for row in outcome.rows]}
+        )
     else:
         module.emit_failures(outcome)
         click.echo(outcome.summary())
     sys.exit(0 if outcome.complete else 1)
+
+
+@cli.command(context_settings={"allow_interspersed_args": False})
+@click.option(
+    "--out",
+    default="torchkiln.manifest.json",
+    show_default=True,
+    type=click.Path(dir_okay=False),
+    help="The manifest; it is added to.",
+)
+@_json
+@click.argument("program", nargs=-1, required=True, type=click.UNPROCESSED)
+@_command
+def record(out: str, as_json: bool, program: tuple[str, ...]) -> None:
+    """Run a program and write down the kernels that it uses: record -- python app.py."""
+    from torchkiln_cli import record as module
+
+    sys.exit(module.run(out, program, as_json))
+
+
+@cli.group()
+def bundle() -> None:
+    """Make, check and look into bundles: kernels for many GPUs in one file."""
+
+
+@bundle.command("create")
+@click.option("--out", required=True, type=click.Path(dir_okay=False), help="The file to write.")
+@_selection
+@_json
+@_command
+def bundle_create(
+    out: str,
+    manifests: tuple[str, ...],
+    ops: str | None,
+    all_ops: bool,
+    dtypes: str | None,
+    arch: str,
+    jobs: int | None,
+    as_json: bool,
+) -> None:
+    """Compile kernels and write them into one file."""
+    from torchkiln_cli import bundle as module
+    from torchkiln_cli import warm as compiling
+
+    compiling.use_jobs(jobs)
+    try:
+        written = module.create(
+            out,
+            compiling.parse_selection(manifests, ops, all_ops, dtypes),
+            compiling.parse_architectures(arch),
+            jobs,
+            as_json,
+        )
+    except compiling.UsageError as error:
+        raise click.UsageError(str(error)) from error
+    sys.exit(0 if written else 1)
+
+
+@bundle.command("verify")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "--manifest",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Kernels that must be in it; by default each one for every architecture in it.",
+)
+@click.option("--arch", help="Architectures that must be in it; by default those that are.")
+@_json
+@_command
+def bundle_verify(file: str, manifest: str | None, arch: str | None, as_json: bool) -> None:
+    """Prove that a bundle is whole and complete: code, architectures, symbols, keys."""
+    from torchkiln_cli import bundle as module
+    from torchkiln_cli.warm import UsageError, check_architecture_names
+
+    try:
+        architectures = None if arch is None else check_architecture_names(arch)
+    except UsageError as error:
+        raise click.UsageError(str(error)) from error
+    sys.exit(0 if module.verify(file, manifest, architectures, as_json) else 1)
+
+
+@bundle.command("list")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@_json
+@_command
+def bundle_list(file: str, as_json: bool) -> None:
+    """Print every kernel in a bundle."""
+    from torchkiln_cli import bundle as module
+
+    module.list_objects(file, as_json)
+
+
+@bundle.command("merge")
+@click.option("--out", required=True, type=click.Path(dir_okay=False), help="The file to write.")
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
+@_json
+@_command
+def bundle_merge(out: str, files: tuple[str, ...], as_json: bool) -> None:
+    """Write one bundle with the kernels of several; it may replace one of them."""
+    from torchkiln_cli import bundle as module
+
+    module.merge(out, files, as_json)
 
 
 @cli.group()
