@@ -12,6 +12,7 @@
 
 #include "jit/compile/pool.h"
 #include "jit/control.h"
+#include "jit/deploy/commands.h"
 
 namespace torchkiln::jit {
 namespace {
@@ -19,7 +20,7 @@ namespace {
 using nlohmann::json;
 using Work = std::vector<std::pair<Specialization, Target>>;
 
-Work work_of(Engine& engine, const json& request) {
+std::vector<Specialization> of_operators(Engine& engine, const json& request) {
   const json operators = request.value("operators", json());
   std::set<const Kernel*> kernels;
   if (operators.is_null()) {
@@ -31,16 +32,35 @@ Work work_of(Engine& engine, const json& request) {
     kernels.insert(some.begin(), some.end());
   }
   const auto dtypes = parse_dtypes(request.value("dtypes", json()));
+  std::vector<Specialization> result;
+  for (const Kernel* kernel : kernels) {
+    const auto some = expand(*kernel, dtypes);
+    result.insert(result.end(), some.begin(), some.end());
+  }
+  return result;
+}
+
+std::vector<Specialization> of_manifests(Engine& engine, const json& paths) {
+  const json reply = expand_manifests(engine, {{"paths", paths}});
+  if (const json& unknown = reply.at("unknown"); !unknown.empty())
+    throw Error(TORCHKILN_ERROR_VALUE, unknown.front().at("error").get<std::string>());
+  std::vector<Specialization> result;
+  for (const json& row : reply.at("specializations"))
+    result.push_back(Specialization::from_json(row));
+  return result;
+}
+
+Work work_of(Engine& engine, const json& request) {
+  const json manifests = request.value("manifests", json());
+  const auto specializations =
+      manifests.is_null() ? of_operators(engine, request) : of_manifests(engine, manifests);
   Work work;
   for (const json& name : request.at("targets")) {
-    const Target target = Target::parse(name.get<std::string>());
-    for (const Kernel* kernel : kernels) {
-      if (target.architecture < kernel->declaration.min_architecture) continue;
-      for (Specialization& s : expand(*kernel, dtypes)) {
-        Target own = target;
-        own.specific = s.architecture_specific;
-        work.emplace_back(std::move(s), own);
-      }
+    Target target = Target::parse(name.get<std::string>());
+    for (const Specialization& s : specializations) {
+      if (target.architecture < s.min_architecture) continue;
+      target.specific = s.architecture_specific;
+      work.emplace_back(s, target);
     }
   }
   return work;

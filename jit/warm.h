@@ -9,8 +9,8 @@
 
 namespace torchkiln::jit {
 
-// Request: "operators" (all when null), "dtypes" (all when null), "targets" (sm_90). Brings every default of every generic
-// variant into the cache. Reply: how many were "compiled", "present" already or "failed", and "errors", each sentence
+// Request: "targets" (sm_90), and "manifests", files of what programs used, or "operators" (all when null) with "dtypes"
+// (all when null): every default of every generic variant. Brings them into the cache. Reply: how many were "compiled", "present" already or "failed", and "errors", each sentence
 // once.
 nlohmann::json warm(Engine& engine, const nlohmann::json& request);
 

@@ -1,7 +1,10 @@
 // Trains a small detection head in C++: compiles its kernels ahead, takes gradient steps through torchkiln's operators,
 // and prints what happened as JSON lines. Without a GPU it trains on the CPU, and still compiles ahead for GPUs.
 //
-//   train [--arch sm_90] [--steps 20] [--device cpu|cuda]
+//   train [--arch sm_90] [--manifest used.json] [--steps 20] [--device cpu|cuda]
+//
+// With TORCHKILN_RECORD=used.json in the environment a run on a GPU writes down the kernels that it used; --manifest
+// compiles exactly those ahead, here or elsewhere.
 //
 // SPDX-License-Identifier: Apache-2.0
 #include <ATen/ATen.h>
@@ -20,7 +23,8 @@
 namespace {
 
 struct Options {
-  std::string arch;  // empty: nothing is compiled ahead
+  std::string arch;      // empty: nothing is compiled ahead
+  std::string manifest;  // empty: every variant of the operators
   std::string device = "cpu";
   int steps = 20;
 };
@@ -31,6 +35,8 @@ Options parse(int argc, char** argv) {
     const std::string name = argv[i], value = argv[i + 1];
     if (name == "--arch") {
       options.arch = value;
+    } else if (name == "--manifest") {
+      options.manifest = value;
     } else if (name == "--device") {
       options.device = value;
     } else if (name == "--steps") {
@@ -123,12 +129,13 @@ void suppress() {
 }
 
 // Compiles ahead what training will run; on the machine that runs it, or on one that only builds.
-void warm(const std::string& arch) {
-  std::cout << "{\"warm\": "
-            << torchkiln::control("warm", R"({"operators": ["roi_align", "roi_pool",
-                   "sigmoid_focal_loss"], "dtypes": ["float32"], "targets": [")" +
-                                              arch + R"("]})")
-            << "}\n";
+void warm(const Options& options) {
+  const std::string what =
+      options.manifest.empty()
+          ? R"("operators": ["roi_align", "roi_pool", "sigmoid_focal_loss"], "dtypes": ["float32"])"
+          : R"("manifests": [")" + options.manifest + R"("])";
+  const std::string request = "{" + what + R"(, "targets": [")" + options.arch + R"("]})";
+  std::cout << "{\"warm\": " << torchkiln::control("warm", request) << "}\n";
 }
 
 }  // namespace
@@ -143,7 +150,7 @@ int main(int argc, char** argv) try {
       },
       nullptr);
 
-  if (!options.arch.empty()) warm(options.arch);
+  if (!options.arch.empty()) warm(options);
   suppress();
   train(options);
 

@@ -71,6 +71,7 @@ class FakeEngine:
                 ]
             },
             "cache.clear": {"freed_bytes": 8192},
+            "bundles": {"bundles": [], "refused": []},
             "selftest.store": {"checks": [{"name": "publish", "ok": True, "fact": "linked"}]},
         }
 

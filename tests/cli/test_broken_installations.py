@@ -260,6 +260,21 @@ def test_no_home(cache: Path) -> None:
     result.expect("compile", "ok", "box_iou")
 
 
+def test_a_damaged_bundle(cache: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "app.bundle"
+    command = [sys.executable, "-m", "torchkiln_cli.main", "bundle", "create", "--out", str(bundle)]
+    command += ["--ops", "box_iou", "--dtypes", "float32", "--arch", "sm_90"]
+    environment = {**os.environ, "TORCHKILN_CACHE_DIR": str(cache)}
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    result = examine(cache, TORCHKILN_BUNDLES=str(bundle))
+    result.expect("bundle", "ok", "kernels for sm_90")
+    content = bytearray(bundle.read_bytes())
+    content[-100] ^= 1
+    bundle.write_bytes(content)
+    result = examine(cache, TORCHKILN_BUNDLES=str(bundle))
+    result.expect("bundle", "fail", str(bundle), "torchkiln bundle create")
+
+
 # --- the package ----------------------------------------------------------------------------------
 
 

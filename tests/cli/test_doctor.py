@@ -190,6 +190,31 @@ def test_file_system_of_the_cache(monkeypatch, kind, status):
     assert _cache._file_system(Path("/x")).status == status
 
 
+def test_bundles_are_proved(findings, engine):
+    engine.replies["settings"]["values"]["jit"] = "forbid"
+    assert findings()["bundles"].status == "warn"
+    proof = {
+        "path": "/b",
+        "objects": 2,
+        "bytes": 4096,
+        "architectures": ["sm_80", "sm_90"],
+        "compilers": ["nvrtc-12.9"],
+        "missing": [],
+        "problems": [],
+    }
+    engine.replies["bundles"] = {"bundles": [{"path": "/b"}], "refused": []}
+    engine.replies["bundle.verify"] = proof
+    found = findings()
+    assert found["bundle"].fact == "/b: 2 kernels for sm_80, sm_90, 4.0 KiB, by nvrtc-12.9"
+    assert "bundles" not in found
+    proof["missing"] = [{"specialization": "nms.mask<float>", "arch": "sm_80"}]
+    assert "such as nms.mask<float>@sm_80" in findings()["bundle"].fact
+    proof["problems"] = [{"object": "object 1", "why": "its digest is wrong"}]
+    assert findings()["bundle"].status == "fail"
+    engine.replies["bundles"] = {"bundles": [], "refused": [{"path": "/b", "why": "too short"}]}
+    assert findings()["bundle"].fact == "/b: too short"
+
+
 def test_a_file_that_python_would_import_instead(findings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "working directory" not in findings()

@@ -123,6 +123,17 @@ def test_the_example_compiles_ahead_and_counts(programs: Path, tmp_path: Path) -
     assert first[2] == {"kept": 2}
 
 
+def test_the_example_compiles_what_a_manifest_names(programs: Path, tmp_path: Path) -> None:
+    _native.load_operators()
+    reply = _native.control("explain", operator="roi_pool", values={}, target="sm_80")
+    texts = sorted({row["text"] for row in reply["kernels"]})[:2]
+    manifest = tmp_path / "used.json"
+    manifest.write_text(json.dumps({"format": 1, "kernels": texts}))
+    arguments = ("--steps", "1", "--arch", "sm_80", "--manifest", str(manifest))
+    warm = run(programs / "example" / "train", tmp_path, *arguments)[1]["warm"]
+    assert warm == {"compiled": 2, "present": 0, "failed": 0, "errors": []}
+
+
 # --- every gradient of autograd.hpp ---------------------------------------------------------------
 
 

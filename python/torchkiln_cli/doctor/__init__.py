@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torchkiln_cli import _native, _output
-from torchkiln_cli.doctor import _cache, _environment, _gpu, _trials, _versions
+from torchkiln_cli.doctor import _bundles, _cache, _environment, _gpu, _trials, _versions
 from torchkiln_cli.doctor._finding import REINSTALL, REPORT, Finding
 
 _CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     *_versions.CHECKS,
     *_gpu.CHECKS,
     *_cache.CHECKS,
+    *_bundles.CHECKS,
     *_trials.CHECKS,
     *_environment.CHECKS,
 )
