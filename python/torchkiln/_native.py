@@ -44,8 +44,8 @@ def statistics() -> dict[str, int]:
 
     Example:
         >>> import torchkiln
-        >>> torchkiln.statistics()["compiles"]
-        0
+        >>> torchkiln.statistics()["launches"] >= 0
+        True
     """
     counters: dict[str, int] = _control.control("statistics", {})
     return counters

@@ -33,7 +33,7 @@ def test_statistics_are_whole_numbers_that_only_grow():
     assert all(type(value) is int for value in counters.values())
     _control.control("nvrtc", {"load": True})
     after = torchkiln.statistics()
-    assert after["nvrtc_opened"] == 1
+    assert after["nvrtc_opened"] == 1  # once in a process, whoever asked first
     assert all(after[name] >= value for name, value in counters.items())
 
 

@@ -201,9 +201,9 @@ class WithCompiler : public ::testing::Test {
     static const char* operators[] = {"scale"};
     static const std::int64_t types[] = {TORCHKILN_FLOAT, TORCHKILN_DOUBLE}, factors[] = {2},
                               blocks[] = {128, 256};
-    static const torchkiln_param params[] = {{"scalar", TORCHKILN_PARAM_TYPE, 0, types, 2},
-                                             {"factor", TORCHKILN_PARAM_INT, 0, factors, 1},
-                                             {"block_size", TORCHKILN_PARAM_INT, 1, blocks, 2}};
+    static const torchkiln_param params[] = {{"scalar", TORCHKILN_PARAM_TYPE, 0, types, 2, 0},
+                                             {"factor", TORCHKILN_PARAM_INT, 0, factors, 1, 0},
+                                             {"block_size", TORCHKILN_PARAM_INT, 1, blocks, 2, 0}};
     static const torchkiln_size sizes[] = {{"n", TORCHKILN_BUCKET_POW2}};
     static const torchkiln_declaration result = {
         .struct_size = sizeof(torchkiln_declaration),
