@@ -178,7 +178,9 @@ void add_source(json& row, Engine& engine, const Subject& subject, const Special
   }
   if (engine.objects().mode() == JitMode::kForbid) {
     row["layer"] = "none";
-    row["why"] = "in no layer, and compiling is forbidden; a launch takes a generic variant if one is stored";
+    row["why"] =
+        "in no layer, and compiling is forbidden; a launch takes a generic variant if one is "
+        "stored";
   } else if (subject.compiler && !tried.rungs.empty()) {
     row["layer"] = "compile";
     row["why"] = "in no layer; the first call compiles it with NVRTC " +

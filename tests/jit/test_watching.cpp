@@ -313,6 +313,13 @@ TEST_F(WithCompiler, ExplainWithoutACompilerSaysSo) {
   EXPECT_EQ(rows[0]["why"], "in no layer, and there is no NVRTC here");
 }
 
+TEST_F(WithCompiler, ExplainKnowsThatCompilingIsForbidden) {
+  engine().objects().set_mode(JitMode::kForbid);
+  const json rows = explained({{"scalar", "float"}, {"n", "5"}});
+  EXPECT_EQ(rows[0]["layer"], "none");
+  EXPECT_NE(rows[0]["why"].get<std::string>().find("compiling is forbidden"), std::string::npos);
+}
+
 TEST_F(WithCompiler, ExplainRefusesWhatItDoesNotKnow) {
   const auto message = [&](const std::string& op, const json& values) {
     try {
