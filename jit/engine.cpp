@@ -247,10 +247,10 @@ void Engine::after_fork_in_parent() {
   kernels_mutex_.unlock();
 }
 void Engine::after_fork_in_child() {
-  log_after_fork_in_child();
   objects_.after_fork_in_child();
   recorder_.after_fork();
   kernels_mutex_.unlock();
+  log_after_fork_in_child();
 }
 
 }  // namespace torchkiln::jit
