@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -28,7 +29,10 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The build folder of CMakeLists.txt in this folder, against what is installed here."""
-    build = tmp_path_factory.mktemp("cpp")
+    # The processes of a parallel run share one build, and the first of them makes it.
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    build = shared / "cpp"
     torch_folder = torch.__path__[0]
     beside = Path(sys.executable).parent / "cmake"
     cmake = str(beside) if beside.exists() else "cmake"
@@ -40,8 +44,10 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-DCMAKE_CXX_FLAGS=-O0",
     ]
     configure = [cmake, "-S", str(FOLDER), "-B", str(build), *options]
-    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
-    subprocess.run([cmake, "--build", str(build), "--parallel", "2"], check=True)
+    with (shared / "cpp.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([cmake, "--build", str(build), "--parallel", "2"], check=True)
     return build
 
 
