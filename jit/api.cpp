@@ -9,6 +9,7 @@
 #include "jit/control.h"
 #include "jit/engine.h"
 #include "jit/error.h"
+#include "jit/log.h"
 #include "torchkiln/torchkiln.h"
 
 namespace {
@@ -88,6 +89,21 @@ const torchkiln_device* torchkiln_device_facts(std::int32_t device) {
   const torchkiln_device* facts = nullptr;
   guarded([&] { facts = &Engine::instance().driver().device(device); });
   return facts;
+}
+
+std::uint32_t torchkiln_statistics(torchkiln_counter* out, std::uint32_t capacity) {
+  std::uint32_t count = 0;
+  guarded([&] {
+    for (const auto& row : Engine::instance().statistics().rows()) {
+      if (count < capacity) out[count] = {row.name, row.value};
+      ++count;
+    }
+  });
+  return count;
+}
+
+void torchkiln_set_log_sink(torchkiln_log_sink sink, void* context) {
+  guarded([&] { torchkiln::jit::set_log_sink(sink, context); });
 }
 
 std::int32_t torchkiln_control(const char* command, const char* request, char** reply) {

@@ -7,9 +7,12 @@
 #include <cstdlib>
 #include <map>
 
+#include "jit/deploy/commands.h"
 #include "jit/driver/device.h"
 #include "jit/driver/nvrtc_finder.h"
+#include "jit/explain.h"
 #include "jit/selftest.h"
+#include "jit/warm.h"
 
 // The environment, for the check for misspelt settings.
 extern char** environ;  // NOLINT
@@ -60,33 +63,6 @@ const std::map<std::string, std::int64_t>& dtype_types() {
   return table;
 }
 
-std::vector<std::int64_t> parse_dtypes(const json& names) {
-  std::vector<std::int64_t> types;
-  for (const json& name : names) {
-    const auto found = dtype_types().find(name.get<std::string>());
-    if (found == dtype_types().end()) {
-      throw Error(TORCHKILN_ERROR_VALUE,
-                  "dtypes must be among float32, float16, bfloat16, float64; got " +
-                      name.get<std::string>(),
-                  {}, "dtypes");
-    }
-    types.push_back(found->second);
-  }
-  return types;
-}
-
-std::string known_operators(Engine& engine) {
-  std::vector<std::string> names;
-  for (const Kernel* kernel : engine.kernels()) {
-    for (std::string& name : operators_of(*kernel)) names.push_back(std::move(name));
-  }
-  std::sort(names.begin(), names.end());
-  names.erase(std::unique(names.begin(), names.end()), names.end());
-  std::string list;
-  for (const std::string& name : names) list += (list.empty() ? "" : ", ") + name;
-  return list;
-}
-
 Points parse_points(const std::string& name) {
   if (name == "defaults") return Points::kDefaults;
   if (name == "corners") return Points::kCorners;
@@ -124,16 +100,7 @@ json expand_operators(Engine& engine, const json& request) {
   }
   for (const json& item : wanted) {
     const auto name = item.get<std::string>();
-    bool known = false;
-    for (const Kernel* kernel : engine.kernels()) {
-      if (!launches_for(*kernel, name)) continue;
-      known = true;
-      add(kernel, name);
-    }
-    if (!known) {
-      throw Error(TORCHKILN_ERROR_VALUE,
-                  "ops must be among " + known_operators(engine) + "; got " + name, {}, "ops");
-    }
+    for (const Kernel* kernel : engine.kernels_of(name)) add(kernel, name);
   }
   return {{"specializations", list}};
 }
@@ -142,17 +109,18 @@ json compile(Engine& engine, const json& request) {
   const auto specialization = Specialization::from_json(request.at("specialization"));
   Target target = Target::parse(request.at("target").get<std::string>());
   target.specific = specialization.architecture_specific;
-  const Found found = engine.objects().get(specialization, target, Priority::kPrewarm);
+  const Origin origin = request.value("own_compiler", false) ? Origin::kOwnCompiler : Origin::kAny;
+  const Found found = engine.objects().get(specialization, target, Priority::kPrewarm, origin);
   const json& header = found.object->header;
   return {{"specialization", specialization.text()},
           {"arch", target.text()},
           {"status", found.layer == Layer::kCompiled ? "compiled" : "hit"},
           {"layer", layer_name(found.layer)},
           {"milliseconds", found.milliseconds},
-          {"compile_milliseconds", header.value("milliseconds", 0.0)},
-          {"registers", header.value("registers", 0)},
-          {"spill_bytes", header.value("spill_bytes", 0)},
-          {"shared_bytes", header.value("shared_bytes", 0)},
+          {"compile_milliseconds", number_field(header, "milliseconds")},
+          {"registers", number_field(header, "registers")},
+          {"spill_bytes", number_field(header, "spill_bytes")},
+          {"shared_bytes", number_field(header, "shared_bytes")},
           {"bytes", found.object->payload.size()},
           {"key", found.key}};
 }
@@ -191,7 +159,7 @@ json cache_list(Engine& engine, const json&) {
     if (!object) continue;
     list.back()["specialization"] = object->header.value("text", "");
     list.back()["arch"] = object->header.value("target", "");
-    list.back()["registers"] = object->header.value("registers", 0);
+    list.back()["registers"] = number_field(object->header, "registers");
   }
   return {{"entries", list}};
 }
@@ -253,7 +221,8 @@ json driver(Engine& engine, const json&) {
                        {"minor", facts.minor},
                        {"multiprocessors", facts.multiprocessors},
                        {"shared_bytes_per_block", facts.shared_bytes_per_block},
-                       {"l2_bytes", facts.l2_bytes}});
+                       {"l2_bytes", facts.l2_bytes},
+                       {"compute_mode", compute_mode(d.api(), i)}});
   }
   return {{"version", d.version()}, {"devices", devices}};
 }
@@ -280,11 +249,39 @@ const std::map<std::string, Command>& commands() {
       {"driver", &driver},
       {"set_site_directories", &site_directories},
       {"selftest.store", &selftest_store},
+      {"manifest.expand", &expand_manifests},
+      {"record.start", &start_recording},
+      {"record.stop", &stop_recording},
+      {"seal", &seal},
+      {"bundles", &bundles_in_use},
+      {"bundle.create", &create_bundle},
+      {"bundle.merge", &merge_bundles},
+      {"bundle.list", &list_bundle},
+      {"bundle.verify", &verify_bundle},
+      {"explain", &explain},
+      {"ladder", &explain_ladder},
+      {"dump", &dump},
+      {"warm", &warm},
   };
   return table;
 }
 
 }  // namespace
+
+std::vector<std::int64_t> parse_dtypes(const json& names) {
+  std::vector<std::int64_t> types;
+  for (const json& name : names) {
+    const auto found = dtype_types().find(name.get<std::string>());
+    if (found == dtype_types().end()) {
+      throw Error(TORCHKILN_ERROR_VALUE,
+                  "dtypes must be among float32, float16, bfloat16, float64; got " +
+                      name.get<std::string>(),
+                  {}, "dtypes");
+    }
+    types.push_back(found->second);
+  }
+  return types;
+}
 
 json control(Engine& engine, const std::string& command, const json& request) {
   const auto found = commands().find(command);

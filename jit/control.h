@@ -3,12 +3,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstdint>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <vector>
 
 #include "jit/engine.h"
 
 namespace torchkiln::jit {
+
+// torchkiln_type of "float32" and the like; throws Error(VALUE).
+std::vector<std::int64_t> parse_dtypes(const nlohmann::json& names);
 
 // Throws Error; Error(VALUE) for an unknown command.
 nlohmann::json control(Engine& engine, const std::string& command, const nlohmann::json& request);

@@ -5,6 +5,10 @@
 
 #include <pthread.h>
 
+#include <set>
+
+#include "jit/deploy/bundles.h"
+#include "jit/deploy/missing.h"
 #include "jit/driver/nvrtc_finder.h"
 #include "jit/log.h"
 
@@ -35,6 +39,11 @@ CompilerSource real_compilers(const Settings& settings, const TemplateSources& s
               }};
 }
 
+std::vector<std::string> installed_bundles_of_process() {
+  const std::scoped_lock lock(site_directories().mutex);
+  return installed_bundles(site_directories().paths);
+}
+
 std::string launch_text(const LaunchRecord& record, const torchkiln_geometry& g) {
   const auto triple = [](const std::uint32_t* v) {
     return std::to_string(v[0]) + "x" + std::to_string(v[1]) + "x" + std::to_string(v[2]);
@@ -62,9 +71,10 @@ Engine::Engine(Parts parts)
       objects_(
           settings_, sources_,
           parts.compilers.open ? std::move(parts.compilers) : real_compilers(settings_, sources_),
-          statistics_),
+          statistics_, &installed_bundles_of_process),
       driver_(std::move(parts.open_driver)),
-      residents_(driver_, objects_, statistics_) {
+      residents_(driver_, objects_, statistics_),
+      recorder_(settings_.record) {
   for (const std::string& sentence : settings_.warnings) warn(sentence);
 }
 
@@ -95,11 +105,27 @@ std::vector<Kernel*> Engine::kernels() {
   return result;
 }
 
+std::vector<const Kernel*> Engine::kernels_of(const std::string& operator_name) {
+  std::vector<const Kernel*> result;
+  std::set<std::string> known;
+  for (const Kernel* kernel : kernels()) {
+    const auto* names = kernel->declaration.operators;
+    known.insert(names, names + kernel->declaration.n_operators);
+    if (launches_for(*kernel, operator_name)) result.push_back(kernel);
+  }
+  if (!result.empty()) return result;
+  std::string list;
+  for (const std::string& name : known) list += (list.empty() ? "" : ", ") + name;
+  throw Error(TORCHKILN_ERROR_VALUE, "ops must be among " + list + "; got " + operator_name, {},
+              "ops");
+}
+
 void Engine::run(Kernel& kernel, const torchkiln_launch& launch) {
-  const LaunchKey key = launch_key(kernel, launch);
+  LaunchKey key = launch_key(kernel, launch);
+  key.epoch = epoch_.load(std::memory_order_relaxed);
   const LaunchRecord* record = kernel.records.find(key);
   if (record == nullptr) record = prepare(kernel, launch, key);
-  const torchkiln_problem problem = {record->device, launch.statics, launch.sizes,
+  const torchkiln_problem problem = {record->device, record->statics.data(), launch.sizes,
                                      kernel.declaration.context};
   torchkiln_geometry geometry{};
   kernel.declaration.geometry(&problem, record->tunables.data(), &geometry);
@@ -115,13 +141,65 @@ const LaunchRecord* Engine::prepare(Kernel& kernel, const torchkiln_launch& laun
   record->device = &driver_.device(launch.device);
   const torchkiln_problem problem = {record->device, launch.statics, launch.sizes,
                                      kernel.declaration.context};
-  const auto tunables = choose_tunables(kernel, problem);
-  std::copy(tunables.begin(), tunables.end(), record->tunables.begin());
-  const auto specialization =
-      specialize(kernel, std::span(launch.statics, kernel.n_statics), tunables);
-  record->text = specialization.text();
-  record->function = residents_.function(specialization, launch.device);
+  Resolved resolved = resolve(kernel, problem, launch.device);
+  std::copy(resolved.variant.statics.begin(), resolved.variant.statics.end(),
+            record->statics.begin());
+  std::copy(resolved.variant.tunables.begin(), resolved.variant.tunables.end(),
+            record->tunables.begin());
+  record->text = resolved.specialization.text();
+  record->function = resolved.function;
   return kernel.records.add(std::move(record));
+}
+
+// The program that was asked for; where it is missing and cannot be compiled, another one with the same answer.
+Engine::Resolved Engine::resolve(const Kernel& kernel, const torchkiln_problem& problem,
+                                 int device) {
+  const std::span statics(problem.statics, kernel.n_statics);
+  const auto tunables = choose_tunables(kernel, problem);
+  Resolved exact{{{statics.begin(), statics.end()}, {tunables.begin(), tunables.end()}},
+                 specialize(kernel, statics, tunables)};
+  recorder_.note(exact.specialization.text());
+  std::optional<Error> no_compiler;
+  if (objects_.mode() == JitMode::kForbid) {
+    if (const auto function = residents_.find(exact.specialization, device)) {
+      exact.function = *function;
+      return exact;
+    }
+  } else {
+    try {
+      exact.function = residents_.function(exact.specialization, device);
+      return exact;
+    } catch (const Error& e) {
+      // MISSING: sealed by another thread in the meantime.
+      if (e.kind() != TORCHKILN_ERROR_COMPILER && e.kind() != TORCHKILN_ERROR_MISSING) throw;
+      if (e.kind() == TORCHKILN_ERROR_COMPILER) no_compiler = e;
+    }
+  }
+  if (auto substitute = resolve_by_substitute(kernel, problem, device, tunables)) {
+    Statistics::add(statistics_.generic_variants);
+    return std::move(*substitute);
+  }
+  Statistics::add(statistics_.missing);
+  if (no_compiler) throw Error(*no_compiler);
+  throw missing_kernel(objects_, kernel, exact.specialization, *problem.device);
+}
+
+std::optional<Engine::Resolved> Engine::resolve_by_substitute(
+    const Kernel& kernel, const torchkiln_problem& problem, int device,
+    std::span<const std::int64_t> chosen) {
+  for (Variant& variant : substitutes(kernel, problem, chosen)) {
+    auto specialization = specialize(kernel, variant.statics, variant.tunables);
+    if (const auto function = residents_.find(specialization, device)) {
+      return Resolved{std::move(variant), std::move(specialization), *function};
+    }
+  }
+  return std::nullopt;
+}
+
+std::uint64_t Engine::start_recording(const std::filesystem::path& manifest) {
+  const auto recording = recorder_.start(manifest);
+  epoch_.fetch_add(1, std::memory_order_relaxed);  // what is warm already is met again
+  return recording;
 }
 
 void Engine::submit(const LaunchRecord& record, const torchkiln_launch& launch,
@@ -160,15 +238,19 @@ void Engine::synchronize(int device, void* stream, const std::string& what,
 
 void Engine::before_fork() {
   kernels_mutex_.lock();
+  recorder_.before_fork();
   objects_.before_fork();
 }
 void Engine::after_fork_in_parent() {
   objects_.after_fork_in_parent();
+  recorder_.after_fork();
   kernels_mutex_.unlock();
 }
 void Engine::after_fork_in_child() {
   objects_.after_fork_in_child();
+  recorder_.after_fork();
   kernels_mutex_.unlock();
+  log_after_fork_in_child();
 }
 
 }  // namespace torchkiln::jit

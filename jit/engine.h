@@ -3,12 +3,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
+#include "jit/deploy/recorder.h"
 #include "jit/driver/nvrtc_finder.h"
 #include "jit/launch/driver.h"
 #include "jit/launch/kernel.h"
@@ -42,18 +44,35 @@ class Engine {
   void capture_guard(int device, void* stream, const std::string& what, const std::string& way_out);
   void synchronize(int device, void* stream, const std::string& what, const std::string& way_out);
 
+  // Adds every kernel that is launched from now on, warm ones too, to the manifest; returns the recording's number.
+  std::uint64_t start_recording(const std::filesystem::path& manifest);
+
   std::vector<Kernel*> kernels();
+  // Those that an operator launches; throws Error(VALUE) with the known names when there are none.
+  std::vector<const Kernel*> kernels_of(const std::string& operator_name);
   const Settings& settings() const { return settings_; }
   Statistics& statistics() { return statistics_; }
+  const TemplateSources& sources() const { return sources_; }
   Objects& objects() { return objects_; }
   Driver& driver() { return driver_; }
+  Recorder& recorder() { return recorder_; }
 
   void before_fork();
   void after_fork_in_parent();
   void after_fork_in_child();
 
  private:
+  struct Resolved {
+    Variant variant;
+    Specialization specialization;
+    CudaFunction function = nullptr;
+  };
+
   const LaunchRecord* prepare(Kernel& kernel, const torchkiln_launch& launch, const LaunchKey& key);
+  Resolved resolve(const Kernel& kernel, const torchkiln_problem& problem, int device);
+  std::optional<Resolved> resolve_by_substitute(const Kernel& kernel,
+                                                const torchkiln_problem& problem, int device,
+                                                std::span<const std::int64_t> chosen);
   void submit(const LaunchRecord& record, const torchkiln_launch& launch,
               const torchkiln_geometry& geometry);
 
@@ -63,6 +82,8 @@ class Engine {
   Objects objects_;
   Driver driver_;
   Residents residents_;
+  Recorder recorder_;
+  std::atomic<std::uint32_t> epoch_{0};
   std::mutex kernels_mutex_;
   std::vector<std::unique_ptr<Kernel>> kernels_;
 };

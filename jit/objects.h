@@ -1,14 +1,16 @@
-// From a specialisation to checked machine code: memory, then the user's directory, then NVRTC; one compile per key in
-// the process and in the machine. Knows no device.
+// From a specialisation to checked machine code: memory, then bundles, then the user's directory, then NVRTC; one compile
+// per key in the process and in the machine. Knows no device.
 //
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <future>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -16,6 +18,8 @@
 #include "cache/store.h"
 #include "jit/compile/compiler.h"
 #include "jit/compile/pool.h"
+#include "jit/compile/progress.h"
+#include "jit/deploy/bundles.h"
 #include "jit/error.h"
 #include "jit/settings.h"
 #include "jit/spec/specialization.h"
@@ -24,12 +28,16 @@
 
 namespace torchkiln::jit {
 
-enum class Layer { kMemory, kDisk, kCompiled };
+enum class Layer { kMemory, kBundle, kDisk, kCompiled };
 const char* layer_name(Layer layer);
+
+// Whose objects will do: settings decide, or only what this process's own compiler made.
+enum class Origin { kAny, kOwnCompiler };
 
 struct Found {
   std::string key;
-  std::shared_ptr<const cache::Object> object;
+  std::shared_ptr<const cache::ObjectView>
+      object;  // the payload of a bundle's object lies in the mapped file
   Layer layer = Layer::kMemory;
   double milliseconds = 0;
 };
@@ -45,51 +53,75 @@ struct CompilerSource {
 // Thread-safe. After fork() the child finds everything and compiles nothing.
 class Objects {
  public:
+  // `installed_bundles` names the bundles of installed packages; asked once, at the first look into bundles.
   Objects(const Settings& settings, const TemplateSources& sources, CompilerSource compilers,
-          Statistics& statistics);
+          Statistics& statistics, Bundles::Source installed_bundles = {});
 
   // Never compiles.
-  std::optional<Found> find(const Specialization& specialization, const Target& target);
-  // Compiles on a miss; throws Error(COMPILE) or Error(COMPILER).
-  Found get(const Specialization& specialization, const Target& target, Priority priority);
+  std::optional<Found> find(const Specialization& specialization, const Target& target,
+                            Origin origin = Origin::kAny);
+  // Compiles on a miss; throws Error(COMPILE) or Error(COMPILER). Priority::kInteractive, which launches have, heeds the
+  // mode: Error(MISSING) where compiling is forbidden.
+  Found get(const Specialization& specialization, const Target& target, Priority priority,
+            Origin origin = Origin::kAny);
   // The driver refused this object: it is moved aside and will not be found again.
   void refuse(const Found& found, const std::string& reason);
 
+  std::string key_of(const Specialization& specialization, const Target& target) const;
+  JitMode mode() const { return mode_.load(std::memory_order_relaxed); }
+  void set_mode(JitMode mode) { mode_.store(mode, std::memory_order_relaxed); }
+
   std::shared_ptr<const Compiler> compiler();  // opens it; throws Error(COMPILER)
   cache::Store& store() { return store_; }
+  Bundles& bundles() { return bundles_; }
 
-  // Around fork(): no other thread may hold our mutex at that moment, and their compiles do not exist in the child.
-  void before_fork() { mutex_.lock(); }
-  void after_fork_in_parent() { mutex_.unlock(); }
+  // Around fork(): no other thread may hold our mutexes at that moment, and their compiles do not exist in the child.
+  void before_fork();
+  void after_fork_in_parent();
   void after_fork_in_child();
 
  private:
-  std::string key_of(const Specialization& specialization, const Target& target) const;
-  std::optional<Found> find_key(const std::string& key, const Target& target);
-  std::optional<Found> find_on_disk(const std::string& key, const Target& target);
-  Found make(const Specialization& specialization, const Target& target, const std::string& key,
-             Priority priority);
-  Found compile(const Specialization& specialization, const Target& target, const std::string& key,
-                Priority priority);
+  struct Request {
+    const Specialization& specialization;
+    const Target& target;
+    std::string key;
+    Origin origin;
+    Priority priority = Priority::kInteractive;
+  };
+
+  std::optional<Found> find(const Request& request);
+  std::optional<Found> find_in_memory(const Request& request);
+  std::optional<Found> find_in_bundles(const Request& request);
+  std::optional<Found> find_on_disk(const Request& request);
+  Found make(const Request& request);
+  Found compile(const Request& request);
+  void heed_mode(const Request& request) const;
+  bool serves(const nlohmann::json& header, Origin origin);
   const std::string& compiler_identity();
   void prune_sometimes();
-  Found remember(const std::string& key, cache::Object object, Layer layer, double milliseconds);
+  Found remember(const std::string& key, std::shared_ptr<const cache::ObjectView> object,
+                 Layer layer, double milliseconds);
 
   const Settings& settings_;
   const TemplateSources& sources_;
   CompilerSource compilers_;
   Statistics& statistics_;
   std::vector<std::string> options_;
+  std::atomic<JitMode> mode_;
+  Bundles bundles_;
   cache::Store store_;
   std::once_flag identity_once_;
   std::string identity_;
   CompilePool pool_;
+  Progress progress_;
 
   std::mutex mutex_;  // guards what follows
-  std::unordered_map<std::string, std::shared_ptr<const cache::Object>> memory_;
+  std::unordered_map<std::string, std::shared_ptr<const cache::ObjectView>> memory_;
   std::unordered_map<std::string, std::shared_future<Found>> in_flight_;
   std::unordered_map<std::string, Error>
       failures_;  // in this process only: a repaired driver or NVRTC starts clean
+  std::set<std::string>
+      refused_;  // key and compiler of objects in bundles, which cannot be moved aside
   std::shared_ptr<const Compiler> compiler_;
 };
 

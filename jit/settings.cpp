@@ -6,7 +6,12 @@
 #include <array>
 #include <charconv>
 #include <cstdlib>
+#include <filesystem>
 #include <optional>
+#include <sstream>
+#include <system_error>
+
+#include "jit/error.h"
 
 namespace torchkiln::jit {
 namespace {
@@ -19,6 +24,13 @@ constexpr std::array kInfos = {
                 "any (default): another NVRTC's object serves; exact: only this one's"},
     SettingInfo{"TORCHKILN_COMPILE_JOBS", "compile threads; default by cores and memory"},
     SettingInfo{"TORCHKILN_NVRTC_PATH", "libnvrtc to use: a file, or the folder that holds it"},
+    SettingInfo{
+        "TORCHKILN_JIT",
+        "allow (default): launches compile what is missing; warn: and say so; forbid: never"},
+    SettingInfo{
+        "TORCHKILN_BUNDLES",
+        "bundles to serve kernels from: absolute paths of files or folders, with : between"},
+    SettingInfo{"TORCHKILN_RECORD", "manifest that used kernels are added to"},
     SettingInfo{"TORCHKILN_LINEINFO", "1: compile with line information for profilers"},
     SettingInfo{"TORCHKILN_DEBUG_VALUES", "1: check indices in GPU data too; synchronises"},
 };
@@ -75,10 +87,22 @@ class Reader {
     warn(name, "be one of " + list, *value);
   }
 
+  void paths(const char* name, std::vector<std::string>& to) const {
+    std::istringstream list(read(name).value_or(""));
+    for (std::string path; std::getline(list, path, ':');) {
+      if (path.empty()) continue;
+      if (path.front() == '/') {
+        to.push_back(path);
+      } else {  // nothing is searched in the working directory
+        warn(name, "hold absolute paths", path, "It is left out.");
+      }
+    }
+  }
+
  private:
-  void warn(const char* name, const std::string& rule, const std::string& got) const {
-    warnings_.push_back(std::string(name) + " must " + rule + "; got " + got +
-                        ". The default is used.");
+  void warn(const char* name, const std::string& rule, const std::string& got,
+            const char* consequence = "The default is used.") const {
+    warnings_.push_back(std::string(name) + " must " + rule + "; got " + got + ". " + consequence);
   }
 
   std::vector<std::string>& warnings_;
@@ -94,6 +118,12 @@ Settings Settings::from_environment() {
   reader.choice("TORCHKILN_COMPILER_POLICY", s.compiler_policy, {"any", "exact"});
   reader.number("TORCHKILN_COMPILE_JOBS", s.compile_jobs);
   reader.text("TORCHKILN_NVRTC_PATH", s.nvrtc_path);
+  reader.choice("TORCHKILN_JIT", s.jit, {"allow", "warn", "forbid"});
+  reader.paths("TORCHKILN_BUNDLES", s.bundles);
+  reader.text("TORCHKILN_RECORD", s.record);
+  // The program may change its directory later.
+  std::error_code ignored;
+  if (!s.record.empty()) s.record = std::filesystem::absolute(s.record, ignored).string();
   reader.flag("TORCHKILN_LINEINFO", s.lineinfo);
   reader.flag("TORCHKILN_DEBUG_VALUES", s.debug_values);
   return s;
@@ -105,9 +135,30 @@ nlohmann::json Settings::to_json() const {
           {"compiler_policy", compiler_policy},
           {"compile_jobs", compile_jobs},
           {"nvrtc_path", nvrtc_path},
+          {"jit", jit},
+          {"bundles", bundles},
+          {"record", record},
           {"lineinfo", lineinfo},
           {"debug_values", debug_values},
           {"warnings", warnings}};
+}
+
+const char* jit_mode_name(JitMode mode) {
+  switch (mode) {
+    case JitMode::kAllow:
+      return "allow";
+    case JitMode::kWarn:
+      return "warn";
+    default:
+      return "forbid";
+  }
+}
+
+JitMode parse_jit_mode(const std::string& name) {
+  for (const JitMode mode : {JitMode::kAllow, JitMode::kWarn, JitMode::kForbid}) {
+    if (name == jit_mode_name(mode)) return mode;
+  }
+  throw Error(TORCHKILN_ERROR_VALUE, "mode must be allow, warn or forbid; got " + name, {}, "mode");
 }
 
 std::span<const SettingInfo> setting_infos() { return kInfos; }

@@ -11,12 +11,21 @@
 
 namespace torchkiln::jit {
 
+// What a launch may do for a kernel that neither a bundle nor the cache has: compile it, compile it and say so, or not
+// compile it. Prewarming is asked for and therefore always allowed.
+enum class JitMode { kAllow, kWarn, kForbid };
+const char* jit_mode_name(JitMode mode);
+JitMode parse_jit_mode(const std::string& name);  // throws Error(VALUE)
+
 struct Settings {
   std::string cache_dir;
   std::uint64_t cache_max_bytes = std::uint64_t{1} << 30;
   std::string compiler_policy = "any";  // any | exact
   unsigned compile_jobs = 0;            // 0: by cores and memory
   std::string nvrtc_path;
+  std::string jit = "allow";         // allow | warn | forbid; what the process starts with
+  std::vector<std::string> bundles;  // absolute paths of files, or of folders of *.bundle
+  std::string record;                // manifest to add to, absolute
   bool lineinfo = false;
   bool debug_values = false;
 

@@ -3,41 +3,54 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <nlohmann/json.hpp>
 
 namespace torchkiln::jit {
 
+// The one list of counters: C, C++ and Python read them under these names.
+#define TORCHKILN_COUNTERS(COUNTER)                                                        \
+  COUNTER(launches)                                                                        \
+  COUNTER(cold_launches) /* had to look for their kernel */                                \
+  COUNTER(compiles)                                                                        \
+  COUNTER(compile_microseconds)                                                            \
+  COUNTER(hits_memory)                                                                     \
+  COUNTER(hits_bundle)                                                                     \
+  COUNTER(hits_disk)                                                                       \
+  COUNTER(misses)                                                                          \
+  COUNTER(loads) /* objects handed to the driver */                                        \
+  COUNTER(load_microseconds)                                                               \
+  COUNTER(refused) /* objects that the driver refused */                                   \
+  COUNTER(nvrtc_opened)                                                                    \
+  COUNTER(generic_variants) /* cold launches served by a variant that was not asked for */ \
+  COUNTER(missing)          /* cold launches that failed because nothing could serve them */
+
 struct Statistics {
   using Counter = std::atomic<std::uint64_t>;
 
-  Counter launches{0};
-  Counter cold_launches{0};  // launches that had to look for their kernel
-  Counter compiles{0};
-  Counter compile_microseconds{0};
-  Counter hits_memory{0};
-  Counter hits_disk{0};
-  Counter misses{0};
-  Counter loads{0};  // objects handed to the driver
-  Counter load_microseconds{0};
-  Counter refused{0};  // objects that the driver refused
-  Counter nvrtc_opened{0};
+#define TORCHKILN_DECLARE(name) Counter name{0};
+  TORCHKILN_COUNTERS(TORCHKILN_DECLARE)
+#undef TORCHKILN_DECLARE
 
   static void add(Counter& counter, std::uint64_t amount = 1) {
     counter.fetch_add(amount, std::memory_order_relaxed);
   }
+
+  struct Row {
+    const char* name;
+    std::uint64_t value;
+  };
+  auto rows() const {
+#define TORCHKILN_ROW(name) Row{#name, name.load(std::memory_order_relaxed)},
+    return std::to_array<Row>({TORCHKILN_COUNTERS(TORCHKILN_ROW)});
+#undef TORCHKILN_ROW
+  }
   nlohmann::json to_json() const {
-    return {{"launches", launches.load()},
-            {"cold_launches", cold_launches.load()},
-            {"compiles", compiles.load()},
-            {"compile_milliseconds", static_cast<double>(compile_microseconds.load()) / 1e3},
-            {"hits", {{"memory", hits_memory.load()}, {"disk", hits_disk.load()}}},
-            {"misses", misses.load()},
-            {"loads", loads.load()},
-            {"load_milliseconds", static_cast<double>(load_microseconds.load()) / 1e3},
-            {"refused", refused.load()},
-            {"nvrtc_opened", nvrtc_opened.load()}};
+    nlohmann::json json = nlohmann::json::object();
+    for (const Row& row : rows()) json[row.name] = row.value;
+    return json;
   }
 };
 

@@ -40,6 +40,31 @@ py::object control(const std::string& command, const py::object& request) {
   return from_json(reply);
 }
 
+// What the engine says goes to the logger "torchkiln"; where nobody has set logging up, to stderr as without Python.
+void say(void*, std::int32_t level, const char* sentence) {
+  const py::gil_scoped_acquire gil;
+  try {
+    const auto logger = py::module_::import("logging").attr("getLogger")("torchkiln");
+    if (logger.attr("hasHandlers")().cast<bool>()) {
+      logger.attr("log")(level, "%s", sentence);
+    } else {
+      PySys_FormatStderr("torchkiln: %s\n", sentence);
+    }
+  } catch (py::error_already_set& error) {
+    error.discard_as_unraisable(
+        "torchkiln: logging");  // a handler's error must not reach the engine
+  }
+}
+
+void speak_through_python() {
+  torchkiln_set_log_sink(&say, nullptr);
+  // A compile may outlive the interpreter. Threads that are inside `say` need the lock to leave it.
+  py::module_::import("atexit").attr("register")(py::cpp_function([] {
+    const py::gil_scoped_release release;
+    torchkiln_set_log_sink(nullptr, nullptr);
+  }));
+}
+
 // NVRTC may be a package in one of Python's site folders; the engine cannot know them by itself.
 void tell_site_directories() {
   py::list folders;
@@ -61,5 +86,6 @@ PYBIND11_MODULE(_control, m) {
   m.def("last_error", &last_error,
         "The last failure on this thread: kind, argument, message, details.");
   m.def("version", &torchkiln_version, "Version of the engine library.");
+  speak_through_python();
   tell_site_directories();
 }

@@ -24,7 +24,9 @@ typedef enum torchkiln_error_kind {
   TORCHKILN_ERROR_COMPILER = 5,  // CompilerNotFoundError: a compile is needed and there is no NVRTC
   TORCHKILN_ERROR_DRIVER = 6,    // DriverError: libcuda is missing or refused a call
   TORCHKILN_ERROR_CAPTURE = 7,   // CaptureError: the call would break a CUDA graph capture
-  TORCHKILN_ERROR_INTERNAL = 8   // RuntimeError: our own bug
+  TORCHKILN_ERROR_INTERNAL = 8,  // RuntimeError: our own bug
+  TORCHKILN_ERROR_MISSING =
+      9  // MissingKernelError: not in a bundle or the cache, and compiling is forbidden
 } torchkiln_error_kind;
 
 // The last failure on this thread. `details` is a JSON object (log, excerpt, options, source_path, ...), never null.
@@ -67,6 +69,10 @@ typedef struct torchkiln_param {
   const int64_t*
       values;  // tunable: the search space; static: the generic values that `warm --ops` compiles
   uint32_t n_values;
+  // 1: a layer constant, an integer that is compiled in where that is faster. Its value 0 means "given at run time" and
+  // must be among the values: that generic program serves every value, from the arguments and sizes of the launch alone,
+  // and runs where the exact one may not be compiled. Its launch geometry sees the 0.
+  int32_t constant;
 } torchkiln_param;
 
 // A size known at each call and never compiled in. It chooses the bucket that tunables are looked up by.
@@ -190,6 +196,26 @@ TORCHKILN_API int32_t torchkiln_synchronize(int32_t device, void* stream, const 
 
 // Facts of a device, cached; null and a record when the driver is missing.
 TORCHKILN_API const torchkiln_device* torchkiln_device_facts(int32_t device);
+
+// ---- watching ------------------------------------------------------------------------------------------------------
+
+// The process's counters, under the names that Python's torchkiln.statistics() has too. Fills at most `capacity` rows
+// and returns how many there are.
+typedef struct torchkiln_counter {
+  const char* name;  // lives as long as the process
+  uint64_t value;
+} torchkiln_counter;
+TORCHKILN_API uint32_t torchkiln_statistics(torchkiln_counter* out, uint32_t capacity);
+
+// What the engine has to say to people: a warning, or that compiles make the caller wait. Without a sink it goes to the
+// standard error stream. A sink may be called from any thread and must not throw.
+typedef enum torchkiln_log_level {
+  TORCHKILN_LOG_INFO = 20,  // the numbers of Python's logging
+  TORCHKILN_LOG_WARNING = 30
+} torchkiln_log_level;
+typedef void (*torchkiln_log_sink)(void* context, int32_t level, const char* sentence);
+// Null for none. When this returns, no thread is inside the sink before.
+TORCHKILN_API void torchkiln_set_log_sink(torchkiln_log_sink sink, void* context);
 
 // ---- control -------------------------------------------------------------------------------------------------------
 

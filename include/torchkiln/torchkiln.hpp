@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <map>
+#include <memory>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -34,14 +36,22 @@ struct Parameter {
   const char* name;
   torchkiln_param_kind kind;
   std::vector<std::int64_t> values;
+  bool constant = false;
 };
 inline Parameter types(const char* name, std::vector<std::int64_t> values) {
-  return {name, TORCHKILN_PARAM_TYPE, std::move(values)};
+  return {.name = name, .kind = TORCHKILN_PARAM_TYPE, .values = std::move(values)};
 }
 inline Parameter ints(const char* name, std::vector<std::int64_t> values) {
-  return {name, TORCHKILN_PARAM_INT, std::move(values)};
+  return {.name = name, .kind = TORCHKILN_PARAM_INT, .values = std::move(values)};
 }
-inline Parameter bools(const char* name) { return {name, TORCHKILN_PARAM_BOOL, {0, 1}}; }
+inline Parameter bools(const char* name) {
+  return {.name = name, .kind = TORCHKILN_PARAM_BOOL, .values = {0, 1}};
+}
+// A number of a layer (channels, groups, kernel size) that a launch may compile in; with 0 the program takes it from its
+// arguments and serves every value. `warm --ops` compiles the 0.
+inline Parameter layer_constant(const char* name) {
+  return {.name = name, .kind = TORCHKILN_PARAM_INT, .values = {0}, .constant = true};
+}
 
 inline const std::vector<std::int64_t> kFloatTypes = {TORCHKILN_FLOAT, TORCHKILN_HALF,
                                                       TORCHKILN_BFLOAT16, TORCHKILN_DOUBLE};
@@ -169,7 +179,8 @@ class Kernel {
                        .kind = p.kind,
                        .tunable = tunable,
                        .values = p.values.data(),
-                       .n_values = static_cast<std::uint32_t>(p.values.size())});
+                       .n_values = static_cast<std::uint32_t>(p.values.size()),
+                       .constant = p.constant ? 1 : 0});
   }
 
   static std::int32_t valid_thunk(const void* context, const std::int64_t* statics) {
@@ -201,5 +212,22 @@ inline Geometry linear(std::int64_t blocks, std::int64_t block_size,
 }
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// The process's counters by name, the same as Python's torchkiln.statistics().
+inline std::map<std::string, std::uint64_t> statistics() {
+  std::vector<torchkiln_counter> rows(torchkiln_statistics(nullptr, 0));
+  torchkiln_statistics(rows.data(), static_cast<std::uint32_t>(rows.size()));
+  std::map<std::string, std::uint64_t> result;
+  for (const torchkiln_counter& row : rows) result[row.name] = row.value;
+  return result;
+}
+
+// A command of the engine: JSON in, JSON out; throws Error. Commands are listed in jit/control.cpp.
+inline std::string control(const std::string& command, const std::string& request = "{}") {
+  char* reply = nullptr;
+  check(torchkiln_control(command.c_str(), request.c_str(), &reply));
+  const std::unique_ptr<char, decltype(&torchkiln_free)> owner(reply, &torchkiln_free);
+  return reply;
+}
 
 }  // namespace torchkiln

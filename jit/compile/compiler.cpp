@@ -142,7 +142,7 @@ std::string string_field(const nlohmann::json& header, const char* name) {
   return field != header.end() && field->is_string() ? field->get<std::string>() : "";
 }
 
-std::optional<std::string> validate_cubin(const std::string& payload, const std::string& symbol,
+std::optional<std::string> validate_cubin(std::string_view payload, const std::string& symbol,
                                           const Target& target) {
   const CubinFacts facts = inspect_cubin(payload, symbol);
   if (!facts.is_elf) return "the payload is no ELF file";
@@ -158,7 +158,7 @@ std::optional<std::string> validate_cubin(const std::string& payload, const std:
   return std::nullopt;
 }
 
-std::optional<std::string> validate_ptx(const std::string& payload, const std::string& symbol,
+std::optional<std::string> validate_ptx(std::string_view payload, const std::string& symbol,
                                         const Target& target) {
   const auto holds = [&](const std::string& part) { return payload.find(part) != payload.npos; };
   // The driver takes no length for PTX: it reads up to the zero.
@@ -221,20 +221,21 @@ cache::Object Compiler::compile(const Specialization& specialization, const Targ
   return object;
 }
 
-std::optional<std::string> validate_object(const cache::Object& object, const Target& target) {
-  if (string_field(object.header, "target") != target.text()) {
-    return "the target must be " + target.text() + "; got " + string_field(object.header, "target");
+std::optional<std::string> validate_object(const nlohmann::json& header, std::string_view payload,
+                                           const Target& target) {
+  if (string_field(header, "target") != target.text()) {
+    return "the target must be " + target.text() + "; got " + string_field(header, "target");
   }
-  if (string_field(object.header, "kind") != (target.ptx ? "ptx" : "cubin")) {
+  if (string_field(header, "kind") != (target.ptx ? "ptx" : "cubin")) {
     return "the kind of the payload does not fit the target";
   }
-  if (string_field(object.header, "payload_sha256") != cache::sha256_hex(object.payload)) {
+  if (string_field(header, "payload_sha256") != cache::sha256_hex(payload)) {
     return "the payload does not have the digest in its header";
   }
-  const std::string symbol = string_field(object.header, "lowered_name");
+  const std::string symbol = string_field(header, "lowered_name");
   if (symbol.empty()) return "the header names no kernel";
-  return target.ptx ? validate_ptx(object.payload, symbol, target)
-                    : validate_cubin(object.payload, symbol, target);
+  return target.ptx ? validate_ptx(payload, symbol, target)
+                    : validate_cubin(payload, symbol, target);
 }
 
 }  // namespace torchkiln::jit

@@ -5,6 +5,7 @@
 
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "cache/object.h"
@@ -41,6 +42,11 @@ class Compiler {
 
 // What is wrong with an object that should run on `target`, whoever made it; nothing when it may be
 // handed to the driver.
-std::optional<std::string> validate_object(const cache::Object& object, const Target& target);
+std::optional<std::string> validate_object(const nlohmann::json& header, std::string_view payload,
+                                           const Target& target);
+inline std::optional<std::string> validate_object(const cache::Object& object,
+                                                  const Target& target) {
+  return validate_object(object.header, object.payload, target);
+}
 
 }  // namespace torchkiln::jit

@@ -47,6 +47,7 @@ inline constexpr CudaDeviceAttribute kDeviceMaxThreadsPerBlock = 1;
 inline constexpr CudaDeviceAttribute kDeviceSharedBytesPerBlock = 8;
 inline constexpr CudaDeviceAttribute kDeviceMultiprocessors = 16;
 inline constexpr CudaDeviceAttribute kDeviceIntegrated = 18;
+inline constexpr CudaDeviceAttribute kDeviceComputeMode = 20;
 inline constexpr CudaDeviceAttribute kDeviceL2Bytes = 38;
 inline constexpr CudaDeviceAttribute kDeviceMajor = 75;
 inline constexpr CudaDeviceAttribute kDeviceMinor = 76;

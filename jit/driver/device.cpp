@@ -95,6 +95,17 @@ torchkiln_device query_device(const CudaApi& cuda, int ordinal) {
   return facts;
 }
 
+std::string compute_mode(const CudaApi& cuda, int ordinal) {
+  switch (attribute(cuda, device_handle(cuda, ordinal), kDeviceComputeMode)) {
+    case 2:
+      return "prohibited";
+    case 3:
+      return "exclusive process";
+    default:
+      return "default";
+  }
+}
+
 std::string device_name(const CudaApi& cuda, int ordinal) {
   std::array<char, 256> name{};
   // One byte is kept back: nothing promises that a cut name ends with a zero.

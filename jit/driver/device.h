@@ -15,6 +15,8 @@ namespace torchkiln::jit {
 torchkiln_device query_device(const CudaApi& cuda, int ordinal);
 std::string device_name(const CudaApi& cuda, int ordinal);  // "NVIDIA H200"
 int device_count(const CudaApi& cuda);
+// "default", "prohibited" or "exclusive process": who may use the GPU, as nvidia-smi -c sets it.
+std::string compute_mode(const CudaApi& cuda, int ordinal);
 
 // Facts of a usual GPU of this architecture (90 for sm_90), from public data sheets: for choices about a device that is
 // not there. An architecture that is not in the table gets the numbers of the next older one that is.

@@ -32,6 +32,13 @@ torchkiln_kernel::torchkiln_kernel(const torchkiln_declaration& d) : declaration
     const bool tunable = d.params[i].tunable != 0;
     require(tunable || n_tunables == 0, d, "list static parameters before tunables");
     ++(tunable ? n_tunables : n_statics);
+    if (d.params[i].constant != 0) {
+      const auto* values = d.params[i].values;
+      require(
+          !tunable && d.params[i].kind == TORCHKILN_PARAM_INT &&
+              std::find(values, values + d.params[i].n_values, 0) != values + d.params[i].n_values,
+          d, "have layer constants that are static integers with the value 0");
+    }
   }
 }
 
@@ -160,6 +167,43 @@ std::span<const std::int64_t> choose_tunables(const Kernel& kernel,
   }
   throw Error(TORCHKILN_ERROR_INTERNAL,
               std::string(d.path) + "." + d.entry + ": no default is legal on this device");
+}
+
+namespace {
+
+// The defaults that run on this problem, the chosen one first.
+std::vector<Variant> default_variants(const Kernel& kernel, const torchkiln_problem& problem) {
+  const torchkiln_declaration& d = kernel.declaration;
+  const Row statics(problem.statics, problem.statics + kernel.n_statics);
+  if (d.valid != nullptr && d.valid(d.context, statics.data()) == 0) return {};
+  const auto chosen = choose_tunables(kernel, problem);
+  std::vector<Variant> variants = {{statics, {chosen.begin(), chosen.end()}}};
+  for (Row& row : default_points(kernel)) {
+    if (d.legal != nullptr && d.legal(&problem, row.data()) == 0) continue;
+    if (row != variants.front().tunables) variants.push_back({statics, std::move(row)});
+  }
+  return variants;
+}
+
+}  // namespace
+
+std::vector<Variant> substitutes(const Kernel& kernel, const torchkiln_problem& problem,
+                                 std::span<const std::int64_t> chosen) {
+  const Row exact(problem.statics, problem.statics + kernel.n_statics);
+  Row generic = exact;
+  for (std::uint32_t i = 0; i < kernel.n_statics; ++i) {
+    if (kernel.declaration.params[i].constant != 0) generic[i] = 0;
+  }
+  std::vector<Variant> variants = default_variants(kernel, problem);
+  std::erase_if(variants, [&](const Variant& v) {
+    return std::equal(v.tunables.begin(), v.tunables.end(), chosen.begin(), chosen.end());
+  });
+  if (generic != exact) {
+    torchkiln_problem generic_problem = problem;
+    generic_problem.statics = generic.data();
+    for (Variant& v : default_variants(kernel, generic_problem)) variants.push_back(std::move(v));
+  }
+  return variants;
 }
 
 Specialization specialize(const Kernel& kernel, std::span<const std::int64_t> statics,

@@ -32,6 +32,16 @@ LaunchKey launch_key(const Kernel& kernel, const torchkiln_launch& launch);
 std::span<const std::int64_t> choose_tunables(const Kernel& kernel,
                                               const torchkiln_problem& problem);
 
+// Values of all parameters.
+struct Variant {
+  std::vector<std::int64_t> statics, tunables;
+};
+
+// Other programs that give the same answer for this problem: other defaults, and those with 0 for layer constants. Best
+// first; `chosen` itself is not among them.
+std::vector<Variant> substitutes(const Kernel& kernel, const torchkiln_problem& problem,
+                                 std::span<const std::int64_t> chosen);
+
 Specialization specialize(const Kernel& kernel, std::span<const std::int64_t> statics,
                           std::span<const std::int64_t> tunables);
 

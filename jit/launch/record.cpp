@@ -8,7 +8,8 @@
 namespace torchkiln::jit {
 
 bool LaunchKey::operator==(const LaunchKey& other) const {
-  return device == other.device && n_statics == other.n_statics && buckets == other.buckets &&
+  return device == other.device && epoch == other.epoch && n_statics == other.n_statics &&
+         buckets == other.buckets &&
          std::equal(statics.begin(), statics.begin() + n_statics, other.statics.begin());
 }
 

@@ -17,6 +17,7 @@ namespace torchkiln::jit {
 
 struct LaunchKey {
   std::int32_t device = 0;
+  std::uint32_t epoch = 0;  // raised where every kernel must be resolved anew, to be recorded
   std::uint32_t n_statics = 0;
   std::array<std::int64_t, TORCHKILN_MAX_PARAMS> statics{};
   std::array<std::uint8_t, TORCHKILN_MAX_SIZES> buckets{};
@@ -29,6 +30,8 @@ struct LaunchRecord {
   LaunchKey key;
   CudaFunction function = nullptr;
   const torchkiln_device* device = nullptr;
+  // Of the program that runs, which is not the one asked for where that may not be compiled.
+  std::array<std::int64_t, TORCHKILN_MAX_PARAMS> statics{};
   std::array<std::int64_t, TORCHKILN_MAX_PARAMS> tunables{};
   std::string text;  // for errors
   const LaunchRecord* next = nullptr;

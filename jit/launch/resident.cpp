@@ -33,28 +33,54 @@ CudaFunction Residents::function(const Specialization& specialization, int devic
   return make_resident(load(found, text), text, device);
 }
 
+std::optional<CudaFunction> Residents::find(const Specialization& specialization, int device) {
+  driver_.attach(device);
+  const std::string text = specialization.text();
+  // One that the driver refuses is not found again; each layer may hold one.
+  constexpr int kLayers = 3;
+  for (int attempt = 0; attempt < kLayers; ++attempt) {
+    auto found =
+        objects_.find(specialization, exact_target(specialization, driver_.device(device)));
+    if (!found) found = find_relative(specialization, device);
+    if (!found) return std::nullopt;
+    try {
+      return make_resident(load(*found, text), text, device);
+    } catch (const Error& e) {
+      objects_.refuse(*found, e.what());
+    }
+  }
+  return std::nullopt;
+}
+
+// Relatives that run on the device, for where nothing can be compiled.
+std::optional<Found> Residents::find_relative(const Specialization& specialization, int ordinal) {
+  const Ladder tried = ladder(driver_.device(ordinal), specialization.architecture_specific,
+                              specialization.min_architecture, {}, 0, driver_.version());
+  for (const Rung& rung : tried.loadable) {
+    if (auto found = objects_.find(specialization, rung.target)) return found;
+  }
+  return std::nullopt;
+}
+
 Found Residents::object_for(const Specialization& specialization, int ordinal) {
   const torchkiln_device& device = driver_.device(ordinal);
   // The usual case needs no compiler, not even its list of architectures.
   if (auto found = objects_.find(specialization, exact_target(specialization, device)))
     return *found;
-  // A relative's machine code or PTX from a cache does as well, but only where there is no compiler to do better.
   std::shared_ptr<const Compiler> compiler;
-  std::optional<Error> no_compiler;
   try {
     compiler = objects_.compiler();
-  } catch (const Error& e) {
-    no_compiler = e;
+  } catch (const Error&) {
+    // A relative's machine code does as well, but only where there is no compiler to do better.
+    if (auto found = find_relative(specialization, ordinal)) return *found;
+    throw;
   }
-  const Ladder tried = compiler ? ladder(device, specialization.architecture_specific,
-                                         specialization.min_architecture, compiler->architectures(),
-                                         compiler->version(), driver_.version())
-                                : ladder(device, specialization.architecture_specific,
-                                         specialization.min_architecture, {}, 0, driver_.version());
-  for (const Rung& rung : compiler ? tried.rungs : tried.loadable) {
+  const Ladder tried =
+      ladder(device, specialization.architecture_specific, specialization.min_architecture,
+             compiler->architectures(), compiler->version(), driver_.version());
+  for (const Rung& rung : tried.rungs) {
     if (auto found = objects_.find(specialization, rung.target)) return *found;
   }
-  if (no_compiler) throw Error(*no_compiler);
   if (tried.rungs.empty()) {
     throw Error(TORCHKILN_ERROR_COMPILER, specialization.text() + ": " + tried.explanation);
   }

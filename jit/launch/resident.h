@@ -6,6 +6,7 @@
 
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <unordered_map>
 
@@ -22,6 +23,8 @@ class Residents {
 
   // Walks the ladder for the device: exact machine code, machine code of the same major, PTX. Throws when no rung holds.
   CudaFunction function(const Specialization& specialization, int device);
+  // The same without compiling; nothing when no layer has code that the device and the driver take.
+  std::optional<CudaFunction> find(const Specialization& specialization, int device);
 
  private:
   struct Loaded {
@@ -29,6 +32,7 @@ class Residents {
     CudaKernel kernel = nullptr;
   };
 
+  std::optional<Found> find_relative(const Specialization& specialization, int device);
   Found object_for(const Specialization& specialization, int device);
   Loaded load(const Found& found, const std::string& text);
   Loaded hand_to_driver(const Found& found, const std::string& text);

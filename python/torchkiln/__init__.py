@@ -17,9 +17,11 @@ _native.load()
 
 from torchkiln import errors, ops  # noqa: E402 - the schemas must exist before the operators
 from torchkiln._backend import backend  # noqa: E402
+from torchkiln._native import statistics  # noqa: E402
 
 if TYPE_CHECKING:
     from torchkiln import compat, nn, reference, testing
+    from torchkiln.deployment import record, seal
     from torchkiln.testing import verify
 
 __all__ = [
@@ -29,7 +31,10 @@ __all__ = [
     "errors",
     "nn",
     "ops",
+    "record",
     "reference",
+    "seal",
+    "statistics",
     "testing",
     "verify",
 ]
@@ -37,7 +42,11 @@ __all__ = [
 __version__ = _native.version()
 
 _LAZY_MODULES = frozenset({"compat", "nn", "reference", "testing"})
-_LAZY_NAMES = {"verify": "torchkiln.testing"}
+_LAZY_NAMES = {
+    "record": "torchkiln.deployment",
+    "seal": "torchkiln.deployment",
+    "verify": "torchkiln.testing",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -36,6 +36,21 @@ def load() -> None:
     torch.ops.load_library(path)
 
 
+def statistics() -> dict[str, int]:
+    """The process's counters by name, the same as C++'s `torchkiln::statistics()`.
+
+    Counts launches, compiles, where kernels came from and what loading them took; all start at 0
+    with the process and only grow.
+
+    Example:
+        >>> import torchkiln
+        >>> torchkiln.statistics()["launches"] >= 0
+        True
+    """
+    counters: dict[str, int] = _control.control("statistics", {})
+    return counters
+
+
 def version() -> str:
     """Version of the compiled part, which is the version of everything."""
     return _control.version()

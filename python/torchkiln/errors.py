@@ -16,6 +16,7 @@ __all__ = [
     "CompilerNotFoundError",
     "DriverError",
     "KernelCompileError",
+    "MissingKernelError",
     "TorchkilnError",
     "translate",
 ]
@@ -78,12 +79,32 @@ class CaptureError(TorchkilnError):
     """The call would break the CUDA graph capture that is under way."""
 
 
+class MissingKernelError(TorchkilnError):
+    """A kernel is in no bundle and not in the cache, and compiling is forbidden."""
+
+    @property
+    def nearest(self) -> str | None:
+        """The kernel that comes closest among those that are there."""
+        return cast("str | None", self.details.get("nearest"))
+
+    @property
+    def differences(self) -> list[str]:
+        """In what `nearest` differs from the one that is missing."""
+        return cast("list[str]", self.details.get("differences", []))
+
+    @property
+    def command(self) -> str:
+        """The shell command that adds the kernel, where there is a compiler."""
+        return cast("str", self.details.get("command", ""))
+
+
 _PLAIN: dict[int, type[Exception]] = {1: TypeError, 2: ValueError, 3: IndexError}
 _DETAILED: dict[int, type[TorchkilnError]] = {
     4: KernelCompileError,
     5: CompilerNotFoundError,
     6: DriverError,
     7: CaptureError,
+    9: MissingKernelError,
 }
 # How torch's argument parser words a wrong Python type.
 _WRONG_PYTHON_TYPE = " Expected a value of type "

@@ -44,6 +44,19 @@ def version() -> str:
     return str(_control().version())
 
 
+def package_folder() -> Path:
+    """Where the compiled parts lie; in an editable install not beside the Python files."""
+    return _find_control().parent
+
+
+def cmake_dir() -> Path:
+    """The folder that CMake's `find_package(torchkiln)` needs."""
+    folder = package_folder() / "cmake"
+    if not (folder / "torchkilnConfig.cmake").is_file():
+        raise EngineMissingError(f"{folder} has no torchkilnConfig.cmake. Reinstall torchkiln")
+    return folder
+
+
 def load_operators() -> None:
     """Imports torchkiln, and with it torch; then the engine knows the operators' kernels."""
     _control()

@@ -18,7 +18,7 @@ import click
 
 from torchkiln_cli import _native
 from torchkiln_cli._output import emit_json
-from torchkiln_cli.warm import UsageError, emit_failures, emit_kernel_table, warm
+from torchkiln_cli.warm import Selection, UsageError, emit_failures, emit_kernel_table, warm
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -76,7 +76,7 @@ def run(image: str | None, output: str, architectures: list[str], as_json: bool)
     _save(draw(picture, detection.faces), output)
     if not as_json:
         _tell(path, detection, output)
-    outcome = warm(_OPERATORS, _DTYPES, architectures)
+    outcome = warm(Selection(operators=_OPERATORS, dtypes=_DTYPES), architectures)
     if as_json:
         emit_json(
             {

@@ -41,9 +41,29 @@ def _version(context: click.Context, parameter: click.Parameter, value: bool) ->
     context.exit()
 
 
+def _cmake_dir(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if not value or context.resilient_parsing:
+        return
+    from torchkiln_cli import _native
+
+    try:
+        click.echo(_native.cmake_dir())
+    except _native.EngineMissingError as error:
+        raise click.ClickException(str(error)) from error
+    context.exit()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Version."
+)
+@click.option(
+    "--cmake-dir",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_cmake_dir,
+    help="Folder for CMake's torchkiln_DIR.",
 )
 def cli() -> None:
     """CUDA operators for PyTorch, compiled where they run, without nvcc."""
@@ -114,38 +134,164 @@ def verify(ops: str | None, device: str, dtypes: str | None, as_json: bool) -> N
     sys.exit(0 if passed else 1)
 
 
+def _selection(function: _F) -> _F:
+    """What `warm` and `bundle create` compile, for what, and how many at a time."""
+    options = [
+        click.option(
+            "--manifest",
+            "manifests",
+            multiple=True,
+            type=click.Path(exists=True, dir_okay=False),
+            help="Kernels that a program used, as `record` wrote them down.",
+        ),
+        click.option("--ops", help="Generic variants of operators, for example nms,roi_align."),
+        click.option("--all", "all_ops", is_flag=True, help="Generic variants of all operators."),
+        click.option("--dtypes", help="With --ops, --all: float32,float16; all by default."),
+        click.option("--arch", required=True, help="Architectures, for example sm_80,sm_90."),
+        click.option(
+            "--jobs", type=click.IntRange(min=1), help="Compiles at a time; by cores and memory."
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 @cli.command()
-@click.option("--ops", help="Operators, for example nms,roi_align.")
-@click.option("--all", "all_ops", is_flag=True, help="All operators.")
-@click.option("--dtypes", help="For example float32,float16; all by default.")
-@click.option("--arch", required=True, help="Architectures, for example sm_80,sm_90.")
-@click.option("--jobs", type=click.IntRange(min=1), help="Compiles at a time; one per core.")
+@_selection
 @_json
 @_command
 def warm(
-    ops: str | None, all_ops: bool, dtypes: str | None, arch: str, jobs: int | None, as_json: bool
+    manifests: tuple[str, ...],
+    ops: str | None,
+    all_ops: bool,
+    dtypes: str | None,
+    arch: str,
+    jobs: int | None,
+    as_json: bool,
 ) -> None:
     """Compile kernels into the cache, for GPUs that need not be here."""
     from torchkiln_cli import _output
     from torchkiln_cli import warm as module
 
-    if bool(ops) == all_ops:
-        raise click.UsageError("Name operators with --ops, or take --all")
+    module.use_jobs(jobs)
     try:
         outcome = module.warm(
-            module.split(ops) if ops else None,
-            module.split(dtypes) if dtypes else None,
+            module.parse_selection(manifests, ops, all_ops, dtypes),
             module.parse_architectures(arch),
             jobs,
         )
     except module.UsageError as error:
         raise click.UsageError(str(error)) from error
     if as_json:
-        _output.emit_json({"kernels": [row.to_json() for row in outcome.rows]})
+        _output.emit_json(
+            {"complete": outcome.complete, "kernels": [row.to_json() for row in outcome.rows]}
+        )
     else:
         module.emit_failures(outcome)
         click.echo(outcome.summary())
     sys.exit(0 if outcome.complete else 1)
+
+
+@cli.command(context_settings={"allow_interspersed_args": False})
+@click.option(
+    "--out",
+    default="torchkiln.manifest.json",
+    show_default=True,
+    type=click.Path(dir_okay=False),
+    help="The manifest; it is added to.",
+)
+@_json
+@click.argument("program", nargs=-1, required=True, type=click.UNPROCESSED)
+@_command
+def record(out: str, as_json: bool, program: tuple[str, ...]) -> None:
+    """Run a program and write down the kernels that it uses: record -- python app.py."""
+    from torchkiln_cli import record as module
+
+    sys.exit(module.run(out, program, as_json))
+
+
+@cli.group()
+def bundle() -> None:
+    """Make, check and look into bundles: kernels for many GPUs in one file."""
+
+
+@bundle.command("create")
+@click.option("--out", required=True, type=click.Path(dir_okay=False), help="The file to write.")
+@_selection
+@_json
+@_command
+def bundle_create(
+    out: str,
+    manifests: tuple[str, ...],
+    ops: str | None,
+    all_ops: bool,
+    dtypes: str | None,
+    arch: str,
+    jobs: int | None,
+    as_json: bool,
+) -> None:
+    """Compile kernels and write them into one file."""
+    from torchkiln_cli import bundle as module
+    from torchkiln_cli import warm as compiling
+
+    compiling.use_jobs(jobs)
+    try:
+        written = module.create(
+            out,
+            compiling.parse_selection(manifests, ops, all_ops, dtypes),
+            compiling.parse_architectures(arch),
+            jobs,
+            as_json,
+        )
+    except compiling.UsageError as error:
+        raise click.UsageError(str(error)) from error
+    sys.exit(0 if written else 1)
+
+
+@bundle.command("verify")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "--manifest",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Kernels that must be in it; by default each one for every architecture in it.",
+)
+@click.option("--arch", help="Architectures that must be in it; by default those that are.")
+@_json
+@_command
+def bundle_verify(file: str, manifest: str | None, arch: str | None, as_json: bool) -> None:
+    """Prove that a bundle is whole and complete: code, architectures, symbols, keys."""
+    from torchkiln_cli import bundle as module
+    from torchkiln_cli.warm import UsageError, check_architecture_names
+
+    try:
+        architectures = None if arch is None else check_architecture_names(arch)
+    except UsageError as error:
+        raise click.UsageError(str(error)) from error
+    sys.exit(0 if module.verify(file, manifest, architectures, as_json) else 1)
+
+
+@bundle.command("list")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@_json
+@_command
+def bundle_list(file: str, as_json: bool) -> None:
+    """Print every kernel in a bundle."""
+    from torchkiln_cli import bundle as module
+
+    module.list_objects(file, as_json)
+
+
+@bundle.command("merge")
+@click.option("--out", required=True, type=click.Path(dir_okay=False), help="The file to write.")
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
+@_json
+@_command
+def bundle_merge(out: str, files: tuple[str, ...], as_json: bool) -> None:
+    """Write one bundle with the kernels of several; it may replace one of them."""
+    from torchkiln_cli import bundle as module
+
+    module.merge(out, files, as_json)
 
 
 @cli.group()
@@ -182,6 +328,90 @@ def cache_clear(yes: bool, as_json: bool) -> None:
     from torchkiln_cli import cache as module
 
     module.clear(yes, as_json)
+
+
+_PLACE = (
+    click.argument("op"),
+    click.argument("values", nargs=-1, metavar="[NAME=VALUE]..."),
+    click.option("--arch", help="An architecture, for example sm_90; by default that of --device."),
+    click.option("--device", default=0, show_default=True, help="A GPU of this machine."),
+    click.option("--dtypes", help="For example float32,float16; all by default."),
+)
+
+
+def _place(function: _F) -> _F:
+    """Adds the arguments that name an operator's kernels on a GPU."""
+    for option in reversed(_PLACE):
+        function = option(function)
+    return function
+
+
+@cli.command()
+@_place
+@_json
+@_command
+def explain(
+    op: str,
+    values: tuple[str, ...],
+    arch: str | None,
+    device: int,
+    dtypes: str | None,
+    as_json: bool,
+) -> None:
+    """Tell which kernels OP runs, where each comes from, and why.
+
+    NAME=VALUE fixes a static parameter or gives a size, such as scalar=half or k=1000; with all
+    sizes of a kernel the default that it would take is shown, without them all of its defaults.
+    """
+    from torchkiln_cli import explain as module
+    from torchkiln_cli.warm import UsageError, split
+
+    try:
+        names, place = module.parse_values(values), module.where(arch, device)
+        reply = module.kernels(op, names, split(dtypes) if dtypes else None, place)
+    except UsageError as error:
+        raise click.UsageError(str(error)) from error
+    module.emit(op, reply, as_json)
+    sys.exit(1 if any(row["layer"] == "none" for row in reply["kernels"]) else 0)
+
+
+@cli.command()
+@_place
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder to write to.")
+@click.option(
+    "--what", default="source,ptx,sass", show_default=True, help="Also cubin, the machine code."
+)
+@_json
+@_command
+def dump(
+    op: str,
+    values: tuple[str, ...],
+    arch: str | None,
+    device: int,
+    dtypes: str | None,
+    out: str,
+    what: str,
+    as_json: bool,
+) -> None:
+    """Write source, PTX and SASS of the kernels of OP, chosen as by explain.
+
+    SASS needs nvdisasm or cuobjdump; without one the rest is written and the exit code is 1.
+    """
+    from torchkiln_cli import dump as module
+    from torchkiln_cli import explain as explanation
+    from torchkiln_cli.warm import UsageError, split
+
+    kinds = split(what)
+    for kind in kinds:
+        if kind not in module.KINDS:
+            raise click.UsageError(f"--what must be among {', '.join(module.KINDS)}; got {kind}")
+    try:
+        names, place = explanation.parse_values(values), explanation.where(arch, device)
+        reply = explanation.kernels(op, names, split(dtypes) if dtypes else None, place)
+    except UsageError as error:
+        raise click.UsageError(str(error)) from error
+    target = f"sm_{reply['architecture']}"
+    sys.exit(0 if module.run(reply["kernels"], target, out, kinds, as_json) else 1)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class Row:
     operator: str
     specialization: str
     arch: str
-    status: str  # compiled, hit or failed
+    status: str  # compiled, hit, failed or unknown
     milliseconds: float  # of this call
     compile_milliseconds: float = 0.0  # of the compile that made the object, now or earlier
     registers: int = 0
@@ -62,14 +62,15 @@ class Outcome:
     @property
     def complete(self) -> bool:
         """Everything that was asked for is in the cache."""
-        return len(self.rows) == self.total and not any(r.status == "failed" for r in self.rows)
+        done = sum(row.status in ("compiled", "hit") for row in self.rows)
+        return done == self.total
 
     def summary(self) -> str:
         """One line for people."""
-        counts = {s: sum(r.status == s for r in self.rows) for s in ("compiled", "hit", "failed")}
+        counts = collections.Counter(row.status for row in self.rows)
         text = (
             f"{self.total} kernels: {counts['compiled']} compiled, {counts['hit']} in the cache "
-            f"already, {counts['failed']} failed ({self.seconds:.1f} s)."
+            f"already, {counts['failed'] + counts['unknown']} failed ({self.seconds:.1f} s)."
         )
         if self.interrupted:
             text += (
@@ -81,8 +82,12 @@ class Outcome:
 
 def parse_architectures(text: str) -> list[str]:
     """Splits "sm_80,sm_90" and checks each against the NVRTC that is installed."""
+    return check_architecture_names(text, known_architectures())
+
+
+def check_architecture_names(text: str, known: Sequence[str] = ()) -> list[str]:
+    """Splits "sm_80,sm_90"; each must be known, or look right when nothing is."""
     names = split(text)
-    known = known_architectures()
     for name in names:
         if not re.fullmatch(r"sm_\d+", name) or (known and name not in known):
             listed = ", ".join(known) if known else "names like sm_80 or sm_90"
@@ -97,46 +102,106 @@ def split(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
-def warm(
-    operators: Sequence[str] | None,
-    dtypes: Sequence[str] | None,
-    architectures: Sequence[str],
-    jobs: int | None = None,
-) -> Outcome:
-    """Brings every specialisation for every architecture into the cache.
+@dataclass(frozen=True)
+class Selection:
+    """What to compile: kernels of manifests, or the generic variants of operators.
 
-    Args:
-        operators: names; None for all.
-        dtypes: such as "float32"; None for all.
-        architectures: such as "sm_90".
-        jobs: compiles at a time; by default one per core.
+    Attributes:
+        manifests: files as `torchkiln record` writes them.
+        operators: names; None for all. Not looked at when there are manifests.
+        dtypes: such as "float32", of the generic variants; None for all.
+    """
 
-    Returns:
-        The outcome. Ctrl-C ends the run early: the outcome says so.
+    manifests: Sequence[str] = ()
+    operators: Sequence[str] | None = None
+    dtypes: Sequence[str] | None = None
+
+
+def parse_selection(
+    manifests: Sequence[str], ops: str | None, all_ops: bool, dtypes: str | None
+) -> Selection:
+    """Checks that exactly one way to select was taken."""
+    if sum([bool(manifests), bool(ops), all_ops]) != 1:
+        raise UsageError("Give one of --manifest, --ops and --all")
+    if manifests and dtypes:
+        raise UsageError("--dtypes goes with --ops or --all; a manifest names its own")
+    return Selection(
+        manifests, split(ops) if ops else None, split(dtypes) if dtypes is not None else None
+    )
+
+
+Work = list[tuple[dict[str, Any], str]]
+
+
+def work_of(selection: Selection, architectures: Sequence[str]) -> tuple[Work, list[Row]]:
+    """Pairs of a specialisation and an architecture; rows for what this version does not know.
 
     Raises:
-        UsageError: an operator or dtype that does not exist.
+        UsageError: an operator, dtype or manifest that does not exist.
     """
     _native.load_operators()
     try:
-        specializations = _native.control("expand", operators=operators, dtypes=dtypes)
+        if selection.manifests:
+            reply = _native.control("manifest.expand", paths=list(selection.manifests))
+        else:
+            reply = _native.control(
+                "expand", operators=selection.operators, dtypes=selection.dtypes
+            )
     except _native.ControlError as error:
         if error.is_usage:
             raise UsageError(f"--{error}") from error
         raise
     work = [
         (s, arch)
-        for s in specializations["specializations"]
+        for s in reply["specializations"]
         for arch in architectures
         if int(arch.removeprefix("sm_")) >= s.get("min_architecture", 0)
     ]
-    return compile_work(work, jobs)
+    unknown = [
+        Row("", row["text"], arch, "unknown", 0.0, error=row["error"])
+        for row in reply.get("unknown", [])
+        for arch in architectures
+    ]
+    return work, unknown
+
+
+def warm(selection: Selection, architectures: Sequence[str], jobs: int | None = None) -> Outcome:
+    """Brings every specialisation for every architecture into the cache.
+
+    Args:
+        selection: the kernels.
+        architectures: such as "sm_90".
+        jobs: compiles at a time; by default by cores and memory.
+
+    Returns:
+        The outcome. Ctrl-C ends the run early: the outcome says so.
+
+    Raises:
+        UsageError: an operator, dtype or manifest that does not exist.
+    """
+    work, unknown = work_of(selection, architectures)
+    outcome = compile_work(work, jobs)
+    outcome.rows += unknown
+    outcome.total += len(unknown)
+    return outcome
+
+
+def use_jobs(jobs: int | None) -> None:
+    """Tells the engine how many compiles may run at a time; before its first command."""
+    if jobs is not None:
+        os.environ["TORCHKILN_COMPILE_JOBS"] = str(jobs)
 
 
 def compile_work(
-    work: Sequence[tuple[dict[str, Any], str]], jobs: int | None = None, what: str = "warm"
+    work: Sequence[tuple[dict[str, Any], str]],
+    jobs: int | None = None,
+    what: str = "warm",
+    own_compiler: bool = False,
 ) -> Outcome:
-    """Brings pairs of a specialisation and an architecture into the cache; `what` names the bar."""
+    """Brings pairs of a specialisation and an architecture into the cache.
+
+    `what` names the bar; with `own_compiler` what another NVRTC made does not count as being there.
+    """
     outcome = Outcome(total=len(work))
     start = time.monotonic()
     jobs = jobs or len(os.sched_getaffinity(0))
@@ -144,7 +209,7 @@ def compile_work(
     futures: list[Future[Row]] = []
     try:
         with Progress(what, len(work)) as progress:
-            futures += [executor.submit(_compile, *item) for item in work]
+            futures += [executor.submit(_compile, *item, own_compiler) for item in work]
             for future in as_completed(futures):
                 row = future.result()
                 progress.advance(f"{row.specialization}@{row.arch}")
@@ -189,10 +254,12 @@ def emit_kernel_table(outcome: Outcome) -> None:
     )
 
 
-def _compile(specialization: dict[str, Any], arch: str) -> Row:
+def _compile(specialization: dict[str, Any], arch: str, own_compiler: bool = False) -> Row:
     start = time.monotonic()
     try:
-        reply = _native.control("compile", specialization=specialization, target=arch)
+        reply = _native.control(
+            "compile", specialization=specialization, target=arch, own_compiler=own_compiler
+        )
     except _native.ControlError as error:
         return Row(
             operator=specialization["operator"],
@@ -208,9 +275,9 @@ def _compile(specialization: dict[str, Any], arch: str) -> Row:
         arch=arch,
         status=reply["status"],
         milliseconds=reply["milliseconds"],
-        compile_milliseconds=reply.get("compile_milliseconds", reply["milliseconds"]),
-        registers=reply["registers"],
-        spill_bytes=reply.get("spill_bytes", 0),
+        compile_milliseconds=reply.get("compile_milliseconds") or reply["milliseconds"],
+        registers=reply["registers"] or 0,
+        spill_bytes=reply.get("spill_bytes") or 0,
         bytes=reply["bytes"],
     )
 

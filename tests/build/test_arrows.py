@@ -26,6 +26,8 @@ ARROWS = {
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*(["<])([^">]+)[">]', re.MULTILINE)
 TORCH = re.compile(r"^(torch|ATen|c10|caffe2)/")
 STABLE_TORCH = re.compile(r"^torch/(csrc/stable|headeronly|csrc/inductor/aoti_torch/c)/")
+# Compiled by users against the torch that they have.
+FULL_TORCH = "include/torchkiln/autograd.hpp"
 CUDA = re.compile(r"^(cuda|nvrtc|nvJitLink|cub/|thrust/|cooperative_groups)")
 
 
@@ -58,6 +60,8 @@ def forbidden_include(includer: str, quote: str, name: str) -> str | None:
     if CUDA.match(name):
         return "no file of a CUDA toolkit may be read"
     if TORCH.match(name):
+        if includer == FULL_TORCH:
+            return None
         if room != "bindings":
             return "torch headers belong in bindings/ only"
         return None if STABLE_TORCH.match(name) else "only torch's stable ABI is allowed"
@@ -97,6 +101,7 @@ def test_include_lines_follow_the_arrows() -> None:
         ("bindings/python_module/x.cpp", "#include <torch/csrc/stable/tensor.h>"),
         ("kernel_templates/common/x.h", "  #  include <cmath>"),
         ("cache/x.cpp", '#include "cache/missing.h"'),
+        ("include/torchkiln/torchkiln.hpp", "#include <ATen/ATen.h>"),
     ],
 )
 def test_a_forbidden_include_is_found(includer: str, line: str) -> None:

@@ -74,6 +74,17 @@ def test_wheel_is_small(wheel: Path) -> None:
     assert wheel.stat().st_size <= MAX_BYTES
 
 
+def test_cpp_users_find_headers_and_the_cmake_package(environment: Path, tmp_path: Path) -> None:
+    folder = Path(run(environment, tmp_path, "torchkiln", "--cmake-dir").strip())
+    assert folder.is_relative_to(environment)
+    assert (folder / "torchkilnConfig.cmake").is_file()
+    headers = {path.name for path in (folder.parent / "include" / "torchkiln").iterdir()}
+    assert headers == {"torchkiln.h", "torchkiln.hpp", "autograd.hpp"}
+    # Nothing in it may name a folder of the machine that built it.
+    for file in folder.iterdir():
+        assert str(ROOT) not in file.read_text()
+
+
 def test_operator_runs_without_a_compiler(environment: Path, tmp_path: Path) -> None:
     program = """
 import shutil, sys, torch, torchkiln

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from click.testing import CliRunner, Result
 from torchkiln_cli import _native
 from torchkiln_cli.main import cli
 
+VERSION = importlib.metadata.version("torchkiln")
 ARCHITECTURES = [75, 80, 90, 120]
 
 
@@ -33,6 +35,12 @@ class FakeEngine:
                 **compiler,
                 "version": "13.5",
                 "architectures": ARCHITECTURES,
+            },
+            "ladder": {
+                "rungs": [
+                    {"target": "sm_90", "reason": "exact machine code (sm_90) by NVRTC 13.5"}
+                ],
+                "explanation": "device of sm_90",
             },
             "driver": {"version": 13000, "devices": [{"name": "GPU X", "major": 9, "minor": 0}]},
             "settings": {
@@ -63,6 +71,7 @@ class FakeEngine:
                 ]
             },
             "cache.clear": {"freed_bytes": 8192},
+            "bundles": {"bundles": [], "refused": []},
             "selftest.store": {"checks": [{"name": "publish", "ok": True, "fact": "linked"}]},
         }
 
@@ -105,7 +114,7 @@ class FakeEngine:
 def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     fake = FakeEngine()
     monkeypatch.setattr(_native, "control", fake.control)
-    monkeypatch.setattr(_native, "version", lambda: "0.1.0")
+    monkeypatch.setattr(_native, "version", lambda: VERSION)
     monkeypatch.setattr(_native, "load_operators", lambda: None)
     return fake
 

@@ -18,6 +18,7 @@ def test_warm_json_has_exactly_the_promised_fields(engine, invoke):
     result = invoke("warm", "--ops", "nms", "--dtypes", "float", "--arch", "sm_80,sm_90", "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout) == {
+        "complete": True,
         "kernels": [
             {
                 "specialization": "detection/nms.mask<float>",
@@ -26,7 +27,7 @@ def test_warm_json_has_exactly_the_promised_fields(engine, invoke):
                 "milliseconds": 40.0,
             }
             for arch in ("sm_80", "sm_90")
-        ]
+        ],
     }
 
 
@@ -67,8 +68,8 @@ def test_warm_prints_a_sentence_once(engine, invoke):
         (("--ops", "nms", "--arch", "sm_90a"), "got sm_90a"),
         (("--ops", "nms", "--arch", ","), "--arch must name at least one architecture"),
         (("--ops", "nmms", "--arch", "sm_90"), "--ops must be among nms, roi_align; got nmms"),
-        (("--arch", "sm_90"), "Name operators with --ops, or take --all"),
-        (("--ops", "nms", "--all", "--arch", "sm_90"), "Name operators with --ops, or take --all"),
+        (("--arch", "sm_90"), "Give one of --manifest, --ops and --all"),
+        (("--ops", "nms", "--all", "--arch", "sm_90"), "Give one of --manifest, --ops and --all"),
         (("--ops", "nms"), "Missing option '--arch'"),
         (("--ops", "nms", "--arch", "sm_90", "--jobs", "0"), "--jobs"),
     ],

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import json
 import os
@@ -10,15 +11,19 @@ import socket
 import stat
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from torchkiln_cli import _native, doctor
+from torchkiln_cli.doctor import _cache, _trials
 
-HEALTHY = {
+HEALTHY: dict[str, Any] = {
     "compiles": [
         {"name": "sm_90", "error": None, "specialization": "box_iou", "milliseconds": 60.0}
     ],
+    "nvrtc": {"error": None, "path": "/lib/libnvrtc.so.13", "version": "13.5"},
+    "surroundings": [{"name": "forked child", "error": None, "fact": "finds stored kernels"}],
     "gpus": [{"name": "cuda:0 (GPU X)", "error": None}],
     "torchvision": {"name": "torchvision", "error": None, "version": "0.28.0", "healthy": True},
 }
@@ -27,13 +32,18 @@ HEALTHY = {
 @pytest.fixture
 def probe(monkeypatch):
     """The facts that the process of its own would bring."""
-    facts = dict(HEALTHY)
-    monkeypatch.setattr(doctor, "_probe", lambda: facts)
+    facts = copy.deepcopy(HEALTHY)
+    monkeypatch.setattr(_trials, "probe", lambda: facts)
     return facts
 
 
 @pytest.fixture
-def findings(engine, probe):
+def findings(engine, probe, tmp_path):
+    library = tmp_path / "libnvrtc.so.13"
+    for path in (library, tmp_path / "libnvrtc-builtins.so.13.5"):
+        path.touch()
+    engine.replies["nvrtc"]["path"] = probe["nvrtc"]["path"] = str(library)
+
     def examine():
         result = {}
         for finding in doctor.examine():
@@ -47,9 +57,10 @@ def findings(engine, probe):
 def test_a_sound_installation(findings):
     found = findings()
     assert {name for name, finding in found.items() if finding.status == "fail"} == set()
-    assert found["NVRTC"].fact.startswith("13.5 (/lib/libnvrtc.so.13")
-    assert found["GPU 0"].fact == "GPU X, sm_90"
-    assert found["compile for sm_90"].fact == "box_iou: 60 ms"
+    assert found["NVRTC"].fact.startswith("13.5 (/")
+    assert found["GPU 0"].fact == "GPU X, sm_90, runs exact machine code (sm_90) by NVRTC 13.5"
+    assert found["compile"].fact == "box_iou for sm_90: 60 ms at most (sm_90)"
+    assert found["forked child"].fact == "finds stored kernels"
     assert found["run on cuda:0 (GPU X)"].status == "ok"
 
 
@@ -86,7 +97,56 @@ def test_driver_is_older_than_nvrtc(findings, engine):
 
 def test_gpu_is_unknown_to_nvrtc(findings, engine):
     engine.replies["driver"]["devices"] = [{"name": "GPU Y", "major": 12, "minor": 1}]
-    assert "sm_121, which NVRTC 13.5 lacks" in findings()["GPU 0"].fact
+    rung = {"target": "sm_120", "reason": "machine code of the same major (sm_120)"}
+    engine.replies["ladder"] = {"rungs": [rung], "explanation": "the whole ladder"}
+    found = findings()["GPU 0"]
+    assert found.status == "warn"
+    assert found.fact == "GPU Y, sm_121, runs machine code of the same major (sm_120)"
+    engine.replies["ladder"]["rungs"] = []
+    found = findings()["GPU 0"]
+    assert found.status == "fail"
+    assert "the whole ladder" in found.fact
+
+
+def test_gpu_may_not_be_used(findings, engine):
+    engine.replies["driver"]["devices"][0]["compute_mode"] = "prohibited"
+    found = findings()["GPU 0, compute mode"]
+    assert found.status == "fail"
+    assert found.fix == "sudo nvidia-smi -c DEFAULT"
+    engine.replies["driver"]["devices"][0]["compute_mode"] = "exclusive process"
+    assert findings()["GPU 0, compute mode"].status == "warn"
+
+
+def test_gpu_settings_come_from_nvidia_smi(findings, engine, tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\ncase $1 in *persistence*) echo Disabled;; *) echo Enabled;; esac\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_MODULE_LOADING", "EAGER")
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    (tmp_path / "control").touch()
+    found = findings()["GPU settings"]
+    assert found.status == "warn"
+    for fact in ("CUDA_MODULE_LOADING EAGER", "MPS on", "MIG enabled", "persistence off"):
+        assert fact in found.fact
+
+
+def test_builtins_are_missing_or_of_another_version(findings, tmp_path):
+    right = tmp_path / "libnvrtc-builtins.so.13.5"
+    right.rename(tmp_path / "libnvrtc-builtins.so.13.0")
+    found = findings()["NVRTC's builtins"]
+    assert found.status == "fail"
+    assert "libnvrtc-builtins.so.13.0 beside" in found.fact
+    assert "which is 13.5" in found.fact
+    (tmp_path / "libnvrtc-builtins.so.13.0").unlink()
+    assert findings()["NVRTC's builtins"].fact.startswith("none beside")
+
+
+def test_another_nvrtc_wins_beside_torch(findings, probe):
+    probe["nvrtc"] = {"error": None, "path": "/torch/libnvrtc.so.12", "version": "12.8"}
+    found = findings()["NVRTC beside torch"]
+    assert found.status == "warn"
+    assert found.fact == "/torch/libnvrtc.so.12 (12.8) wins once torch is loaded"
 
 
 def test_cache_is_not_writable(findings, engine):
@@ -113,6 +173,65 @@ def test_cache_folder_is_open_to_others(findings, engine, tmp_path):
     assert findings()["cache folder"].status == "ok"
 
 
+def test_what_was_damaged_is_counted(findings, engine, tmp_path):
+    (tmp_path / "v1" / "quarantine").mkdir(parents=True)
+    (tmp_path / "v1" / "quarantine" / "object").touch()
+    engine.replies["selftest.store"] = {
+        "checks": [{"name": "root", "ok": True, "fact": str(tmp_path)}]
+    }
+    assert findings()["cache quarantine"].fact.startswith("1 objects were damaged")
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"), [("nfs4", "warn"), ("fuse.sshfs", "warn"), ("xfs", "ok")]
+)
+def test_file_system_of_the_cache(monkeypatch, kind, status):
+    monkeypatch.setattr(_cache, "_kind_of", lambda path: kind)
+    assert _cache._file_system(Path("/x")).status == status
+
+
+def test_bundles_are_proved(findings, engine):
+    engine.replies["settings"]["values"]["jit"] = "forbid"
+    assert findings()["bundles"].status == "warn"
+    proof = {
+        "path": "/b",
+        "objects": 2,
+        "bytes": 4096,
+        "architectures": ["sm_80", "sm_90"],
+        "compilers": ["nvrtc-12.9"],
+        "missing": [],
+        "problems": [],
+    }
+    engine.replies["bundles"] = {"bundles": [{"path": "/b"}], "refused": []}
+    engine.replies["bundle.verify"] = proof
+    found = findings()
+    assert found["bundle"].fact == "/b: 2 kernels for sm_80, sm_90, 4.0 KiB, by nvrtc-12.9"
+    assert "bundles" not in found
+    proof["missing"] = [{"specialization": "nms.mask<float>", "arch": "sm_80"}]
+    assert "such as nms.mask<float>@sm_80" in findings()["bundle"].fact
+    proof["problems"] = [{"object": "object 1", "why": "its digest is wrong"}]
+    assert findings()["bundle"].status == "fail"
+    engine.replies["bundles"] = {"bundles": [], "refused": [{"path": "/b", "why": "too short"}]}
+    assert findings()["bundle"].fact == "/b: too short"
+
+
+def test_a_file_that_python_would_import_instead(findings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "working directory" not in findings()
+    (tmp_path / "torch.py").touch()
+    found = findings()["working directory"]
+    assert found.status == "fail"
+    assert str(tmp_path / "torch.py") in found.fact
+
+
+def test_two_copies_of_torchkiln(findings, tmp_path, monkeypatch):
+    for name in ("first", "second"):
+        (tmp_path / name / "torchkiln").mkdir(parents=True)
+        (tmp_path / name / "torchkiln" / "__init__.py").touch()
+        monkeypatch.syspath_prepend(tmp_path / name)
+    assert findings()["copies of torchkiln"].status == "fail"
+
+
 def test_cache_command_fails(findings, engine):
     engine.replies["cache.stat"] = engine.error("no cache here")
     found = findings()
@@ -137,11 +256,18 @@ def test_torch_is_too_old(findings, monkeypatch):
     assert findings()["torch"].status == "fail"
 
 
+def test_a_slow_compile_is_worth_a_line(findings, probe):
+    probe["compiles"][0] |= {"milliseconds": 9000.0}
+    assert findings()["compile"].status == "warn"
+
+
 def test_compile_and_launch_fail(findings, probe):
     probe["compiles"] = [{"name": "sm_90", "error": "NVRTC refused"}]
+    probe["surroundings"] = [{"name": "small stack", "error": "it crashed"}]
     probe["gpus"] = [{"name": "cuda:0 (GPU X)", "error": "results differ"}]
     found = findings()
     assert found["compile for sm_90"].status == "fail"
+    assert found["small stack"].fact == "it crashed"
     assert found["run on cuda:0 (GPU X)"].status == "fail"
 
 
@@ -172,11 +298,11 @@ def test_engine_is_missing(monkeypatch, invoke, probe):
 
 
 def test_a_probe_that_crashes_becomes_a_finding(engine, monkeypatch):
-    doctor._probe.cache_clear()
+    _trials.probe.cache_clear()
     done = subprocess.CompletedProcess([], -11, stdout="", stderr="")
-    monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **kwargs: done)
-    (finding,) = doctor._compile()
-    doctor._probe.cache_clear()
+    monkeypatch.setattr(_trials.subprocess, "run", lambda *args, **kwargs: done)
+    (finding,) = _trials._compile()
+    _trials.probe.cache_clear()
     assert finding.status == "fail"
     assert "code -11" in finding.fact
 
@@ -192,7 +318,7 @@ def test_report_names_neither_host_nor_home(engine, invoke, probe):
     assert result.stdout.startswith("```\n")
 
 
-def test_json(engine, invoke, probe):
+def test_json(findings, invoke):
     result = invoke("doctor", "--json")
     found = json.loads(result.stdout)["findings"]
     assert set(found[0]) == {"name", "status", "fact", "fix"}
@@ -206,7 +332,9 @@ def test_real_installation(run, tmp_path):
     assert found["environment"]["fix"] == "Did you mean TORCHKILN_CACHE_DIR?"
     assert found["cache, heal"]["status"] == "ok"
     assert found["cache folder"]["fact"].startswith(os.path.realpath(tmp_path))
-    assert any(name.startswith("compile for sm_") for name in found)
+    assert "sm_90" in found["compile"]["fact"]
+    for name in ("small stack", "working directory with traps", "forked child"):
+        assert found[name]["status"] == "ok", found[name]
 
 
 def test_real_installation_without_nvrtc(run, tmp_path):

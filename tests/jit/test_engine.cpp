@@ -74,9 +74,9 @@ struct Declared {
   std::int64_t factors[1] = {2};
   std::int64_t blocks[3] = {64, 128, 256};
   std::int64_t defaults[2] = {128, 256};
-  torchkiln_param params[3] = {{"scalar", TORCHKILN_PARAM_TYPE, 0, types, 2},
-                               {"factor", TORCHKILN_PARAM_INT, 0, factors, 1},
-                               {"block_size", TORCHKILN_PARAM_INT, 1, blocks, 3}};
+  torchkiln_param params[3] = {{"scalar", TORCHKILN_PARAM_TYPE, 0, types, 2, 0},
+                               {"factor", TORCHKILN_PARAM_INT, 0, factors, 1, 0},
+                               {"block_size", TORCHKILN_PARAM_INT, 1, blocks, 3, 0}};
   torchkiln_size sizes[1] = {{"n", TORCHKILN_BUCKET_POW2}};
   torchkiln_declaration declaration{};
 

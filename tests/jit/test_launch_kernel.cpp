@@ -20,10 +20,10 @@ struct Declared {
   std::int64_t blocks[3] = {128, 64, 256};
   std::int64_t stages[2] = {1, 4};
   std::int64_t defaults[4] = {128, 1, 256, 4};
-  torchkiln_param params[4] = {{"scalar", TORCHKILN_PARAM_TYPE, 0, types, 2},
-                               {"factor", TORCHKILN_PARAM_INT, 0, factors, 2},
-                               {"block_size", TORCHKILN_PARAM_INT, 1, blocks, 3},
-                               {"stages", TORCHKILN_PARAM_INT, 1, stages, 2}};
+  torchkiln_param params[4] = {{"scalar", TORCHKILN_PARAM_TYPE, 0, types, 2, 0},
+                               {"factor", TORCHKILN_PARAM_INT, 0, factors, 2, 0},
+                               {"block_size", TORCHKILN_PARAM_INT, 1, blocks, 3, 0},
+                               {"stages", TORCHKILN_PARAM_INT, 1, stages, 2, 0}};
   torchkiln_size sizes[1] = {{"n", TORCHKILN_BUCKET_POW2}};
   torchkiln_declaration declaration{};
 
