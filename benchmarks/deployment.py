@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -91,16 +92,23 @@ def run(command: Sequence[str], **environment: str) -> str:
     return done.stdout
 
 
+def processor_seconds() -> float:
+    """What the children of this process have used so far, on all cores together."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def create(bundle: Path) -> dict[str, Any]:
     """Makes the bundle of all operators for eight architectures from an empty cache."""
     with tempfile.TemporaryDirectory() as cache:
-        start = time.monotonic()
+        start, used = time.monotonic(), processor_seconds()
         command = [*CLI, "bundle", "create", "--all", "--arch", ARCHS, "--out", str(bundle)]
         reply = json.loads(run([*command, "--json"], TORCHKILN_CACHE_DIR=cache))
-        seconds = time.monotonic() - start
+        seconds, used = time.monotonic() - start, processor_seconds() - used
         verified = json.loads(run([*CLI, "bundle", "verify", str(bundle), "--json"]))
     return {
         "seconds": seconds,
+        "processor_seconds": used,
         "cores": len(os.sched_getaffinity(0)),
         "objects": reply["bundle"]["objects"],
         "bytes": reply["bundle"]["bytes"],
@@ -228,6 +236,7 @@ def cpu_rows(data: dict[str, Any]) -> list[list[str]]:
         ["measure", "value", "must reach"],
         ["kernels of all operators for 8 architectures", str(made["objects"]), ""],
         [f"time to make them, {made['cores']} cores, no GPU", f"{made['seconds']:.0f} s", ""],
+        ["processor time of that", f"{made['processor_seconds']:.0f} s", ""],
         ["size of the bundle", f"{mib:.1f} MiB", ""],
         ["complete by `bundle verify`", "yes" if made["complete"] else "no", "yes"],
         ["opening it", f"{found['open_us'] / 1e3:.3f} ms", "≤ 1 ms"],
