@@ -286,6 +286,8 @@ def report(output: str) -> None:
         "JSON file beside it. Times are medians.\n\n" + table(cpu_rows(data)) + "\n"
     )
     text += f"\nCompiled by {', '.join(data['create']['compilers'])}.\n"
+    if "load" in data:  # written into the JSON by whoever measured on a machine in use
+        text += f"\nOn this machine {data['load']}.\n"
     if "gpu" in data:
         text += gpu_text(data["gpu"])
     Path(output + ".md").write_text(text)
