@@ -109,7 +109,7 @@ std::optional<Found> Objects::find_in_memory(const Request& request) {
 std::optional<Found> Objects::find_in_bundles(const Request& request) {
   const auto start = Clock::now();
   auto objects = bundles_.find(request.key, [&](const cache::ObjectView& o) {
-    return validate_object(o.header, o.payload, request.target);
+    return validate_code(o.header, o.payload, request.target);
   });
   {
     const std::scoped_lock lock(mutex_);
@@ -137,7 +137,7 @@ std::optional<Found> Objects::find_on_disk(const Request& request) {
   const auto start = Clock::now();
   const bool exact = request.origin == Origin::kOwnCompiler || settings_.compiler_policy == "exact";
   auto object = store_.find(request.key, compiler_identity(), exact, [&](const cache::Object& o) {
-    return validate_object(o.header, o.payload, request.target);
+    return validate_code(o.header, o.payload, request.target);
   });
   if (!object) return std::nullopt;
   Statistics::add(statistics_.hits_disk);

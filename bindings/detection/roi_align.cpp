@@ -65,7 +65,7 @@ struct TileTunables {
 };
 
 const std::vector<const char*> kForward = {"roi_align"};
-const std::vector<std::int64_t> kIndexTypes = {TORCHKILN_I32};
+const std::vector<std::int64_t> kIndexTypes = {TORCHKILN_I32, TORCHKILN_I64};
 const std::vector<torchkiln_size> kSizes = {
     {"outputs", TORCHKILN_BUCKET_POW2},  {"n", TORCHKILN_BUCKET_NONE},
     {"c", TORCHKILN_BUCKET_POW2},        {"h", TORCHKILN_BUCKET_NONE},

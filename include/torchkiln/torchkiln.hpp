@@ -48,9 +48,10 @@ inline Parameter bools(const char* name) {
   return {.name = name, .kind = TORCHKILN_PARAM_BOOL, .values = {0, 1}};
 }
 // A number of a layer (channels, groups, kernel size) that a launch may compile in; with 0 the program takes it from its
-// arguments and serves every value. `warm --ops` compiles the 0.
-inline Parameter layer_constant(const char* name) {
-  return {.name = name, .kind = TORCHKILN_PARAM_INT, .values = {0}, .constant = true};
+// arguments and serves every value. `warm --ops` compiles the 0, and the usual values.
+inline Parameter layer_constant(const char* name, std::vector<std::int64_t> usual = {}) {
+  usual.insert(usual.begin(), 0);
+  return {.name = name, .kind = TORCHKILN_PARAM_INT, .values = std::move(usual), .constant = true};
 }
 
 inline const std::vector<std::int64_t> kFloatTypes = {TORCHKILN_FLOAT, TORCHKILN_HALF,

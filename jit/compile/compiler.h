@@ -40,8 +40,11 @@ class Compiler {
   std::string id_;
 };
 
-// What is wrong with an object that should run on `target`, whoever made it; nothing when it may be
-// handed to the driver.
+// What is wrong with code that should run on `target`, whoever made it; nothing when it may be handed to the driver. For
+// bytes whose digest has been checked, as those of every object that was read.
+std::optional<std::string> validate_code(const nlohmann::json& header, std::string_view payload,
+                                         const Target& target);
+// The same, and the digest in the header is that of the payload.
 std::optional<std::string> validate_object(const nlohmann::json& header, std::string_view payload,
                                            const Target& target);
 inline std::optional<std::string> validate_object(const cache::Object& object,

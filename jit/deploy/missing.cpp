@@ -146,7 +146,9 @@ Error missing_kernel(Objects& objects, const Kernel& kernel, const Specializatio
     }
     if (differences.empty()) {
       differences =
-          "it was made from other sources, by another version of torchkiln, or with other options";
+          "it was made from other sources (by another version of torchkiln), with other options, "
+          "or "
+          "by a compiler that the policy rules out";
     }
     text +=
         " The nearest one is " + nearest->text + " in " + nearest->where + ": " + differences + ".";

@@ -22,13 +22,21 @@ WARM = ("warm", "--ops", "box_iou", "--dtypes", "float32", "--arch", "sm_90", "-
         ["--version"],
         ["--cmake-dir"],
         ["cache", "stat", "--json"],
-        ["bundle", "verify", "--help"],
+        ["bundle", "--help"],
+        ["bundle", "merge", "--json", "--out", "{}/b.bundle", "{}/a.bundle"],
+        ["bundle", "list", "--json", "{}/a.bundle"],
+        ["bundle", "verify", "--json", "{}/a.bundle"],
         ["doctor", "--help"],
         ["explain", "--help"],
     ],
     ids=" ".join,
 )
 def test_commands_without_operators_import_little(arguments, tmp_path, record_property):
+    # An empty bundle is a whole one: merging nothing makes it.
+    from torchkiln_cli import _native
+
+    _native.control("bundle.merge", out=str(tmp_path / "a.bundle"), inputs=[])
+    arguments = [argument.format(tmp_path) for argument in arguments]
     program = (
         "import sys\n"
         "from torchkiln_cli.main import cli\n"
