@@ -57,9 +57,10 @@ const Forward forward_kernel({
                 ints("vector", {1, 2, 4})},
     .sizes = {{"n", TORCHKILN_BUCKET_NONE}, {"m", TORCHKILN_BUCKET_POW2}},
     .tunables = {ints("block_size", {64, 128, 256, 512})},
-    .defaults = {{256}},
+    .defaults = {{256}, {64}},
     .valid =
         [](const ForwardStatics& s) { return s.vector == 1 || s.vector == full_vector(s.scalar); },
+    .choose = [](const Forward::Problem& p) { return p.sizes.m <= 64 ? 1u : 0u; },
     .geometry = &over_pairs,
 });
 

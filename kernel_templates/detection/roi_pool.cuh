@@ -639,7 +639,7 @@ __device__ __forceinline__ void add(const Tile& tile, Code<kCodeBytes> code, T g
 template <class Scalar, int kCodeBytes, int kTileHeight, int kTileWidth, class T>
 __device__ __forceinline__ void add_region(const BackwardArgs& args, const Tile& tile,
                                            const Touching& item, i64 channel, T* sums) {
-  constexpr int kAtOnce = kDeterministic ? 1 : 4;  // fewer in one batch meet in the same cell
+  constexpr int kAtOnce = 4;
   const Shape& s = args.shape;
   const Scalar* grad_output = static_cast<const Scalar*>(args.grad_output);
   const auto* argmax = static_cast<const Code<kCodeBytes>*>(args.argmax);

@@ -12,7 +12,7 @@ namespace {
 using torchkiln::box_iou::Args;
 
 struct Statics {
-  std::int64_t scalar, mode;
+  std::int64_t scalar, mode, vector;
 };
 struct Sizes {
   std::int64_t n, m;
@@ -28,10 +28,14 @@ const Forward forward({
     .entry = "forward",
     .operators = {"box_iou"},
     .statics = {torchkiln::types("scalar", torchkiln::kFloatTypes),
-                torchkiln::ints("mode", {0, 1, 2, 3})},
+                torchkiln::ints("mode", {0, 1, 2, 3}), torchkiln::ints("vector", {1, 2, 4})},
     .sizes = {{"n", TORCHKILN_BUCKET_NONE}, {"m", TORCHKILN_BUCKET_POW2}},
     .tunables = {torchkiln::ints("block_size", {64, 128, 256, 512})},
     .defaults = {{256}, {64}},
+    .valid =
+        [](const Statics& s) {
+          return s.vector == 1 || s.vector == (s.scalar == TORCHKILN_DOUBLE ? 2 : 4);
+        },
     .choose = [](const Forward::Problem& p) { return p.sizes.m <= 64 ? 1u : 0u; },
     .geometry =
         [](const Forward::Problem& p, const Tunables& t) {
@@ -49,7 +53,7 @@ std::int64_t type_of(const std::string& dtype) {
 int main(int count, char** arguments) try {
   for (int i = 1; i < count; ++i) {
     const Args args{};
-    forward.run({}, {type_of(arguments[i]), 0}, {8, 100}, args, {});
+    forward.run({}, {type_of(arguments[i]), 0, 1}, {8, 100}, args, {});
   }
   char* reply = nullptr;
   torchkiln::check(torchkiln_control("statistics", "{}", &reply));

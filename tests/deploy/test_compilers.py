@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.network, pytest.mark.slow]
 
 PACKAGES = {"12.9": "nvidia-cuda-nvrtc-cu12==12.9.*", "13.0": "nvidia-cuda-nvrtc==13.0.*"}
 KERNELS = [
-    "detection/box_iou.forward<float, mode=0, block_size=256>",
+    "detection/box_iou.forward<float, mode=0, vector=1, block_size=256>",
     "detection/nms.suppress<float, classes=false, panel=64, block_size=256>",
 ]
 

@@ -19,7 +19,7 @@ import torch
 
 from support.machine import CLEAN, ROOT, Machine
 
-KERNEL = "detection/box_iou.forward<{}, mode=0, block_size=256>"
+KERNEL = "detection/box_iou.forward<{}, mode=0, vector=1, block_size=256>"
 FLOAT, HALF, DOUBLE = (KERNEL.format(name) for name in ("float", "half", "double"))
 # A runtime machine: nothing may be written, no home, no compiler, nothing may be compiled.
 RUNTIME = {
