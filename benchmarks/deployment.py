@@ -207,7 +207,7 @@ def gpu(bundle: str, output: str, repeats: int) -> None:
                 "kernels": samples[0]["kernels"],
                 "compiles": max(s["compiles"] for s in samples),
                 "nvrtc_opened": max(s["nvrtc_opened"] for s in samples),
-                "hits": samples[0]["hits"],
+                "hits_bundle": samples[0]["hits_bundle"],
             })  # fmt: skip
     save(output, "gpu", {
         "name": torch.cuda.get_device_name(),
@@ -262,7 +262,7 @@ def gpu_text(gpu_data: dict[str, Any]) -> str:
         "`TORCHKILN_JIT=forbid`.\n\n"
         f"`torchkiln verify` over all operators, dtypes and directions: {served['checks']} checks, "
         f"{len(served['failed'])} failed, {counters['compiles']} compiles, "
-        f"{counters['hits']['bundle']} kernels from the bundle, {counters['generic_variants']} "
+        f"{counters['hits_bundle']} kernels from the bundle, {counters['generic_variants']} "
         f"generic variants, {counters['missing']} missing.\n\n"
         "First call of a fresh process after the CUDA context exists, to the end of its kernels "
         "(must reach: ≤ 2 ms). `graph` is the whole capture, instantiation and first replay.\n\n"

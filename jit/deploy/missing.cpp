@@ -74,7 +74,8 @@ std::optional<Nearest> nearest_to(const Specialization& wanted, const std::strin
     if (p.specialization.path != wanted.path || p.specialization.entry != wanted.entry) continue;
     Nearest candidate{p.specialization.text() + "@" + p.target, p.where,
                       differences(wanted, target, p)};
-    if (!best || candidate.differences.size() < best->differences.size()) {
+    const auto rank = [](const Nearest& n) { return std::pair(n.differences.size(), n.text); };
+    if (!best || rank(candidate) < rank(*best)) {
       best = std::move(candidate);
     }
   }
