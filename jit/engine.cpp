@@ -161,12 +161,15 @@ void Engine::synchronize(int device, void* stream, const std::string& what,
 void Engine::before_fork() {
   kernels_mutex_.lock();
   objects_.before_fork();
+  site_directories().mutex.lock();  // taken while the identity of the compiler is found
 }
 void Engine::after_fork_in_parent() {
+  site_directories().mutex.unlock();
   objects_.after_fork_in_parent();
   kernels_mutex_.unlock();
 }
 void Engine::after_fork_in_child() {
+  site_directories().mutex.unlock();
   objects_.after_fork_in_child();
   kernels_mutex_.unlock();
 }

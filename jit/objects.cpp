@@ -79,9 +79,10 @@ std::optional<Found> Objects::find_on_disk(const std::string& key, const Target&
 }
 
 // Reading two ELF notes takes up to a millisecond: once.
-const std::string& Objects::compiler_identity() {
-  std::call_once(identity_once_, [&] { identity_ = compilers_.identity(); });
-  return identity_;
+std::string Objects::compiler_identity() {
+  const std::scoped_lock lock(identity_mutex_);
+  if (!identity_) identity_ = compilers_.identity();
+  return *identity_;
 }
 
 Found Objects::remember(const std::string& key, cache::Object object, Layer layer,
@@ -133,10 +134,11 @@ Found Objects::make(const Specialization& specialization, const Target& target,
                     const std::string& key, Priority priority) {
   Statistics::add(statistics_.misses);
   if (!store_.writable()) return compile(specialization, target, key, priority);
+  const std::string only_compiler = settings_.compiler_policy == "exact" ? compiler_identity() : "";
   bool became_ready = false;
   const auto lock = cache::wait_for_lock(
-      cache::node_local_lock_file(), key, kLockBound, [&] { return store_.contains(key); },
-      became_ready);
+      cache::node_local_lock_file(), key, kLockBound,
+      [&] { return store_.contains(key, only_compiler); }, became_ready);
   if (auto found = find_on_disk(key, target)) return *found;
   return compile(specialization, target, key, priority);
 }
@@ -160,15 +162,8 @@ Found Objects::compile(const Specialization& specialization, const Target& targe
   const double milliseconds = milliseconds_since(start);
   Statistics::add(statistics_.compile_microseconds, static_cast<std::uint64_t>(milliseconds * 1e3));
   store_.publish(key, used->id(), object);
-  if (settings_.cache_max_bytes > 0) prune_sometimes();
+  if (settings_.cache_max_bytes > 0) store_.prune_if_due(settings_.cache_max_bytes);
   return remember(key, std::move(object), Layer::kCompiled, milliseconds);
-}
-
-// Walking the store costs; once in 64 compiles of a process is often enough for a limit that exists for careless CI.
-void Objects::prune_sometimes() {
-  constexpr std::uint64_t kEvery = 64;
-  if (statistics_.compiles.load(std::memory_order_relaxed) % kEvery == 0)
-    store_.prune(settings_.cache_max_bytes);
 }
 
 void Objects::refuse(const Found& found, const std::string& reason) {
@@ -192,9 +187,21 @@ std::shared_ptr<const Compiler> Objects::compiler() {
   return compiler_;
 }
 
+void Objects::before_fork() {
+  identity_mutex_.lock();
+  mutex_.lock();
+  store_.before_fork();
+}
+
+void Objects::after_fork_in_parent() {
+  store_.after_fork();
+  mutex_.unlock();
+  identity_mutex_.unlock();
+}
+
 void Objects::after_fork_in_child() {
   in_flight_.clear();
-  mutex_.unlock();
+  after_fork_in_parent();
 }
 
 }  // namespace torchkiln::jit

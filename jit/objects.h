@@ -59,8 +59,8 @@ class Objects {
   cache::Store& store() { return store_; }
 
   // Around fork(): no other thread may hold our mutex at that moment, and their compiles do not exist in the child.
-  void before_fork() { mutex_.lock(); }
-  void after_fork_in_parent() { mutex_.unlock(); }
+  void before_fork();
+  void after_fork_in_parent();
   void after_fork_in_child();
 
  private:
@@ -71,8 +71,7 @@ class Objects {
              Priority priority);
   Found compile(const Specialization& specialization, const Target& target, const std::string& key,
                 Priority priority);
-  const std::string& compiler_identity();
-  void prune_sometimes();
+  std::string compiler_identity();
   Found remember(const std::string& key, cache::Object object, Layer layer, double milliseconds);
 
   const Settings& settings_;
@@ -81,8 +80,8 @@ class Objects {
   Statistics& statistics_;
   std::vector<std::string> options_;
   cache::Store store_;
-  std::once_flag identity_once_;
-  std::string identity_;
+  std::mutex identity_mutex_;
+  std::optional<std::string> identity_;
   CompilePool pool_;
 
   std::mutex mutex_;  // guards what follows

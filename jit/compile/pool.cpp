@@ -37,7 +37,8 @@ struct CompilePool::State {
   unsigned idle = 0;
   unsigned running = 0;
   bool stopped = false;
-  bool exit_handler_after_work = false;
+  bool watched = false;  // by keep_exit_handler_young
+  bool set_up = false;   // a task has ended
   // Process whose threads these are; 0 before the first. Atomic because a forked child must not
   // touch the mutex, which may be locked for ever there.
   std::atomic<pid_t> owner{0};
@@ -49,6 +50,7 @@ using State = CompilePool::State;
 using Task = CompilePool::Task;
 
 constexpr std::size_t kStackBytes = std::size_t{16} << 20;  // NVRTC crashes with 256 KB
+constexpr std::size_t kSmallStackBytes = std::size_t{256} << 10;
 constexpr unsigned kMostJobs = 8;
 constexpr std::uint64_t kBytesPerJob = std::uint64_t{250} << 20;
 constexpr auto kPatienceAtExit = std::chrono::seconds(5);
@@ -124,8 +126,25 @@ void stop_at_exit(void* argument) {
   stop_and_wait(**static_cast<std::shared_ptr<State>*>(argument));
 }
 
-void register_exit_handler(const std::shared_ptr<State>& state) {
-  abi::__cxa_atexit(&stop_at_exit, new std::shared_ptr<State>(state), &__dso_handle);
+// Handlers run in reverse order: only one that is younger than NVRTC's own runs before them.
+void register_exit_handler(std::shared_ptr<State>* state) {
+  abi::__cxa_atexit(&stop_at_exit, state, &__dso_handle);
+}
+
+// NVRTC registers its handlers one by one, far into its first compile. So while that runs, ours is
+// registered again and again: an exit() can come before NVRTC's handlers are covered only in the
+// instant after a new one.
+void* keep_exit_handler_young(void* argument) {
+  constexpr auto kPause = std::chrono::microseconds(200);
+  auto* state = static_cast<std::shared_ptr<State>*>(argument);
+  std::unique_lock lock((*state)->mutex);
+  while (!(*state)->set_up && !(*state)->stopped) {
+    register_exit_handler(state);
+    (*state)->fewer_running.wait_for(lock, kPause);
+  }
+  (*state)->watched = false;
+  (*state)->fewer_running.notify_all();
+  return nullptr;
 }
 
 // Interactive work first, oldest first.
@@ -154,10 +173,9 @@ void work(const std::shared_ptr<State>& state) {
     task = {};  // what it captured dies before the next wait
     lock.lock();
     --state->running;
-    // Handlers run in reverse order: one that was registered after NVRTC's own runs before them.
-    if (!state->exit_handler_after_work && !state->stopped) {
-      state->exit_handler_after_work = true;
-      register_exit_handler(state);
+    if (!state->set_up && !state->stopped) {
+      state->set_up = true;
+      register_exit_handler(new std::shared_ptr<State>(state));
     }
     state->fewer_running.notify_all();
   }
@@ -191,18 +209,23 @@ class SignalsBlocked {
   sigset_t before_{};
 };
 
-// Under the mutex. False when the system gives no thread.
-bool start_thread(const std::shared_ptr<State>& state) {
+// False when the system gives no thread.
+bool start(void* (*body)(void*), std::size_t stack_bytes, std::shared_ptr<State>* argument) {
   const SignalsBlocked inherited;
   pthread_attr_t attributes;
   if (::pthread_attr_init(&attributes) != 0) return false;
-  ::pthread_attr_setstacksize(&attributes, kStackBytes);
+  ::pthread_attr_setstacksize(&attributes, stack_bytes);
   ::pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-  auto argument = std::make_unique<std::shared_ptr<State>>(state);
   pthread_t thread{};
-  const bool started = ::pthread_create(&thread, &attributes, &thread_main, argument.get()) == 0;
+  const bool started = ::pthread_create(&thread, &attributes, body, argument) == 0;
   ::pthread_attr_destroy(&attributes);
-  if (!started) return false;
+  return started;
+}
+
+// Under the mutex.
+bool start_worker(const std::shared_ptr<State>& state) {
+  auto argument = std::make_unique<std::shared_ptr<State>>(state);
+  if (!start(&thread_main, kStackBytes, argument.get())) return false;
   static_cast<void>(argument.release());  // the thread's now
   ++state->threads;
   return true;
@@ -243,7 +266,7 @@ CompilePool::~CompilePool() {
   if (was_forked(*state_)) return;
   for (const Task& task : stop(*state_)) task.drop(std::make_exception_ptr(exiting()));
   std::unique_lock lock(state_->mutex);
-  state_->fewer_running.wait(lock, [&] { return state_->threads == 0; });
+  state_->fewer_running.wait(lock, [&] { return state_->threads == 0 && !state_->watched; });
 }
 
 void CompilePool::enqueue(Priority priority, Task task) {
@@ -254,12 +277,14 @@ void CompilePool::enqueue(Priority priority, Task task) {
   if (state_->stopped) throw exiting();
   if (state_->owner.load() == 0) {
     state_->owner.store(::getpid());
-    register_exit_handler(state_);
+    auto* argument = new std::shared_ptr<State>(state_);  // never freed
+    register_exit_handler(argument);
+    state_->watched = start(&keep_exit_handler_young, kSmallStackBytes, argument);
   }
   auto& queue = state_->queues[priority == Priority::kInteractive ? 0 : 1];
   queue.push_back(std::move(task));
   const std::size_t waiting = state_->queues[0].size() + state_->queues[1].size();
-  if (waiting > state_->idle && state_->threads < jobs_ && !start_thread(state_) &&
+  if (waiting > state_->idle && state_->threads < jobs_ && !start_worker(state_) &&
       state_->threads == 0) {
     queue.pop_back();
     throw Error(TORCHKILN_ERROR_COMPILER,

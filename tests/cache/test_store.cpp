@@ -123,7 +123,7 @@ TEST_F(StoreTest, DamageIsAMissAndIsQuarantinedAndReportedOnce) {
   }
   EXPECT_EQ(store_.counters().damaged, damaged);
   ASSERT_EQ(warnings_.texts.size(), 1U);
-  EXPECT_NE(warnings_.texts[0].find("moved to quarantine"), std::string::npos);
+  EXPECT_NE(warnings_.texts[0].find("moved out of the way"), std::string::npos);
   plant(key_);
   EXPECT_TRUE(find(key_));
 }
