@@ -9,6 +9,7 @@
 #include "cache/sha256.h"
 #include "jit/compile/nvrtc_log.h"
 #include "jit/compile/options.h"
+#include "jit/compile/pool.h"
 #include "jit/compile/program.h"
 #include "jit/driver/elf.h"
 #include "jit/driver/nvrtc_finder.h"
@@ -86,6 +87,17 @@ void require_closed(const Job& job) {
                   details_of(job, "", excerpt(file.text, line)));
     }
   }
+}
+
+// NVRTC ends the process when it gets no memory, so it is not started where it would get none.
+void require_memory(const Job& job) {
+  constexpr std::uint64_t kMegabyte = std::uint64_t{1} << 20;
+  constexpr std::uint64_t kNeeded = 128 * kMegabyte;
+  const std::uint64_t left = free_address_space();
+  if (left >= kNeeded) return;
+  throw Error(TORCHKILN_ERROR_COMPILER,
+              job.label() + ": 128 MB of address space must be free to compile a kernel; got " +
+                  std::to_string(left / kMegabyte) + " MB. Raise the limit (ulimit -v).");
 }
 
 std::string_view text_of(const Job& job, const std::string& file) {
@@ -195,6 +207,7 @@ cache::Object Compiler::compile(const Specialization& specialization, const Targ
                    .text = specialization.program(),
                    .files = sources_.closure(specialization.path)};
   require_closed(job);
+  require_memory(job);
 
   Program program(nvrtc_, job.text, job.name, job.files);
   const std::string expression = specialization.name_expression();

@@ -5,6 +5,7 @@
 #include <cxxabi.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -51,6 +52,7 @@ using Task = CompilePool::Task;
 
 constexpr std::size_t kStackBytes = std::size_t{16} << 20;  // NVRTC crashes with 256 KB
 constexpr std::size_t kSmallStackBytes = std::size_t{256} << 10;
+constexpr std::uint64_t kPlenty = std::uint64_t{1} << 40;
 constexpr unsigned kMostJobs = 8;
 constexpr std::uint64_t kBytesPerJob = std::uint64_t{250} << 20;
 constexpr auto kPatienceAtExit = std::chrono::seconds(5);
@@ -242,14 +244,21 @@ std::uint64_t number_in(const char* path, const std::string& label, std::uint64_
 }
 
 std::uint64_t free_memory() {
-  constexpr std::uint64_t kPlenty = std::uint64_t{1} << 40;
   const std::uint64_t machine = number_in("/proc/meminfo", "MemAvailable:", kPlenty >> 10) << 10;
   const std::uint64_t limit = number_in("/sys/fs/cgroup/memory.max", "", kPlenty);
   const std::uint64_t used = number_in("/sys/fs/cgroup/memory.current", "", 0);
-  return std::min(machine, limit > used ? limit - used : 0);
+  return std::min({machine, limit > used ? limit - used : 0, free_address_space()});
 }
 
 }  // namespace
+
+std::uint64_t free_address_space() {
+  rlimit limit{};
+  if (::getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return kPlenty;
+  const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+  const std::uint64_t used = number_in("/proc/self/statm", "", 0) * page;
+  return limit.rlim_cur > used ? limit.rlim_cur - used : 0;
+}
 
 unsigned default_compile_jobs() {
   const unsigned cores = std::max(1U, std::thread::hardware_concurrency());

@@ -4,6 +4,7 @@
 
 #include <sys/types.h>
 
+#include <cstdint>
 #include <exception>
 #include <functional>
 #include <future>
@@ -82,5 +83,8 @@ class CompilePool {
 
 // At least 1, at most 8: beyond that NVRTC gains little and memory runs out (250 MB a compile).
 unsigned default_compile_jobs();
+
+// Bytes that RLIMIT_AS still allows this process to map; very many without a limit.
+std::uint64_t free_address_space();
 
 }  // namespace torchkiln::jit

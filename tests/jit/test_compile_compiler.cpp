@@ -318,6 +318,32 @@ TEST_F(RealCompiler, LeavesTheStackLimitAlone) {
   EXPECT_FALSE(changed);
 }
 
+// Another file with the same soname, as that of torch and that of a toolkit are; and every other version at hand.
+TEST_F(RealCompiler, SeveralLibrariesInOneProcess) {
+  const std::filesystem::path original = nvrtc_.path;
+  const testing::TemporaryFolder folder;
+  for (const std::filesystem::path& file :
+       {original, std::filesystem::path(builtins_beside(original))}) {
+    std::filesystem::copy_file(file, folder.path() / file.filename());
+  }
+  std::vector<NvrtcApi> libraries = {load_nvrtc((folder.path() / original.filename()).string())};
+  ASSERT_NE(libraries[0].nvrtcCreateProgram, nvrtc_.nvrtcCreateProgram) << "it is the same library";
+  for (const NvrtcCandidate& candidate : testing::test_nvrtcs()) {
+    libraries.push_back(load_nvrtc(candidate.path));
+  }
+  const cache::Object expected = compile();
+  std::vector<std::shared_future<cache::Object>> objects;
+  for (const NvrtcApi& library : libraries) {
+    objects.push_back(pool_.submit(Priority::kInteractive, [this, library] {
+      return Compiler(library, *sources_).compile(scale(), {.architecture = 90}, kKey, kOptions);
+    }));
+  }
+  for (const auto& object : objects)
+    EXPECT_FALSE(validate_object(object.get(), {.architecture = 90}));
+  EXPECT_EQ(objects[0].get().payload, expected.payload);
+  EXPECT_EQ(compile().payload, expected.payload);
+}
+
 // In a fresh process each time: the first compile of a process is the one that NVRTC sets itself up in.
 TEST_F(RealCompiler, ExitDuringACompileIsClean) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");

@@ -104,6 +104,16 @@ def run_together(commands: Sequence[Sequence[str]], work: Path, files: str = "")
     return {"replies": replies, "milliseconds": elapsed}
 
 
+def nvrtc() -> str:
+    """Returns the path of the installed NVRTC, or an empty string; never that of a toolkit."""
+    try:
+        import nvidia
+    except ImportError:
+        return ""
+    found = (path for root in nvidia.__path__ for path in Path(root).glob("*/lib/libnvrtc.so.*"))
+    return next((str(path) for path in sorted(found)), "")
+
+
 # --- death at each system call --------------------------------------------------------------------
 
 # What can change a file system or a lock, and what a process does in between.

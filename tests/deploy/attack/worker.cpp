@@ -199,17 +199,16 @@ int lookup(const Arguments& arguments) {
                0);
 }
 
-// Real NVRTC: exit() by the main or another thread, `ms` into the first compile of the process.
+// Real NVRTC: exit() by the main or another thread, `us` into the first compile of the process.
 int exit_while_compiling(const Arguments& arguments) {
-  static const TemplateSources sources(embedded_files());
+  static const TemplateSources sources = testing::scale_sources();
   const auto candidates = find_nvrtc(Settings::from_environment(), {});
   auto* compiler = new Compiler(load_first(candidates), sources);
   auto* pool = new CompilePool(2);  // never destroyed, as the engine's
-  const Specialization specialization =
-      Specialization::from_json(json::parse(arguments.text("kernel")));
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 1; i <= 4; ++i) {
     pool->submit(Priority::kInteractive, [=] {
-      compiler->compile(specialization, kTarget, cache::sha256_hex("k"), {"std=c++17"});
+      compiler->compile(testing::scale_specialization(i), kTarget, cache::sha256_hex("k"),
+                        {"std=c++17"});
     });
   }
   const auto leave = [&] {

@@ -118,7 +118,18 @@ NvrtcResult log_size(NvrtcProgram, std::size_t* bytes) {
 NvrtcResult get_log(NvrtcProgram, char*) { return kNvrtcSuccess; }
 const char* error_string(NvrtcResult) { return "fake error"; }
 
-constexpr const char kSource[] = "namespace torchkiln::scale {}\n";
+// A real kernel, so that a real compiler can take the place of the fake.
+constexpr const char kSource[] = R"(#pragma once
+namespace torchkiln { using half = unsigned short; using i32 = int; }
+namespace torchkiln::scale {
+struct Args { void* data; float factor; int n; };
+template <class Scalar, int kBlockSize>
+__global__ void forward(Args args) {
+  const int i = blockIdx.x * kBlockSize + threadIdx.x;
+  if (i < args.n) static_cast<Scalar*>(args.data)[i] *= args.factor;
+}
+}  // namespace torchkiln::scale
+)";
 const std::string kPath = "demo/scale.cuh";
 
 }  // namespace
@@ -129,8 +140,9 @@ FakeNvrtc::FakeNvrtc(const std::filesystem::path& folder, std::chrono::milliseco
   compile_counter = counter.string();
   const auto write = [&](const char* name, const char* id) {
     const auto path = folder / name;
-    // Whole from the first moment: other processes may be reading it.
-    const auto fresh = folder / ("fresh-" + std::to_string(::getpid()) + name);
+    if (std::filesystem::exists(path)) return path.string();
+    // Whole from the first moment: others may be reading it.
+    const auto fresh = folder / ("fresh-" + std::to_string(::gettid()) + name);
     std::ofstream(fresh, std::ios::binary) << fake_library(id);
     std::error_code ignored;
     std::filesystem::rename(fresh, path, ignored);
