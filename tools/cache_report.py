@@ -9,12 +9,11 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import json
-import platform
+import os
 import re
 import subprocess
 import sys
 import tempfile
-import textwrap
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,10 @@ from typing import Any
 import click
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from support import attack  # noqa: E402
+
 ATTACK = "tests/deploy/attack"
 
 
@@ -34,6 +37,7 @@ class Tests:
     failed: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     summaries: dict[str, str] = field(default_factory=dict)
+    forks: int = 0
 
 
 def run_tests() -> Tests:
@@ -58,91 +62,119 @@ def run_tests() -> Tests:
     return tests
 
 
+def run_forks() -> int:
+    """Runs the test that forks in the ordinary build; returns how often it did, 0 if it failed."""
+    program = attack.build_folder() / "torchkiln_jit_tests"
+    command = [str(program), "--gtest_filter=AttackTest.Forks*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = re.search(r"\[ forks *\] (\d+)", done.stdout)
+    return int(found[1]) if found and done.returncode == 0 else 0
+
+
 def run_sanitizers(rounds: int) -> dict[str, Any]:
     """Runs `make sanitize`; returns its verdict, what it counted and how many tests passed."""
     command = ["make", "sanitize", f"ROUNDS={rounds}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     output = done.stdout + done.stderr
     reports = re.findall(r"ERROR: \w+Sanitizer|WARNING: ThreadSanitizer|runtime error:", output)
-    damages, forks = (re.findall(rf"\[ {what} *\] (\d+)", output) for what in ("damages", "forks"))
+    damages = re.findall(r"\[ damages *\] (\d+)", output)
     return {
         "ok": done.returncode == 0,
         "reports": len(reports),
-        "damages": damages,
-        "forks": forks,
+        "damages": " + ".join(damages),
         "tail": output.splitlines()[-30:],
     }
 
 
 def table(tests: Tests, sanitizers: dict[str, Any], lookup: dict[str, Any]) -> list[str]:
     """Returns the rows of the report: what is measured, what it must reach, what it is."""
-    s = tests.summaries
-    one_key = s.get("test_sixty_four_processes_compile_one_key_once", "not run")
-    many_keys = s.get("test_sixteen_processes_compile_two_hundred_keys_once_each", "not run")
-    deaths = [
-        s.get(name, "not run")
-        for name in (
-            "test_death_while_publishing",
-            "test_death_while_evicting",
-            "test_death_of_the_whole_core",
-        )
-    ]
-    exits = [
-        s.get(f"test_exit_at_any_moment_of_the_first_compile[{t}]", "?") for t in ("main", "other")
-    ]
-    median = lookup["microseconds"]["median"]
+
+    def said(*names: str) -> str:
+        return "; ".join(tests.summaries.get(name, f"{name} did not run") for name in names)
+
+    exits = [f"test_exit_at_any_moment_of_the_first_compile[{name}]" for name in ("main", "other")]
+    times = lookup["microseconds"]
+    opened = ", ".join(f"{name}: {lookup[name]}" for name in ("libnvrtc_opened", "libcuda_opened"))
     verdict = "all passed" if sanitizers["ok"] else "FAILED"
-    rows = [
-        ("64 processes, one key, empty cache", "1 compile, wall < compile + 100 ms", f"1 compile; {one_key}"),
-        ("16 processes x 200 keys in random order", "200 compiles", f"200 compiles; {many_keys}"),
-        ("kill -9 at each system call", "a valid object or a miss; litter swept", "; ".join(deaths)),
-        ("random damage of objects under ASan + UBSan and TSan", "10,000: 0 crashes, 0 wrong kernels, each healed",
-         f"{' + '.join(sanitizers['damages'])} damages, {verdict}"),
-        ("forks while another thread compiles", "1,000: 0 dead-locks", f"{' + '.join(sanitizers['forks'])} under the sanitizers: 0"),
-        ("ASan, UBSan, TSan over the core with the fake compiler", "0 reports", f"{sanitizers['reports']} reports"),
-        ("exit() in the first compile of NVRTC, each ms of 200", "no crash", "; ".join(exits)),
-        (f"warm look-up + checks, {lookup['payload_bytes']} bytes of code", "<= 40 µs, no libnvrtc, no driver",
-         f"{median:.1f} µs (p90 {lookup['microseconds']['p90']:.1f}); libnvrtc opened: {lookup['libnvrtc_opened']}, "
-         f"libcuda opened: {lookup['libcuda_opened']}"),
-    ]  # fmt: skip
+    rows = {
+        "64 processes, one key, empty cache": (
+            "1 compile, wall < compile + 100 ms",
+            said("test_sixty_four_processes_compile_one_key_once"),
+        ),
+        "16 processes x 200 keys in random order": (
+            "200 compiles",
+            said("test_sixteen_processes_compile_two_hundred_keys_once_each"),
+        ),
+        "kill -9 at each system call": (
+            "a valid object or a miss; litter swept",
+            said(
+                "test_death_while_publishing",
+                "test_death_while_evicting",
+                "test_death_of_the_whole_core",
+            ),
+        ),
+        "random damage of objects": (
+            "10,000 under ASan + UBSan: 0 crashes, 0 wrong kernels, each healed",
+            f"{sanitizers['damages']} (ASan + UBSan, TSan): {verdict}",
+        ),
+        "forks while two threads compile": (
+            "1,000: 0 dead-locks",
+            f"{tests.forks}: 0 dead-locks" if tests.forks else "FAILED",
+        ),
+        "ASan + UBSan, TSan over the core with the fake compiler": (
+            "0 reports",
+            f"{sanitizers['reports']} reports; {verdict}",
+        ),
+        "exit() at each of 200 ms of the first compile of NVRTC": ("no crash", said(*exits)),
+        f"warm look-up and checks, {lookup['payload_bytes']} bytes of code": (
+            "<= 40 µs; no libnvrtc, no CUDA context",
+            f"median {times['median']:.1f} µs, p90 {times['p90']:.1f} µs; {opened}",
+        ),
+    }
     lines = ["| measure | must reach | measured |", "|---|---|---|"]
-    return lines + [f"| {' | '.join(row)} |" for row in rows]
+    return lines + [f"| {name} | {goal} | {value} |" for name, (goal, value) in rows.items()]
+
+
+HEAD = """# The cache under attack and under load
+
+Written by `tools/cache_report.py` on a machine of {cores} cores that others used at the same time,
+without a GPU. The compiler is a fake that sleeps and counts, except where NVRTC is named.
+
+"""
+REST = """
+{passed} Python tests passed, {failed} failed, {skipped} were skipped. Among them:
+
+- {faults} cases of one failing system call (EACCES, EROFS, ENOSPC, EDQUOT, EMFILE, EIO, ESTALE,
+  EXDEV, EPERM, EMLINK in create, write, fsync, link, mkdir, open, read, rename, unlink; empty and
+  filled cache): every kernel right, at most one sentence for reading and one for writing, nothing
+  damaged afterwards.
+- A network folder on which what others make appears 80 ms late and one call in 23 to 25 fails with
+  ESTALE: {network}. Every kernel right; the lag costs compiles.
+- Relative root, symbolic link, group-writable ancestor, foreign owner, no home, a file in the way:
+  memory only, with one sentence.
+- Few descriptors, small files, little address space, no more threads, small stacks, Ctrl-C, SIGKILL,
+  SIGTERM, SIGSTOP, an interpreter that ends, several NVRTC in one process.
+"""
 
 
 def page(tests: Tests, sanitizers: dict[str, Any], lookup: dict[str, Any]) -> str:
     """Returns the report."""
-    faults = sum(name.startswith("test_failing_calls") for name in tests.passed)
-    network = [v for k, v in tests.summaries.items() if "network" in k]
-    head = textwrap.dedent(f"""\
-        # The cache under attack and under load
-
-        Written by `tools/cache_report.py` on {platform.system()} {platform.release().split("-")[0]},
-        two cores of a shared machine, without a GPU. The compiler is a fake that sleeps and counts,
-        except where NVRTC is named.
-        """)
-    rest = textwrap.dedent(f"""
-        {len(tests.passed)} Python tests passed, {len(tests.failed)} failed, {len(tests.skipped)}
-        were skipped. Among them:
-
-        - {faults} cases of one failing system call (EACCES, EROFS, ENOSPC, EDQUOT, EMFILE, EIO,
-          ESTALE, EXDEV, EPERM, EMLINK in create, write, fsync, link, mkdir, open, read, rename and
-          unlink; empty and filled cache): every kernel right, at most one sentence for reading and
-          one for writing, nothing damaged afterwards.
-        - A network folder on which what others make appears 80 ms late and one call in 23 to 25
-          fails with ESTALE, 8 processes: {"; ".join(network)}. Every kernel right; what lag costs is
-          compiles.
-        - Relative root, symbolic link, group-writable ancestor, foreign owner, no home, a file in the
-          way: memory only, with one sentence.
-        - Few descriptors, small files, little address space, no more threads, small stacks, Ctrl-C,
-          SIGTERM, SIGKILL, SIGSTOP, an interpreter that ends, several NVRTC in one process.
-        """)
-    body = "\n".join([head, *table(tests, sanitizers, lookup)]) + "\n" + rest
-    if tests.failed or not sanitizers["ok"]:
-        body += "\nFailed: " + ", ".join(tests.failed) + "\n\n```\n"
-        body += "\n".join(sanitizers["tail"]) + "\n```\n"
+    rest = REST.format(
+        passed=len(tests.passed),
+        failed=len(tests.failed),
+        skipped=len(tests.skipped),
+        faults=sum(name.startswith("test_failing_calls") for name in tests.passed),
+        network="; ".join(text for name, text in tests.summaries.items() if "network" in name),
+    )
+    lines = table(tests, sanitizers, lookup)
+    text = HEAD.format(cores=os.cpu_count()) + "\n".join(lines) + "\n" + rest
+    if tests.failed:
+        text += "\nFailed: " + ", ".join(tests.failed) + "\n"
     if tests.skipped:
-        body += "\nSkipped: " + ", ".join(tests.skipped) + "\n"
-    return body
+        text += "\nSkipped: " + ", ".join(tests.skipped) + "\n"
+    if not sanitizers["ok"]:
+        text += "\n```\n" + "\n".join(sanitizers["tail"]) + "\n```\n"
+    return text
 
 
 @click.command(help=__doc__)
@@ -153,6 +185,7 @@ def main(rounds: int, output: str) -> None:
     benchmark = [sys.executable, "benchmarks/cache_lookup.py"]
     lookup = json.loads(subprocess.run(benchmark, cwd=ROOT, capture_output=True, check=True).stdout)
     tests = run_tests()
+    tests.forks = run_forks()
     sanitizers = run_sanitizers(rounds)
     (ROOT / output).write_text(page(tests, sanitizers, lookup), encoding="utf-8")
     click.echo(f"written: {output}")
