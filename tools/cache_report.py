@@ -152,8 +152,8 @@ REST = """
   ESTALE: {network}. Every kernel right; the lag costs compiles.
 - Relative root, symbolic link, group-writable ancestor, foreign owner, no home, a file in the way:
   memory only, with one sentence.
-- Few descriptors, small files, little address space, no more threads, small stacks, Ctrl-C, SIGKILL,
-  SIGTERM, SIGSTOP, an interpreter that ends, several NVRTC in one process.
+- Few descriptors, small files, little address space, no more threads, small stacks, Ctrl-C,
+  SIGTERM, SIGKILL, SIGSTOP, an interpreter that ends, several NVRTC in one process.
 """
 
 
