@@ -15,6 +15,8 @@ JOBS ?= $(shell nproc)
 WERROR ?= OFF
 DEMO_ARGS ?=
 PYTEST_ARGS ?= -n $(JOBS)
+# Debian packages of the same name that some tests are skipped without; .ci/run asks for them.
+EXTRA_TOOLS ?=
 WHEEL_LIMIT := 2000000
 
 # Pinned: installed only where the environment has none. Whatever pins a torch of its own goes without dependencies.
@@ -143,6 +145,7 @@ packages:
 	$${python:-false} -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 	$${python:-false} -c 'import os, sys, sysconfig
 	sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || missing+=(python3-dev)
+	for tool in $(EXTRA_TOOLS); do command -v $$tool >/dev/null || missing+=($$tool); done
 	exists() { echo "#include <$$1>" | c++ -std=c++17 -fsyntax-only -x c++ - 2>/dev/null; }
 	exists nlohmann/json.hpp || missing+=(nlohmann-json3-dev)
 	exists gtest/gtest.h || missing+=(libgtest-dev)

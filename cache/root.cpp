@@ -9,6 +9,7 @@
 
 #include <cerrno>
 #include <cstdlib>
+#include <string_view>
 #include <system_error>
 #include <utility>
 #include <vector>
@@ -52,7 +53,7 @@ fs::path without_trailing_slash(const fs::path& path) {
 // (a home directory on another disk is often one) are followed by hand for that reason.
 class Walk {
  public:
-  explicit Walk(const fs::path& root) : root_(root) { put_in_front(root); }
+  explicit Walk(const fs::path& root) : root_(root) { put_in_front(root.native()); }
 
   // Empty, or why the path cannot be trusted.
   std::string refusal() {
@@ -69,10 +70,13 @@ class Walk {
   }
 
  private:
-  void put_in_front(const fs::path& path) {
-    const fs::path below = path.relative_path();
-    const std::vector<std::string> names(below.begin(), below.end());
-    pending_.insert(pending_.end(), names.rbegin(), names.rend());
+  // By hand: every look-up walks, and an iterator of a path makes a path of each name.
+  void put_in_front(std::string_view path) {
+    while (!path.empty()) {
+      const std::size_t name = path.rfind('/') + 1;  // 0 without a slash
+      if (name < path.size()) pending_.emplace_back(path.substr(name));
+      path = path.substr(0, name == 0 ? 0 : name - 1);
+    }
   }
 
   std::string step(const std::string& name) {
@@ -102,7 +106,7 @@ class Walk {
       return link + " cannot be followed; " + kAnotherRoot;
     }
     if (target.is_absolute()) at_.clear();
-    put_in_front(target);
+    put_in_front(target.native());
     return {};
   }
 

@@ -190,7 +190,7 @@ std::optional<Object> Store::look_up(Lookup& lookup) {
 }
 
 std::optional<Object> Store::load(Lookup& lookup, int shard, const std::string& name) {
-  if (is_skipped(shard_of(lookup.key) + name)) return std::nullopt;
+  if (is_skipped(lookup.key, name)) return std::nullopt;
   const FileContents file = read_file(shard, name, kMaxObjectBytes);
   if (file.error != 0) {
     if (!is_absent(file.error)) lookup.error = file.error;
@@ -218,7 +218,7 @@ bool Store::contains(const std::string& key, const std::string& only_compiler) {
   const std::string only = only_compiler.empty() ? "" : object_name(key, only_compiler);
   const auto names = other_names(shard.get(), key, {});
   return std::any_of(names.begin(), names.end(), [&](const std::string& name) {
-    return (only.empty() || name == only) && !is_skipped(shard_of(key) + name);
+    return (only.empty() || name == only) && !is_skipped(key, name);
   });
 }
 
@@ -378,10 +378,10 @@ Descriptor Store::open_below(const std::vector<std::string>& names) const {
   return at;
 }
 
-bool Store::is_skipped(const std::string& name) const {
+bool Store::is_skipped(const std::string& key, const std::string& name) const {
   if (skipped_count_ == 0) return false;
   const std::scoped_lock lock(mutex_);
-  return skipped_.contains(name);
+  return skipped_.contains(shard_of(key) + name);
 }
 
 void Store::count(Counter counter, std::uint64_t amount) {

@@ -110,7 +110,7 @@ class Store {
   void set_aside(const std::string& key, const std::string& name, const struct stat* judged,
                  const std::string& reason);
   bool pruned_long_ago() const;
-  bool is_skipped(const std::string& name) const;
+  bool is_skipped(const std::string& key, const std::string& name) const;
   void count(Counter counter, std::uint64_t amount = 1);
   void warn_once(const std::string& kind, const std::string& sentence) noexcept;
   void warn_of_error(const std::string& action, int error) noexcept;
