@@ -72,9 +72,10 @@ test-python: $(INSTALLED)
 # Without torch and without a real NVRTC, whose code no sanitizer has seen. ROUNDS: damaged files.
 ROUNDS ?= 10000
 sanitize: $(INSTALLED)
-	@export TORCHKILN_ATTACK_ROUNDS=$(ROUNDS) TSAN_OPTIONS=die_after_fork=0 ASAN_OPTIONS=detect_leaks=0
+	@export TSAN_OPTIONS=die_after_fork=0 ASAN_OPTIONS=detect_leaks=0
 	unset TORCHKILN_NVRTC_PATH
 	for kind in address,undefined thread; do
+	  export TORCHKILN_ATTACK_ROUNDS=$$([[ $$kind = thread ]] || echo $(ROUNDS))
 	  folder=build/sanitize-$${kind%%,*}
 	  $(BIN)/cmake -S . -B $$folder -G Ninja -DCMAKE_BUILD_TYPE=Sanitize -DCMAKE_CXX_FLAGS_SANITIZE=-O1 \
 	    -DCMAKE_MAKE_PROGRAM="$$(realpath $(BIN))/ninja" -DTORCHKILN_SANITIZE=$$kind >/dev/null

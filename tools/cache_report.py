@@ -115,7 +115,7 @@ def table(tests: Tests, sanitizers: dict[str, Any], lookup: dict[str, Any]) -> l
         ),
         "random damage of objects": (
             "10,000 under ASan + UBSan: 0 crashes, 0 wrong kernels, each healed",
-            f"{sanitizers['damages']} (ASan + UBSan, TSan): {verdict}",
+            f"{sanitizers['damages']} (under ASan + UBSan, under TSan): {verdict}",
         ),
         "forks while two threads compile": (
             "1,000: 0 dead-locks",

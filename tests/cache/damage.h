@@ -14,7 +14,7 @@ using Random = std::mt19937_64;
 // Rounds of a test with random trials: `quick` unless TORCHKILN_ATTACK_ROUNDS asks for more.
 inline int attack_rounds(int quick) {
   const char* wanted = std::getenv("TORCHKILN_ATTACK_ROUNDS");
-  return wanted == nullptr ? quick : std::max(quick, std::atoi(wanted));
+  return std::max(quick, wanted == nullptr ? 0 : std::atoi(wanted));
 }
 
 class Damage {

@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <charconv>
 #include <cstring>
 #include <fstream>
@@ -29,8 +30,13 @@ namespace {
 
 constexpr int kVersion = 13000;
 constexpr std::size_t kCodeBytes = 4500;  // with the rest a cubin of 5 KB, as small kernels have
-std::chrono::milliseconds compile_duration{0};
-std::string compile_counter;
+
+struct Behaviour {
+  std::chrono::milliseconds duration;
+  std::string counter;
+};
+// Never freed and without a lock: compiles of other threads and forked children read it.
+std::atomic<const Behaviour*> behaviour = nullptr;
 
 std::string lowered(const std::string& expression) {
   return "_Z" + cache::sha256_hex(expression).substr(0, 16);
@@ -43,8 +49,8 @@ std::string code_of(const std::string& expression) {
   return code;
 }
 
-void count_compile() {
-  const int fd = ::open(compile_counter.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+void count_compile(const std::string& counter) {
+  const int fd = ::open(counter.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
   if (fd < 0) return;
   [[maybe_unused]] const auto written = ::write(fd, "+", 1);
   ::close(fd);
@@ -65,8 +71,9 @@ int architecture_in(int n_options, const char* const* options) {
 }
 
 NvrtcResult compile(NvrtcProgram program, int n_options, const char* const* options) {
-  count_compile();
-  std::this_thread::sleep_for(compile_duration);
+  const Behaviour& now = *behaviour.load();
+  count_compile(now.counter);
+  std::this_thread::sleep_for(now.duration);
   FakeCubin cubin;
   cubin.architecture = architecture_in(n_options, options);
   cubin.kernel = lowered(program->expression);
@@ -136,8 +143,7 @@ const std::string kPath = "demo/scale.cuh";
 
 FakeNvrtc::FakeNvrtc(const std::filesystem::path& folder, std::chrono::milliseconds duration,
                      const std::filesystem::path& counter) {
-  compile_duration = duration;
-  compile_counter = counter.string();
+  behaviour = new Behaviour{duration, counter.string()};
   const auto write = [&](const char* name, const char* id) {
     const auto path = folder / name;
     if (std::filesystem::exists(path)) return path.string();
