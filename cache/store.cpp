@@ -333,7 +333,7 @@ std::uint64_t Store::prune(std::uint64_t limit_bytes) {
   return remove_oldest(objects.get(), limit_bytes, stamp(version.get(), kPruned));
 }
 
-void Store::prune_if_due(std::uint64_t limit_bytes) {
+void Store::prune_if_due(std::uint64_t limit_bytes) try {
   const std::uint64_t published = counters_[kPublished];
   const bool many = published % kPublishesPerPrune == 0;
   if (published == 0 || (!many && (published != 1 || !pruned_long_ago()))) return;
@@ -341,6 +341,8 @@ void Store::prune_if_due(std::uint64_t limit_bytes) {
   const auto lock_file = node_local_lock_file();
   const auto lock = KeyLock::try_acquire(lock_file, "prune " + root_.path.string());
   if (lock || !KeyLock::available(lock_file)) prune(limit_bytes);
+} catch (const std::exception&) {
+  // Out of memory: not worth the failure of whoever published.
 }
 
 bool Store::pruned_long_ago() const {

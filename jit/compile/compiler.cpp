@@ -12,6 +12,7 @@
 #include "jit/compile/pool.h"
 #include "jit/compile/program.h"
 #include "jit/driver/elf.h"
+#include "jit/driver/exit_handlers.h"
 #include "jit/driver/nvrtc_finder.h"
 #include "jit/error.h"
 
@@ -192,7 +193,12 @@ std::optional<std::string> validate_ptx(const std::string& payload, const std::s
 }  // namespace
 
 Compiler::Compiler(NvrtcApi nvrtc, const TemplateSources& sources)
-    : nvrtc_(std::move(nvrtc)), sources_(sources), id_(compiler_id(nvrtc_)) {}
+    : nvrtc_(std::move(nvrtc)), sources_(sources), id_(compiler_id(nvrtc_)) {
+  // NVRTC registers its handlers one by one, in the middle of its first compile. Without this an
+  // exit() of another thread at that moment lets them run before the pool's, beside the compile.
+  watch_exit_handlers(nvrtc_.path, reinterpret_cast<const void*>(nvrtc_.nvrtcCompileProgram),
+                      &renew_exit_handler);
+}
 
 cache::Object Compiler::compile(const Specialization& specialization, const Target& target,
                                 const std::string& key,

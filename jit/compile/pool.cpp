@@ -38,8 +38,7 @@ struct CompilePool::State {
   unsigned idle = 0;
   unsigned running = 0;
   bool stopped = false;
-  bool watched = false;  // by keep_exit_handler_young
-  bool set_up = false;   // a task has ended
+  bool exit_handler_after_work = false;
   // Process whose threads these are; 0 before the first. Atomic because a forked child must not
   // touch the mutex, which may be locked for ever there.
   std::atomic<pid_t> owner{0};
@@ -51,13 +50,13 @@ using State = CompilePool::State;
 using Task = CompilePool::Task;
 
 constexpr std::size_t kStackBytes = std::size_t{16} << 20;  // NVRTC crashes with 256 KB
-constexpr std::size_t kSmallStackBytes = std::size_t{256} << 10;
 constexpr std::uint64_t kPlenty = std::uint64_t{1} << 40;
 constexpr unsigned kMostJobs = 8;
 constexpr std::uint64_t kBytesPerJob = std::uint64_t{250} << 20;
 constexpr auto kPatienceAtExit = std::chrono::seconds(5);
 
 thread_local bool is_pool_thread = false;
+thread_local const std::shared_ptr<CompilePool::State>* state_of_thread = nullptr;
 
 Error exiting() {
   return Error(TORCHKILN_ERROR_COMPILER,
@@ -129,24 +128,8 @@ void stop_at_exit(void* argument) {
 }
 
 // Handlers run in reverse order: only one that is younger than NVRTC's own runs before them.
-void register_exit_handler(std::shared_ptr<State>* state) {
-  abi::__cxa_atexit(&stop_at_exit, state, &__dso_handle);
-}
-
-// NVRTC registers its handlers one by one, far into its first compile. So while that runs, ours is
-// registered again and again: an exit() can come before NVRTC's handlers are covered only in the
-// instant after a new one.
-void* keep_exit_handler_young(void* argument) {
-  constexpr auto kPause = std::chrono::microseconds(200);
-  auto* state = static_cast<std::shared_ptr<State>*>(argument);
-  std::unique_lock lock((*state)->mutex);
-  while (!(*state)->set_up && !(*state)->stopped) {
-    register_exit_handler(state);
-    (*state)->fewer_running.wait_for(lock, kPause);
-  }
-  (*state)->watched = false;
-  (*state)->fewer_running.notify_all();
-  return nullptr;
+void register_exit_handler(const std::shared_ptr<State>& state) {
+  abi::__cxa_atexit(&stop_at_exit, new std::shared_ptr<State>(state), &__dso_handle);
 }
 
 // Interactive work first, oldest first.
@@ -159,6 +142,7 @@ std::deque<Task>* next_queue(State& state) {
 
 void work(const std::shared_ptr<State>& state) {
   is_pool_thread = true;
+  state_of_thread = &state;
   std::unique_lock lock(state->mutex);
   for (;;) {
     std::deque<Task>* queue = nullptr;
@@ -175,9 +159,9 @@ void work(const std::shared_ptr<State>& state) {
     task = {};  // what it captured dies before the next wait
     lock.lock();
     --state->running;
-    if (!state->set_up && !state->stopped) {
-      state->set_up = true;
-      register_exit_handler(new std::shared_ptr<State>(state));
+    if (!state->exit_handler_after_work && !state->stopped) {
+      state->exit_handler_after_work = true;
+      register_exit_handler(state);
     }
     state->fewer_running.notify_all();
   }
@@ -211,23 +195,18 @@ class SignalsBlocked {
   sigset_t before_{};
 };
 
-// False when the system gives no thread.
-bool start(void* (*body)(void*), std::size_t stack_bytes, std::shared_ptr<State>* argument) {
+// Under the mutex. False when the system gives no thread.
+bool start_thread(const std::shared_ptr<State>& state) {
   const SignalsBlocked inherited;
   pthread_attr_t attributes;
   if (::pthread_attr_init(&attributes) != 0) return false;
-  ::pthread_attr_setstacksize(&attributes, stack_bytes);
+  ::pthread_attr_setstacksize(&attributes, kStackBytes);
   ::pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-  pthread_t thread{};
-  const bool started = ::pthread_create(&thread, &attributes, body, argument) == 0;
-  ::pthread_attr_destroy(&attributes);
-  return started;
-}
-
-// Under the mutex.
-bool start_worker(const std::shared_ptr<State>& state) {
   auto argument = std::make_unique<std::shared_ptr<State>>(state);
-  if (!start(&thread_main, kStackBytes, argument.get())) return false;
+  pthread_t thread{};
+  const bool started = ::pthread_create(&thread, &attributes, &thread_main, argument.get()) == 0;
+  ::pthread_attr_destroy(&attributes);
+  if (!started) return false;
   static_cast<void>(argument.release());  // the thread's now
   ++state->threads;
   return true;
@@ -252,6 +231,10 @@ std::uint64_t free_memory() {
 
 }  // namespace
 
+void renew_exit_handler() {
+  if (state_of_thread != nullptr) register_exit_handler(*state_of_thread);
+}
+
 std::uint64_t free_address_space() {
   rlimit limit{};
   if (::getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return kPlenty;
@@ -275,7 +258,7 @@ CompilePool::~CompilePool() {
   if (was_forked(*state_)) return;
   for (const Task& task : stop(*state_)) task.drop(std::make_exception_ptr(exiting()));
   std::unique_lock lock(state_->mutex);
-  state_->fewer_running.wait(lock, [&] { return state_->threads == 0 && !state_->watched; });
+  state_->fewer_running.wait(lock, [&] { return state_->threads == 0; });
 }
 
 void CompilePool::enqueue(Priority priority, Task task) {
@@ -286,14 +269,12 @@ void CompilePool::enqueue(Priority priority, Task task) {
   if (state_->stopped) throw exiting();
   if (state_->owner.load() == 0) {
     state_->owner.store(::getpid());
-    auto* argument = new std::shared_ptr<State>(state_);  // never freed
-    register_exit_handler(argument);
-    state_->watched = start(&keep_exit_handler_young, kSmallStackBytes, argument);
+    register_exit_handler(state_);
   }
   auto& queue = state_->queues[priority == Priority::kInteractive ? 0 : 1];
   queue.push_back(std::move(task));
   const std::size_t waiting = state_->queues[0].size() + state_->queues[1].size();
-  if (waiting > state_->idle && state_->threads < jobs_ && !start_worker(state_) &&
+  if (waiting > state_->idle && state_->threads < jobs_ && !start_thread(state_) &&
       state_->threads == 0) {
     queue.pop_back();
     throw Error(TORCHKILN_ERROR_COMPILER,

@@ -84,6 +84,10 @@ class CompilePool {
 // At least 1, at most 8: beyond that NVRTC gains little and memory runs out (250 MB a compile).
 unsigned default_compile_jobs();
 
+// For a thread of a pool, after its work has registered an exit handler: the pool's must be younger,
+// or it would run later. Does nothing on other threads.
+void renew_exit_handler();
+
 // Bytes that RLIMIT_AS still allows this process to map; very many without a limit.
 std::uint64_t free_address_space();
 

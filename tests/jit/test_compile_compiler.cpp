@@ -13,6 +13,7 @@
 #include "jit/compile/compiler.h"
 #include "jit/compile/pool.h"
 #include "jit/driver/elf.h"
+#include "jit/driver/exit_handlers.h"
 #include "jit/error.h"
 #include "tests/jit/support/fake_cubin.h"
 #include "tests/jit/support/files.h"
@@ -316,6 +317,19 @@ TEST_F(RealCompiler, LeavesTheStackLimitAlone) {
     changed |= during.rlim_cur != before.rlim_cur;
   }
   EXPECT_FALSE(changed);
+}
+
+// Registers nothing itself, but the fake compile of the test program would be watched if names were not compared.
+TEST(ExitHandlers, OnlyTheNamedLibraryIsWatched) {
+  const auto here = reinterpret_cast<const void*>(&scale);
+  EXPECT_FALSE(watch_exit_handlers("/nowhere/libnvrtc.so", here, [] {}));
+}
+
+TEST_F(RealCompiler, ExitHandlersOfNvrtcAreSeen) {
+  const auto entry = reinterpret_cast<const void*>(nvrtc_.nvrtcCompileProgram);
+  EXPECT_TRUE(watch_exit_handlers(nvrtc_.path, entry, &renew_exit_handler));
+  EXPECT_TRUE(watch_exit_handlers(nvrtc_.path, entry, &renew_exit_handler)) << "a second time";
+  EXPECT_NO_THROW(compile());
 }
 
 // Another file with the same soname, as that of torch and that of a toolkit are; and every other version at hand.
