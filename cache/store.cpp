@@ -363,9 +363,25 @@ StoreCounters Store::counters() const {
           counters_[kBytesRead], counters_[kBytesWritten]};
 }
 
+// The directory that passed the walk of all its ancestors need not pass it at each look-up: should
+// somebody exchange it, it is another one; should it be opened to others, open_directory refuses it.
+Descriptor Store::open_trusted_root(Missing missing) const {
+  const auto inode_of = [](const Descriptor& directory) {
+    struct stat status{};
+    return directory && ::fstat(directory.get(), &status) == 0 ? status.st_ino : 0;
+  };
+  if (const ino_t trusted = trusted_inode_) {
+    Descriptor root = open_directory(AT_FDCWD, root_.path);
+    if (inode_of(root) == trusted) return root;
+  }
+  Descriptor root = open_root(root_.path, missing);
+  trusted_inode_ = inode_of(root);
+  return root;
+}
+
 Descriptor Store::open_version(Missing missing) const {
   if (root_.path.empty()) return Descriptor::failed(ENOENT);
-  const Descriptor root = open_root(root_.path, missing);
+  const Descriptor root = open_trusted_root(missing);
   if (!root) return Descriptor::failed(root.error());
   return missing == Missing::kMake ? make_directory(root.get(), kVersion)
                                    : open_directory(root.get(), kVersion);

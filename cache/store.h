@@ -102,6 +102,7 @@ class Store {
   };
   struct Lookup;
 
+  Descriptor open_trusted_root(Missing missing) const;
   Descriptor open_version(Missing missing) const;  // <root>/v1
   Descriptor open_below(const std::vector<std::string>& names) const;
   std::optional<Object> look_up(Lookup& lookup);
@@ -119,6 +120,7 @@ class Store {
   Warn warn_;
   std::array<std::atomic<std::uint64_t>, kCounters> counters_{};
   std::atomic<bool> swept_ = false;
+  mutable std::atomic<ino_t> trusted_inode_ = 0;  // of the root
 
   mutable std::mutex mutex_;  // guards the two sets
   std::set<std::string> warned_;

@@ -341,6 +341,20 @@ TEST_F(StoreTest, RootThatBecomesOpenIsIgnored) {
   EXPECT_NE(warnings_.texts[0].find("writable by other users"), std::string::npos);
 }
 
+TEST_F(StoreTest, RootThatIsExchangedIsExaminedAgain) {
+  plant(key_);
+  EXPECT_TRUE(find(key_));
+  // Another directory, whose ancestors changed meanwhile.
+  fs::rename(root_, directory_.path() / "moved");
+  plant(key_);
+  ::chmod(directory_.path().c_str(), 0777);
+  EXPECT_FALSE(find(key_));
+  ASSERT_EQ(warnings_.texts.size(), 1U);
+  EXPECT_NE(warnings_.texts[0].find("writable by other users"), std::string::npos);
+  ::chmod(directory_.path().c_str(), 0700);
+  EXPECT_TRUE(find(key_));
+}
+
 TEST_F(StoreTest, ThrowingWarnDoesNotEscape) {
   Store store("relative", [](const std::string&) { throw std::runtime_error("no"); });
   EXPECT_FALSE(store.readable());
