@@ -263,6 +263,11 @@ json site_directories(Engine&, const json& request) {
   return json::object();
 }
 
+json stop_for_exit(Engine& engine, const json&) {
+  engine.objects().stop_for_exit();
+  return json::object();
+}
+
 json selftest_store(Engine& engine, const json&) { return test_store(engine.settings()); }
 
 using Command = json (*)(Engine&, const json&);
@@ -280,6 +285,7 @@ const std::map<std::string, Command>& commands() {
       {"driver", &driver},
       {"set_site_directories", &site_directories},
       {"selftest.store", &selftest_store},
+      {"stop_for_exit", &stop_for_exit},
   };
   return table;
 }

@@ -178,7 +178,9 @@ std::shared_ptr<const Compiler> Objects::compiler() {
     const std::scoped_lock lock(mutex_);
     if (compiler_) return compiler_;
   }
-  auto opened = compilers_.open();  // may take 100 ms: not under the mutex
+  // May take 100 ms: not under the mutex. In the pool: at exit the process must not take down the
+  // libraries while one of them is being opened.
+  auto opened = pool_.run(Priority::kInteractive, [&] { return compilers_.open(); });
   const std::scoped_lock lock(mutex_);
   if (!compiler_) {
     compiler_ = std::move(opened);

@@ -57,6 +57,7 @@ class Objects {
 
   std::shared_ptr<const Compiler> compiler();  // opens it; throws Error(COMPILER)
   cache::Store& store() { return store_; }
+  void stop_for_exit() { pool_.stop_for_exit(); }
 
   // Around fork(): no other thread may hold our mutex at that moment, and their compiles do not exist in the child.
   void before_fork();

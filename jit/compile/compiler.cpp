@@ -196,8 +196,9 @@ Compiler::Compiler(NvrtcApi nvrtc, const TemplateSources& sources)
     : nvrtc_(std::move(nvrtc)), sources_(sources), id_(compiler_id(nvrtc_)) {
   // NVRTC registers its handlers one by one, in the middle of its first compile. Without this an
   // exit() of another thread at that moment lets them run before the pool's, beside the compile.
-  watch_exit_handlers(nvrtc_.path, reinterpret_cast<const void*>(nvrtc_.nvrtcCompileProgram),
-                      &renew_exit_handler);
+  handlers_watched_ =
+      watch_exit_handlers(nvrtc_.path, reinterpret_cast<const void*>(nvrtc_.nvrtcCompileProgram),
+                          &renew_exit_handler);
 }
 
 cache::Object Compiler::compile(const Specialization& specialization, const Target& target,
@@ -219,6 +220,7 @@ cache::Object Compiler::compile(const Specialization& specialization, const Targ
   const std::string expression = specialization.name_expression();
   program.instantiate(expression);
   const NvrtcResult result = program.compile(job.options);
+  if (!handlers_watched_) renew_exit_handler();
   const std::string log = program.log();
   if (result != kNvrtcSuccess) throw_failure(job, nvrtc_, result, log);
 

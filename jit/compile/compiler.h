@@ -37,6 +37,7 @@ class Compiler {
   NvrtcApi nvrtc_;
   const TemplateSources& sources_;
   std::string id_;
+  bool handlers_watched_ = false;
 };
 
 // What is wrong with an object that should run on `target`, whoever made it; nothing when it may be

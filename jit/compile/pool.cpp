@@ -261,6 +261,8 @@ CompilePool::~CompilePool() {
   state_->fewer_running.wait(lock, [&] { return state_->threads == 0; });
 }
 
+void CompilePool::stop_for_exit() { stop_and_wait(*state_); }
+
 void CompilePool::enqueue(Priority priority, Task task) {
   if (was_forked(*state_)) throw forked();
   if (is_pool_thread) return task.run();

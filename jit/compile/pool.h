@@ -65,6 +65,9 @@ class CompilePool {
     return submit(priority, std::move(work)).get();
   }
 
+  // What exit does, for who knows earlier that the process will end: from here on nothing compiles.
+  void stop_for_exit();
+
   unsigned jobs() const { return jobs_; }
 
   struct Task {
