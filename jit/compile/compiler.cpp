@@ -196,9 +196,8 @@ Compiler::Compiler(NvrtcApi nvrtc, const TemplateSources& sources)
     : nvrtc_(std::move(nvrtc)), sources_(sources), id_(compiler_id(nvrtc_)) {
   // NVRTC registers its handlers one by one, in the middle of its first compile. Without this an
   // exit() of another thread at that moment lets them run before the pool's, beside the compile.
-  handlers_watched_ =
-      watch_exit_handlers(nvrtc_.path, reinterpret_cast<const void*>(nvrtc_.nvrtcCompileProgram),
-                          &renew_exit_handler);
+  handlers_watched_ = watch_exit_handlers(
+      nvrtc_.path, reinterpret_cast<const void*>(nvrtc_.nvrtcCompileProgram), &renew_exit_handler);
 }
 
 cache::Object Compiler::compile(const Specialization& specialization, const Target& target,
