@@ -4,6 +4,7 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -126,14 +127,33 @@ Descriptor create_file(int directory, const std::string& name) {
 }
 
 int write_all(int fd, std::string_view bytes) {
+  rlimit limit{};
+  if (::getrlimit(RLIMIT_FSIZE, &limit) == 0 && bytes.size() > limit.rlim_cur) return EFBIG;
   while (!bytes.empty()) {
     if (const int error = fault_at("write")) return error;
     const ssize_t written =
         ::write(fd, bytes.data(), std::min<std::size_t>(bytes.size(), kWriteChunkBytes));
     if (written < 0 && errno != EINTR) return errno;
+    if (written == 0) return EIO;  // not even an error: asking again might never end
     if (written > 0) bytes.remove_prefix(static_cast<std::size_t>(written));
   }
   return 0;
+}
+
+FileTime modified(const struct stat& status) {
+  const auto since_epoch = std::chrono::seconds(status.st_mtim.tv_sec) +
+                           std::chrono::nanoseconds(status.st_mtim.tv_nsec);
+  return FileTime(std::chrono::duration_cast<FileTime::duration>(since_epoch));
+}
+
+FileTime stamp(int directory, const std::string& name) {
+  const Descriptor file(::openat(directory, name.c_str(),
+                                 O_WRONLY | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC,
+                                 kFileMode));
+  struct stat status{};
+  const bool stamped = file && ::futimens(file.get(), nullptr) == 0 &&
+                       ::fchmod(file.get(), kFileMode) == 0 && ::fstat(file.get(), &status) == 0;
+  return stamped ? modified(status) : std::chrono::system_clock::now();
 }
 
 std::vector<std::string> names_in(int directory) {

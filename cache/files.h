@@ -4,6 +4,7 @@
 
 #include <sys/stat.h>
 
+#include <chrono>
 #include <cstddef>
 #include <string>
 #include <string_view>
@@ -51,7 +52,15 @@ FileContents read_file(int directory, const std::string& name, std::size_t max_b
 
 // A new file (0600 whatever the umask); EEXIST when the name is taken.
 Descriptor create_file(int directory, const std::string& name);
+// Writes at the start of an empty file; 0 or errno. EFBIG where RLIMIT_FSIZE would not let it fit: the signal that
+// crossing the limit raises ends a program that does not know it.
 int write_all(int fd, std::string_view bytes);
+
+using FileTime = std::chrono::system_clock::time_point;
+FileTime modified(const struct stat& status);
+// Stamps the file `name`, made when it is missing, and returns the stamp: the present by the clock that stamps all files
+// of `directory`. That of a file server may differ from ours by hours. Falls back to ours.
+FileTime stamp(int directory, const std::string& name);
 
 // Without "." and "..", in no particular order; empty when the directory cannot be read.
 std::vector<std::string> names_in(int directory);

@@ -8,21 +8,11 @@
 #include <algorithm>
 #include <cerrno>
 
-#include "cache/files.h"
-
 namespace torchkiln::cache {
 namespace {
 
-using Clock = std::chrono::system_clock;
-
 constexpr std::chrono::hours kNeverYoungerThan{1};
 constexpr std::chrono::hours kStampInterval{6};
-
-Clock::time_point modified(const struct stat& status) {
-  const auto since_epoch = std::chrono::seconds(status.st_mtim.tv_sec) +
-                           std::chrono::nanoseconds(status.st_mtim.tv_nsec);
-  return Clock::time_point(std::chrono::duration_cast<Clock::duration>(since_epoch));
-}
 
 bool same_version(const struct stat& a, const struct stat& b) {
   return a.st_ino == b.st_ino && a.st_mtim.tv_sec == b.st_mtim.tv_sec &&
@@ -58,8 +48,6 @@ void append_shard(int objects, const std::string& shard_name, std::vector<Stored
 
 }  // namespace
 
-Clock::time_point StoredObject::used() const { return modified(status); }
-
 std::vector<StoredObject> stored_objects(int objects) {
   std::vector<StoredObject> found;
   for (const std::string& shard : names_in(objects)) append_shard(objects, shard, found);
@@ -88,7 +76,7 @@ std::uint64_t remove_files(int directory) {
   return freed;
 }
 
-std::uint64_t remove_oldest(int objects, std::uint64_t limit_bytes) {
+std::uint64_t remove_oldest(int objects, std::uint64_t limit_bytes, FileTime now) {
   auto found = stored_objects(objects);
   std::uint64_t total = 0;
   for (const StoredObject& object : found) total += object.bytes();
@@ -97,7 +85,7 @@ std::uint64_t remove_oldest(int objects, std::uint64_t limit_bytes) {
   std::sort(found.begin(), found.end(),
             [](const auto& a, const auto& b) { return a.used() < b.used(); });
   const std::uint64_t target = limit_bytes - limit_bytes / 5;
-  const auto youngest = Clock::now() - kNeverYoungerThan;
+  const FileTime youngest = now - kNeverYoungerThan;
   std::uint64_t freed = 0;
   for (const StoredObject& object : found) {
     if (total <= target || object.used() > youngest) break;
@@ -109,7 +97,7 @@ std::uint64_t remove_oldest(int objects, std::uint64_t limit_bytes) {
 }
 
 void note_use(int directory, const std::string& name, const struct stat& status) {
-  if (Clock::now() - modified(status) < kStampInterval) return;
+  if (std::chrono::system_clock::now() - modified(status) < kStampInterval) return;
   ::utimensat(directory, name.c_str(), nullptr, AT_SYMLINK_NOFOLLOW);
 }
 

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cache/files.h"
 #include "cache/names.h"
 
 namespace torchkiln::cache {
@@ -21,7 +22,7 @@ struct StoredObject {
 
   // On disk, which is what limits are about; small files take a whole block.
   std::uint64_t bytes() const { return static_cast<std::uint64_t>(status.st_blocks) * 512; }
-  std::chrono::system_clock::time_point used() const;
+  FileTime used() const { return modified(status); }
 };
 
 // Regular files with a name of ours, in no particular order.
@@ -31,8 +32,9 @@ std::vector<StoredObject> stored_objects(int objects);
 std::uint64_t remove_objects(int objects);
 std::uint64_t remove_files(int directory);
 // Does nothing up to the limit; above it removes the least recently used objects until 80 % of the
-// limit are left, none used in the last hour. Several processes may do it at once.
-std::uint64_t remove_oldest(int objects, std::uint64_t limit_bytes);
+// limit are left, none used in the hour before `now` or, by the present state of the file, since it was listed. Several
+// processes may do it at once.
+std::uint64_t remove_oldest(int objects, std::uint64_t limit_bytes, FileTime now);
 
 // Notes that the file was used; writes at most once in six hours. Errors do not matter.
 void note_use(int directory, const std::string& name, const struct stat& status);

@@ -76,21 +76,33 @@ std::string fault_in_prefix(std::string_view bytes) {
   return {};
 }
 
-// What is nested too deeply is dropped while parsing, so depth costs no memory either.
-std::optional<nlohmann::json> parse_header(std::string_view text, std::string& why) {
-  int deepest = 0;
-  const auto limit_depth = [&deepest](int depth, nlohmann::json::parse_event_t, nlohmann::json&) {
-    deepest = std::max(deepest, depth);
-    return depth <= kMaxHeaderDepth;
-  };
-  auto header = nlohmann::json::parse(text, limit_depth, /*allow_exceptions=*/false);
-  if (deepest > kMaxHeaderDepth) {
-    why = "its header is nested too deeply";
-  } else if (!header.is_object()) {
-    why = "its header is not a JSON object";
-  } else {
-    return header;
+// Brackets outside of strings. Asked before the text is parsed, so that depth costs no memory.
+int depth_of(std::string_view json) {
+  int depth = 0, deepest = 0;
+  bool in_string = false;
+  for (std::size_t i = 0; i < json.size(); ++i) {
+    const char c = json[i];
+    if (in_string && c == '\\') {
+      ++i;
+    } else if (c == '"') {
+      in_string = !in_string;
+    } else if (!in_string && (c == '{' || c == '[')) {
+      deepest = std::max(deepest, ++depth);
+    } else if (!in_string && (c == '}' || c == ']')) {
+      --depth;
+    }
   }
+  return deepest;
+}
+
+std::optional<nlohmann::json> parse_header(std::string_view text, std::string& why) {
+  if (depth_of(text) > kMaxHeaderDepth) {
+    why = "its header is nested too deeply";
+    return std::nullopt;
+  }
+  auto header = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (header.is_object()) return header;
+  why = "its header is not a JSON object";
   return std::nullopt;
 }
 

@@ -93,11 +93,13 @@ int publish_file(int temporary_directory, int target_directory, const std::strin
 }
 
 void sweep_temporaries(int temporary_directory) {
-  const auto now = std::chrono::system_clock::now();
+  struct stat directory{};
+  if (::fstat(temporary_directory, &directory) != 0) return;
+  const FileTime now = modified(directory);
   for (const std::string& name : names_in(temporary_directory)) {
     struct stat status{};
     if (::fstatat(temporary_directory, name.c_str(), &status, AT_SYMLINK_NOFOLLOW) != 0) continue;
-    const auto age = now - std::chrono::system_clock::from_time_t(status.st_mtime);
+    const auto age = now - modified(status);
     if (age > kAnyWriterAge || (age > kDeadWriterAge && writer_is_gone(name))) {
       ::unlinkat(temporary_directory, name.c_str(), 0);
     }

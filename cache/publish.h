@@ -14,7 +14,8 @@ int publish_file(int temporary_directory, int target_directory, const std::strin
                  std::string_view bytes);
 
 // Removes what killed writers left: older than an hour when the writer was on this host and is
-// gone, older than a day in any case.
+// gone, older than a day in any case. Ages end when the directory last changed, so call it after a
+// publish_file.
 void sweep_temporaries(int temporary_directory);
 
 }  // namespace torchkiln::cache

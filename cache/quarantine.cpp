@@ -17,17 +17,19 @@ namespace {
 
 constexpr std::size_t kKept = 16;
 
+// A directory in the place of an object is the other thing that can have been moved here.
+int remove(int directory, const std::string& name) {
+  const bool removed = ::unlinkat(directory, name.c_str(), 0) == 0 ||
+                       ::unlinkat(directory, name.c_str(), AT_REMOVEDIR) == 0;
+  return removed ? 0 : errno;
+}
+
 void keep_newest(int quarantine) {
   auto names = names_in(quarantine);
   if (names.size() <= kKept) return;
   std::sort(names.begin(), names.end());
   names.resize(names.size() - kKept);
-  for (const std::string& name : names) {
-    // A directory in the place of an object is the other thing that can have been moved here.
-    if (::unlinkat(quarantine, name.c_str(), 0) != 0) {
-      ::unlinkat(quarantine, name.c_str(), AT_REMOVEDIR);
-    }
-  }
+  for (const std::string& name : names) remove(quarantine, name);
 }
 
 }  // namespace
@@ -42,7 +44,9 @@ int move_to_quarantine(int shard, const std::string& shard_name, const std::stri
   const auto time = std::chrono::system_clock::now().time_since_epoch();
   const auto stamp = std::chrono::duration_cast<std::chrono::nanoseconds>(time).count();
   const std::string target = std::to_string(stamp) + '-' + shard_name + name;
-  if (::renameat(shard, name.c_str(), quarantine, target.c_str()) != 0) return errno;
+  if (quarantine < 0 || ::renameat(shard, name.c_str(), quarantine, target.c_str()) != 0) {
+    return remove(shard, name);
+  }
   keep_newest(quarantine);
   return 0;
 }

@@ -9,8 +9,9 @@
 
 #include <cerrno>
 #include <cstdlib>
-#include <list>
+#include <string_view>
 #include <system_error>
+#include <utility>
 #include <vector>
 
 namespace torchkiln::cache {
@@ -52,96 +53,104 @@ fs::path without_trailing_slash(const fs::path& path) {
 // (a home directory on another disk is often one) are followed by hand for that reason.
 class Walk {
  public:
-  explicit Walk(const fs::path& root) : root_(root) {
-    const fs::path below = root.relative_path();
-    pending_.assign(below.begin(), below.end());
-  }
+  explicit Walk(const fs::path& root) : root_(root) { put_in_front(root.native()); }
 
   // Empty, or why the path cannot be trusted.
   std::string refusal() {
     std::string why = examine("/");
     while (why.empty() && !pending_.empty() && !missing_) {
-      const fs::path name = pending_.front();
-      pending_.pop_front();
+      const std::string name = std::move(pending_.back());
+      pending_.pop_back();
       why = step(name);
     }
     if (!why.empty() || missing_ || exposed_.empty()) return why;
-    return root_.string() + " lies below " + exposed_.string() +
+    return root_.string() + " lies below " + exposed_ +
            ", which all users share, and is not private; run 'chmod 700 " + root_.string() +
            "' or " + kAnotherRoot;
   }
 
  private:
-  std::string step(const fs::path& name) {
+  // By hand: every look-up walks, and an iterator of a path makes a path of each name.
+  void put_in_front(std::string_view path) {
+    while (!path.empty()) {
+      const std::size_t name = path.rfind('/') + 1;  // 0 without a slash
+      if (name < path.size()) pending_.emplace_back(path.substr(name));
+      path = path.substr(0, name == 0 ? 0 : name - 1);
+    }
+  }
+
+  std::string step(const std::string& name) {
     if (name.empty() || name == ".") return {};
     if (name == "..") {
-      at_ = at_.parent_path();
+      at_.resize(at_.empty() ? 0 : at_.rfind('/'));
       return {};
     }
     struct stat status{};
-    const fs::path next = at_ / name;
-    if (::lstat(next.c_str(), &status) == 0 && S_ISLNK(status.st_mode)) return follow(next, status);
-    at_ = next;
+    const std::string next = at_ + '/' + name;
+    if (::lstat(next.c_str(), &status) == 0) {
+      if (S_ISLNK(status.st_mode)) return follow(next, status);
+      at_ = next;
+      return judge(next, status);
+    }
     return examine(next);
   }
 
-  std::string follow(const fs::path& link, const struct stat& status) {
+  std::string follow(const std::string& link, const struct stat& status) {
     if (pending_.empty()) {
-      return link.string() + " is a symbolic link; give the directory it points to, or " +
-             kAnotherRoot;
+      return link + " is a symbolic link; give the directory it points to, or " + kAnotherRoot;
     }
     if (!owner_is_trusted(status)) return foreign(link);
     std::error_code error;
     const fs::path target = fs::read_symlink(link, error);
     if (error || ++links_ > kMaxLinks) {
-      return link.string() + " cannot be followed; " + kAnotherRoot;
+      return link + " cannot be followed; " + kAnotherRoot;
     }
-    if (target.is_absolute()) at_ = "/";
-    const fs::path below = target.relative_path();
-    pending_.insert(pending_.begin(), below.begin(), below.end());
+    if (target.is_absolute()) at_.clear();
+    put_in_front(target.native());
     return {};
   }
 
-  std::string examine(const fs::path& directory) {
+  std::string examine(const std::string& directory) {
     struct stat status{};
-    if (::lstat(directory.c_str(), &status) != 0) {
-      missing_ = errno == ENOENT;  // whatever is missing will be made by us, 0700
-      if (missing_) return {};
-      return directory.string() + " cannot be used (" + error_text(errno) + "); " + kAnotherRoot;
-    }
-    if (!S_ISDIR(status.st_mode)) {
-      return directory.string() + " is not a directory; " + kAnotherRoot;
-    }
+    if (::lstat(directory.c_str(), &status) == 0) return judge(directory, status);
+    missing_ = errno == ENOENT;  // whatever is missing will be made by us, 0700
+    if (missing_) return {};
+    return directory + " cannot be used (" + error_text(errno) + "); " + kAnotherRoot;
+  }
+
+  std::string judge(const std::string& directory, const struct stat& status) {
+    if (!S_ISDIR(status.st_mode)) return directory + " is not a directory; " + kAnotherRoot;
     if (!owner_is_trusted(status)) return foreign(directory);
     if ((status.st_mode & (S_IWGRP | S_IWOTH)) != 0) return examine_shared(directory, status);
     const bool is_private = (status.st_mode & (S_IRWXG | S_IRWXO)) == 0;
-    if (status.st_uid == ::geteuid() && is_private) exposed_.clear();
+    if (status.st_uid == user_ && is_private) exposed_.clear();
     return {};
   }
 
   // In a sticky directory nobody can rename what is ours, so it is harmless above a directory of
   // ours.
-  std::string examine_shared(const fs::path& directory, const struct stat& status) {
+  std::string examine_shared(const std::string& directory, const struct stat& status) {
     if (pending_.empty() || (status.st_mode & S_ISVTX) == 0) {
-      return directory.string() + " is writable by other users; run 'chmod go-w " +
-             directory.string() + "' or " + kAnotherRoot;
+      return directory + " is writable by other users; run 'chmod go-w " + directory + "' or " +
+             kAnotherRoot;
     }
     exposed_ = directory;
     return {};
   }
 
-  static bool owner_is_trusted(const struct stat& status) {
-    return status.st_uid == ::geteuid() || status.st_uid == 0;
+  bool owner_is_trusted(const struct stat& status) const {
+    return status.st_uid == user_ || status.st_uid == 0;
   }
 
-  static std::string foreign(const fs::path& path) {
-    return path.string() + " belongs to another user; " + kAnotherRoot;
+  static std::string foreign(const std::string& path) {
+    return path + " belongs to another user; " + kAnotherRoot;
   }
 
-  fs::path root_;
-  std::list<fs::path> pending_;  // names still to walk, from at_ on
-  fs::path at_ = "/";
-  fs::path exposed_;  // last sticky directory that has no private directory of ours below it yet
+  const uid_t user_ = ::geteuid();
+  const fs::path& root_;
+  std::vector<std::string> pending_;  // names still to walk, from at_ on; the next one last
+  std::string at_;                    // without the slash at the end
+  std::string exposed_;  // last sticky directory that has no private directory of ours below it yet
   bool missing_ = false;
   int links_ = 0;
 };

@@ -26,7 +26,7 @@ Root resolve_root(const std::string& configured);
 std::string why_untrusted(const std::filesystem::path& root);
 
 enum class Missing { kFail, kMake };
-// Opens the root after the test above, which is made again each time: what was missing at first may
+// Opens the root after the test above, which is made again: what was missing at first may
 // since have been put there by somebody else. EPERM when it cannot be trusted.
 Descriptor open_root(const std::filesystem::path& root, Missing missing);
 

@@ -8,6 +8,8 @@
 #include <string>
 #include <string_view>
 
+#include "cache/sha256_blocks.h"
+
 namespace torchkiln::cache {
 
 // Not thread-safe; one object digests one message after the other.
@@ -18,16 +20,12 @@ class Sha256 {
   std::array<std::uint8_t, 32> digest();
 
  private:
-  static constexpr std::size_t kBlockBytes = 64;
   // Fractional parts of the square roots of the first eight primes.
-  static constexpr std::array<std::uint32_t, 8> kInitialState = {0x6a09e667, 0xbb67ae85, 0x3c6ef372,
-                                                                 0xa54ff53a, 0x510e527f, 0x9b05688c,
-                                                                 0x1f83d9ab, 0x5be0cd19};
+  static constexpr Sha256State kInitialState = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                                                0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
 
-  void compress(const char* block);
-
-  std::array<std::uint32_t, 8> state_ = kInitialState;
-  std::array<char, kBlockBytes> pending_{};
+  Sha256State state_ = kInitialState;
+  std::array<char, kSha256BlockBytes> pending_{};
   std::uint64_t total_bytes_ = 0;
 };
 

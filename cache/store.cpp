@@ -29,6 +29,11 @@ constexpr const char* kVersion = "v1";
 constexpr const char* kObjects = "objects";
 constexpr const char* kTemporaries = "tmp";
 constexpr const char* kQuarantine = "quarantine";
+constexpr const char* kPruned = "pruned";  // an empty file; its modification time counts
+
+// Walking the store costs, and its limit exists for careless CI.
+constexpr std::uint64_t kPublishesPerPrune = 64;
+constexpr std::chrono::hours kPruneInterval{24};
 
 // Backup programs skip directories with this file (bford.info/cachedir).
 constexpr const char* kTagName = "CACHEDIR.TAG";
@@ -185,7 +190,7 @@ std::optional<Object> Store::look_up(Lookup& lookup) {
 }
 
 std::optional<Object> Store::load(Lookup& lookup, int shard, const std::string& name) {
-  if (is_skipped(shard_of(lookup.key) + name)) return std::nullopt;
+  if (is_skipped(lookup.key, name)) return std::nullopt;
   const FileContents file = read_file(shard, name, kMaxObjectBytes);
   if (file.error != 0) {
     if (!is_absent(file.error)) lookup.error = file.error;
@@ -206,20 +211,24 @@ std::optional<Object> Store::load(Lookup& lookup, int shard, const std::string& 
   return std::nullopt;
 }
 
-bool Store::contains(const std::string& key) {
+bool Store::contains(const std::string& key, const std::string& only_compiler) {
   if (root_.path.empty() || !is_key(key)) return false;
   const Descriptor shard = open_below({kObjects, shard_of(key)});
   if (!shard) return false;
+  const std::string only = only_compiler.empty() ? "" : object_name(key, only_compiler);
   const auto names = other_names(shard.get(), key, {});
-  return std::any_of(names.begin(), names.end(),
-                     [&](const std::string& name) { return !is_skipped(shard_of(key) + name); });
+  return std::any_of(names.begin(), names.end(), [&](const std::string& name) {
+    return (only.empty() || name == only) && !is_skipped(key, name);
+  });
 }
 
 Store::Published Store::publish(const std::string& key, const std::string& compiler,
                                 const Object& object) {
   if (root_.path.empty()) return Published::kNo;
   try {
-    const int error = write_object(key, compiler, object);
+    int error = write_object(key, compiler, object);
+    // Somebody removed the directories under us, or a server gave them new handles.
+    if (error == ENOENT || error == ESTALE) error = write_object(key, compiler, object);
     if (error == 0) {
       count(kPublished);
       return Published::kYes;
@@ -254,11 +263,11 @@ int Store::write_object(const std::string& key, const std::string& compiler, con
   const Descriptor shard = make_directory(objects.get(), shard_of(key));
   if (!shard) return shard.error();
 
+  const int error = publish_file(temporaries.get(), shard.get(), object_name(key, compiler), bytes);
   if (!swept_.exchange(true)) {
     write_tag(version.get());
     sweep_temporaries(temporaries.get());
   }
-  const int error = publish_file(temporaries.get(), shard.get(), object_name(key, compiler), bytes);
   if (error == 0) count(kBytesWritten, bytes.size());
   return error;
 }
@@ -279,10 +288,9 @@ void Store::set_aside(const std::string& key, const std::string& name, const str
   const Descriptor version = open_version(Missing::kFail);
   const Descriptor quarantine =
       version ? make_directory(version.get(), kQuarantine) : Descriptor::failed(version.error());
-  int error = shard ? quarantine.error() : shard.error();
-  if (error == 0) {
-    error = move_to_quarantine(shard.get(), shard_of(key), name, judged, quarantine.get());
-  }
+  const int error =
+      shard ? move_to_quarantine(shard.get(), shard_of(key), name, judged, quarantine.get())
+            : shard.error();
   if (is_absent(error)) return;  // somebody else was quicker
   if (error != 0) {
     const std::scoped_lock lock(mutex_);
@@ -292,7 +300,7 @@ void Store::set_aside(const std::string& key, const std::string& name, const str
   count(kDamaged);
   warn_once("damaged", "object " + short_name(key, name) + " in " + root_.path.string() +
                            " cannot be used: " + reason + "; it was " +
-                           (error == 0 ? "moved to quarantine" : "left there and is skipped") +
+                           (error == 0 ? "moved out of the way" : "left there and is skipped") +
                            " and is compiled again");
 }
 
@@ -319,8 +327,34 @@ std::uint64_t Store::clear() {
 }
 
 std::uint64_t Store::prune(std::uint64_t limit_bytes) {
+  const Descriptor version = open_version(Missing::kFail);
   const Descriptor objects = open_below({kObjects});
-  return objects ? remove_oldest(objects.get(), limit_bytes) : 0;
+  if (!version || !objects) return 0;
+  return remove_oldest(objects.get(), limit_bytes, stamp(version.get(), kPruned));
+}
+
+void Store::prune_if_due(std::uint64_t limit_bytes) try {
+  const std::uint64_t published = counters_[kPublished];
+  const bool many = published % kPublishesPerPrune == 0;
+  if (published == 0 || (!many && (published != 1 || !pruned_long_ago()))) return;
+  // One process at a time is enough, and none waits for it.
+  const auto lock_file = node_local_lock_file();
+  const auto lock = KeyLock::try_acquire(lock_file, "prune " + root_.path.string());
+  if (lock || !KeyLock::available(lock_file)) prune(limit_bytes);
+} catch (const std::exception&) {
+  // Out of memory: not worth the failure of whoever published.
+}
+
+bool Store::pruned_long_ago() const {
+  const Descriptor version = open_version(Missing::kFail);
+  struct stat pruned{}, temporaries{};
+  if (!version || ::fstatat(version.get(), kTemporaries, &temporaries, 0) != 0) return false;
+  if (::fstatat(version.get(), kPruned, &pruned, AT_SYMLINK_NOFOLLOW) != 0) {
+    stamp(version.get(), kPruned);  // new: the days count from here
+    return false;
+  }
+  // A publish has just changed that directory.
+  return modified(temporaries) - modified(pruned) > kPruneInterval;
 }
 
 StoreCounters Store::counters() const {
@@ -329,9 +363,25 @@ StoreCounters Store::counters() const {
           counters_[kBytesRead], counters_[kBytesWritten]};
 }
 
+// The directory that passed the walk of all its ancestors need not pass it at each look-up: should
+// somebody exchange it, it is another one; should it be opened to others, open_directory refuses it.
+Descriptor Store::open_trusted_root(Missing missing) const {
+  const auto inode_of = [](const Descriptor& directory) {
+    struct stat status{};
+    return directory && ::fstat(directory.get(), &status) == 0 ? status.st_ino : 0;
+  };
+  if (const ino_t trusted = trusted_inode_) {
+    Descriptor root = open_directory(AT_FDCWD, root_.path);
+    if (inode_of(root) == trusted) return root;
+  }
+  Descriptor root = open_root(root_.path, missing);
+  trusted_inode_ = inode_of(root);
+  return root;
+}
+
 Descriptor Store::open_version(Missing missing) const {
   if (root_.path.empty()) return Descriptor::failed(ENOENT);
-  const Descriptor root = open_root(root_.path, missing);
+  const Descriptor root = open_trusted_root(missing);
   if (!root) return Descriptor::failed(root.error());
   return missing == Missing::kMake ? make_directory(root.get(), kVersion)
                                    : open_directory(root.get(), kVersion);
@@ -346,10 +396,10 @@ Descriptor Store::open_below(const std::vector<std::string>& names) const {
   return at;
 }
 
-bool Store::is_skipped(const std::string& name) const {
+bool Store::is_skipped(const std::string& key, const std::string& name) const {
   if (skipped_count_ == 0) return false;
   const std::scoped_lock lock(mutex_);
-  return skipped_.contains(name);
+  return skipped_.contains(shard_of(key) + name);
 }
 
 void Store::count(Counter counter, std::uint64_t amount) {

@@ -41,7 +41,7 @@ struct StoreCounters {
 };
 
 // No error of the store fails its caller: it degrades to a miss, with one warning. Thread-safe, and
-// usable in a forked child: without trouble on disk find takes no lock of the process.
+// usable in a forked child, given before_fork and after_fork.
 class Store {
  public:
   // Gets one sentence. Each kind of trouble is reported once per store.
@@ -63,8 +63,8 @@ class Store {
   std::optional<Object> find(const std::string& key, const std::string& preferred_compiler,
                              bool exact_compiler, const Validate& validate);
 
-  // Whether a file is there, unchecked.
-  bool contains(const std::string& key);
+  // Whether a file is there, unchecked; of any compiler when none is named.
+  bool contains(const std::string& key, const std::string& only_compiler = {});
 
   enum class Published { kYes, kAlreadyThere, kNo };
   // Writes header["key"] and header["compiler"] itself. Never throws; in every case the caller goes
@@ -78,6 +78,13 @@ class Store {
   std::uint64_t clear();  // removes all objects and the quarantine; returns the bytes freed
   // Least recently used objects first, down to 80 % of the limit; none used in the last hour.
   std::uint64_t prune(std::uint64_t limit_bytes);
+  // For after a publish: prunes now and then (each 64 publishes of this process, and where nobody
+  // did for a day), unless another process is at it.
+  void prune_if_due(std::uint64_t limit_bytes);
+
+  // Around fork(), so that no other thread holds our mutex at that moment.
+  void before_fork() { mutex_.lock(); }
+  void after_fork() { mutex_.unlock(); }
 
   StoreCounters counters() const;
 
@@ -95,6 +102,7 @@ class Store {
   };
   struct Lookup;
 
+  Descriptor open_trusted_root(Missing missing) const;
   Descriptor open_version(Missing missing) const;  // <root>/v1
   Descriptor open_below(const std::vector<std::string>& names) const;
   std::optional<Object> look_up(Lookup& lookup);
@@ -102,7 +110,8 @@ class Store {
   int write_object(const std::string& key, const std::string& compiler, const Object& object);
   void set_aside(const std::string& key, const std::string& name, const struct stat* judged,
                  const std::string& reason);
-  bool is_skipped(const std::string& name) const;
+  bool pruned_long_ago() const;
+  bool is_skipped(const std::string& key, const std::string& name) const;
   void count(Counter counter, std::uint64_t amount = 1);
   void warn_once(const std::string& kind, const std::string& sentence) noexcept;
   void warn_of_error(const std::string& action, int error) noexcept;
@@ -111,6 +120,7 @@ class Store {
   Warn warn_;
   std::array<std::atomic<std::uint64_t>, kCounters> counters_{};
   std::atomic<bool> swept_ = false;
+  mutable std::atomic<ino_t> trusted_inode_ = 0;  // of the root
 
   mutable std::mutex mutex_;  // guards the two sets
   std::set<std::string> warned_;

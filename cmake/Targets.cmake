@@ -17,6 +17,11 @@ function(torchkiln_configure target)
                                            $<$<BOOL:${TORCHKILN_WERROR}>:-Werror>)
   # Messages and assertions hold file names: none of them may name a folder of the machine that built the library.
   target_compile_options(${target} PRIVATE "-ffile-prefix-map=${PROJECT_SOURCE_DIR}=.")
+  if(TORCHKILN_SANITIZE)
+    target_compile_options(${target} PRIVATE -fsanitize=${TORCHKILN_SANITIZE} -fno-omit-frame-pointer
+                                             -fno-sanitize-recover=all -g1)
+    target_link_options(${target} PUBLIC -fsanitize=${TORCHKILN_SANITIZE})
+  endif()
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     # The flow analysis of g++ 12 misjudges inlined std::string (GCC bug 105651): these two stay warnings.
     target_compile_options(${target} PRIVATE -fno-gnu-unique -Wno-error=array-bounds -Wno-error=restrict)
@@ -55,6 +60,18 @@ function(torchkiln_add_tests folder)
   torchkiln_configure(${target})
   target_link_libraries(${target} PRIVATE torchkiln_objects GTest::gtest_main)
   gtest_discover_tests(${target} DISCOVERY_MODE PRE_TEST DISCOVERY_TIMEOUT 60)
+endfunction()
+
+# What the tests in tests/deploy/attack run and preload: a process of the core with a fake compiler, and a file system
+# that lies and fails.
+function(torchkiln_add_attack)
+  set(folder "${PROJECT_SOURCE_DIR}/tests/deploy/attack")
+  add_executable(torchkiln_attack_worker "${folder}/worker.cpp" "${PROJECT_SOURCE_DIR}/tests/jit/support/fake_nvrtc.cpp")
+  torchkiln_configure(torchkiln_attack_worker)
+  target_link_libraries(torchkiln_attack_worker PRIVATE torchkiln_objects)
+  add_library(torchkiln_attack_files MODULE "${folder}/hostile_files.cpp")
+  torchkiln_configure(torchkiln_attack_files)
+  target_link_libraries(torchkiln_attack_files PRIVATE ${CMAKE_DL_LIBS})
 endfunction()
 
 # Sets `result` to a generated source that holds every file of kernel_templates/ (see jit/spec/embedded.h).

@@ -232,6 +232,11 @@ json site_directories(Engine&, const json& request) {
   return json::object();
 }
 
+json stop_for_exit(Engine& engine, const json&) {
+  engine.objects().stop_for_exit();
+  return json::object();
+}
+
 json selftest_store(Engine& engine, const json&) { return test_store(engine.settings()); }
 
 using Command = json (*)(Engine&, const json&);
@@ -262,6 +267,7 @@ const std::map<std::string, Command>& commands() {
       {"ladder", &explain_ladder},
       {"dump", &dump},
       {"warm", &warm},
+      {"stop_for_exit", &stop_for_exit},
   };
   return table;
 }

@@ -240,13 +240,16 @@ void Engine::before_fork() {
   kernels_mutex_.lock();
   recorder_.before_fork();
   objects_.before_fork();
+  site_directories().mutex.lock();  // taken while the identity of the compiler is found
 }
 void Engine::after_fork_in_parent() {
+  site_directories().mutex.unlock();
   objects_.after_fork_in_parent();
   recorder_.after_fork();
   kernels_mutex_.unlock();
 }
 void Engine::after_fork_in_child() {
+  site_directories().mutex.unlock();
   objects_.after_fork_in_child();
   recorder_.after_fork();
   kernels_mutex_.unlock();

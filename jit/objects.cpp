@@ -145,9 +145,10 @@ std::optional<Found> Objects::find_on_disk(const Request& request) {
 }
 
 // Reading two ELF notes takes up to a millisecond: once.
-const std::string& Objects::compiler_identity() {
-  std::call_once(identity_once_, [&] { identity_ = compilers_.identity(); });
-  return identity_;
+std::string Objects::compiler_identity() {
+  const std::scoped_lock lock(identity_mutex_);
+  if (!identity_) identity_ = compilers_.identity();
+  return *identity_;
 }
 
 Found Objects::remember(const std::string& key, std::shared_ptr<const cache::ObjectView> object,
@@ -209,10 +210,12 @@ Found Objects::make(const Request& request) {
   heed_mode(request);
   Statistics::add(statistics_.misses);
   if (!store_.writable()) return compile(request);
+  const bool exact = request.origin == Origin::kOwnCompiler || settings_.compiler_policy == "exact";
+  const std::string only_compiler = exact ? compiler_identity() : "";
   bool became_ready = false;
   const auto lock = cache::wait_for_lock(
       cache::node_local_lock_file(), request.key, kLockBound,
-      [&] { return store_.contains(request.key); }, became_ready);
+      [&] { return store_.contains(request.key, only_compiler); }, became_ready);
   if (auto found = find_on_disk(request)) return *found;
   return compile(request);
 }
@@ -242,15 +245,8 @@ Found Objects::compile(const Request& request) {
   const double milliseconds = milliseconds_since(start);
   Statistics::add(statistics_.compile_microseconds, static_cast<std::uint64_t>(milliseconds * 1e3));
   store_.publish(request.key, used->id(), object);
-  if (settings_.cache_max_bytes > 0) prune_sometimes();
+  if (settings_.cache_max_bytes > 0) store_.prune_if_due(settings_.cache_max_bytes);
   return remember(request.key, own(std::move(object)), Layer::kCompiled, milliseconds);
-}
-
-// Walking the store costs; once in 64 compiles of a process is often enough for a limit that exists for careless CI.
-void Objects::prune_sometimes() {
-  constexpr std::uint64_t kEvery = 64;
-  if (statistics_.compiles.load(std::memory_order_relaxed) % kEvery == 0)
-    store_.prune(settings_.cache_max_bytes);
 }
 
 void Objects::refuse(const Found& found, const std::string& reason) {
@@ -266,7 +262,9 @@ std::shared_ptr<const Compiler> Objects::compiler() {
     const std::scoped_lock lock(mutex_);
     if (compiler_) return compiler_;
   }
-  auto opened = compilers_.open();  // may take 100 ms: not under the mutex
+  // May take 100 ms: not under the mutex. In the pool: at exit the process must not take down the
+  // libraries while one of them is being opened.
+  auto opened = pool_.run(Priority::kInteractive, [&] { return compilers_.open(); });
   const std::scoped_lock lock(mutex_);
   if (!compiler_) {
     compiler_ = std::move(opened);
@@ -277,16 +275,21 @@ std::shared_ptr<const Compiler> Objects::compiler() {
 
 void Objects::before_fork() {
   bundles_.before_fork();
+  identity_mutex_.lock();
   mutex_.lock();
+  store_.before_fork();
 }
+
 void Objects::after_fork_in_parent() {
+  store_.after_fork();
   mutex_.unlock();
+  identity_mutex_.unlock();
   bundles_.after_fork();
 }
+
 void Objects::after_fork_in_child() {
   in_flight_.clear();
-  mutex_.unlock();
-  bundles_.after_fork();
+  after_fork_in_parent();
 }
 
 }  // namespace torchkiln::jit

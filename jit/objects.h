@@ -74,6 +74,7 @@ class Objects {
   std::shared_ptr<const Compiler> compiler();  // opens it; throws Error(COMPILER)
   cache::Store& store() { return store_; }
   Bundles& bundles() { return bundles_; }
+  void stop_for_exit() { pool_.stop_for_exit(); }
 
   // Around fork(): no other thread may hold our mutexes at that moment, and their compiles do not exist in the child.
   void before_fork();
@@ -97,8 +98,7 @@ class Objects {
   Found compile(const Request& request);
   void heed_mode(const Request& request) const;
   bool serves(const nlohmann::json& header, Origin origin);
-  const std::string& compiler_identity();
-  void prune_sometimes();
+  std::string compiler_identity();
   Found remember(const std::string& key, std::shared_ptr<const cache::ObjectView> object,
                  Layer layer, double milliseconds);
 
@@ -110,8 +110,8 @@ class Objects {
   std::atomic<JitMode> mode_;
   Bundles bundles_;
   cache::Store store_;
-  std::once_flag identity_once_;
-  std::string identity_;
+  std::mutex identity_mutex_;
+  std::optional<std::string> identity_;
   CompilePool pool_;
   Progress progress_;
 

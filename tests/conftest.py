@@ -22,7 +22,11 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 torch.set_num_threads(1)
 
 # Marker, and why a test that has it is skipped unless the option of the same name is given.
-ASKED_FOR = {"large": "needs many gigabytes of memory", "network": "needs a network"}
+ASKED_FOR = {
+    "exhaustive": "tries every case instead of a sample",
+    "large": "needs many gigabytes of memory",
+    "network": "needs a network",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

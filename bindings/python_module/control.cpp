@@ -2,7 +2,9 @@
 // purpose: it is the only part that is built per Python version.
 //
 // SPDX-License-Identifier: Apache-2.0
+#include <cxxabi.h>
 #include <pybind11/pybind11.h>
+#include <unistd.h>
 
 #include <memory>
 #include <string>
@@ -27,14 +29,33 @@ py::dict last_error() {
   return result;
 }
 
+[[noreturn]] void sleep_until_the_process_is_gone() {
+  while (true) ::pause();
+}
+
+// In an interpreter that ends, taking the lock ends a daemon thread by unwinding its stack: out of a destructor, where
+// pybind11 would take it, that ends the process, and elsewhere it frees Python objects without the lock. So such a
+// thread sleeps, as from Python 3.14 on.
+void take_lock_again(PyThreadState* thread) {
+#if PY_VERSION_HEX >= 0x030d0000
+  const bool ends = Py_IsFinalizing() != 0;
+#else
+  const bool ends = _Py_IsFinalizing() != 0;
+#endif
+  if (ends) sleep_until_the_process_is_gone();
+  try {
+    PyEval_RestoreThread(thread);
+  } catch (abi::__forced_unwind&) {  // the end began while this thread waited
+    sleep_until_the_process_is_gone();
+  }
+}
+
 py::object control(const std::string& command, const py::object& request) {
   const auto text = py::module_::import("json").attr("dumps")(request).cast<std::string>();
   char* reply = nullptr;
-  std::int32_t status = 0;
-  {
-    const py::gil_scoped_release release;  // a compile takes a while
-    status = torchkiln_control(command.c_str(), text.c_str(), &reply);
-  }
+  PyThreadState* const thread = PyEval_SaveThread();  // a compile takes a while
+  const std::int32_t status = torchkiln_control(command.c_str(), text.c_str(), &reply);
+  take_lock_again(thread);
   if (status != 0) throw std::runtime_error(torchkiln_last_error()->message);
   const std::unique_ptr<char, decltype(&torchkiln_free)> owner(reply, &torchkiln_free);
   return from_json(reply);
@@ -77,6 +98,13 @@ void tell_site_directories() {
   control("set_site_directories", request);
 }
 
+// Before Python takes itself down, and whichever thread loaded this module: the engine's own exit handlers come later,
+// and only the main thread's come before those of a compiler that is just being opened.
+void stop_at_exit() {
+  py::module_::import("atexit").attr("register")(
+      py::cpp_function([] { control("stop_for_exit", py::dict()); }));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_control, m) {
@@ -88,4 +116,5 @@ PYBIND11_MODULE(_control, m) {
   m.def("version", &torchkiln_version, "Version of the engine library.");
   speak_through_python();
   tell_site_directories();
+  stop_at_exit();
 }

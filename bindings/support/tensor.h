@@ -78,6 +78,7 @@ inline std::uint64_t element_size(ScalarType dtype) {
       return 8;
     case ScalarType::Half:
     case ScalarType::BFloat16:
+    case ScalarType::Short:
       return 2;
     case ScalarType::Bool:
     case ScalarType::Byte:

@@ -9,8 +9,10 @@
 #include "cache/sha256.h"
 #include "jit/compile/nvrtc_log.h"
 #include "jit/compile/options.h"
+#include "jit/compile/pool.h"
 #include "jit/compile/program.h"
 #include "jit/driver/elf.h"
+#include "jit/driver/exit_handlers.h"
 #include "jit/driver/nvrtc_finder.h"
 #include "jit/error.h"
 
@@ -86,6 +88,17 @@ void require_closed(const Job& job) {
                   details_of(job, "", excerpt(file.text, line)));
     }
   }
+}
+
+// NVRTC ends the process when it gets no memory, so it is not started where it would get none.
+void require_memory(const Job& job) {
+  constexpr std::uint64_t kMegabyte = std::uint64_t{1} << 20;
+  constexpr std::uint64_t kNeeded = 128 * kMegabyte;
+  const std::uint64_t left = free_address_space();
+  if (left >= kNeeded) return;
+  throw Error(TORCHKILN_ERROR_COMPILER,
+              job.label() + ": 128 MB of address space must be free to compile a kernel; got " +
+                  std::to_string(left / kMegabyte) + " MB. Raise the limit (ulimit -v).");
 }
 
 std::string_view text_of(const Job& job, const std::string& file) {
@@ -180,7 +193,12 @@ std::optional<std::string> validate_ptx(std::string_view payload, const std::str
 }  // namespace
 
 Compiler::Compiler(NvrtcApi nvrtc, const TemplateSources& sources)
-    : nvrtc_(std::move(nvrtc)), sources_(sources), id_(compiler_id(nvrtc_)) {}
+    : nvrtc_(std::move(nvrtc)), sources_(sources), id_(compiler_id(nvrtc_)) {
+  // NVRTC registers its handlers one by one, in the middle of its first compile. Without this an
+  // exit() of another thread at that moment lets them run before the pool's, beside the compile.
+  handlers_watched_ = watch_exit_handlers(
+      nvrtc_.path, reinterpret_cast<const void*>(nvrtc_.nvrtcCompileProgram), &renew_exit_handler);
+}
 
 cache::Object Compiler::compile(const Specialization& specialization, const Target& target,
                                 const std::string& key,
@@ -195,11 +213,13 @@ cache::Object Compiler::compile(const Specialization& specialization, const Targ
                    .text = specialization.program(),
                    .files = sources_.closure(specialization.path)};
   require_closed(job);
+  require_memory(job);
 
   Program program(nvrtc_, job.text, job.name, job.files);
   const std::string expression = specialization.name_expression();
   program.instantiate(expression);
   const NvrtcResult result = program.compile(job.options);
+  if (!handlers_watched_) renew_exit_handler();
   const std::string log = program.log();
   if (result != kNvrtcSuccess) throw_failure(job, nvrtc_, result, log);
 

@@ -38,6 +38,7 @@ class Compiler {
   NvrtcApi nvrtc_;
   const TemplateSources& sources_;
   std::string id_;
+  bool handlers_watched_ = false;
 };
 
 // What is wrong with code that should run on `target`, whoever made it; nothing when it may be handed to the driver. For

@@ -5,6 +5,7 @@
 #include <cxxabi.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -49,11 +50,13 @@ using State = CompilePool::State;
 using Task = CompilePool::Task;
 
 constexpr std::size_t kStackBytes = std::size_t{16} << 20;  // NVRTC crashes with 256 KB
+constexpr std::uint64_t kPlenty = std::uint64_t{1} << 40;
 constexpr unsigned kMostJobs = 8;
 constexpr std::uint64_t kBytesPerJob = std::uint64_t{250} << 20;
 constexpr auto kPatienceAtExit = std::chrono::seconds(5);
 
 thread_local bool is_pool_thread = false;
+thread_local const std::shared_ptr<CompilePool::State>* state_of_thread = nullptr;
 
 Error exiting() {
   return Error(TORCHKILN_ERROR_COMPILER,
@@ -124,6 +127,7 @@ void stop_at_exit(void* argument) {
   stop_and_wait(**static_cast<std::shared_ptr<State>*>(argument));
 }
 
+// Handlers run in reverse order: only one that is younger than NVRTC's own runs before them.
 void register_exit_handler(const std::shared_ptr<State>& state) {
   abi::__cxa_atexit(&stop_at_exit, new std::shared_ptr<State>(state), &__dso_handle);
 }
@@ -138,6 +142,7 @@ std::deque<Task>* next_queue(State& state) {
 
 void work(const std::shared_ptr<State>& state) {
   is_pool_thread = true;
+  state_of_thread = &state;
   std::unique_lock lock(state->mutex);
   for (;;) {
     std::deque<Task>* queue = nullptr;
@@ -154,7 +159,6 @@ void work(const std::shared_ptr<State>& state) {
     task = {};  // what it captured dies before the next wait
     lock.lock();
     --state->running;
-    // Handlers run in reverse order: one that was registered after NVRTC's own runs before them.
     if (!state->exit_handler_after_work && !state->stopped) {
       state->exit_handler_after_work = true;
       register_exit_handler(state);
@@ -219,14 +223,25 @@ std::uint64_t number_in(const char* path, const std::string& label, std::uint64_
 }
 
 std::uint64_t free_memory() {
-  constexpr std::uint64_t kPlenty = std::uint64_t{1} << 40;
   const std::uint64_t machine = number_in("/proc/meminfo", "MemAvailable:", kPlenty >> 10) << 10;
   const std::uint64_t limit = number_in("/sys/fs/cgroup/memory.max", "", kPlenty);
   const std::uint64_t used = number_in("/sys/fs/cgroup/memory.current", "", 0);
-  return std::min(machine, limit > used ? limit - used : 0);
+  return std::min({machine, limit > used ? limit - used : 0, free_address_space()});
 }
 
 }  // namespace
+
+void renew_exit_handler() {
+  if (state_of_thread != nullptr) register_exit_handler(*state_of_thread);
+}
+
+std::uint64_t free_address_space() {
+  rlimit limit{};
+  if (::getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return kPlenty;
+  const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+  const std::uint64_t used = number_in("/proc/self/statm", "", 0) * page;
+  return limit.rlim_cur > used ? limit.rlim_cur - used : 0;
+}
 
 unsigned default_compile_jobs() {
   const unsigned cores = std::max(1U, std::thread::hardware_concurrency());
@@ -245,6 +260,8 @@ CompilePool::~CompilePool() {
   std::unique_lock lock(state_->mutex);
   state_->fewer_running.wait(lock, [&] { return state_->threads == 0; });
 }
+
+void CompilePool::stop_for_exit() { stop_and_wait(*state_); }
 
 void CompilePool::enqueue(Priority priority, Task task) {
   if (was_forked(*state_)) throw forked();

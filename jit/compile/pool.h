@@ -4,6 +4,7 @@
 
 #include <sys/types.h>
 
+#include <cstdint>
 #include <exception>
 #include <functional>
 #include <future>
@@ -64,6 +65,9 @@ class CompilePool {
     return submit(priority, std::move(work)).get();
   }
 
+  // What exit does, for who knows earlier that the process will end: from here on nothing compiles.
+  void stop_for_exit();
+
   unsigned jobs() const { return jobs_; }
 
   struct Task {
@@ -82,5 +86,12 @@ class CompilePool {
 
 // At least 1, at most 8: beyond that NVRTC gains little and memory runs out (250 MB a compile).
 unsigned default_compile_jobs();
+
+// For a thread of a pool, after its work has registered an exit handler: the pool's must be younger,
+// or it would run later. Does nothing on other threads.
+void renew_exit_handler();
+
+// Bytes that RLIMIT_AS still allows this process to map; very many without a limit.
+std::uint64_t free_address_space();
 
 }  // namespace torchkiln::jit

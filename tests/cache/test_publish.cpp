@@ -200,6 +200,88 @@ TEST_F(PublishTest, FullDiskMeansNoAndLeavesNothing) {
   EXPECT_EQ(code, 0);
 }
 
+TEST_F(PublishTest, NoFreeInodeMeansNoAndLeavesNothing) {
+  if (!support::can_mount()) GTEST_SKIP() << "this user may not mount a file system";
+  const int code = support::exit_code([&] {
+    // The mount itself, root, v1, tmp, objects and one shard: none is left for the file.
+    if (!support::mount_private_tmpfs(directory_.path(), "mode=700,nr_inodes=6")) return 1;
+    for (int i = 0; i < 3; ++i) {
+      if (store_.publish(key_, kCompiler, object_with("p")) != Published::kNo) return 2;
+    }
+    if (files_in(temporaries()) != 0 || store_.contains(key_)) return 3;
+    return warnings_.texts.size() == 1 ? 0 : 4;
+  });
+  EXPECT_EQ(code, 0);
+}
+
+TEST_F(PublishTest, BadObjectOnAFullDiskIsReplaced) {
+  if (!support::can_mount()) GTEST_SKIP() << "this user may not mount a file system";
+  const int code = support::exit_code([&] {
+    if (!support::mount_private_tmpfs(directory_.path(), "mode=700,nr_inodes=9")) return 1;
+    if (store_.publish(key_, kCompiler, object_with("good")) != Published::kYes) return 2;
+    support::write_file(support::object_path(root_, key_), "damaged");
+    support::write_file(directory_.path() / "filler", "");
+    if (store_.find(key_, kCompiler, true, nullptr)) return 3;
+    if (fs::exists(root_ / "v1" / "quarantine")) return 6;  // then the disk was not full
+    fs::remove(directory_.path() / "filler");
+    if (store_.publish(key_, kCompiler, object_with("good")) != Published::kYes) return 4;
+    return store_.find(key_, kCompiler, true, nullptr) ? 0 : 5;
+  });
+  EXPECT_EQ(code, 0);
+}
+
+// A file server's clock is not ours.
+TEST_F(PublishTest, SweepJudgesAgeByTheClockOfTheFiles) {
+  fs::create_directories(temporaries());
+  const fs::path young = temporaries() / "other-1-1";
+  support::write_file(young, "of a living writer");
+  const Descriptor tmp = open_directory(AT_FDCWD, temporaries());
+  // Our clock is 30 hours ahead of the one that stamps.
+  support::set_age(young, hours(30));
+  support::set_age(temporaries(), hours(30));
+  sweep_temporaries(tmp.get());
+  EXPECT_TRUE(fs::exists(young));
+  support::set_age(temporaries(), hours(0));
+  sweep_temporaries(tmp.get());
+  EXPECT_FALSE(fs::exists(young));
+}
+
+TEST_F(PublishTest, AnotherSchemaInTheSameRootIsLeftAlone) {
+  const fs::path theirs = root_ / "v2" / "objects" / "ab" / "name.kernel";
+  const fs::path their_litter = root_ / "v2" / "tmp" / "other-1-1";
+  for (const fs::path& file : {theirs, their_litter}) {
+    fs::create_directories(file.parent_path());
+    support::write_file(file, "another format");
+    support::set_age(file, hours(1000));
+  }
+  EXPECT_EQ(store_.publish(key_, kCompiler, object_with("p")), Published::kYes);
+  support::set_age(support::object_path(root_, key_), hours(2));
+  EXPECT_EQ(store_.list().size(), 1U);
+  EXPECT_GT(store_.prune(0), 0U);
+  store_.clear();
+  EXPECT_TRUE(fs::exists(theirs));
+  EXPECT_TRUE(fs::exists(their_litter));
+  EXPECT_FALSE(store_.contains(key_));
+}
+
+TEST_F(PublishTest, DirectoriesThatVanishMeanwhileAreMadeAgain) {
+  static fs::path vanishing;
+  vanishing = root_;
+  store_.publish(key_of("before"), kCompiler, object_with("p"));
+  static bool done;
+  done = false;
+  const support::ScopedFault fault([](const char* step) {
+    if (std::string_view(step) == "link" && !done) {
+      done = true;
+      fs::remove_all(vanishing);
+    }
+    return 0;
+  });
+  EXPECT_EQ(store_.publish(key_, kCompiler, object_with("p")), Published::kYes);
+  EXPECT_TRUE(store_.find(key_, kCompiler, true, nullptr));
+  EXPECT_TRUE(warnings_.texts.empty());
+}
+
 // Compiles once: takes the lock, counts the "compile" in a file, publishes.
 int find_or_compile(const fs::path& root, const fs::path& lock_file, const fs::path& counter,
                     const std::string& key) {

@@ -123,7 +123,7 @@ TEST_F(StoreTest, DamageIsAMissAndIsQuarantinedAndReportedOnce) {
   }
   EXPECT_EQ(store_.counters().damaged, damaged);
   ASSERT_EQ(warnings_.texts.size(), 1U);
-  EXPECT_NE(warnings_.texts[0].find("moved to quarantine"), std::string::npos);
+  EXPECT_NE(warnings_.texts[0].find("moved out of the way"), std::string::npos);
   plant(key_);
   EXPECT_TRUE(find(key_));
 }
@@ -339,6 +339,20 @@ TEST_F(StoreTest, RootThatBecomesOpenIsIgnored) {
   EXPECT_FALSE(find(key_));
   ASSERT_EQ(warnings_.texts.size(), 1U);
   EXPECT_NE(warnings_.texts[0].find("writable by other users"), std::string::npos);
+}
+
+TEST_F(StoreTest, RootThatIsExchangedIsExaminedAgain) {
+  plant(key_);
+  EXPECT_TRUE(find(key_));
+  // Another directory, whose ancestors changed meanwhile.
+  fs::rename(root_, directory_.path() / "moved");
+  plant(key_);
+  ::chmod(directory_.path().c_str(), 0777);
+  EXPECT_FALSE(find(key_));
+  ASSERT_EQ(warnings_.texts.size(), 1U);
+  EXPECT_NE(warnings_.texts[0].find("writable by other users"), std::string::npos);
+  ::chmod(directory_.path().c_str(), 0700);
+  EXPECT_TRUE(find(key_));
 }
 
 TEST_F(StoreTest, ThrowingWarnDoesNotEscape) {

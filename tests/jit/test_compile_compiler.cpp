@@ -13,6 +13,7 @@
 #include "jit/compile/compiler.h"
 #include "jit/compile/pool.h"
 #include "jit/driver/elf.h"
+#include "jit/driver/exit_handlers.h"
 #include "jit/error.h"
 #include "tests/jit/support/fake_cubin.h"
 #include "tests/jit/support/files.h"
@@ -316,6 +317,45 @@ TEST_F(RealCompiler, LeavesTheStackLimitAlone) {
     changed |= during.rlim_cur != before.rlim_cur;
   }
   EXPECT_FALSE(changed);
+}
+
+// Registers nothing itself, but the fake compile of the test program would be watched if names were not compared.
+TEST(ExitHandlers, OnlyTheNamedLibraryIsWatched) {
+  const auto here = reinterpret_cast<const void*>(&scale);
+  EXPECT_FALSE(watch_exit_handlers("/nowhere/libnvrtc.so", here, [] {}));
+}
+
+TEST_F(RealCompiler, ExitHandlersOfNvrtcAreSeen) {
+  const auto entry = reinterpret_cast<const void*>(nvrtc_.nvrtcCompileProgram);
+  EXPECT_TRUE(watch_exit_handlers(nvrtc_.path, entry, &renew_exit_handler));
+  EXPECT_TRUE(watch_exit_handlers(nvrtc_.path, entry, &renew_exit_handler)) << "a second time";
+  EXPECT_NO_THROW(compile());
+}
+
+// Another file with the same soname, as that of torch and that of a toolkit are; and every other version at hand.
+TEST_F(RealCompiler, SeveralLibrariesInOneProcess) {
+  const std::filesystem::path original = nvrtc_.path;
+  const testing::TemporaryFolder folder;
+  for (const std::filesystem::path& file :
+       {original, std::filesystem::path(builtins_beside(original))}) {
+    std::filesystem::copy_file(file, folder.path() / file.filename());
+  }
+  std::vector<NvrtcApi> libraries = {load_nvrtc((folder.path() / original.filename()).string())};
+  ASSERT_NE(libraries[0].nvrtcCreateProgram, nvrtc_.nvrtcCreateProgram) << "it is the same library";
+  for (const NvrtcCandidate& candidate : testing::test_nvrtcs()) {
+    libraries.push_back(load_nvrtc(candidate.path));
+  }
+  const cache::Object expected = compile();
+  std::vector<std::shared_future<cache::Object>> objects;
+  for (const NvrtcApi& library : libraries) {
+    objects.push_back(pool_.submit(Priority::kInteractive, [this, library] {
+      return Compiler(library, *sources_).compile(scale(), {.architecture = 90}, kKey, kOptions);
+    }));
+  }
+  for (const auto& object : objects)
+    EXPECT_FALSE(validate_object(object.get(), {.architecture = 90}));
+  EXPECT_EQ(objects[0].get().payload, expected.payload);
+  EXPECT_EQ(compile().payload, expected.payload);
 }
 
 // In a fresh process each time: the first compile of a process is the one that NVRTC sets itself up in.
