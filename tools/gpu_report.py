@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -99,8 +100,9 @@ def build(prefix: str, site: Path, logs: Path) -> tuple[Path, Step]:
     """Compiles libraries, control module and C++ tests, and lays the package out in `site`."""
     folder = ROOT / "build" / "gpu"
     configure = [
-        "cmake", "-S", ".", "-B", str(folder), "-G", "Ninja", "-DTORCHKILN_BUILD_TESTS=ON",
-        f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_PREFIX_PATH={prefix}",
+        "cmake", "-S", ".", "-B", str(folder), "-G", "Ninja",
+        "-DTORCHKILN_BUILD_TESTS=ON", "-DSKBUILD=ON", f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DCMAKE_PREFIX_PATH={prefix}",
     ]  # fmt: skip
     step = Step("configure", logs).run(configure, 120)
     if step.code == 0:
@@ -111,18 +113,19 @@ def build(prefix: str, site: Path, logs: Path) -> tuple[Path, Step]:
 
 
 def lay_out(folder: Path, site: Path) -> None:
-    """Puts the Python sources and the built libraries together, as an installed package has."""
+    """Puts the Python sources and the built parts together, as an installed package has."""
+    shutil.rmtree(site, ignore_errors=True)
+    install = ["cmake", "--install", str(folder), "--prefix", str(site)]
+    subprocess.run(install, check=True, stdout=subprocess.DEVNULL)
     for package in ("torchkiln", "torchkiln_cli"):
         target = site / package
         target.mkdir(parents=True, exist_ok=True)
         for source in (ROOT / "python" / package).iterdir():
-            link = target / source.name
-            if not link.exists():
-                link.symlink_to(source)
-    for library in [*folder.glob("libtorchkiln*.so"), *folder.glob("_control*.so")]:
-        link = site / "torchkiln" / library.name
-        link.unlink(missing_ok=True)
-        link.symlink_to(library)
+            (target / source.name).symlink_to(source)
+    version = re.search(r"torchkiln VERSION ([0-9.]+)", (ROOT / "CMakeLists.txt").read_text())[1]  # type: ignore[index]
+    metadata = site / f"torchkiln-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: torchkiln\nVersion: {version}\n")
 
 
 def table(rows: list[list[str]]) -> str:
