@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "bindings/detection/roi_pool.h"
@@ -18,7 +19,7 @@ using roi_pool::Region;
 using Plan = RoiPoolPlan;
 using BackwardPlan = RoiPoolBackwardPlan;
 
-// Channels that are searched side by side with channels last.
+// Channels of a region that one task searches, at most.
 constexpr std::int64_t kSpan = 64;
 
 template <class Scalar>
@@ -44,21 +45,43 @@ void with_variant(ScalarType dtype, const roi_pool::Shape& s, const F& f) {
   });
 }
 
-// The bin of n <= kSpan channels that lie `step` elements apart, cells `cell` elements apart.
+// The greatest of a bin of one map. Nothing beats a NaN, so the search ends there.
 template <class Scalar>
-void search(const Scalar* plane, std::int64_t width, std::int64_t cell, std::int64_t n,
-            const Range& rows, const Range& columns, Best<Acc<Scalar>>* best) {
-  for (std::int64_t c = 0; c < n; ++c)
-    best[c] = roi_pool::worst<Acc<Scalar>>(rows.begin, columns.begin);
+Best<Acc<Scalar>> search_map(const Scalar* map, std::int64_t width, const Range& rows,
+                             const Range& columns) {
+  auto best = roi_pool::worst<Acc<Scalar>>(rows.begin, columns.begin);
+  for (i32 y = rows.begin; y < rows.end; ++y) {
+    const Scalar* row = map + y * width;
+    for (i32 x = columns.begin; x < columns.end; ++x) {
+      const Acc<Scalar> value = load(row[x]);
+      if (value <= best.value) continue;
+      best = {value, y, x};
+      if (is_nan(value)) return best;
+    }
+  }
+  return best;
+}
+
+// The same bin of n <= kSpan maps: side by side with channels last, where neighbours are `channels` apart.
+template <class Scalar>
+void search(const Plan& p, const Scalar* first_map, std::int64_t n, const Range& rows,
+            const Range& columns, Best<Acc<Scalar>>* best) {
+  const roi_pool::Shape& s = p.args.shape;
+  if (!p.channels_last) {
+    for (std::int64_t c = 0; c < n; ++c)
+      best[c] = search_map(first_map + c * s.height * s.width, s.width, rows, columns);
+    return;
+  }
+  std::fill_n(best, n, roi_pool::worst<Acc<Scalar>>(rows.begin, columns.begin));
   for (i32 y = rows.begin; y < rows.end; ++y) {
     for (i32 x = columns.begin; x < columns.end; ++x) {
-      const Scalar* at = plane + (y * width + x) * cell;
+      const Scalar* at = first_map + (y * s.width + x) * s.channels;
       for (std::int64_t c = 0; c < n; ++c) best[c].take(load(at[c]), y, x);
     }
   }
 }
 
-// One region and the channels [first, first + n): one channel, or up to kSpan with channels last.
+// One region and the channels [first, first + n), n <= kSpan: they share the geometry.
 template <class Scalar, int kCodeBytes>
 void pool_region(const Plan& p, std::int64_t roi, std::int64_t first, std::int64_t n) {
   using T = Acc<Scalar>;
@@ -66,24 +89,23 @@ void pool_region(const Plan& p, std::int64_t roi, std::int64_t first, std::int64
   const Region<T> region = roi_pool::load_region(static_cast<const T*>(p.args.boxes), roi, s);
   const std::int64_t cells = s.height * s.width, bins = s.pooled_height * s.pooled_width;
   const std::int64_t image = std::max<std::int64_t>(region.image, 0) * s.channels * cells;
-  const auto* plane =
+  const auto* map =
       static_cast<const Scalar*>(p.args.input) + image + (p.channels_last ? first : first * cells);
+  const std::int64_t step = p.channels_last ? 1 : bins;
   auto* argmax = static_cast<Code<kCodeBytes>*>(p.args.argmax);
   Best<T> best[kSpan];
   for (std::int64_t bin = 0; bin < bins; ++bin) {
     const Range rows = region.y.bin_of(static_cast<i32>(bin / s.pooled_width));
     const Range columns = region.x.bin_of(static_cast<i32>(bin % s.pooled_width));
     const bool is_empty = region.image < 0 || rows.is_empty() || columns.is_empty();
-    if (!is_empty) {
-      search(plane, s.width, p.channels_last ? s.channels : 1, n, rows, columns, best);
-    }
-    const std::int64_t at = p.channels_last ? (roi * bins + bin) * s.channels + first
-                                            : (roi * s.channels + first) * bins + bin;
-    for (std::int64_t c = 0; c < n; ++c) {
-      store(static_cast<Scalar*>(p.args.output)[at + c], is_empty ? T(0) : best[c].value);
+    if (!is_empty) search(p, map, n, rows, columns, best);
+    std::int64_t at = p.channels_last ? (roi * bins + bin) * s.channels + first
+                                      : (roi * s.channels + first) * bins + bin;
+    for (std::int64_t c = 0; c < n; ++c, at += step) {
+      store(static_cast<Scalar*>(p.args.output)[at], is_empty ? T(0) : best[c].value);
       if (argmax == nullptr) continue;
-      argmax[at + c] = is_empty ? roi_pool::kNoCell<kCodeBytes>
-                                : roi_pool::encode<kCodeBytes>(best[c].y, best[c].x);
+      argmax[at] = is_empty ? roi_pool::kNoCell<kCodeBytes>
+                            : roi_pool::encode<kCodeBytes>(best[c].y, best[c].x);
     }
   }
 }
@@ -94,7 +116,7 @@ std::tuple<Tensor, Tensor> cpu(const Tensor& input, const Tensor& boxes, std::in
   const Plan p = plan_roi_pool(input, boxes, pooled_height, pooled_width, spatial_scale, rounding,
                                with_argmax);
   const roi_pool::Shape& s = p.args.shape;
-  const std::int64_t span = p.channels_last ? kSpan : 1, groups = ceil_div(s.channels, span);
+  const std::int64_t span = p.channels_last ? kSpan : 16, groups = ceil_div(s.channels, span);
   // A region of a quarter of the image, at two nanoseconds a cell.
   const std::int64_t nanoseconds =
       span * (pooled_height * pooled_width * 8 + s.height * s.width / 8);
@@ -122,7 +144,12 @@ void scatter_channels(const BackwardPlan& p, std::int64_t image, std::int64_t fi
   const auto* argmax = static_cast<const Code<kCodeBytes>*>(p.args.argmax);
   const auto* boxes = static_cast<const T*>(p.args.boxes);
   constexpr u32 kMask = (u32{1} << (4 * kCodeBytes)) - 1;
-  std::fill(sums.begin(), sums.end(), T(0));
+  auto* grad_input = static_cast<Scalar*>(p.args.grad_input) + image * s.channels * cells;
+  T* sum = sums.data();
+  if constexpr (std::is_same_v<Scalar, T>) {
+    if (!p.channels_last) sum = grad_input + first * cells;  // its own buffer: nothing to copy
+  }
+  std::fill_n(sum, cells * n, T(0));
   for (std::int64_t roi = 0; roi < s.rois; ++roi) {
     if (!(boxes[5 * roi] > T(-1)) || static_cast<std::int64_t>(boxes[5 * roi]) != image) continue;
     for (std::int64_t bin = 0; bin < bins; ++bin) {
@@ -132,15 +159,15 @@ void scatter_channels(const BackwardPlan& p, std::int64_t image, std::int64_t fi
         const u32 code = argmax[at + c];
         if (code == roi_pool::kNoCell<kCodeBytes>) continue;
         const std::int64_t y = code >> (4 * kCodeBytes), x = code & kMask;
-        sums[static_cast<std::size_t>((y * s.width + x) * n + c)] += load(grad_output[at + c]);
+        sum[(y * s.width + x) * n + c] += load(grad_output[at + c]);
       }
     }
   }
-  auto* grad_input = static_cast<Scalar*>(p.args.grad_input) + image * s.channels * cells;
+  if (sum != sums.data()) return;
   for (std::int64_t cell = 0; cell < cells; ++cell) {
     for (std::int64_t c = 0; c < n; ++c) {
       store(grad_input[p.channels_last ? cell * s.channels + first + c : first * cells + cell],
-            sums[static_cast<std::size_t>(cell * n + c)]);
+            sum[cell * n + c]);
     }
   }
 }
