@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstddef>
 #include <tuple>
+#include <type_traits>
+#include <vector>
 
 #include "bindings/support/check.h"
 #include "bindings/support/cuda.h"
@@ -163,17 +165,64 @@ void with_variant(ScalarType dtype, std::int64_t mode, const F& f) {
   });
 }
 
+// One set of boxes with each coordinate in a row of its own, so that a loop over boxes is a vector loop.
+template <class T>
+struct Columns {
+  std::vector<T> x1, y1, x2, y2, area;
+
+  template <class Scalar>
+  Columns(const Scalar* boxes, std::int64_t count) {
+    const auto size = static_cast<std::size_t>(count);
+    for (std::vector<T>* column : {&x1, &y1, &x2, &y2, &area}) column->resize(size);
+    for (std::size_t j = 0; j < size; ++j) {
+      const Box<T> box = load_box(boxes, static_cast<i64>(j));
+      x1[j] = box.x1;
+      y1[j] = box.y1;
+      x2[j] = box.x2;
+      y2[j] = box.y2;
+      area[j] = torchkiln::area(box);
+    }
+  }
+};
+
+// The IoU of one box with all of a set. A NaN coordinate comes through the area. Written out twice, and without calls,
+// because a function with other options is not inlined.
+#define TORCHKILN_IOU_ROW(T)                                                                 \
+  TORCHKILN_VECTORISED void iou_row(const Box<T>& box, T own_area, const T* __restrict__ x1, \
+                                    const T* __restrict__ y1, const T* __restrict__ x2,      \
+                                    const T* __restrict__ y2, const T* __restrict__ areas,   \
+                                    std::size_t count, T* __restrict__ out) {                \
+    const T bx1 = box.x1, by1 = box.y1, bx2 = box.x2, by2 = box.y2;                          \
+    for (std::size_t j = 0; j < count; ++j) {                                                \
+      const T width = (x2[j] < bx2 ? x2[j] : bx2) - (x1[j] > bx1 ? x1[j] : bx1);             \
+      const T height = (y2[j] < by2 ? y2[j] : by2) - (y1[j] > by1 ? y1[j] : by1);            \
+      const T inter = (width > T(0) ? width : T(0)) * (height > T(0) ? height : T(0));       \
+      const T united = own_area + areas[j] - inter;                                          \
+      const T ratio = inter / (united == T(0) ? T(1) : united);                              \
+      out[j] = united == T(0) ? T(0) : ratio;                                                \
+    }                                                                                        \
+  }
+TORCHKILN_IOU_ROW(float)
+TORCHKILN_IOU_ROW(double)
+#undef TORCHKILN_IOU_ROW
+
 template <class Scalar, int kMode>
-void forward_rows(const Args& args, std::int64_t begin, std::int64_t end) {
+void forward_rows(const Args& args, const Columns<Acc<Scalar>>& others, std::int64_t begin,
+                  std::int64_t end) {
   using T = Acc<Scalar>;
   const auto* boxes1 = static_cast<const Scalar*>(args.boxes1);
   const auto* boxes2 = static_cast<const Scalar*>(args.boxes2);
   auto* out = static_cast<Scalar*>(args.out);
   for (std::int64_t i = begin; i < end; ++i) {
     const Box<T> box = load_box(boxes1, i);
-    for (std::int64_t j = 0; j < args.m; ++j) {
-      store(out[i * args.m + j],
-            box_iou::element<kMode>(box, load_box(boxes2, j), static_cast<T>(args.eps)));
+    if constexpr (kMode == box_iou::kIou && std::is_same_v<Scalar, T>) {
+      iou_row(box, area(box), others.x1.data(), others.y1.data(), others.x2.data(),
+              others.y2.data(), others.area.data(), others.area.size(), out + i * args.m);
+    } else {
+      for (std::int64_t j = 0; j < args.m; ++j) {
+        store(out[i * args.m + j],
+              box_iou::element<kMode>(box, load_box(boxes2, j), static_cast<T>(args.eps)));
+      }
     }
   }
 }
@@ -202,8 +251,9 @@ void backward_rows(const BackwardArgs& args, std::int64_t begin, std::int64_t en
 Tensor cpu(const Tensor& boxes1, const Tensor& boxes2, std::int64_t mode, double eps) {
   const Plan p = plan(boxes1, boxes2, mode, eps);
   with_variant(p.out.scalar_type(), mode, [&]<class Scalar, int kMode>() {
+    const Columns<Acc<Scalar>> others(static_cast<const Scalar*>(p.args.boxes2), p.args.m);
     parallel_for(p.args.n, p.args.m * kPairNanoseconds, [&](std::int64_t begin, std::int64_t end) {
-      forward_rows<Scalar, kMode>(p.args, begin, end);
+      forward_rows<Scalar, kMode>(p.args, others, begin, end);
     });
   });
   return p.out;

@@ -13,10 +13,10 @@
 
 // One body per instruction set, chosen at load. Without contraction, so that every set keeps the same boxes.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define TORCHKILN_VECTORISED \
+#define TORCHKILN_UNCONTRACTED \
   __attribute__((optimize("O3", "fp-contract=off"), target_clones("avx512f", "avx2", "default")))
 #else
-#define TORCHKILN_VECTORISED
+#define TORCHKILN_UNCONTRACTED
 #endif
 
 namespace torchkiln::bindings {
@@ -45,24 +45,24 @@ struct Kept {
 
 // Does any of the boxes [begin, end) overlap the box too much? Both are multiples of kLane. The maths is exceeds() of
 // geometry/overlap.h, written out because a call of a function with other options is not inlined.
-#define TORCHKILN_ANY_EXCEEDS(T)                                                             \
-  TORCHKILN_VECTORISED bool any_exceeds(const T* x1, const T* y1, const T* x2, const T* y2,  \
-                                        const T* area, std::int64_t begin, std::int64_t end, \
-                                        const Box<T>& box, T box_area, T threshold) {        \
-    const T bx1 = box.x1, by1 = box.y1, bx2 = box.x2, by2 = box.y2;                          \
-    for (std::int64_t lane = begin; lane < end; lane += kLane) {                             \
-      int hit = 0;                                                                           \
-      for (std::int64_t j = lane; j < lane + kLane; ++j) {                                   \
-        T width = (x2[j] < bx2 ? x2[j] : bx2) - (x1[j] > bx1 ? x1[j] : bx1);                 \
-        T height = (y2[j] < by2 ? y2[j] : by2) - (y1[j] > by1 ? y1[j] : by1);                \
-        width = width > T(0) ? width : T(0);                                                 \
-        height = height > T(0) ? height : T(0);                                              \
-        const T inter = width * height;                                                      \
-        hit |= inter > threshold * ((area[j] + box_area) - inter) ? 1 : 0;                   \
-      }                                                                                      \
-      if (hit != 0) return true;                                                             \
-    }                                                                                        \
-    return false;                                                                            \
+#define TORCHKILN_ANY_EXCEEDS(T)                                                               \
+  TORCHKILN_UNCONTRACTED bool any_exceeds(const T* x1, const T* y1, const T* x2, const T* y2,  \
+                                          const T* area, std::int64_t begin, std::int64_t end, \
+                                          const Box<T>& box, T box_area, T threshold) {        \
+    const T bx1 = box.x1, by1 = box.y1, bx2 = box.x2, by2 = box.y2;                            \
+    for (std::int64_t lane = begin; lane < end; lane += kLane) {                               \
+      int hit = 0;                                                                             \
+      for (std::int64_t j = lane; j < lane + kLane; ++j) {                                     \
+        T width = (x2[j] < bx2 ? x2[j] : bx2) - (x1[j] > bx1 ? x1[j] : bx1);                   \
+        T height = (y2[j] < by2 ? y2[j] : by2) - (y1[j] > by1 ? y1[j] : by1);                  \
+        width = width > T(0) ? width : T(0);                                                   \
+        height = height > T(0) ? height : T(0);                                                \
+        const T inter = width * height;                                                        \
+        hit |= inter > threshold * ((area[j] + box_area) - inter) ? 1 : 0;                     \
+      }                                                                                        \
+      if (hit != 0) return true;                                                               \
+    }                                                                                          \
+    return false;                                                                              \
   }
 TORCHKILN_ANY_EXCEEDS(float)
 TORCHKILN_ANY_EXCEEDS(double)

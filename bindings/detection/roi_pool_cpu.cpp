@@ -45,18 +45,27 @@ void with_variant(ScalarType dtype, const roi_pool::Shape& s, const F& f) {
   });
 }
 
-// The greatest of a bin of one map. Nothing beats a NaN, so the search ends there.
+// The greatest of a bin of one map, and then its first cell: a maximum needs no branch, a search with the cell in hand
+// has one that is guessed wrong at every new greatest value.
 template <class Scalar>
 Best<Acc<Scalar>> search_map(const Scalar* map, std::int64_t width, const Range& rows,
                              const Range& columns) {
-  auto best = roi_pool::worst<Acc<Scalar>>(rows.begin, columns.begin);
+  using T = Acc<Scalar>;
+  auto best = roi_pool::worst<T>(rows.begin, columns.begin);
+  bool has_nan = false;
   for (i32 y = rows.begin; y < rows.end; ++y) {
     const Scalar* row = map + y * width;
     for (i32 x = columns.begin; x < columns.end; ++x) {
-      const Acc<Scalar> value = load(row[x]);
-      if (value <= best.value) continue;
-      best = {value, y, x};
-      if (is_nan(value)) return best;
+      const T value = load(row[x]);
+      best.value = value > best.value ? value : best.value;
+      has_nan |= is_nan(value);
+    }
+  }
+  for (i32 y = rows.begin; y < rows.end; ++y) {
+    const Scalar* row = map + y * width;
+    for (i32 x = columns.begin; x < columns.end; ++x) {
+      const T value = load(row[x]);
+      if (has_nan ? is_nan(value) : value == best.value) return {value, y, x};
     }
   }
   return best;

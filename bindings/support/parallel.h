@@ -7,6 +7,14 @@
 #include <algorithm>
 #include <cstdint>
 
+// One body per instruction set, chosen at load.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define TORCHKILN_VECTORISED \
+  __attribute__((optimize("O3"), target_clones("avx512f", "avx2,fma", "default")))
+#else
+#define TORCHKILN_VECTORISED
+#endif
+
 namespace torchkiln::bindings {
 
 // Work worth handing to another thread, in units of about a nanosecond.
