@@ -45,29 +45,41 @@ void with_variant(ScalarType dtype, const roi_pool::Shape& s, const F& f) {
   });
 }
 
-// The greatest of a bin of one map, and then its first cell: a maximum needs no branch, a search with the cell in hand
-// has one that is guessed wrong at every new greatest value.
+// The first place in a row of a value, or of a NaN.
+template <class Scalar, class T>
+i32 place_of(const Scalar* row, i32 begin, T value) {
+  i32 x = begin;
+  while (is_nan(value) ? !is_nan(load(row[x])) : load(row[x]) != value) ++x;
+  return x;
+}
+
+// The greatest of a bin of one map: of each row first, which takes no branch that could be guessed wrong, then of the
+// rows; its column is looked for in the one row that has it. Nothing beats a NaN.
 template <class Scalar>
 Best<Acc<Scalar>> search_map(const Scalar* map, std::int64_t width, const Range& rows,
                              const Range& columns) {
   using T = Acc<Scalar>;
   auto best = roi_pool::worst<T>(rows.begin, columns.begin);
-  bool has_nan = false;
   for (i32 y = rows.begin; y < rows.end; ++y) {
     const Scalar* row = map + y * width;
-    for (i32 x = columns.begin; x < columns.end; ++x) {
+    T greatest = load(row[columns.begin]);
+    T sum = greatest;  // NaN if one is in the row, or infinities of both signs
+    for (i32 x = columns.begin + 1; x < columns.end; ++x) {
       const T value = load(row[x]);
-      best.value = value > best.value ? value : best.value;
-      has_nan |= is_nan(value);
+      greatest = value > greatest ? value : greatest;
+      sum += value;
+    }
+    if (is_nan(sum)) {
+      for (i32 x = columns.begin; x < columns.end; ++x) {
+        if (is_nan(load(row[x]))) return {load(row[x]), y, x};
+      }
+    }
+    if (greatest > best.value) {
+      best.value = greatest;
+      best.y = y;
     }
   }
-  for (i32 y = rows.begin; y < rows.end; ++y) {
-    const Scalar* row = map + y * width;
-    for (i32 x = columns.begin; x < columns.end; ++x) {
-      const T value = load(row[x]);
-      if (has_nan ? is_nan(value) : value == best.value) return {value, y, x};
-    }
-  }
+  best.x = place_of(map + best.y * width, columns.begin, best.value);
   return best;
 }
 
