@@ -2,6 +2,8 @@
 // (Objects of the store are in test_attack.cpp.)
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
 
 #include <map>
 #include <set>
@@ -30,10 +32,11 @@ constexpr int kKernels = 8;  // the first half in one bundle, the rest in anothe
 
 // An engine with the fake compiler and no driver: what the command line has.
 struct World {
-  World(const fs::path& folder, const std::string& bundle = "", const std::string& jit = "forbid")
+  World(const fs::path& folder, const std::string& bundle = "", const std::string& jit = "forbid",
+        const char* root = "root")
       : nvrtc(folder, {}, folder / "compiles") {
     Settings settings;
-    settings.cache_dir = (folder / "root").string();
+    settings.cache_dir = (folder / root).string();
     settings.compile_jobs = 1;
     settings.jit = jit;
     if (!bundle.empty()) settings.bundles = {bundle};
@@ -46,7 +49,7 @@ struct World {
   json ask(const std::string& command, const json& request) try {
     return json::parse(control(*engine, command, request).dump());
   } catch (const Error& error) {
-    return {{"error", error.what()}};
+    return json::parse(json{{"error", error.what()}}.dump());
   }
   std::optional<Found> find(int index) {
     return engine->objects().find(testing::scale_specialization(index), kTarget);
@@ -96,9 +99,9 @@ class DamageTest : public ::testing::Test {
     return found;
   }
 
-  void report(int rounds) {
+  void report(int rounds, const char* files) {
     RecordProperty("damages", rounds);
-    std::printf("[ damages  ] %d\n", rounds);
+    std::printf("[ damages  ] %d %s\n", rounds, files);
   }
 
   std::vector<std::string> warnings_;
@@ -140,17 +143,17 @@ TEST_F(DamageTest, DamagedBundlesAreMisses) {
       ASSERT_EQ(listed.at("objects").size(), kKernels / 2);
       ++outcomes["all served"];
     }
-    World healing(folder_, path.string(), "allow");
+    World healing(folder_, path.string(), "allow", "healed");
     const int index = round % kKernels;
     const Found kernel = healing.engine->objects().get(testing::scale_specialization(index),
                                                        kTarget, Priority::kInteractive);
     ASSERT_TRUE(testing::is_right_kernel(*kernel.object, index));
-    if (round % 100 == 0) fs::remove_all(folder_ / "root");
+    if (round % 100 == 0) fs::remove_all(folder_ / "healed");
   }
   for (const auto& [name, count] : outcomes) std::printf("[ %s ] %d\n", name.c_str(), count);
   EXPECT_GT(outcomes["refused"], 0);
   EXPECT_GT(outcomes["partly served"], 0);
-  report(rounds);
+  report(rounds, "bundles");
 }
 
 Manifest names_from(int first, int count) {
@@ -203,7 +206,31 @@ TEST_F(DamageTest, DamagedManifestsGetASentenceAndLoseNothing) {
   for (const auto& [name, count] : outcomes) std::printf("[ %s ] %d\n", name.c_str(), count);
   EXPECT_GT(outcomes["readable"], 0);
   EXPECT_GT(outcomes["set aside"], 0);
-  report(rounds);
+  report(rounds, "manifests");
+}
+
+// Only damage is moved aside: a file that others can read must not vanish because this process cannot.
+TEST_F(DamageTest, ManifestsThatCannotBeReadStayWhereTheyAre) {
+  const fs::path folder = folder_ / "folder", pipe = folder_ / "pipe", good = folder_ / "app.json";
+  fs::create_directory(folder);
+  ASSERT_EQ(::mkfifo(pipe.c_str(), 0600), 0);
+  for (const fs::path& path : {folder, pipe}) {
+    EXPECT_NE(merge_into_manifest(path, {"a"}), "") << path;
+    EXPECT_THROW(read_manifest(path), Error) << path;
+    EXPECT_TRUE(fs::exists(path)) << path;
+  }
+  ASSERT_EQ(merge_into_manifest(good, {"a"}), "");
+  for (rlim_t descriptors = 0; descriptors < 16; ++descriptors) {
+    const int code = cache::support::exit_code([&] {
+      const rlimit limit{descriptors, descriptors};
+      ::setrlimit(RLIMIT_NOFILE, &limit);
+      merge_into_manifest(good, {"b"});
+      return 0;
+    });
+    ASSERT_EQ(code, 0);
+    ASSERT_TRUE(read_manifest(good).value().contains("a")) << descriptors << " descriptors";
+  }
+  EXPECT_EQ(read_manifest(good).value(), (Manifest{"a", "b"}));
 }
 
 }  // namespace
