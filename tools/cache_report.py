@@ -78,11 +78,11 @@ def run_sanitizers(rounds: int) -> dict[str, Any]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     output = done.stdout + done.stderr
     reports = re.findall(r"ERROR: \w+Sanitizer|WARNING: ThreadSanitizer|runtime error:", output)
-    damages = re.findall(r"\[ damages *\] (\d+)", output)
+    damages = re.findall(r"\[ damages *\] (\d+ \w+)", output)
     return {
         "ok": done.returncode == 0,
         "reports": len(reports),
-        "damages": " + ".join(damages),
+        "damages": ", ".join(damages),
         "tail": output.splitlines()[-30:],
     }
 
@@ -107,16 +107,21 @@ def table(tests: Tests, sanitizers: dict[str, Any], lookup: dict[str, Any]) -> l
             said("test_sixteen_processes_compile_two_hundred_keys_once_each"),
         ),
         "kill -9 at each system call": (
-            "a valid object or a miss; litter swept",
+            "a valid object or a miss, the old file or the new one; litter swept",
             said(
                 "test_death_while_publishing",
                 "test_death_while_evicting",
                 "test_death_of_the_whole_core",
+                "test_death_while_creating_a_bundle",
+                "test_death_while_merging_bundles[new]",
+                "test_death_while_merging_bundles[a]",
+                "test_death_while_recording[0]",
+                "test_death_while_recording[1]",
             ),
         ),
-        "random damage of objects": (
-            "10,000 under ASan + UBSan: 0 crashes, 0 wrong kernels, each healed",
-            f"{sanitizers['damages']} (under ASan + UBSan, under TSan): {verdict}",
+        "random damage of objects, bundles and manifests": (
+            "10,000 of each under ASan + UBSan: 0 crashes, 0 wrong kernels, each healed",
+            f"{sanitizers['damages']} (under ASan + UBSan, then under TSan): {verdict}",
         ),
         "forks while two threads compile": (
             "1,000: 0 dead-locks",

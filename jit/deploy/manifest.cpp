@@ -7,6 +7,7 @@
 #include <charconv>
 #include <fstream>
 #include <iterator>
+#include <system_error>
 #include <vector>
 
 #include "cache/files.h"
@@ -31,6 +32,14 @@ Error wrong_manifest(const std::string& name, const std::string& got) {
       TORCHKILN_ERROR_VALUE,
       "manifest must name kernels of this version; got " + text + ", " + why + ". Record it again.",
       {}, "manifest");
+}
+
+// The parser quotes the bytes that it met; a sentence is valid UTF-8 wherever it goes.
+std::string printable(std::string text) {
+  for (char& c : text) {
+    if (c < ' ' || c > '~') c = '?';
+  }
+  return text;
 }
 
 struct Parts {
@@ -109,19 +118,23 @@ Manifest parse_manifest(const std::string& text, const std::string& name) try {
   }
   return json.at("kernels").get<Manifest>();
 } catch (const nlohmann::json::exception& error) {
-  throw wrong_manifest(name, error.what());
+  throw wrong_manifest(name, printable(error.what()));
+}
+
+std::optional<std::string> read_manifest_text(const std::filesystem::path& path) {
+  std::error_code error;  // before opening: a named pipe must not hang us
+  const auto size = std::filesystem::file_size(path, error);
+  if (error == std::errc::no_such_file_or_directory) return std::nullopt;
+  if (error) throw wrong_manifest(path.string(), error.message());
+  if (size > kMaxBytes) throw wrong_manifest(path.string(), "no file of usual size");
+  std::ifstream file(path, std::ios::binary);
+  if (!file) throw wrong_manifest(path.string(), cache::error_text(errno));
+  return std::string(std::istreambuf_iterator<char>(file), {});
 }
 
 std::optional<Manifest> read_manifest(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) {
-    if (errno == ENOENT) return std::nullopt;
-    throw wrong_manifest(path.string(), cache::error_text(errno));
-  }
-  std::error_code unknown;
-  const auto size = std::filesystem::file_size(path, unknown);
-  if (unknown || size > kMaxBytes) throw wrong_manifest(path.string(), "no file of usual size");
-  return parse_manifest({std::istreambuf_iterator<char>(file), {}}, path.string());
+  const auto text = read_manifest_text(path);
+  return text ? std::optional(parse_manifest(*text, path.string())) : std::nullopt;
 }
 
 Specialization parse_specialization(const std::string& text, std::span<Kernel* const> kernels) {

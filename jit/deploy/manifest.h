@@ -21,7 +21,10 @@ std::string manifest_text(const Manifest& manifest);
 // Throws Error(VALUE) for a text that is no manifest; `name` is for the sentence.
 Manifest parse_manifest(const std::string& text, const std::string& name);
 
-// Nothing when there is no file. Throws Error(VALUE) when it cannot be read or is no manifest.
+// Nothing when there is no file. Throws Error(VALUE) when it cannot be read.
+std::optional<std::string> read_manifest_text(const std::filesystem::path& path);
+
+// The same, and Error(VALUE) when it is no manifest.
 std::optional<Manifest> read_manifest(const std::filesystem::path& path);
 
 // The specialisation that a text stands for, by the kernel that is declared for it. Throws Error(VALUE) when there is

@@ -27,15 +27,20 @@ bool holds(const Manifest& manifest, const Manifest& more) {
   return std::includes(manifest.begin(), manifest.end(), more.begin(), more.end());
 }
 
-// The manifest, empty when there is none; a damaged one is moved out of the way.
-Manifest read_or_set_aside(const fs::path& path) try {
-  return read_manifest(path).value_or(Manifest());
-} catch (const Error& error) {
-  fs::path aside = path;
-  aside += ".damaged";
-  fs::rename(path, aside);
-  warn(std::string(error.what()) + " The file is kept as " + aside.string() + ".");
-  return {};
+// The manifest, empty when there is none; a damaged one is moved out of the way. What only cannot be read, as for want
+// of descriptors, stays where it is.
+Manifest read_or_set_aside(const fs::path& path) {
+  const auto text = read_manifest_text(path);
+  if (!text) return {};
+  try {
+    return parse_manifest(*text, path.string());
+  } catch (const Error& error) {
+    fs::path aside = path;
+    aside += ".damaged";
+    fs::rename(path, aside);
+    warn(std::string(error.what()) + " The file is kept as " + aside.string() + ".");
+    return {};
+  }
 }
 
 }  // namespace

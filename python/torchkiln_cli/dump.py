@@ -19,6 +19,7 @@ from torchkiln_cli._output import emit_json
 KINDS = ("source", "ptx", "cubin", "sass")
 # The arguments with which each tool prints the code of a cubin.
 _DISASSEMBLERS = {"nvdisasm": ("--print-code",), "cuobjdump": ("--dump-sass",)}
+_USUAL_TOOLKIT = "/usr/local/cuda"
 _NONE = (
     "No SASS: neither nvdisasm nor cuobjdump was found on the PATH, in CUDA_HOME or among Python's "
     "packages. pip install nvidia-cuda-nvdisasm brings one."
@@ -58,7 +59,7 @@ def run(
 def find_disassembler() -> str | None:
     """Path of a tool that prints the instructions of a cubin: PATH, CUDA_HOME, Python packages."""
     toolkits = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
-    folders = [Path(t) / "bin" for t in (*toolkits, "/usr/local/cuda") if t]
+    folders = [Path(t) / "bin" for t in (*toolkits, _USUAL_TOOLKIT) if t]
     for site in sys.path:
         if site.endswith(("site-packages", "dist-packages")):
             folders += sorted(Path(site).glob("nvidia/cu*/bin"), reverse=True)

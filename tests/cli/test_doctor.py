@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from torchkiln_cli import _native, doctor
-from torchkiln_cli.doctor import _cache, _trials
+from torchkiln_cli.doctor import _cache, _gpu, _trials
 
 HEALTHY: dict[str, Any] = {
     "compiles": [
@@ -80,10 +80,12 @@ def test_nvrtc_is_missing(findings, engine):
     assert found["cache"].status == "ok"
 
 
-def test_driver_is_missing(findings, engine):
+@pytest.mark.parametrize(("module", "status"), [(None, "warn"), ("580.65.06", "fail")])
+def test_driver_is_missing(findings, engine, monkeypatch, module, status):
+    monkeypatch.setattr(_gpu, "_kernel_module", lambda: module)
     engine.replies["driver"] = engine.error("libcuda.so.1 could not be loaded", kind=6)
     found = findings()
-    assert found["driver"].status == "warn"
+    assert found["driver"].status == status
     assert "install the NVIDIA driver" in found["driver"].fix
     assert found["NVRTC"].status == "ok"
 

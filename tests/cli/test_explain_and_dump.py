@@ -109,7 +109,7 @@ def test_dump_without_a_disassembler_says_so(asked, engine, invoke, tmp_path, mo
 
 
 def test_a_disassembler_is_found_on_the_path_in_a_toolkit_or_in_a_package(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(dump, "_USUAL_TOOLKIT", str(tmp_path / "nowhere"))  # it may be there
     monkeypatch.delenv("CUDA_PATH", raising=False)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
     site = tmp_path / "site-packages"

@@ -87,7 +87,7 @@ TEST_F(AttackTest, DamagedObjectsHeal) {
     ASSERT_EQ(second.statistics.compiles, 0U) << round << ": " << kind << " was not mended";
   }
   RecordProperty("damages", rounds);
-  std::printf("[ damages  ] %d\n", rounds);
+  std::printf("[ damages  ] %d objects\n", rounds);
 }
 
 // The fork handlers of the engine, on the objects of this test.

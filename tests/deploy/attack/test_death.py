@@ -1,10 +1,14 @@
-"""kill -9 at each system call: afterwards there is a sound object or none, and litter goes."""
+"""kill -9 at each system call: what is there afterwards is whole, and litter goes."""
 
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,3 +88,101 @@ def test_death_of_the_whole_core(record_property):
     command = attack.worker("get", root="{work}/root", work="{work}", keys=KEYS)
     points = attack.kill_at_each_call(command, lambda work: None, check)
     record_property("summary", f"get: killed at {points} system calls")
+
+
+# --- files outside the store: the old one, the new one or none, each whole ------------------------
+
+
+def run_worker(command: str, work: Path, **arguments: object) -> dict[str, Any]:
+    everywhere = {"work": work, "root": work / "root"}
+    reply = attack.run(attack.worker(command, **everywhere, **arguments), work)
+    assert reply["code"] == 0, reply
+    return reply
+
+
+def kernels_in(bundle: Path, work: Path) -> int | None:
+    """Returns how many of the four kernels a bundle serves; it is whole or not there."""
+    return run_worker("served", work, file=bundle, keys=4)["hits"] if bundle.exists() else None
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], None]:
+    """Fills a folder with two bundles of two kernels each; b's are stored in the cache too."""
+    model = tmp_path_factory.mktemp("prepared")
+    model.chmod(0o700)
+    (model / "bundles").mkdir()
+    run_worker("bundle", model, out=model / "bundles" / "a", first=1, keys=2)
+    shutil.rmtree(model / "root")
+    run_worker("bundle", model, out=model / "bundles" / "b", first=3, keys=2)
+    return lambda work: shutil.copytree(model, work, dirs_exist_ok=True) and None
+
+
+@pytest.mark.parametrize("out", ["new", "a"])
+def test_death_while_merging_bundles(prepared, out, record_property):
+    seen = set()
+
+    def check(work: Path) -> None:
+        bundles = work / "bundles"
+        seen.add(kernels_in(bundles / out, work))
+        run_worker("merge", work, out=bundles / out, a=bundles / "a", b=bundles / "b")
+        assert kernels_in(bundles / out, work) == 4
+        assert {path.name for path in bundles.iterdir()} == {"a", "b", out}
+
+    paths = {
+        name: f"{{work}}/bundles/{file}" for name, file in {"out": out, "a": "a", "b": "b"}.items()
+    }
+    command = attack.worker("merge", root="{work}/root", work="{work}", **paths)
+    points = attack.kill_at_each_call(command, prepared, check)
+    assert seen == {None if out == "new" else 2, 4}
+    record_property("summary", f"bundle merge into {out}: killed at {points} system calls")
+
+
+@pytest.mark.exhaustive
+def test_death_while_creating_a_bundle(prepared, record_property):
+    """With the look-ups in the cache, and with an old bundle of other kernels in the place."""
+    seen = set()
+
+    def check(work: Path) -> None:
+        bundle = work / "bundles" / "a"
+        seen.add(run_worker("served", work, file=bundle, keys=2)["hits"])
+        assert kernels_in(bundle, work) == 2
+        run_worker("bundle", work, out=bundle, first=3, keys=2)
+        assert bundle.read_bytes() == (work / "bundles" / "b").read_bytes()
+        assert {path.name for path in bundle.parent.iterdir()} == {"a", "b"}
+
+    arguments = {"root": "{work}/root", "work": "{work}", "out": "{work}/bundles/a"}
+    command = attack.worker("bundle", **arguments, first=3, keys=2)
+    points = attack.kill_at_each_call(command, prepared, check)
+    assert seen == {0, 2}
+    record_property("summary", f"bundle create: killed at {points} system calls")
+
+
+@pytest.mark.parametrize("old", [0, 1])
+def test_death_while_recording(old, record_property):
+    """What was noted before the death is there; the next recorder needs no other help."""
+    seen = set()
+
+    def names(work: Path) -> list[str]:
+        manifest = work / "bundles" / "app.json"
+        return json.loads(manifest.read_text())["kernels"] if manifest.exists() else []
+
+    def prepare(work: Path) -> None:
+        (work / "bundles").mkdir()
+        if old:
+            run_worker("record", work, file=work / "bundles" / "app.json", keys=old)
+
+    def check(work: Path) -> None:
+        found = names(work)
+        seen.add(len(found))
+        assert found == [
+            f"demo/scale.forward<float, block_size={i + 1}>" for i in range(len(found))
+        ]
+        reply = run_worker("record", work, file=work / "bundles" / "app.json", keys=3)
+        assert reply["warnings"] == []
+        assert len(names(work)) == 3
+        assert [path.name for path in (work / "bundles").iterdir()] == ["app.json"]
+
+    command = attack.worker("record", file="{work}/bundles/app.json", keys=3)
+    points = attack.kill_at_each_call(command, prepare, check)
+    assert seen == set(range(old, 4))
+    record_property("summary", f"record onto {old} kernels: killed at {points} system calls")

@@ -13,6 +13,9 @@
 #include <thread>
 
 #include "cache/sha256.h"
+#include "jit/control.h"
+#include "jit/deploy/bundles.h"
+#include "jit/deploy/recorder.h"
 #include "jit/driver/dynamic_library.h"
 #include "jit/driver/nvrtc_finder.h"
 #include "jit/log.h"
@@ -169,6 +172,84 @@ int find(const Arguments& arguments) {
   return print({{"hits", hits}, {"damaged", damaged}}, damaged == 0 ? 0 : 1);
 }
 
+// An engine with the fake compiler and without a driver; it says what goes wrong by exceptions.
+struct FakeEngine {
+  explicit FakeEngine(const Arguments& arguments)
+      : nvrtc(arguments.text("work"), {}, fs::path(arguments.text("work")) / "compiles") {
+    Settings settings;
+    settings.cache_dir = arguments.text("root");
+    settings.compile_jobs = 1;
+    engine.emplace(Engine::Parts{.settings = settings,
+                                 .templates = testing::scale_files(),
+                                 .open_driver = [] { return CudaApi(); },
+                                 .compilers = nvrtc.source(sources)});
+  }
+
+  TemplateSources sources = testing::scale_sources();
+  testing::FakeNvrtc nvrtc;
+  std::optional<Engine> engine;
+};
+
+// out=F first=I keys=N: a bundle of N kernels from number I on, which are compiled when they are not stored.
+int bundle(const Arguments& arguments) {
+  FakeEngine fake(arguments);
+  json items = json::array();
+  const int first = arguments.number("first", 1);
+  for (int i = first; i < first + arguments.number("keys", 1); ++i) {
+    items.push_back({{"specialization", testing::scale_specialization(i).to_json()},
+                     {"target", kTarget.text()}});
+    json request = items.back();
+    request["own_compiler"] = true;
+    control(*fake.engine, "compile", request);
+  }
+  return print(
+      control(*fake.engine, "bundle.create", {{"out", arguments.text("out")}, {"items", items}}),
+      0);
+}
+
+// out=F a=F b=F
+int merge(const Arguments& arguments) {
+  FakeEngine fake(arguments);
+  const json inputs = {arguments.text("a"), arguments.text("b")};
+  return print(
+      control(*fake.engine, "bundle.merge", {{"out", arguments.text("out")}, {"inputs", inputs}}),
+      0);
+}
+
+// file=F keys=N: which of N kernels the bundle serves; none may be wrong, nothing in it damaged.
+int served(const Arguments& arguments) {
+  FakeEngine fake(arguments);
+  const json verdict = control(*fake.engine, "bundle.verify", {{"path", arguments.text("file")}});
+  const auto opened = open_bundle(arguments.text("file"));
+  int hits = 0, wrong = 0;
+  for (int i = 1; i <= arguments.number("keys", 1); ++i) {
+    const auto key = fake.engine->objects().key_of(testing::scale_specialization(i), kTarget);
+    for (const auto& object : opened->find(key, nullptr)) {
+      ++hits;
+      if (!testing::is_right_kernel(object, i)) ++wrong;
+    }
+  }
+  const bool is_sound = verdict.at("problems").empty() && wrong == 0;
+  return print({{"hits", hits}, {"wrong", wrong}, {"problems", verdict.at("problems")}},
+               is_sound ? 0 : 1);
+}
+
+// file=F keys=N: notes N specialisations, one after the other, as launches do.
+int record(const Arguments& arguments) {
+  std::vector<std::string> warnings;
+  set_log_sink(
+      [](void* list, std::int32_t, const char* sentence) {
+        static_cast<std::vector<std::string>*>(list)->emplace_back(sentence);
+      },
+      &warnings);
+  Recorder recorder(arguments.text("file"));
+  for (int i = 1; i <= arguments.number("keys", 1); ++i) {
+    recorder.note(testing::scale_specialization(i).text());
+  }
+  set_log_sink(nullptr, nullptr);
+  return print({{"warnings", warnings}}, 0);
+}
+
 // rounds=N: a warm lookup with all checks, of a process that has nothing in memory but knows its compiler.
 int lookup(const Arguments& arguments) {
   Core core(arguments);
@@ -227,8 +308,17 @@ int exit_while_compiling(const Arguments& arguments) {
 
 int run(int count, char** values) try {
   const std::map<std::string, int (*)(const Arguments&)> commands = {
-      {"get", &get},   {"check", &check},   {"publish", &publish},          {"evict", &evict},
-      {"find", &find}, {"lookup", &lookup}, {"exit", &exit_while_compiling}};
+      {"get", &get},
+      {"check", &check},
+      {"publish", &publish},
+      {"evict", &evict},
+      {"find", &find},
+      {"bundle", &bundle},
+      {"merge", &merge},
+      {"served", &served},
+      {"record", &record},
+      {"lookup", &lookup},
+      {"exit", &exit_while_compiling}};
   const auto command = commands.find(count > 1 ? values[1] : "");
   if (command == commands.end()) throw std::invalid_argument("no such command");
   return command->second(Arguments(count, values));

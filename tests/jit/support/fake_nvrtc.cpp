@@ -182,11 +182,13 @@ std::size_t FakeNvrtc::compiles(const std::filesystem::path& counter) {
   return none ? 0 : static_cast<std::size_t>(bytes);
 }
 
-TemplateSources scale_sources() {
+std::span<const EmbeddedFile> scale_files() {
   static const std::string digest = cache::sha256_hex(kSource);
-  const EmbeddedFile file = {kPath.c_str(), kSource, sizeof(kSource) - 1, digest.c_str()};
-  return TemplateSources({&file, 1});
+  static const EmbeddedFile file = {kPath.c_str(), kSource, sizeof(kSource) - 1, digest.c_str()};
+  return {&file, 1};
 }
+
+TemplateSources scale_sources() { return TemplateSources(scale_files()); }
 
 Specialization scale_specialization(int index) {
   return {.path = kPath,

@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <filesystem>
+#include <span>
 #include <string>
 
 #include "jit/objects.h"
@@ -27,6 +28,7 @@ class FakeNvrtc {
 };
 
 // Kernels enough: scale<float, block_size=index>.
+std::span<const EmbeddedFile> scale_files();
 TemplateSources scale_sources();
 Specialization scale_specialization(int index);
 // What a compile of it must give, whoever made it and wherever it was kept.
