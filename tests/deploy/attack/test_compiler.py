@@ -25,7 +25,7 @@ import json, os, signal, sys, threading, time
 from torchkiln_cli import _native
 
 def compile(block_size):
-    arguments = {"scalar": "float", "mode": 0, "block_size": block_size}
+    arguments = {"scalar": "float", "mode": 0, "vector": 1, "block_size": block_size}
     listed = [{"name": name, "value": value} for name, value in arguments.items()]
     kernel = {"path": "detection/box_iou.cuh", "entry": "forward", "arguments": listed}
     return _native.control("compile", specialization=kernel, target="sm_90")["status"]
