@@ -12,6 +12,7 @@
 #include <cstring>
 #include <exception>
 
+#include "cache/bytes.h"
 #include "cache/files.h"
 #include "cache/names.h"
 #include "cache/sha256.h"
@@ -25,22 +26,6 @@ constexpr std::size_t kUnit = 64;  // bytes of prefix and row, and the alignment
 constexpr std::size_t kDigested = 32;
 constexpr std::size_t kKeyBytes = 32;
 constexpr std::size_t kRowChecked = 48;
-
-template <class Unsigned>
-void append(std::string& bytes, Unsigned value) {
-  for (std::size_t i = 0; i < sizeof(Unsigned); ++i) {
-    bytes += static_cast<char>(static_cast<std::uint8_t>(value >> (8 * i)));
-  }
-}
-
-template <class Unsigned>
-Unsigned load(std::string_view bytes, std::size_t offset) {
-  Unsigned value = 0;
-  for (std::size_t i = sizeof(Unsigned); i-- > 0;) {
-    value = static_cast<Unsigned>((value << 8) | static_cast<std::uint8_t>(bytes[offset + i]));
-  }
-  return value;
-}
 
 std::string sha256(std::string_view bytes) {
   const auto digest = Sha256().update(bytes).digest();

@@ -7,6 +7,7 @@
 #include <exception>
 #include <stdexcept>
 
+#include "cache/bytes.h"
 #include "cache/sha256.h"
 
 namespace torchkiln::cache {
@@ -20,22 +21,6 @@ constexpr std::size_t kDigestBytes = 32;
 constexpr std::size_t kPrefixBytes = kDigestOffset + kDigestBytes;
 // Objects are handed to the driver as they lie in a mapped file; ELF wants its own start aligned.
 constexpr std::size_t kPayloadAlignment = 64;
-
-template <class Unsigned>
-void append(std::string& bytes, Unsigned value) {
-  for (std::size_t i = 0; i < sizeof(Unsigned); ++i) {
-    bytes += static_cast<char>(static_cast<std::uint8_t>(value >> (8 * i)));
-  }
-}
-
-template <class Unsigned>
-Unsigned load(std::string_view bytes, std::size_t offset) {
-  Unsigned value = 0;
-  for (std::size_t i = sizeof(Unsigned); i-- > 0;) {
-    value = static_cast<Unsigned>((value << 8) | static_cast<std::uint8_t>(bytes[offset + i]));
-  }
-  return value;
-}
 
 std::string digest_of_the_rest(std::string_view bytes) {
   Sha256 sha;

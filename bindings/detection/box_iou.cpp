@@ -207,6 +207,9 @@ TORCHKILN_IOU_ROW(double)
 #undef TORCHKILN_IOU_ROW
 
 template <class Scalar, int kMode>
+constexpr bool kByColumns = kMode == box_iou::kIou && std::is_same_v<Scalar, Acc<Scalar>>;
+
+template <class Scalar, int kMode>
 void forward_rows(const Args& args, const Columns<Acc<Scalar>>& others, std::int64_t begin,
                   std::int64_t end) {
   using T = Acc<Scalar>;
@@ -215,7 +218,7 @@ void forward_rows(const Args& args, const Columns<Acc<Scalar>>& others, std::int
   auto* out = static_cast<Scalar*>(args.out);
   for (std::int64_t i = begin; i < end; ++i) {
     const Box<T> box = load_box(boxes1, i);
-    if constexpr (kMode == box_iou::kIou && std::is_same_v<Scalar, T>) {
+    if constexpr (kByColumns<Scalar, kMode>) {
       iou_row(box, area(box), others.x1.data(), others.y1.data(), others.x2.data(),
               others.y2.data(), others.area.data(), others.area.size(), out + i * args.m);
     } else {
@@ -251,7 +254,8 @@ void backward_rows(const BackwardArgs& args, std::int64_t begin, std::int64_t en
 Tensor cpu(const Tensor& boxes1, const Tensor& boxes2, std::int64_t mode, double eps) {
   const Plan p = plan(boxes1, boxes2, mode, eps);
   with_variant(p.out.scalar_type(), mode, [&]<class Scalar, int kMode>() {
-    const Columns<Acc<Scalar>> others(static_cast<const Scalar*>(p.args.boxes2), p.args.m);
+    const Columns<Acc<Scalar>> others(static_cast<const Scalar*>(p.args.boxes2),
+                                      kByColumns<Scalar, kMode> ? p.args.m : 0);
     parallel_for(p.args.n, p.args.m * kPairNanoseconds, [&](std::int64_t begin, std::int64_t end) {
       forward_rows<Scalar, kMode>(p.args, others, begin, end);
     });

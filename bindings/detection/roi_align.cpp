@@ -150,13 +150,8 @@ const Staged staged_kernel({
     .defaults = kStagedDefaults,
     .choose = [](const Staged::Problem& p) -> std::uint32_t {
       // 64 registers a thread: 1024 threads a multiprocessor.
-      const std::int64_t resident =
-          resident_blocks(p.device, p.sizes.groups * p.sizes.bands, p.sizes.band_bytes);
-      std::uint32_t choice = 0;
-      while (choice + 1 < kStagedDefaults.size() &&
-             kStagedDefaults[choice].block_size * resident > 1024)
-        ++choice;
-      return choice;
+      return choose_block_size(p.device, p.sizes.groups * p.sizes.bands, p.sizes.band_bytes, 1024,
+                               kStagedDefaults);
     },
     .geometry =
         [](const Staged::Problem& p, const BlockTunables& t) {
@@ -320,22 +315,14 @@ Sizes sizes_of(const RoiAlignPlan& p) {
   return {p.bins.numel(), r.n, r.c, r.h, r.w, r.k, r.pooled_h, r.k * (r.pooled_h + r.pooled_w)};
 }
 
-Buffer reads_memory(std::size_t offset, std::int64_t bytes) {
-  return {static_cast<std::uint32_t>(offset), TORCHKILN_READ, static_cast<std::uint64_t>(bytes)};
-}
-Buffer writes_memory(std::size_t offset, std::int64_t bytes) {
-  return {static_cast<std::uint32_t>(offset), TORCHKILN_WRITE, static_cast<std::uint64_t>(bytes)};
-}
-
 // The taps of all regions, made once for all channels; they live until the launch that reads them is queued.
 struct TapTable {
   Tensor memory;
   std::int64_t tap_bytes, range_bytes, span_bytes;
 
   std::array<Buffer, 3> read() const {
-    return {reads_memory(offsetof(Args, taps), tap_bytes),
-            reads_memory(offsetof(Args, ranges), range_bytes),
-            reads_memory(offsetof(Args, spans), span_bytes)};
+    return {reads(offsetof(Args, taps), tap_bytes), reads(offsetof(Args, ranges), range_bytes),
+            reads(offsetof(Args, spans), span_bytes)};
   }
 };
 
@@ -363,16 +350,15 @@ TapTable make_table(const CudaPlace& place, RoiAlignPlan& p) {
   const bool wide = p.maps.scalar_type() == ScalarType::Double;
   tables_kernel.run(
       place, {wide ? TORCHKILN_DOUBLE : TORCHKILN_FLOAT}, sizes_of(p), p.args,
-      {reads_memory(offsetof(Args, regions), static_cast<std::int64_t>(bytes_of(p.boxes))),
-       writes_memory(offsetof(Args, taps), table.tap_bytes),
-       writes_memory(offsetof(Args, ranges), table.range_bytes),
-       writes_memory(offsetof(Args, spans), table.span_bytes)});
+      {reads(offsetof(Args, regions), p.boxes), writes(offsetof(Args, taps), table.tap_bytes),
+       writes(offsetof(Args, ranges), table.range_bytes),
+       writes(offsetof(Args, spans), table.span_bytes)});
   return table;
 }
 
 void launch_direct(const CudaPlace& place, const RoiAlignPlan& p) {
   const Buffer argmax = p.maximum ? writes(offsetof(Args, argmax), p.argmax)
-                                  : writes_memory(offsetof(Args, argmax), 0);
+                                  : writes(offsetof(Args, argmax), std::int64_t{0});
   const std::int64_t pooling = p.maximum ? roi_align::kMax : roi_align::kAverage;
   direct_kernel.run(place,
                     {kernel_type(p.maps.scalar_type()), index_type(p), pooling, p.channels_last},
@@ -444,15 +430,15 @@ void launch_staged(const CudaPlace& place, const RoiAlignPlan& p, const StagedCu
   const StagedSizes sizes = {r.n * r.c / cut.maps, r.k, r.n, bands.count, band_bytes, axis_bins};
   quads_kernel.run(place, {wide ? TORCHKILN_DOUBLE : TORCHKILN_FLOAT}, sizes, args,
                    {reads(offsetof(StagedArgs, regions), p.boxes),
-                    writes_memory(offsetof(StagedArgs, weights), weight_bytes),
-                    writes_memory(offsetof(StagedArgs, pixels), pixel_bytes),
-                    writes_memory(entries_at, entry_bytes), writes_memory(parts_at, part_bytes)});
+                    writes(offsetof(StagedArgs, weights), weight_bytes),
+                    writes(offsetof(StagedArgs, pixels), pixel_bytes),
+                    writes(entries_at, entry_bytes), writes(parts_at, part_bytes)});
   staged_kernel.run(
       place, {kernel_type(p.maps.scalar_type()), index_type(p), cut.maps}, sizes, args,
       {reads(offsetof(StagedArgs, maps), p.maps), writes(offsetof(StagedArgs, bins), p.bins),
-       reads_memory(offsetof(StagedArgs, weights), weight_bytes),
-       reads_memory(offsetof(StagedArgs, pixels), pixel_bytes),
-       reads_memory(entries_at, entry_bytes), reads_memory(parts_at, part_bytes)});
+       reads(offsetof(StagedArgs, weights), weight_bytes),
+       reads(offsetof(StagedArgs, pixels), pixel_bytes), reads(entries_at, entry_bytes),
+       reads(parts_at, part_bytes)});
 }
 
 void launch_average(const CudaPlace& place, RoiAlignPlan& p) {
@@ -546,8 +532,8 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes,
   }
   const TapTable table = make_table(place, p);
   const auto [taps, ranges, spans] = table.read();
-  const Buffer winners =
-      p.maximum ? reads(offsetof(Args, argmax), p.argmax) : reads_memory(offsetof(Args, argmax), 0);
+  const Buffer winners = p.maximum ? reads(offsetof(Args, argmax), p.argmax)
+                                   : reads(offsetof(Args, argmax), std::int64_t{0});
   const std::int64_t pooling = p.maximum ? roi_align::kMax : roi_align::kAverage;
   backward_kernel.run(place,
                       {kernel_type(p.maps.scalar_type()), index_type(p), pooling, channels_last},

@@ -99,17 +99,6 @@ Geometry over_bands(const Sizes& s, std::int64_t maps, const BlockTunables& t) {
 
 const std::vector<BlockTunables> kBandDefaults = {{1024}, {768}, {512}, {256}};
 
-// The most threads a block with which `threads` of them fill a multiprocessor, given the blocks that its shared memory
-// and the grid allow it.
-std::uint32_t choose_band_threads(const Device& device, std::int64_t blocks, std::int64_t bytes,
-                                  std::int64_t threads) {
-  const std::int64_t resident = resident_blocks(device, blocks, bytes);
-  std::uint32_t choice = 0;
-  while (choice + 1 < kBandDefaults.size() && kBandDefaults[choice].block_size * resident > threads)
-    ++choice;
-  return choice;
-}
-
 const Staged staged_kernel({
     .path = "detection/roi_pool.cuh",
     .entry = "staged",
@@ -123,7 +112,8 @@ const Staged staged_kernel({
     .choose =
         [](const Staged::Problem& p) {
           const std::int64_t blocks = p.sizes.images * p.sizes.channels / p.statics.maps;
-          return choose_band_threads(p.device, blocks * p.sizes.bands, p.sizes.band_bytes, 1536);
+          return choose_block_size(p.device, blocks * p.sizes.bands, p.sizes.band_bytes, 1536,
+                                   kBandDefaults);
         },
     .geometry = [](const Staged::Problem& p,
                    const BlockTunables& t) { return over_bands(p.sizes, p.statics.maps, t); },
@@ -184,7 +174,7 @@ const Scatter scatter_kernel({
     .choose = [](const Scatter::Problem& p) -> std::uint32_t {
       const std::int64_t blocks = p.sizes.images * p.sizes.channels * p.sizes.bands;
       if (p.statics.deterministic) return 2u;
-      return choose_band_threads(p.device, blocks, p.sizes.band_bytes, 2048);
+      return choose_block_size(p.device, blocks, p.sizes.band_bytes, 2048, kBandDefaults);
     },
     .geometry =
         [](const Scatter::Problem& p, const BlockTunables& t) {
@@ -317,10 +307,8 @@ struct Lists {
   template <class LaunchArgs>
   std::array<Buffer, 2> read() const {
     constexpr std::size_t list_at = offsetof(LaunchArgs, list);
-    return {Buffer{static_cast<std::uint32_t>(list_at + offsetof(BandList, entries)),
-                   TORCHKILN_READ, static_cast<std::uint64_t>(entry_bytes)},
-            Buffer{static_cast<std::uint32_t>(list_at + offsetof(BandList, parts)), TORCHKILN_READ,
-                   static_cast<std::uint64_t>(part_bytes)}};
+    return {reads(list_at + offsetof(BandList, entries), entry_bytes),
+            reads(list_at + offsetof(BandList, parts), part_bytes)};
   }
 };
 
@@ -341,18 +329,14 @@ Lists make_lists(const CudaPlace& place, const Tensor& boxes, const roi_pool::Sh
   if (!reach) l.edges = reinterpret_cast<u32*>(memory + l.entry_bytes + l.part_bytes);
   const ListArgs args = {
       .boxes = boxes.const_data_ptr(), .shape = s, .list = l.list, .edges = l.edges};
-  const auto written = [](std::size_t offset, std::int64_t bytes) {
-    return Buffer{static_cast<std::uint32_t>(offset), TORCHKILN_WRITE,
-                  static_cast<std::uint64_t>(bytes)};
-  };
   constexpr std::size_t list_at = offsetof(ListArgs, list);
   const bool wide = boxes.scalar_type() == ScalarType::Double;
   list_kernel.run(place, {wide ? TORCHKILN_DOUBLE : TORCHKILN_FLOAT, reach},
                   sizes_of(s, l.edge_bytes / 4, bands.count), args,
                   {reads(offsetof(ListArgs, boxes), boxes),
-                   written(list_at + offsetof(BandList, entries), l.entry_bytes),
-                   written(list_at + offsetof(BandList, parts), l.part_bytes),
-                   written(offsetof(ListArgs, edges), l.edge_bytes)});
+                   writes(list_at + offsetof(BandList, entries), l.entry_bytes),
+                   writes(list_at + offsetof(BandList, parts), l.part_bytes),
+                   writes(offsetof(ListArgs, edges), l.edge_bytes)});
   return l;
 }
 
@@ -403,8 +387,7 @@ void launch_staged(const CudaPlace& place, RoiPoolPlan& p, const ForwardCut& cut
       sizes_of(s, 0, cut.bands.count, cut.bands.height * s.width * cut.cell_bytes), p.args,
       {reads(offsetof(Args, input), p.input), writes(offsetof(Args, output), p.output),
        writes(offsetof(Args, argmax), p.argmax), entries, parts,
-       Buffer{offsetof(Args, edges), TORCHKILN_READ,
-              static_cast<std::uint64_t>(lists.edge_bytes)}});
+       reads(offsetof(Args, edges), lists.edge_bytes)});
 }
 
 void launch_forward(RoiPoolPlan& p) {

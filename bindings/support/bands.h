@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "bindings/support/cuda.h"
 #include "common/bands.h"
@@ -37,11 +38,18 @@ inline Bands cut_into_bands(const Device& device, const BandRequest& r) {
           static_cast<i32>(height)};
 }
 
-// Blocks that a multiprocessor holds at a time, by shared memory and by how many there are.
-inline std::int64_t resident_blocks(const Device& device, std::int64_t blocks,
-                                    std::int64_t shared_bytes) {
+// The row of `defaults`, which descend, with the largest blocks of which `threads` together fill a multiprocessor; its
+// shared memory and the number of blocks say how many it holds at a time.
+template <class Tunables>
+std::uint32_t choose_block_size(const Device& device, std::int64_t blocks,
+                                std::int64_t shared_bytes, std::int64_t threads,
+                                const std::vector<Tunables>& defaults) {
   const std::int64_t fitting = device.shared_bytes_per_block / (shared_bytes + 1024);
-  return std::max<std::int64_t>(1, std::min(fitting, ceil_div(blocks, device.multiprocessors)));
+  const std::int64_t resident =
+      std::max<std::int64_t>(1, std::min(fitting, ceil_div(blocks, device.multiprocessors)));
+  std::uint32_t row = 0;
+  while (row + 1 < defaults.size() && defaults[row].block_size * resident > threads) ++row;
+  return row;
 }
 
 }  // namespace torchkiln::bindings

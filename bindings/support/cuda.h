@@ -25,7 +25,13 @@ class CudaPlace {
   Place place_;
 };
 
-// Buffers of a launch, named by the offset of their pointer in Args.
+// Buffers of a launch, named by the offset of their pointer in Args; parts of a tensor by their bytes.
+inline Buffer reads(std::size_t offset, std::int64_t bytes) {
+  return {static_cast<std::uint32_t>(offset), TORCHKILN_READ, static_cast<std::uint64_t>(bytes)};
+}
+inline Buffer writes(std::size_t offset, std::int64_t bytes) {
+  return {static_cast<std::uint32_t>(offset), TORCHKILN_WRITE, static_cast<std::uint64_t>(bytes)};
+}
 inline Buffer reads(std::size_t offset, const Tensor& tensor) {
   return {static_cast<std::uint32_t>(offset), TORCHKILN_READ, bytes_of(tensor)};
 }

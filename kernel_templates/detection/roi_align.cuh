@@ -472,7 +472,7 @@ __global__ void __launch_bounds__(kBlockSize) transpose(const TransposeArgs args
     const float inverse_bins = 1.0f / static_cast<float>(bins);
 #pragma unroll 4
     for (i32 i = threadIdx.x; i < channels * bins; i += kBlockSize) {
-      const i32 c = i32((static_cast<float>(i) + 0.5f) * inverse_bins);
+      const i32 c = quotient(i, inverse_bins);
       tile[c][i - c * bins] = from[i];
     }
   } else {

@@ -17,12 +17,7 @@ struct Shape {
   i64 rounding;
 };
 
-// n / d for n up to 1025 * d and d up to kMaxPooled, out of 1 / d: a division costs twenty instructions. With the half,
-// the quotient keeps 0.5 / 1024 away from every integer, four times what rounding can move it.
-constexpr i64 kMaxPooled = 1024;
-TORCHKILN_HD i32 quotient(i32 n, float inverse) {
-  return i32((static_cast<float>(n) + 0.5f) * inverse);
-}
+constexpr i64 kMaxPooled = 1024;  // as far as quotient() is exact
 
 // Columns of a map that a block of the backward sums at most, so that a row of any map fits into shared memory.
 constexpr i32 kColumns = 8192;
@@ -194,15 +189,6 @@ struct Best {
       y = other_y;
       x = other_x;
     }
-  }
-  // For candidates that do not come row by row: of equals, the one in the upper row.
-  TORCHKILN_HD void take_any_order(T other, i32 other_y, i32 other_x) {
-    const bool same = other == value || (is_nan(other) && is_nan(value));
-    if (same && other_y < y) {
-      y = other_y;
-      x = other_x;
-    }
-    take(other, other_y, other_x);
   }
 };
 

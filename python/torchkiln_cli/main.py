@@ -9,9 +9,12 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from torchkiln_cli.warm import Selection
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -134,8 +137,30 @@ def verify(ops: str | None, device: str, dtypes: str | None, as_json: bool) -> N
     sys.exit(0 if passed else 1)
 
 
-def _selection(function: _F) -> _F:
-    """What `warm` and `bundle create` compile, for what, and how many at a time."""
+def _compiling(function: Callable[..., None]) -> Callable[..., None]:
+    """Adds what `warm` and `bundle create` compile: (selection, architectures, jobs)."""
+
+    @functools.wraps(function)
+    def parsed(
+        *,
+        manifests: tuple[str, ...],
+        ops: str | None,
+        all_ops: bool,
+        dtypes: str | None,
+        arch: str,
+        jobs: int | None,
+        **others: Any,
+    ) -> None:
+        from torchkiln_cli import warm as module
+
+        module.use_jobs(jobs)
+        try:
+            selection = module.parse_selection(manifests, ops, all_ops, dtypes)
+            architectures = module.parse_architectures(arch)
+            function(selection=selection, architectures=architectures, jobs=jobs, **others)
+        except module.UsageError as error:
+            raise click.UsageError(str(error)) from error
+
     options = [
         click.option(
             "--manifest",
@@ -153,36 +178,20 @@ def _selection(function: _F) -> _F:
         ),
     ]
     for option in reversed(options):
-        function = option(function)
-    return function
+        parsed = option(parsed)
+    return parsed
 
 
 @cli.command()
-@_selection
-@_json
 @_command
-def warm(
-    manifests: tuple[str, ...],
-    ops: str | None,
-    all_ops: bool,
-    dtypes: str | None,
-    arch: str,
-    jobs: int | None,
-    as_json: bool,
-) -> None:
+@_compiling
+@_json
+def warm(selection: Selection, architectures: list[str], jobs: int | None, as_json: bool) -> None:
     """Compile kernels into the cache, for GPUs that need not be here."""
     from torchkiln_cli import _output
     from torchkiln_cli import warm as module
 
-    module.use_jobs(jobs)
-    try:
-        outcome = module.warm(
-            module.parse_selection(manifests, ops, all_ops, dtypes),
-            module.parse_architectures(arch),
-            jobs,
-        )
-    except module.UsageError as error:
-        raise click.UsageError(str(error)) from error
+    outcome = module.warm(selection, architectures, jobs)
     if as_json:
         _output.emit_json(
             {"complete": outcome.complete, "kernels": [row.to_json() for row in outcome.rows]}
@@ -218,35 +227,16 @@ def bundle() -> None:
 
 @bundle.command("create")
 @click.option("--out", required=True, type=click.Path(dir_okay=False), help="The file to write.")
-@_selection
-@_json
 @_command
+@_compiling
+@_json
 def bundle_create(
-    out: str,
-    manifests: tuple[str, ...],
-    ops: str | None,
-    all_ops: bool,
-    dtypes: str | None,
-    arch: str,
-    jobs: int | None,
-    as_json: bool,
+    out: str, selection: Selection, architectures: list[str], jobs: int | None, as_json: bool
 ) -> None:
     """Compile kernels and write them into one file."""
     from torchkiln_cli import bundle as module
-    from torchkiln_cli import warm as compiling
 
-    compiling.use_jobs(jobs)
-    try:
-        written = module.create(
-            out,
-            compiling.parse_selection(manifests, ops, all_ops, dtypes),
-            compiling.parse_architectures(arch),
-            jobs,
-            as_json,
-        )
-    except compiling.UsageError as error:
-        raise click.UsageError(str(error)) from error
-    sys.exit(0 if written else 1)
+    sys.exit(0 if module.create(out, selection, architectures, jobs, as_json) else 1)
 
 
 @bundle.command("verify")
