@@ -156,10 +156,6 @@ void place(const Workspace& sizes, std::uint8_t* memory, Args& args) {
   take(args.counters, sizes.counters);
 }
 
-Buffer buffer(std::size_t offset, std::int32_t access, std::int64_t bytes) {
-  return {static_cast<std::uint32_t>(offset), access, static_cast<std::uint64_t>(bytes)};
-}
-
 // Sort, merge where there are several tiles, suppress, compact where there are classes: nothing waits for the host.
 // Results go to `indices` (max_output of them) and `count`, which may lie in host memory that the device can write.
 void launch(const CudaPlace& cuda_place, const NmsPlan& p, const Tensor& indices,
@@ -176,9 +172,9 @@ void launch(const CudaPlace& cuda_place, const NmsPlan& p, const Tensor& indices
 
   const Buffer boxes = reads(offsetof(Args, boxes), p.boxes);
   const Buffer scores = reads(offsetof(Args, scores), p.scores);
-  const Buffer idxs = buffer(offsetof(Args, idxs), TORCHKILN_READ, args.n * args.idx_bytes);
+  const Buffer idxs = reads(offsetof(Args, idxs), args.n * args.idx_bytes);
   const auto part = [](std::size_t offset, std::int64_t bytes) {
-    return [=](std::int32_t access) { return buffer(offset, access, bytes); };
+    return [=](torchkiln_access access) { return buffer(offset, access, bytes); };
   };
   const auto keys = part(offsetof(Args, keys), sizes.keys);
   const auto sorted_boxes = part(offsetof(Args, sorted_boxes), sizes.sorted_boxes);
@@ -191,8 +187,7 @@ void launch(const CudaPlace& cuda_place, const NmsPlan& p, const Tensor& indices
   const auto counters = part(offsetof(Args, counters), sizes.counters);
   const auto out = part(offsetof(Args, indices), args.max_output * 8);
   const auto counted = part(offsetof(Args, count), 8);
-  constexpr std::int32_t kRead = TORCHKILN_READ, kWrite = TORCHKILN_WRITE;
-  constexpr std::int32_t kUpdate = TORCHKILN_READ_WRITE;
+  constexpr auto kRead = TORCHKILN_READ, kWrite = TORCHKILN_WRITE, kUpdate = TORCHKILN_READ_WRITE;
 
   const Statics statics{kernel_type(p.boxes.scalar_type()), classes ? 1 : 0};
   sort_kernel.run(cuda_place, statics, {args.n}, args,

@@ -474,8 +474,7 @@ BackwardStatics statics_of(const Plan& p) {
 }
 
 Buffer reads_if(std::size_t offset, const std::optional<Tensor>& tensor) {
-  return tensor ? reads(offset, *tensor)
-                : Buffer{static_cast<std::uint32_t>(offset), TORCHKILN_READ, 0};
+  return tensor ? reads(offset, *tensor) : reads(offset, 0);
 }
 
 void launch_forward(const CudaPlace& place, const Plan& p, bool sums) {

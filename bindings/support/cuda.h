@@ -25,21 +25,31 @@ class CudaPlace {
   Place place_;
 };
 
-// Buffers of a launch, named by the offset of their pointer in Args; parts of a tensor by their bytes.
-inline Buffer reads(std::size_t offset, std::int64_t bytes) {
-  return {static_cast<std::uint32_t>(offset), TORCHKILN_READ, static_cast<std::uint64_t>(bytes)};
+// How two results of a tensor compare, for the tuner.
+inline std::int16_t content_of(const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  return static_cast<std::int16_t>(is_floating(dtype) ? kernel_type(dtype) : TORCHKILN_BYTES);
 }
-inline Buffer writes(std::size_t offset, std::int64_t bytes) {
-  return {static_cast<std::uint32_t>(offset), TORCHKILN_WRITE, static_cast<std::uint64_t>(bytes)};
+
+// Buffers of a launch, named by the offset of their pointer in Args.
+inline Buffer buffer(std::size_t offset, torchkiln_access access, std::int64_t bytes,
+                     std::int16_t type = TORCHKILN_BYTES) {
+  return {static_cast<std::uint32_t>(offset), static_cast<std::int16_t>(access), type,
+          static_cast<std::uint64_t>(bytes)};
 }
-inline Buffer reads(std::size_t offset, const Tensor& tensor) {
-  return {static_cast<std::uint32_t>(offset), TORCHKILN_READ, bytes_of(tensor)};
+inline Buffer buffer(std::size_t offset, torchkiln_access access, const Tensor& tensor) {
+  return {static_cast<std::uint32_t>(offset), static_cast<std::int16_t>(access), content_of(tensor),
+          bytes_of(tensor)};
 }
-inline Buffer writes(std::size_t offset, const Tensor& tensor) {
-  return {static_cast<std::uint32_t>(offset), TORCHKILN_WRITE, bytes_of(tensor)};
+// Whole tensors, and parts of one by their bytes.
+inline Buffer reads(std::size_t offset, const auto& what) {
+  return buffer(offset, TORCHKILN_READ, what);
 }
-inline Buffer updates(std::size_t offset, const Tensor& tensor) {
-  return {static_cast<std::uint32_t>(offset), TORCHKILN_READ_WRITE, bytes_of(tensor)};
+inline Buffer writes(std::size_t offset, const auto& what) {
+  return buffer(offset, TORCHKILN_WRITE, what);
+}
+inline Buffer updates(std::size_t offset, const auto& what) {
+  return buffer(offset, TORCHKILN_READ_WRITE, what);
 }
 
 }  // namespace torchkiln::bindings

@@ -128,6 +128,8 @@ typedef struct torchkiln_declaration {
   const int64_t* defaults;  // rows of tunables in declaration order: all that `choose` can return
   uint32_t n_defaults;
   uint32_t args_size;        // of the one struct that the kernel takes; asserted on both sides
+  // How far two points of the space may be apart, relative to the largest value of an output; 0: by its type.
+  double tolerance;
   int32_t min_architecture;  // 75 for sm_75
   int32_t feature;
   const void* context;
@@ -153,11 +155,18 @@ typedef enum torchkiln_access {
   TORCHKILN_READ_WRITE = 3
 } torchkiln_access;
 
-// A buffer that the kernel touches: where its pointer lies in the args, how long it is, what happens to it. The tuner
-// clones and rotates by it, guard bands and dumps use it; nothing else needs to understand the args.
+// What a buffer holds, where it is no torchkiln_type.
+enum {
+  TORCHKILN_BYTES = -1,    // the same bytes whatever the tunables: integers, masks, bits
+  TORCHKILN_SCRATCH = -2,  // may differ between tunables that give the same answer
+};
+
+// A buffer that the kernel touches: where its pointer lies in the args, how long it is, what happens to it, how two
+// results of it compare. The tuner clones, rotates and compares by it; nothing else needs to understand the args.
 typedef struct torchkiln_buffer {
   uint32_t offset;
-  int32_t access;
+  int16_t access;  // torchkiln_access
+  int16_t type;    // torchkiln_type of its elements, TORCHKILN_BYTES or TORCHKILN_SCRATCH
   uint64_t bytes;
 } torchkiln_buffer;
 

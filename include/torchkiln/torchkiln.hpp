@@ -107,6 +107,7 @@ class Kernel {
     std::vector<torchkiln_size> sizes;
     std::vector<Parameter> tunables;  // how fast; values are the search space
     std::vector<Tunables> defaults;   // everything that `choose` can return
+    double tolerance = 0;             // between two points, of the largest value; 0: by type
     std::int32_t min_architecture = 75;
     torchkiln_feature feature = TORCHKILN_FEATURE_NONE;
     bool (*valid)(const Statics&) = nullptr;
@@ -164,6 +165,7 @@ class Kernel {
         .defaults = reinterpret_cast<const std::int64_t*>(declaration_.defaults.data()),
         .n_defaults = static_cast<std::uint32_t>(declaration_.defaults.size()),
         .args_size = sizeof(Args),
+        .tolerance = declaration_.tolerance,
         .min_architecture = declaration_.min_architecture,
         .feature = declaration_.feature,
         .context = this,
