@@ -357,8 +357,8 @@ TapTable make_table(const CudaPlace& place, RoiAlignPlan& p) {
 }
 
 void launch_direct(const CudaPlace& place, const RoiAlignPlan& p) {
-  const Buffer argmax = p.maximum ? writes(offsetof(Args, argmax), p.argmax)
-                                  : writes(offsetof(Args, argmax), 0);
+  const Buffer argmax =
+      p.maximum ? writes(offsetof(Args, argmax), p.argmax) : writes(offsetof(Args, argmax), 0);
   const std::int64_t pooling = p.maximum ? roi_align::kMax : roi_align::kAverage;
   direct_kernel.run(place,
                     {kernel_type(p.maps.scalar_type()), index_type(p), pooling, p.channels_last},
@@ -532,8 +532,8 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes,
   }
   const TapTable table = make_table(place, p);
   const auto [taps, ranges, spans] = table.read();
-  const Buffer winners = p.maximum ? reads(offsetof(Args, argmax), p.argmax)
-                                   : reads(offsetof(Args, argmax), 0);
+  const Buffer winners =
+      p.maximum ? reads(offsetof(Args, argmax), p.argmax) : reads(offsetof(Args, argmax), 0);
   const std::int64_t pooling = p.maximum ? roi_align::kMax : roi_align::kAverage;
   backward_kernel.run(place,
                       {kernel_type(p.maps.scalar_type()), index_type(p), pooling, channels_last},

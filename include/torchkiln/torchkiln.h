@@ -127,7 +127,7 @@ typedef struct torchkiln_declaration {
   uint32_t n_sizes;
   const int64_t* defaults;  // rows of tunables in declaration order: all that `choose` can return
   uint32_t n_defaults;
-  uint32_t args_size;        // of the one struct that the kernel takes; asserted on both sides
+  uint32_t args_size;  // of the one struct that the kernel takes; asserted on both sides
   // How far two points of the space may be apart, relative to the largest value of an output; 0: by its type.
   double tolerance;
   int32_t min_architecture;  // 75 for sm_75
