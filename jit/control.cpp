@@ -34,7 +34,10 @@ json params_to_json(const Kernel& kernel) {
         values.push_back(p.values[v]);
       }
     }
-    list.push_back({{"name", p.name}, {"tunable", p.tunable != 0}, {"values", values}});
+    list.push_back({{"name", p.name},
+                    {"tunable", p.tunable != 0},
+                    {"constant", p.constant != 0},
+                    {"values", values}});
   }
   return list;
 }

@@ -72,9 +72,9 @@ def mode(
         name: "off": defaults only. "lookup", which a process starts with unless TORCHKILN_TUNE says
             something else: what was recorded for the problem or one near it, else the default;
             never measures. "tune": what nothing was recorded for is measured at its launch.
-        budget_ms: in mode "tune", milliseconds of measuring for each kernel and problem; None: as
+        budget_ms: in mode "tune", milliseconds of GPU time for each kernel and problem; None: as
             outside the block, at first TORCHKILN_TUNE_BUDGET_MS or 300.
-        total_ms: of all measuring of the process; None: as outside, at first
+        total_ms: of GPU time for all tuning of the process; None: as outside, at first
             TORCHKILN_TUNE_TOTAL_MS or 60,000.
 
     The mode is one of the process: all threads see it. Blocks may be nested; the one that was
@@ -118,10 +118,10 @@ def autotune(budget_ms: float = 300, total_ms: float | None = None) -> Iterator[
     What is recorded already is not measured again. Launches outside of such blocks never measure.
 
     Args:
-        budget_ms: milliseconds of measuring for each kernel and problem. When they are spent, the
-            best one so far is used, and the next block goes on with the points that are missing.
-        total_ms: of all measuring of the process; None: as before, at first TORCHKILN_TUNE_TOTAL_MS
-            or 60,000.
+        budget_ms: milliseconds of GPU time for each kernel and problem. When they are spent, the
+            best point so far is used, and the next process goes on with those that are missing.
+        total_ms: of GPU time for all tuning of the process; None: as before, at first
+            TORCHKILN_TUNE_TOTAL_MS or 60,000.
 
     Your data is not touched: buffers that a kernel writes are cloned, which takes memory. The
     launch synchronises with the device. Ctrl-C ends the measuring and keeps what is known.
@@ -151,37 +151,36 @@ def autotune(budget_ms: float = 300, total_ms: float | None = None) -> Iterator[
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """How the tuning of one kernel on one problem went.
+    """How the tuning of one kernel for one problem went.
 
     Args:
         kernel: the choice, such as "detection/nms.merge<float, classes=true, lanes=8, ...>".
-        problem: what it was chosen for, in words.
-        statics: what decides which program it is.
+        statics: what decides which program it is, such as {"scalar": "float"}.
         sizes: of the problem.
         default: tunables of the default.
         best: tunables that were chosen.
-        default_us: microseconds of the default; None when it was not measured.
-        best_us: of the choice, measured alternately with the default.
-        gain: default_us / best_us; 1 where the default stays.
-        noise: relative, of the measurement.
+        default_us: microseconds of the default; 0 when nothing was measured.
+        best_us: of the choice, from pairs of measurements with the default.
+        gain: 0.2 when the choice takes 20 % less time than the default; 0 where the default stays.
+        noise: of the gain, one standard error.
         points: how many the search space has for this problem.
         measured: how many of them were measured now.
         reused: how many were measured earlier.
-        failed: points that cannot run, each with its reason.
+        failed: points that cannot be chosen, each with its reason.
         gpu_ms: time that the GPU worked for it.
-        wall_ms: time from the launch's begin, compiling included.
-        stopped: "budget", "total" or "interrupted" when points are missing, else empty.
-        verified: whether the choice's result was compared with the default's.
+        wall_ms: time of the launch, compiling included.
+        stopped: "budget" or "interrupted" when points are missing, a sentence when nothing could be
+            measured, else empty.
+        verified: whether the results of the choice were compared with those of the default.
     """
 
     kernel: str
-    problem: str
-    statics: Mapping[str, Any]
+    statics: Mapping[str, str]
     sizes: Mapping[str, int]
     default: Mapping[str, int]
     best: Mapping[str, int]
-    default_us: float | None
-    best_us: float | None
+    default_us: float
+    best_us: float
     gain: float
     noise: float
     points: int
@@ -198,14 +197,14 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(Tuned))
 
 
 def report(since: int = 0) -> list[Tuned]:
-    """What this process has tuned, in the order of tuning.
+    """What this process has tuned, in the order of tuning; nothing for what was known already.
 
     Args:
         since: leaves out as many of the first ones; the length of an earlier report.
 
     Example:
         >>> import torchkiln
-        >>> [row.kernel for row in torchkiln.tuning.report() if row.gain > 1.1]
+        >>> [row.kernel for row in torchkiln.tuning.report() if row.gain > 0.1]
         []
     """
     rows = _control.control("tune.report", {"since": since})["tuned"]

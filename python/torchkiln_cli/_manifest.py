@@ -76,7 +76,7 @@ class Wanted:
     def _constants(self, program: Program) -> dict[str, int]:
         """The layer constants that are compiled in; 0 stands for any value."""
         parameters = self._kernels[program.path, program.entry]["parameters"]
-        names = {p["name"] for p in parameters if p.get("constant")}
+        names = {p["name"] for p in parameters if p["constant"]}
         return {name: value for name, value in program.statics if name in names and value != 0}
 
     def choose(

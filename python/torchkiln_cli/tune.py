@@ -28,12 +28,12 @@ _USUAL_DTYPES = ("float32", "float16", "bfloat16")
 class Outcome:
     """What was tuned; an interrupted run holds what was known by then."""
 
-    total: int = 0  # calls to be made
+    total: int = 0  # workloads
     done: int = 0
     seconds: float = 0.0
-    stopped: str = ""  # interrupted, or total: the time for all tuning was spent
+    stopped: str = ""  # interrupted, or total: the GPU time for all tuning was spent
     tuned: list[tuning.Tuned] = dataclasses.field(default_factory=list)
-    failures: dict[str, str] = dataclasses.field(default_factory=dict)  # sentences by call
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)  # sentences by name
     unreached: list[str] = dataclasses.field(default_factory=list)  # kernels of the manifest
 
     @property
@@ -46,13 +46,13 @@ class Outcome:
         """What `tune --json` prints."""
         return {
             "complete": self.complete,
-            "calls": self.total,
+            "workloads": self.total,
             "done": self.done,
             "stopped": self.stopped,
             "gpu_ms": sum(row.gpu_ms for row in self.tuned),
             "wall_ms": 1e3 * self.seconds,
             "tuned": [dataclasses.asdict(row) for row in self.tuned],
-            "failed": [{"call": name, "error": why} for name, why in self.failures.items()],
+            "failed": [{"name": name, "error": why} for name, why in self.failures.items()],
             "unreached": self.unreached,
         }
 
@@ -186,14 +186,21 @@ def _tune(steps: Sequence[Step], device: torch.device, outcome: Outcome) -> None
                 outcome.failures[str(run)] = first_line(error)
             finally:
                 outcome.tuned = tuning.report(earlier)
-            stops = {row.stopped for row in outcome.tuned}
-            if "interrupted" in stops:
+            if any(row.stopped == "interrupted" for row in outcome.tuned):
                 raise KeyboardInterrupt  # the tuner met it, and kept what is known
-            if "total" in stops:
+            if _spent() and outcome.done + 1 < outcome.total:
                 outcome.stopped = "total"
                 return
             outcome.done += 1
             progress.advance(_best(outcome.tuned))
+
+
+def _spent() -> bool:
+    """Whether the engine has no time left to measure anything more in this process."""
+    from torchkiln import tuning
+
+    total = _native.control("tune.set")["total_ms"]
+    return sum(row.gpu_ms for row in tuning.report()) >= float(total)
 
 
 # --- printing -----------------------------------------------------------------------------------
@@ -204,7 +211,7 @@ def _best(tuned: Sequence[tuning.Tuned]) -> str:
     if not tuned:
         return "nothing tuned yet"
     best = max(tuned, key=lambda row: row.gain)
-    return f"{_name(tuned[-1])} {tuned[-1].gain:.2f}x, best {best.gain:.2f}x ({_name(best)})"
+    return f"{_name(tuned[-1])} {_gain(tuned[-1])}; best {_gain(best)} ({_name(best)})"
 
 
 def _name(row: tuning.Tuned) -> str:
@@ -212,24 +219,29 @@ def _name(row: tuning.Tuned) -> str:
     return row.kernel.partition("<")[0]
 
 
-def _microseconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
+def _gain(row: tuning.Tuned) -> str:
+    return f"{100 * row.gain:.0f} %"
 
 
 def reason(row: tuning.Tuned) -> str:
     """Why the choice is what it is."""
-    parts = []
+    known = f"{row.measured + row.reused + 1} of {row.points} points"  # one is the default
     if row.best != row.default:
-        parts.append("faster than the default" + ("" if row.verified else ", not compared"))
-    elif row.default_us is not None:
-        parts.append("nothing beats the default")
-    if not row.measured and not row.stopped:
-        parts.append("known from an earlier run")
-    if row.stopped:
-        why = "interrupted" if row.stopped == "interrupted" else "time was up"
-        parts.append(f"{why} after {row.measured + row.reused} of {row.points} points")
+        parts = ["faster than the default" + ("" if row.verified else ", not compared")]
+    elif row.points == 1:
+        parts = ["the only point"]
+    elif row.default_us:
+        parts = ["nothing beats the default"]
+    else:
+        parts = []
+    if row.stopped == "budget":
+        parts.append(f"time was up after {known}")
+    elif row.stopped == "interrupted":
+        parts.append(f"interrupted after {known}")
+    elif row.stopped:
+        parts.append(f"not measured: {row.stopped}")
     if row.failed:
-        parts.append(f"{len(row.failed)} points cannot run: {row.failed[0]['reason']}")
+        parts.append(f"{len(row.failed)} cannot be chosen: {row.failed[0]['reason']}")
     return "; ".join(parts)
 
 
@@ -244,18 +256,18 @@ def emit(outcome: Outcome, as_json: bool) -> None:
         [
             (
                 f"{_name(row)}<{pairs_text(row.statics)}>",
-                row.problem,
-                _microseconds(row.default_us),
-                _microseconds(row.best_us),
-                f"{row.gain:.2f}x",
+                pairs_text(row.sizes),
+                f"{row.default_us:.1f}",
+                f"{row.best_us:.1f}",
+                _gain(row),
                 pairs_text(row.best),
                 reason(row),
             )
             for row in sorted(outcome.tuned, key=lambda row: -row.gain)
         ],
     )
-    for call, sentence in outcome.failures.items():
-        click.echo(f"{call}: {sentence}", err=True)
+    for name, sentence in outcome.failures.items():
+        click.echo(f"{name}: {sentence}", err=True)
     if outcome.unreached:
         click.echo(unreached_sentence(outcome.unreached))
     click.echo(summary(outcome))
@@ -275,10 +287,10 @@ def summary(outcome: Outcome) -> str:
     """One line for people."""
     tuned = outcome.tuned
     better = sum(row.best != row.default for row in tuned)
-    known = sum(not row.measured and not row.stopped for row in tuned)
+    gpu_ms = sum(row.gpu_ms for row in tuned)
     text = (
-        f"{len(tuned)} problems: {better} have a better choice than the default, {known} were "
-        f"known before. GPU time {sum(row.gpu_ms for row in tuned) / 1e3:.1f} s, wall time "
+        f"{len(tuned)} problems were measured, {better} of them have a better choice than the "
+        f"default; what was known is not measured again. GPU time {gpu_ms / 1e3:.1f} s, wall time "
         f"{outcome.seconds:.1f} s."
     )
     if outcome.stopped:

@@ -17,14 +17,13 @@ from torchkiln import tuning
 START = {"mode": "lookup", "budget_ms": 300, "total_ms": 60000}
 ROW = {
     "kernel": "detection/nms.merge<float, classes=true, lanes=8, block_size=256>",
-    "problem": "n=4096 on H200",
-    "statics": {"scalar": "float", "classes": True},
+    "statics": {"scalar": "float", "classes": "true"},
     "sizes": {"n": 4741},
     "default": {"lanes": 32, "block_size": 256},
     "best": {"lanes": 8, "block_size": 256},
     "default_us": 12.0,
-    "best_us": 10.0,
-    "gain": 1.2,
+    "best_us": 9.0,
+    "gain": 0.25,
     "noise": 0.004,
     "points": 10,
     "measured": 8,
@@ -158,10 +157,10 @@ def test_modes_are_three(engine: FakeEngine) -> None:
 
 def test_report(engine: FakeEngine) -> None:
     # Fields that later versions add are not in the way.
-    engine.rows = [{**ROW, "new": 1}, {**ROW, "default_us": None, "best_us": None, "gain": 1.0}]
+    engine.rows = [{**ROW, "new": 1}, {**ROW, "kernel": "another", "failed": []}]
     first, second = tuning.report()
-    assert first.gain == 1.2
+    assert first.gain == 0.25
     assert first.best == {"lanes": 8, "block_size": 256}
     assert first.failed == ({"point": {"lanes": 1}, "reason": "spills"},)
-    assert second.default_us is None
+    assert second.failed == ()
     assert tuning.report(1) == [second]
