@@ -496,8 +496,9 @@ HOST = Pooling(1, 4, 16, 16, 8, 7, stride=1, low=2, high=10)
 FAST_RCNN_C4 = Pooling(**workload("roi_pool", "c4"))
 FAST_RCNN_VGG = Pooling(**workload("roi_pool", "vgg"))
 CPU_MAP = Pooling(1, 256, 100, 168, 256, 7, stride=8)
-LOGITS = [workload("sigmoid_focal_loss", "labels")[name] for name in ("rows", "classes")]
-ANCHORS = list(workload("box_iou", "anchors").values())
+RETINANET = workload("sigmoid_focal_loss", "labels")
+LOGITS = RETINANET["rows"], RETINANET["classes"]
+ANCHORS = workload("box_iou", "anchors")["n"], workload("box_iou", "anchors")["m"]
 TINY_MAP = Pooling(2, 8, 20, 24, 6, 3, stride=8, low=16, high=96)
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16

@@ -91,18 +91,25 @@ class Run:
         has_backward = self.workload.gradient and bool(self.parity.differentiable)
         return frozenset(["forward", "forward+backward"] if has_backward else ["forward"])
 
-    def calls(self, device: str | torch.device) -> dict[str, Callable[[], object]]:
-        """The calls by direction, on arguments of its own."""
+    def arguments(self, device: str | torch.device) -> dict[str, Any]:
+        """Arguments of the public function."""
+        return self.workload.arguments(self.sizes, self.dtype, self.layout, device)
+
+    def bind(self, direction: str, arguments: Mapping[str, Any]) -> Callable[[], object]:
+        """The call of one direction; it may be repeated."""
         from torchkiln import ops
 
         function = getattr(ops, self.function)
-        arguments = self.workload.arguments(self.sizes, self.dtype, self.layout, device)
-        calls: dict[str, Callable[[], object]] = {"forward": lambda: function(**arguments)}
-        if "forward+backward" in self.directions:
-            names = self.parity.differentiable
-            leaves = {name: arguments[name].detach().requires_grad_() for name in names}
-            calls["forward+backward"] = lambda: _differentiate(function, {**arguments, **leaves})
-        return calls
+        if direction == "forward":
+            return lambda: function(**arguments)
+        names = self.parity.differentiable
+        leaves = {name: arguments[name].detach().requires_grad_() for name in names}
+        return lambda: _differentiate(function, {**arguments, **leaves})
+
+    def calls(self, device: str | torch.device) -> dict[str, Callable[[], object]]:
+        """The calls by direction, forward first, on arguments of their own."""
+        arguments = self.arguments(device)
+        return {name: self.bind(name, arguments) for name in sorted(self.directions)}
 
 
 def _differentiate(function: Callable[..., Any], arguments: Mapping[str, Any]) -> object:
