@@ -86,6 +86,15 @@ void speak_through_python() {
   }));
 }
 
+// Ctrl-C while a launch is being tuned: the tuner ends early, and Python raises KeyboardInterrupt when the call is back.
+std::int32_t interrupted(void*) {
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() == 0) return 0;
+  PyErr_Clear();
+  PyErr_SetInterrupt();  // again: the launch in between cannot carry an exception
+  return 1;
+}
+
 // NVRTC may be a package in one of Python's site folders; the engine cannot know them by itself.
 void tell_site_directories() {
   py::list folders;
@@ -115,6 +124,7 @@ PYBIND11_MODULE(_control, m) {
         "The last failure on this thread: kind, argument, message, details.");
   m.def("version", &torchkiln_version, "Version of the engine library.");
   speak_through_python();
+  torchkiln_set_interrupt(&interrupted, nullptr);
   tell_site_directories();
   stop_at_exit();
 }
