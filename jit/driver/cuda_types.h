@@ -63,6 +63,11 @@ inline constexpr CudaFunctionAttribute kFunctionBinaryVersion = 6;
 inline constexpr CudaFunctionAttribute kFunctionMaxDynamicSharedBytes = 8;
 inline constexpr CudaFunctionAttribute kFunctionSharedCarveout = 9;
 
+// Names in the last argument of a launch.
+inline void* const kLaunchParamEnd = nullptr;
+inline void* const kLaunchParamBuffer = reinterpret_cast<void*>(std::uintptr_t{1});
+inline void* const kLaunchParamBufferSize = reinterpret_cast<void*>(std::uintptr_t{2});
+
 using CudaCaptureStatus = int;
 inline constexpr CudaCaptureStatus kCaptureNone = 0;
 inline constexpr CudaCaptureStatus kCaptureActive = 1;
