@@ -20,12 +20,14 @@ from torchkiln._backend import backend  # noqa: E402
 from torchkiln._native import statistics  # noqa: E402
 
 if TYPE_CHECKING:
-    from torchkiln import compat, nn, reference, testing
+    from torchkiln import compat, nn, reference, testing, tuning
     from torchkiln.deployment import record, seal
     from torchkiln.testing import verify
+    from torchkiln.tuning import autotune
 
 __all__ = [
     "__version__",
+    "autotune",
     "backend",
     "compat",
     "errors",
@@ -36,13 +38,15 @@ __all__ = [
     "seal",
     "statistics",
     "testing",
+    "tuning",
     "verify",
 ]
 
 __version__ = _native.version()
 
-_LAZY_MODULES = frozenset({"compat", "nn", "reference", "testing"})
+_LAZY_MODULES = frozenset({"compat", "nn", "reference", "testing", "tuning"})
 _LAZY_NAMES = {
+    "autotune": "torchkiln.tuning",
     "record": "torchkiln.deployment",
     "seal": "torchkiln.deployment",
     "verify": "torchkiln.testing",

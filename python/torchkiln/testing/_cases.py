@@ -8,10 +8,13 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torchkiln.testing._workloads import Workload
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -79,6 +82,7 @@ class Parity:
         differentiable: arguments that get a gradient.
         dtypes: floating dtypes that the operator takes.
         deterministic: whether two runs are equal bit for bit.
+        workloads: calls of realistic sizes, for tuning and benchmarks.
     """
 
     op: str
@@ -88,6 +92,7 @@ class Parity:
     differentiable: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = FLOATS
     deterministic: bool = True
+    workloads: tuple[Workload, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.functions:
