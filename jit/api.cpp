@@ -68,6 +68,10 @@ void torchkiln_set_error(std::int32_t kind, const char* argument, const char* me
   set_record(kind, argument, message, "{}");
 }
 
+std::int32_t torchkiln_add_template(const char* path, const char* text) {
+  return guarded([&] { Engine::instance().add_template(path, text); });
+}
+
 std::int32_t torchkiln_declare(const torchkiln_declaration* declaration, torchkiln_kernel** out) {
   return guarded([&] { *out = Engine::instance().declare(*declaration); });
 }

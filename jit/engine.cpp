@@ -10,6 +10,8 @@
 #include "jit/deploy/bundles.h"
 #include "jit/deploy/missing.h"
 #include "jit/driver/nvrtc_finder.h"
+#include "jit/launch/submit.h"
+#include "jit/launch/user_kernel.h"
 #include "jit/log.h"
 
 namespace torchkiln::jit {
@@ -43,6 +45,20 @@ std::vector<std::string> installed_bundles_of_process() {
   const std::scoped_lock lock(site_directories().mutex);
   return installed_bundles(site_directories().paths);
 }
+
+// The context of a launch's device. The library's own operators have made it current before they ask for their kernel.
+class OnDevice {
+ public:
+  OnDevice(Driver& driver, const Kernel& kernel, int device)
+      : driver_(driver), before_(kernel.is_user ? driver.enter(device) : nullptr) {}
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+  ~OnDevice() { driver_.leave(before_); }
+
+ private:
+  Driver& driver_;
+  CudaContext before_;
+};
 
 std::string launch_text(const LaunchRecord& record, const torchkiln_geometry& g) {
   const auto triple = [](const std::uint32_t* v) {
@@ -94,6 +110,10 @@ Engine& Engine::instance() {
 
 Kernel* Engine::declare(const torchkiln_declaration& declaration) {
   auto kernel = std::make_unique<Kernel>(declaration);
+  if (kernel->is_user) {
+    check_user_kernel(*kernel, sources_, kernels());
+    sources_.use(declaration.path);
+  }
   const std::scoped_lock lock(kernels_mutex_);
   kernels_.push_back(std::move(kernel));
   return kernels_.back().get();
@@ -122,6 +142,7 @@ std::vector<const Kernel*> Engine::kernels_of(const std::string& operator_name) 
 }
 
 void Engine::run(Kernel& kernel, const torchkiln_launch& launch) {
+  const OnDevice on_device(driver_, kernel, launch.device);
   LaunchKey key = launch_key(kernel, launch);
   key.epoch = recordings_.load(std::memory_order_relaxed) + tuner_.epoch();  // both only grow
   const LaunchRecord* record = kernel.records.find(key);
@@ -131,7 +152,7 @@ void Engine::run(Kernel& kernel, const torchkiln_launch& launch) {
   torchkiln_geometry geometry{};
   kernel.declaration.geometry(&problem, record->tunables.data(), &geometry);
   if (geometry.grid[0] == 0 || geometry.grid[1] == 0 || geometry.grid[2] == 0) return;
-  submit(*record, launch, geometry);
+  submit(kernel, *record, launch, geometry);
 }
 
 const LaunchRecord* Engine::prepare(Kernel& kernel, const torchkiln_launch& launch,
@@ -149,6 +170,7 @@ const LaunchRecord* Engine::prepare(Kernel& kernel, const torchkiln_launch& laun
             record->tunables.begin());
   record->text = resolved.specialization.text();
   record->function = resolved.function;
+  if (kernel.is_user) record->limits = residents_.limits(resolved.function, launch.device);
   return kernel.records.add(std::move(record));
 }
 
@@ -204,15 +226,13 @@ std::uint64_t Engine::start_recording(const std::filesystem::path& manifest) {
   return recording;
 }
 
-void Engine::submit(const LaunchRecord& record, const torchkiln_launch& launch,
-                    const torchkiln_geometry& g) {
+void Engine::submit(const Kernel& kernel, const LaunchRecord& record,
+                    const torchkiln_launch& launch, const torchkiln_geometry& g) {
+  if (kernel.is_user) check_limits(record.limits, g, record.text);
   const CudaApi& cuda = driver_.api();
-  // The driver copies the arguments before it returns and does not write to them.
-  void* arguments[] = {const_cast<void*>(launch.args)};
   const auto try_launch = [&] {
-    return cuda.cuLaunchKernel(record.function, g.grid[0], g.grid[1], g.grid[2], g.block[0],
-                               g.block[1], g.block[2], g.dynamic_shared_bytes,
-                               static_cast<CudaStream>(launch.stream), arguments, nullptr);
+    return submit_kernel(cuda, record.function, g, launch.stream, launch.args,
+                         kernel.declaration.args_size);
   };
   CudaResult code = try_launch();
   if (code == kCudaInvalidContext) {  // a thread that never used CUDA
@@ -240,6 +260,7 @@ void Engine::synchronize(int device, void* stream, const std::string& what,
 
 void Engine::before_fork() {
   kernels_mutex_.lock();
+  sources_.before_fork();
   recorder_.before_fork();
   tuner_.before_fork();
   objects_.before_fork();
@@ -250,6 +271,7 @@ void Engine::after_fork_in_parent() {
   objects_.after_fork_in_parent();
   tuner_.after_fork();
   recorder_.after_fork();
+  sources_.after_fork();
   kernels_mutex_.unlock();
 }
 void Engine::after_fork_in_child() {
@@ -257,6 +279,7 @@ void Engine::after_fork_in_child() {
   objects_.after_fork_in_child();
   tuner_.after_fork();
   recorder_.after_fork();
+  sources_.after_fork();
   kernels_mutex_.unlock();
   log_after_fork_in_child();
 }

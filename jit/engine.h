@@ -40,6 +40,7 @@ class Engine {
   static Engine& instance();
 
   Kernel* declare(const torchkiln_declaration& declaration);
+  void add_template(const std::string& path, const std::string& text) { sources_.add(path, text); }
   void run(Kernel& kernel, const torchkiln_launch& launch);
   // Throws Error(CAPTURE) when `stream` is being captured.
   void capture_guard(int device, void* stream, const std::string& what, const std::string& way_out);
@@ -76,7 +77,7 @@ class Engine {
   std::optional<Resolved> resolve_by_substitute(const Kernel& kernel,
                                                 const torchkiln_problem& problem, int device,
                                                 std::span<const std::int64_t> chosen);
-  void submit(const LaunchRecord& record, const torchkiln_launch& launch,
+  void submit(const Kernel& kernel, const LaunchRecord& record, const torchkiln_launch& launch,
               const torchkiln_geometry& geometry);
 
   Settings settings_;

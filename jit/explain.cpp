@@ -73,12 +73,8 @@ std::int64_t parse_value(const torchkiln_param& param, const std::string& text) 
   if (param.kind == TORCHKILN_PARAM_BOOL && (text == "true" || text == "false"))
     return text == "true" ? 1 : 0;
   if (param.kind != TORCHKILN_PARAM_TYPE) return parse_number(param.name, text);
-  std::string names;
-  for (std::int64_t type = 0; type < TORCHKILN_TYPE_COUNT; ++type) {
-    if (text == type_name(type)) return type;
-    names += (names.empty() ? "" : ", ") + std::string(type_name(type));
-  }
-  throw bad_value(param.name, "be one of " + names, text);
+  if (const auto type = type_from_name(text)) return *type;
+  throw bad_value(param.name, "be one of " + all_type_names(), text);
 }
 
 // The static values asked about: those given, else all generic ones that exist.

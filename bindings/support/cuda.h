@@ -28,7 +28,8 @@ class CudaPlace {
 // How two results of a tensor compare, for the tuner.
 inline std::int16_t content_of(const Tensor& tensor) {
   const ScalarType dtype = tensor.scalar_type();
-  return static_cast<std::int16_t>(is_floating(dtype) ? kernel_type(dtype) : TORCHKILN_BYTES);
+  const std::int64_t bytes = TORCHKILN_BYTES;
+  return static_cast<std::int16_t>(is_floating(dtype) ? kernel_type(dtype) : bytes);
 }
 
 // Buffers of a launch, named by the offset of their pointer in Args.

@@ -43,7 +43,7 @@ TORCHKILN_API void torchkiln_set_error(int32_t kind, const char* argument, const
 
 // ---- kernels -------------------------------------------------------------------------------------------------------
 
-// Values of a type parameter. The names are those of kernel_templates/common/types.h.
+// Values of a type parameter, and types of arguments. The names are those of kernel_templates/common/types.h.
 typedef enum torchkiln_type {
   TORCHKILN_FLOAT = 0,
   TORCHKILN_HALF = 1,
@@ -52,7 +52,13 @@ typedef enum torchkiln_type {
   TORCHKILN_I32 = 4,
   TORCHKILN_I64 = 5,
   TORCHKILN_U8 = 6,
-  TORCHKILN_TYPE_COUNT = 7
+  TORCHKILN_BOOL = 7,
+  TORCHKILN_I8 = 8,
+  TORCHKILN_I16 = 9,
+  TORCHKILN_U16 = 10,
+  TORCHKILN_U32 = 11,
+  TORCHKILN_U64 = 12,
+  TORCHKILN_TYPE_COUNT = 13
 } torchkiln_type;
 
 typedef enum torchkiln_param_kind {
@@ -113,12 +119,36 @@ typedef enum torchkiln_feature {
   TORCHKILN_FEATURE_SPECIFIC = 1  // sm_XYa: wgmma, setmaxnreg, ...
 } torchkiln_feature;
 
+// How a parameter of a user's kernel is passed.
+typedef enum torchkiln_passing {
+  TORCHKILN_VALUE = 0,
+  TORCHKILN_POINTER = 1,
+  TORCHKILN_CONST_POINTER = 2
+} torchkiln_passing;
+
+// A parameter of a kernel that takes ordinary parameters instead of one struct. The program asserts its type. The args
+// of a launch hold the parameters in order, each at the next multiple of its own size.
+typedef struct torchkiln_argument {
+  const char* name;
+  int32_t passing;  // torchkiln_passing
+  int32_t type;     // torchkiln_type, where type_param is below 0; a value is not half or bfloat16
+  int32_t
+      type_param;  // index of the static type parameter that gives the type of what is pointed to
+} torchkiln_argument;
+
+// Adds a file to the templates, for a user's own kernels: `path` is below "user/", and ends with ".cuh" where kernels
+// are declared from it. It may include files of kernel_templates/ by their path and other added files by their path or
+// relative to its own folder, in quotes. The same text again is fine; another one only until a kernel is declared from
+// it. Both strings are copied.
+TORCHKILN_API int32_t torchkiln_add_template(const char* path, const char* text);
+
 // A kernel template and everything the engine must know to specialise and launch it. Strings, arrays and functions
 // must live as long as the process; only pointers are kept.
 typedef struct torchkiln_declaration {
   uint32_t struct_size;
-  const char* path;              // "detection/box_iou.cuh", below kernel_templates/
-  const char* entry;             // "forward", in namespace torchkiln::<stem of path>
+  const char* path;   // "detection/box_iou.cuh", below kernel_templates/ or added
+  const char* entry;  // "forward", in namespace torchkiln::<stem of path>; of an added file the
+                      // name as it is seen from the global namespace, "mine::forward"
   const char* const* operators;  // operators that launch it, for `warm --ops`
   uint32_t n_operators;
   const torchkiln_param* params;  // in the order of the template's parameters
@@ -127,7 +157,7 @@ typedef struct torchkiln_declaration {
   uint32_t n_sizes;
   const int64_t* defaults;  // rows of tunables in declaration order: all that `choose` can return
   uint32_t n_defaults;
-  uint32_t args_size;  // of the one struct that the kernel takes; asserted on both sides
+  uint32_t args_size;  // bytes of all arguments; of the one struct that the kernel takes, or packed
   // How far two points of the space may be apart, relative to the largest value of an output; 0: by its type.
   double tolerance;
   int32_t min_architecture;  // 75 for sm_75
@@ -141,6 +171,11 @@ typedef struct torchkiln_declaration {
   uint32_t (*choose)(const torchkiln_problem* problem);
   void (*geometry)(const torchkiln_problem* problem, const int64_t* tunables,
                    torchkiln_geometry* out);
+  // Null for a kernel that takes one struct. Of added files only.
+  const torchkiln_argument* arguments;
+  uint32_t n_arguments;
+  // What `--import` of the command line must name so that this declaration is there; may be null.
+  const char* module;
 } torchkiln_declaration;
 
 typedef struct torchkiln_kernel torchkiln_kernel;

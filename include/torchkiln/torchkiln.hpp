@@ -173,6 +173,9 @@ class Kernel {
         .legal = declaration_.legal ? &legal_thunk : nullptr,
         .choose = declaration_.choose ? &choose_thunk : nullptr,
         .geometry = &geometry_thunk,
+        .arguments = nullptr,
+        .n_arguments = 0,
+        .module = nullptr,
     };
     check(torchkiln_declare(&c, &kernel_));
   }

@@ -47,24 +47,9 @@ nlohmann::json details_of(const Job& job, const std::string& log, const std::str
           {"files", files}};
 }
 
-// What follows #include on this line; nothing on other lines.
-std::optional<std::string_view> include_of(std::string_view line) {
-  const auto skip = [&line](std::size_t count) {
-    line.remove_prefix(count);
-    line.remove_prefix(std::min(line.find_first_not_of(" \t"), line.size()));
-  };
-  constexpr std::string_view kInclude = "include";
-  skip(0);
-  if (!line.starts_with('#')) return std::nullopt;
-  skip(1);
-  if (!line.starts_with(kInclude)) return std::nullopt;
-  skip(kInclude.size());
-  return line;
-}
-
-bool names_a_file_of(const Job& job, std::string_view included) {
+bool names_a_file_of(const Job& job, std::string_view name) {
   return std::any_of(job.files.begin(), job.files.end(), [&](const SourceFile& file) {
-    return included.starts_with('"' + file.path + '"');
+    return std::find(file.names.begin(), file.names.end(), name) != file.names.end();
   });
 }
 
@@ -73,19 +58,14 @@ bool names_a_file_of(const Job& job, std::string_view included) {
 // a file of the closure, or the key would not cover what was compiled.
 void require_closed(const Job& job) {
   for (const SourceFile& file : job.files) {
-    int line = 0;
-    for (std::size_t at = 0; at < file.text.size();) {
-      const std::size_t end = std::min(file.text.find('\n', at), file.text.size());
-      const auto included = include_of(file.text.substr(at, end - at));
-      at = end + 1;
-      ++line;
-      if (!included || names_a_file_of(job, *included)) continue;
+    for (const IncludeLine& include : include_lines(file.text)) {
+      if (names_a_file_of(job, include.name())) continue;
       throw Error(TORCHKILN_ERROR_COMPILE,
                   job.label() +
                       ": #include must name a template file by its path, in quotes; got " +
-                      std::string(*included) + " in " + file.path + "(" + std::to_string(line) +
-                      "). Templates include nothing but templates.",
-                  details_of(job, "", excerpt(file.text, line)));
+                      std::string(include.what) + " in " + file.path + "(" +
+                      std::to_string(include.line) + "). Templates include nothing but templates.",
+                  details_of(job, "", excerpt(file.text, include.line)));
     }
   }
 }
@@ -104,7 +84,8 @@ void require_memory(const Job& job) {
 std::string_view text_of(const Job& job, const std::string& file) {
   if (file == job.name) return job.text;
   for (const SourceFile& source : job.files) {
-    if (source.path == file) return source.text;
+    const auto& names = source.names;
+    if (std::find(names.begin(), names.end(), file) != names.end()) return source.text;
   }
   return {};
 }

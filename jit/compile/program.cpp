@@ -16,11 +16,13 @@ Program::Program(const NvrtcApi& nvrtc, const std::string& text, const std::stri
   texts.reserve(headers.size());
   for (const SourceFile& header : headers) {
     texts.emplace_back(header.text);
-    contents.push_back(texts.back().c_str());
-    names.push_back(header.path.c_str());
+    for (const std::string& name_of_header : header.names) {
+      contents.push_back(texts.back().c_str());
+      names.push_back(name_of_header.c_str());
+    }
   }
   check(nvrtc.nvrtcCreateProgram(&program_, text.c_str(), name.c_str(),
-                                 static_cast<int>(headers.size()), contents.data(), names.data()),
+                                 static_cast<int>(names.size()), contents.data(), names.data()),
         "nvrtcCreateProgram");
 }
 

@@ -34,6 +34,13 @@ Error wrong_manifest(const std::string& name, const std::string& got) {
       {}, "manifest");
 }
 
+[[noreturn]] void fail_unknown_user_kernel(const std::string& text) {
+  throw Error(TORCHKILN_ERROR_VALUE,
+              "manifest must name kernels that are declared in this process; got " + text +
+                  ". Name the module that declares it: --import MODULE.",
+              {}, "manifest");
+}
+
 // The parser quotes the bytes that it met; a sentence is valid UTF-8 wherever it goes.
 std::string printable(std::string text) {
   for (char& c : text) {
@@ -63,16 +70,9 @@ Parts split(const std::string& text) {
   return parts;
 }
 
-std::optional<std::int64_t> type_value(const std::string& name) {
-  for (std::int64_t type = 0; type < TORCHKILN_TYPE_COUNT; ++type) {
-    if (name == type_name(type)) return type;
-  }
-  return std::nullopt;
-}
-
 // The value in "float", "block_size=256" or "aligned=true"; nothing when the text belongs to another parameter.
 std::optional<std::int64_t> value_of(const torchkiln_param& param, const std::string& text) {
-  if (param.kind == TORCHKILN_PARAM_TYPE) return type_value(text);
+  if (param.kind == TORCHKILN_PARAM_TYPE) return type_from_name(text);
   const std::string prefix = std::string(param.name) + "=";
   if (!text.starts_with(prefix)) return std::nullopt;
   const std::string value = text.substr(prefix.size());
@@ -142,6 +142,7 @@ Specialization parse_specialization(const std::string& text, std::span<Kernel* c
   const auto kernel = std::find_if(kernels.begin(), kernels.end(), [&](const Kernel* k) {
     return parts.path == k->declaration.path && parts.entry == k->declaration.entry;
   });
+  if (kernel == kernels.end() && is_user_path(parts.path)) fail_unknown_user_kernel(text);
   if (kernel == kernels.end()) fail(text, "which no operator launches");
   const auto values = values_of(**kernel, parts, text);
   const std::span all(values);

@@ -102,7 +102,9 @@ std::string selection(const Kernel& kernel, const Specialization& wanted,
                                                               {TORCHKILN_HALF, "float16"},
                                                               {TORCHKILN_BFLOAT16, "bfloat16"},
                                                               {TORCHKILN_DOUBLE, "float64"}};
-  std::string text = std::string(" --ops ") + kernel.declaration.operators[0];
+  const char* module = kernel.declaration.module;
+  std::string text = module == nullptr ? "" : " --import " + quoted(module);
+  text += std::string(" --ops ") + kernel.declaration.operators[0];
   for (const TemplateArgument& argument : wanted.arguments) {
     const auto dtype = kDtypes.find(argument.value);
     if (argument.kind != TORCHKILN_PARAM_TYPE || dtype == kDtypes.end()) continue;

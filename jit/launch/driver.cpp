@@ -42,17 +42,42 @@ const torchkiln_device& Driver::device(int ordinal) {
 
 int Driver::version() { return driver_version(api()); }
 
+// Retained for good: torch holds the primary context anyway, and releasing it from a dying thread helps nobody.
+CudaContext Driver::primary(int ordinal) {
+  device(ordinal);  // checks the ordinal
+  auto& known = primaries_[static_cast<std::size_t>(ordinal)];
+  if (CudaContext context = known.load(std::memory_order_acquire)) return context;
+  const CudaApi& cuda = api();
+  const std::string what = "device " + std::to_string(ordinal);
+  CudaDevice device{};
+  CudaContext context = nullptr;
+  check(cuda, cuda.cuDeviceGet(&device, ordinal), "cuDeviceGet", what);
+  check(cuda, cuda.cuDevicePrimaryCtxRetain(&context, device), "cuDevicePrimaryCtxRetain", what);
+  known.store(context, std::memory_order_release);
+  return context;
+}
+
 void Driver::attach(int ordinal) {
   const CudaApi& cuda = api();
-  const std::string context = "device " + std::to_string(ordinal);
   CudaContext current = nullptr;
-  check(cuda, cuda.cuCtxGetCurrent(&current), "cuCtxGetCurrent", context);
+  check(cuda, cuda.cuCtxGetCurrent(&current), "cuCtxGetCurrent");
   if (current != nullptr) return;
-  CudaDevice device{};
-  check(cuda, cuda.cuDeviceGet(&device, ordinal), "cuDeviceGet", context);
-  // Retained for good: torch holds the primary context anyway, and releasing it from a dying thread helps nobody.
-  check(cuda, cuda.cuDevicePrimaryCtxRetain(&current, device), "cuDevicePrimaryCtxRetain", context);
-  check(cuda, cuda.cuCtxSetCurrent(current), "cuCtxSetCurrent", context);
+  check(cuda, cuda.cuCtxSetCurrent(primary(ordinal)), "cuCtxSetCurrent");
+}
+
+CudaContext Driver::enter(int ordinal) {
+  const CudaApi& cuda = api();
+  CudaContext current = nullptr;
+  check(cuda, cuda.cuCtxGetCurrent(&current), "cuCtxGetCurrent");
+  CudaContext wanted = primary(ordinal);
+  if (current == wanted) return nullptr;
+  check(cuda, cuda.cuCtxSetCurrent(wanted), "cuCtxSetCurrent");
+  return current;
+}
+
+void Driver::leave(CudaContext before) {
+  // A thread that had none keeps ours, as after attach.
+  if (before != nullptr) api().cuCtxSetCurrent(before);
 }
 
 bool Driver::is_capturing(void* stream) {

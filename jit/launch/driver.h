@@ -29,6 +29,9 @@ class Driver {
   int version();
   // Makes the device's primary context (torch's) current when this thread has no context.
   void attach(int ordinal);
+  // Makes the device's primary context current, whatever is; returns what was, or null when nothing has changed.
+  CudaContext enter(int ordinal);
+  void leave(CudaContext before);
   bool is_capturing(void* stream);
 
  private:
@@ -39,7 +42,10 @@ class Driver {
   std::unique_ptr<const CudaApi> owned_;
   std::atomic<const CudaApi*> api_{nullptr};
   std::optional<Error> failure_;
+  CudaContext primary(int ordinal);
+
   std::array<std::atomic<const torchkiln_device*>, kMaxDevices> devices_{};
+  std::array<std::atomic<CudaContext>, kMaxDevices> primaries_{};
 };
 
 }  // namespace torchkiln::jit

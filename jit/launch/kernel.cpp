@@ -20,11 +20,58 @@ void require(bool condition, const torchkiln_declaration& d, const char* rule) {
               std::string("declaration of ") + d.path + "." + d.entry + " must " + rule);
 }
 
+std::uint32_t size_of(const torchkiln_argument& argument) {
+  if (argument.passing != TORCHKILN_VALUE) return sizeof(void*);
+  switch (argument.type) {
+    case TORCHKILN_DOUBLE:
+    case TORCHKILN_I64:
+    case TORCHKILN_U64:
+      return 8;
+    case TORCHKILN_I16:
+    case TORCHKILN_U16:
+      return 2;
+    case TORCHKILN_U8:
+    case TORCHKILN_BOOL:
+    case TORCHKILN_I8:
+      return 1;
+    default:
+      return 4;
+  }
+}
+
+std::uint32_t packed_size(std::span<const torchkiln_argument> arguments) {
+  std::uint32_t end = 0;
+  for (const torchkiln_argument& argument : arguments) {
+    const std::uint32_t size = size_of(argument);
+    end = (end + size - 1) / size * size + size;
+  }
+  return end;
+}
+
+void check_arguments(const torchkiln_declaration& d, std::uint32_t n_statics) {
+  const std::span arguments(d.arguments, d.n_arguments);
+  for (const torchkiln_argument& a : arguments) {
+    const bool is_value = a.passing == TORCHKILN_VALUE;
+    const bool by_param = a.type_param >= 0;
+    require(a.passing >= TORCHKILN_VALUE && a.passing <= TORCHKILN_CONST_POINTER, d,
+            "say how arguments are passed");
+    require(by_param || (a.type >= 0 && a.type < TORCHKILN_TYPE_COUNT), d,
+            "give arguments a torchkiln_type");
+    require(!by_param || (!is_value && a.type_param < static_cast<std::int32_t>(n_statics) &&
+                          d.params[a.type_param].kind == TORCHKILN_PARAM_TYPE),
+            d, "take types of pointers from static type parameters");
+    require(!is_value || (a.type != TORCHKILN_HALF && a.type != TORCHKILN_BFLOAT16), d,
+            "pass no half types by value");
+  }
+  require(d.args_size == packed_size(arguments), d, "give the size of the packed arguments");
+}
+
 }  // namespace
 
 torchkiln_kernel::torchkiln_kernel(const torchkiln_declaration& d) : declaration(d) {
   require(d.struct_size == sizeof(torchkiln_declaration), d,
           "be built with this version's torchkiln.h");
+  is_user = torchkiln::jit::is_user_path(d.path);
   require(d.n_params <= TORCHKILN_MAX_PARAMS, d, "have at most 16 parameters");
   require(d.n_sizes <= TORCHKILN_MAX_SIZES, d, "have at most 8 sizes");
   require(d.n_defaults >= 1 && d.geometry != nullptr, d, "have a default and a geometry");
@@ -40,6 +87,8 @@ torchkiln_kernel::torchkiln_kernel(const torchkiln_declaration& d) : declaration
           d, "have layer constants that are static integers with the value 0");
     }
   }
+  require(d.arguments == nullptr || is_user, d, "take one struct, being a kernel of the library");
+  if (d.arguments != nullptr) check_arguments(d, n_statics);
 }
 
 namespace torchkiln::jit {
@@ -228,6 +277,12 @@ Specialization specialize(const Kernel& kernel, std::span<const std::int64_t> st
     const torchkiln_param& p = d.params[i];
     const std::int64_t value = i < kernel.n_statics ? statics[i] : tunables[i - kernel.n_statics];
     s.arguments.push_back({p.name, static_cast<torchkiln_param_kind>(p.kind), value});
+  }
+  for (std::uint32_t i = 0; d.arguments != nullptr && i < d.n_arguments; ++i) {
+    const torchkiln_argument& a = d.arguments[i];
+    const std::int64_t type =
+        a.type_param < 0 ? a.type : statics[static_cast<std::size_t>(a.type_param)];
+    s.parameters.push_back({a.name, static_cast<torchkiln_passing>(a.passing), type});
   }
   return s;
 }

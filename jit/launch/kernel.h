@@ -19,6 +19,7 @@ struct torchkiln_kernel {
   torchkiln_declaration declaration;
   std::uint32_t n_statics = 0;
   std::uint32_t n_tunables = 0;
+  bool is_user = false;  // declared from a file that a user added
   torchkiln::jit::RecordTable records;
 };
 

@@ -26,6 +26,12 @@ struct LaunchKey {
   std::uint64_t hash() const;
 };
 
+// What a launch of a function may ask for.
+struct LaunchLimits {
+  std::uint32_t threads = 0;  // of a block
+  std::uint32_t dynamic_shared_bytes = 0;
+};
+
 struct LaunchRecord {
   LaunchKey key;
   CudaFunction function = nullptr;
@@ -33,7 +39,8 @@ struct LaunchRecord {
   // Of the program that runs, which is not the one asked for where that may not be compiled.
   std::array<std::int64_t, TORCHKILN_MAX_PARAMS> statics{};
   std::array<std::int64_t, TORCHKILN_MAX_PARAMS> tunables{};
-  std::string text;  // for errors
+  LaunchLimits limits;  // of users' kernels
+  std::string text;     // for errors
   const LaunchRecord* next = nullptr;
 };
 

@@ -125,14 +125,29 @@ CudaFunction Residents::make_resident(const Loaded& loaded, const std::string& t
   CudaFunction function = nullptr;
   check(cuda, cuda.cuKernelGetFunction(&function, loaded.kernel), "cuKernelGetFunction", text);
   if (cuda.cuFuncLoad != nullptr) check(cuda, cuda.cuFuncLoad(function), "cuFuncLoad", text);
-  int static_shared = 0;
-  check(cuda, cuda.cuFuncGetAttribute(&static_shared, kFunctionSharedBytes, function),
-        "cuFuncGetAttribute", text);
-  const int dynamic_limit = driver_.device(ordinal).shared_bytes_per_block - static_shared;
+  const int dynamic_limit = driver_.device(ordinal).shared_bytes_per_block -
+                            attribute(function, kFunctionSharedBytes, text);
   // Raises only a limit; what a launch asks for decides what it gets.
   check(cuda, cuda.cuFuncSetAttribute(function, kFunctionMaxDynamicSharedBytes, dynamic_limit),
         "cuFuncSetAttribute", text);
   return function;
+}
+
+int Residents::attribute(CudaFunction function, CudaFunctionAttribute which,
+                         const std::string& text) {
+  int value = 0;
+  check(driver_.api(), driver_.api().cuFuncGetAttribute(&value, which, function),
+        "cuFuncGetAttribute", text);
+  return value;
+}
+
+LaunchLimits Residents::limits(CudaFunction function, int device) {
+  const std::string text = "limits of a kernel";
+  return {
+      .threads = static_cast<std::uint32_t>(attribute(function, kFunctionMaxThreadsPerBlock, text)),
+      .dynamic_shared_bytes =
+          static_cast<std::uint32_t>(driver_.device(device).shared_bytes_per_block -
+                                     attribute(function, kFunctionSharedBytes, text))};
 }
 
 }  // namespace torchkiln::jit

@@ -11,6 +11,7 @@
 #include <unordered_map>
 
 #include "jit/launch/driver.h"
+#include "jit/launch/record.h"
 #include "jit/objects.h"
 
 namespace torchkiln::jit {
@@ -27,6 +28,7 @@ class Residents {
   Found object(const Specialization& specialization, int device, Priority priority);
   // The same as `function` without compiling; nothing when no layer has code that the device and the driver take.
   std::optional<CudaFunction> find(const Specialization& specialization, int device);
+  LaunchLimits limits(CudaFunction function, int device);
 
  private:
   struct Loaded {
@@ -38,6 +40,7 @@ class Residents {
   Loaded load(const Found& found, const std::string& text);
   Loaded hand_to_driver(const Found& found, const std::string& text);
   CudaFunction make_resident(const Loaded& loaded, const std::string& text, int device);
+  int attribute(CudaFunction function, CudaFunctionAttribute which, const std::string& text);
 
   Driver& driver_;
   Objects& objects_;

@@ -40,6 +40,11 @@ std::string cache_key(const Specialization& specialization, const Target& target
     hash.add(argument.value);
   }
   hash.add(specialization.args_size);
+  // The program asserts them: code under this key takes exactly these.
+  for (const KernelParameter& parameter : specialization.parameters) {
+    hash.add(parameter.passing);
+    hash.add(parameter.type);
+  }
   hash.add('t', target.text());
   hash.add(static_cast<std::int64_t>(options.size()));
   for (const std::string& option : options) hash.add('o', option);

@@ -5,7 +5,9 @@
 
 #include <cstdint>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "torchkiln/torchkiln.h"
@@ -14,6 +16,8 @@ namespace torchkiln::jit {
 
 // "float", "half", ...: the C++ name in kernel_templates/common/types.h.
 const char* type_name(std::int64_t type);
+std::optional<std::int64_t> type_from_name(std::string_view name);
+std::string all_type_names();  // "float, half, ..."
 
 struct TemplateArgument {
   std::string name;
@@ -25,17 +29,31 @@ struct TemplateArgument {
   bool operator==(const TemplateArgument&) const = default;
 };
 
+// What a user's kernel is called with; the program asserts it.
+struct KernelParameter {
+  std::string name;
+  torchkiln_passing passing = TORCHKILN_VALUE;
+  std::int64_t type = TORCHKILN_FLOAT;
+
+  bool operator==(const KernelParameter&) const = default;
+};
+
+// Whether a template was added by a user: its names are the user's own.
+inline bool is_user_path(std::string_view path) { return path.starts_with("user/"); }
+
 struct Specialization {
   std::string path;   // detection/box_iou.cuh
   std::string entry;  // forward
   std::vector<TemplateArgument> arguments;
-  std::uint32_t args_size = 0;  // 0: not asserted
+  std::vector<KernelParameter> parameters = {};  // empty: one struct
+  std::uint32_t args_size = 0;                   // 0: not asserted
   std::int32_t min_architecture = 75;
   bool architecture_specific = false;  // needs sm_XYa
 
-  std::string text() const;             // detection/box_iou.forward<float, block_size=256>
-  std::string name_expression() const;  // torchkiln::box_iou::forward<float, 256>
-  std::string program() const;          // the translation unit that instantiates it
+  std::string text() const;  // detection/box_iou.forward<float, block_size=256>
+  std::string name_expression()
+      const;                    // torchkiln::box_iou::forward<float, 256>, mine::forward<float>
+  std::string program() const;  // the translation unit that instantiates it
   nlohmann::json to_json() const;
   static Specialization from_json(const nlohmann::json& json);  // throws Error(VALUE)
   bool operator==(const Specialization&) const = default;

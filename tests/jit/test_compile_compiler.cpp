@@ -46,12 +46,12 @@ class Templates {
     texts_.push_back({path, text, cache::sha256_hex(text)});
     return *this;
   }
-  TemplateSources sources() const {
+  std::unique_ptr<TemplateSources> sources() const {
     std::vector<EmbeddedFile> files;
     for (const Row& row : texts_) {
       files.push_back({row.path.c_str(), row.text.c_str(), row.text.size(), row.sha256.c_str()});
     }
-    return TemplateSources(files);
+    return std::make_unique<TemplateSources>(files);
   }
 
  private:
@@ -81,7 +81,7 @@ class RealCompiler : public ::testing::Test {
   void use(const Templates& templates) {
     templates_ = templates;
     compiler_.reset();
-    sources_ = std::make_unique<TemplateSources>(templates_.sources());
+    sources_ = templates_.sources();
     compiler_ = std::make_unique<Compiler>(nvrtc_, *sources_);
   }
 

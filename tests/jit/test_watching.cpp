@@ -218,6 +218,7 @@ class WithCompiler : public ::testing::Test {
         .defaults = blocks,
         .n_defaults = 2,
         .args_size = 16,
+        .tolerance = 0,
         .min_architecture = 75,
         .feature = TORCHKILN_FEATURE_NONE,
         .context = nullptr,
@@ -225,7 +226,10 @@ class WithCompiler : public ::testing::Test {
         .legal = nullptr,
         .choose = [](const torchkiln_problem* p) { return p->sizes[0] > 1000 ? 1u : 0u; },
         .geometry = [](const torchkiln_problem*, const std::int64_t*,
-                       torchkiln_geometry* g) { *g = {{1, 1, 1}, {128, 1, 1}, 0}; }};
+                       torchkiln_geometry* g) { *g = {{1, 1, 1}, {128, 1, 1}, 0}; },
+        .arguments = nullptr,
+        .n_arguments = 0,
+        .module = nullptr};
     return result;
   }
 

@@ -44,6 +44,18 @@ const char* error_name(CudaResult code) {
   }
 }
 
+// The first bytes of what a kernel is given: its one struct, or the packed parameters.
+std::string args_of(void** parameters, void** extra, std::size_t most) {
+  if (parameters != nullptr) return {static_cast<const char*>(parameters[0]), most};
+  const char* bytes = nullptr;
+  std::size_t size = 0;
+  for (; *extra != kLaunchParamEnd; extra += 2) {
+    if (extra[0] == kLaunchParamBuffer) bytes = static_cast<const char*>(extra[1]);
+    if (extra[0] == kLaunchParamBufferSize) size = *static_cast<const std::size_t*>(extra[1]);
+  }
+  return {bytes, std::min(size, most)};
+}
+
 char* host(CudaPointer pointer) { return reinterpret_cast<char*>(pointer); }
 
 }  // namespace
@@ -225,7 +237,9 @@ void FakeCalls::fill_libraries(CudaApi& api) {
   };
   api.cuFuncGetAttribute = [](int* value, CudaFunctionAttribute which, CudaFunction handle) {
     return on_context("cuFuncGetAttribute", [&](FakeDriver& d) {
-      return *value = d.attributes_[{handle, which}], kCudaSuccess;
+      const auto usual = d.kernel_attributes.find(which);
+      const int unset = usual != d.kernel_attributes.end() ? usual->second : 0;
+      return *value = d.attributes_.try_emplace({handle, which}, unset).first->second, kCudaSuccess;
     });
   };
   api.cuFuncLoad = [](CudaFunction) { return on_context("cuFuncLoad", nothing); };
@@ -239,11 +253,11 @@ void FakeCalls::fill_libraries(CudaApi& api) {
 void FakeCalls::fill_launches(CudaApi& api) {
   api.cuLaunchKernel = [](CudaFunction handle, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                           unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,
-                          CudaStream stream, void** parameters, void**) {
+                          CudaStream stream, void** parameters, void** extra) {
     return call(
         "cuLaunchKernel",
         [&](FakeDriver& d) {
-          const std::string args(static_cast<const char*>(parameters[0]), d.args_bytes);
+          const std::string args = args_of(parameters, extra, d.args_bytes);
           return d.launch({function(handle)->name,
                            {grid_x, grid_y, grid_z},
                            {block_x, block_y, block_z},
@@ -256,11 +270,11 @@ void FakeCalls::fill_launches(CudaApi& api) {
         stream == nullptr);
   };
   api.cuLaunchKernelEx = [](const CudaLaunchConfig* c, CudaFunction handle, void** parameters,
-                            void**) {
+                            void** extra) {
     return call(
         "cuLaunchKernelEx",
         [&](FakeDriver& d) {
-          const std::string args(static_cast<const char*>(parameters[0]), d.args_bytes);
+          const std::string args = args_of(parameters, extra, d.args_bytes);
           return d.launch({function(handle)->name,
                            {c->grid[0], c->grid[1], c->grid[2]},
                            {c->block[0], c->block[1], c->block[2]},

@@ -57,7 +57,7 @@ class FakeDriver {
     std::array<unsigned, 3> block{};
     unsigned dynamic_shared_bytes = 0;
     CudaStream stream = nullptr;
-    std::string args;       // the first `args_bytes` bytes of the one argument
+    std::string args;       // the first `args_bytes` bytes of the arguments
     bool captured = false;  // recorded, not run
     bool from_graph = false;
   };
@@ -75,6 +75,9 @@ class FakeDriver {
   std::size_t args_bytes = 0;
   std::function<void(const Launch&)> effect;  // what a launch computes; by default nothing
   std::function<double(const Launch&)> cost = [](const Launch&) { return 0.01; };
+
+  // What cuFuncGetAttribute tells of a kernel, before cuFuncSetAttribute.
+  std::map<CudaFunctionAttribute, int> kernel_attributes = {{kFunctionMaxThreadsPerBlock, 1024}};
 
   // The next `times` calls of this name give `code`; -1: all of them, 0: none any more.
   void fail(const std::string& call, CudaResult code, int times = 1);
