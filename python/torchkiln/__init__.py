@@ -20,15 +20,19 @@ from torchkiln._backend import backend  # noqa: E402
 from torchkiln._native import statistics  # noqa: E402
 
 if TYPE_CHECKING:
-    from torchkiln import compat, nn, reference, testing
+    from torchkiln import compat, library, nn, reference, testing
+    from torchkiln._kernel import Kernel, ceil_div
     from torchkiln.deployment import record, seal
     from torchkiln.testing import verify
 
 __all__ = [
+    "Kernel",
     "__version__",
     "backend",
+    "ceil_div",
     "compat",
     "errors",
+    "library",
     "nn",
     "ops",
     "record",
@@ -41,8 +45,10 @@ __all__ = [
 
 __version__ = _native.version()
 
-_LAZY_MODULES = frozenset({"compat", "nn", "reference", "testing"})
+_LAZY_MODULES = frozenset({"compat", "library", "nn", "reference", "testing"})
 _LAZY_NAMES = {
+    "Kernel": "torchkiln._kernel",
+    "ceil_div": "torchkiln._kernel",
     "record": "torchkiln.deployment",
     "seal": "torchkiln.deployment",
     "verify": "torchkiln.testing",
