@@ -27,7 +27,6 @@ namespace {
 // neither read nor delete.
 constexpr const char* kVersion = "v1";
 constexpr const char* kObjects = "objects";
-constexpr const char* kTemporaries = "tmp";
 constexpr const char* kQuarantine = "quarantine";
 constexpr const char* kPruned = "pruned";  // an empty file; its modification time counts
 
@@ -254,18 +253,14 @@ int Store::write_object(const std::string& key, const std::string& compiler, con
   header["compiler"] = compiler;
   const std::string bytes = encode_object(header, object.payload);
 
-  const Descriptor version = open_version(Missing::kMake);
-  if (!version) return version.error();
-  const Descriptor temporaries = make_directory(version.get(), kTemporaries);
+  const Descriptor temporaries = make_below({kTemporaries});
   if (!temporaries) return temporaries.error();
-  const Descriptor objects = make_directory(version.get(), kObjects);
-  if (!objects) return objects.error();
-  const Descriptor shard = make_directory(objects.get(), shard_of(key));
+  const Descriptor shard = make_below({kObjects, shard_of(key)});
   if (!shard) return shard.error();
 
   const int error = publish_file(temporaries.get(), shard.get(), object_name(key, compiler), bytes);
   if (!swept_.exchange(true)) {
-    write_tag(version.get());
+    if (const Descriptor version = open_version(Missing::kMake)) write_tag(version.get());
     sweep_temporaries(temporaries.get());
   }
   if (error == 0) count(kBytesWritten, bytes.size());
@@ -392,6 +387,15 @@ Descriptor Store::open_below(const std::vector<std::string>& names) const {
   for (const std::string& name : names) {
     if (!at) break;
     at = open_directory(at.get(), name);
+  }
+  return at;
+}
+
+Descriptor Store::make_below(const std::vector<std::string>& names) const {
+  Descriptor at = open_version(Missing::kMake);
+  for (const std::string& name : names) {
+    if (!at) break;
+    at = make_directory(at.get(), name);
   }
   return at;
 }

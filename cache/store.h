@@ -21,6 +21,9 @@
 
 namespace torchkiln::cache {
 
+// Where files are written before they get their names; swept of what killed writers left.
+inline constexpr const char* kTemporaries = "tmp";
+
 struct Entry {
   std::string key;
   std::string compiler;
@@ -88,6 +91,11 @@ class Store {
 
   StoreCounters counters() const;
 
+  // For what is stored beside the objects: a folder below the one of this format version, trusted like it.
+  const std::filesystem::path& root() const { return root_.path; }
+  Descriptor open_below(const std::vector<std::string>& names) const;
+  Descriptor make_below(const std::vector<std::string>& names) const;
+
  private:
   enum Counter {
     kHits,
@@ -104,7 +112,6 @@ class Store {
 
   Descriptor open_trusted_root(Missing missing) const;
   Descriptor open_version(Missing missing) const;  // <root>/v1
-  Descriptor open_below(const std::vector<std::string>& names) const;
   std::optional<Object> look_up(Lookup& lookup);
   std::optional<Object> load(Lookup& lookup, int shard, const std::string& name);
   int write_object(const std::string& key, const std::string& compiler, const Object& object);

@@ -10,6 +10,7 @@
 #include "jit/engine.h"
 #include "jit/error.h"
 #include "jit/log.h"
+#include "jit/tune/interrupt.h"
 #include "torchkiln/torchkiln.h"
 
 namespace {
@@ -108,6 +109,10 @@ std::uint32_t torchkiln_statistics(torchkiln_counter* out, std::uint32_t capacit
 
 void torchkiln_set_log_sink(torchkiln_log_sink sink, void* context) {
   guarded([&] { torchkiln::jit::set_log_sink(sink, context); });
+}
+
+void torchkiln_set_interrupt(torchkiln_interrupted interrupted, void* context) {
+  guarded([&] { torchkiln::jit::set_interrupt(interrupted, context); });
 }
 
 std::int32_t torchkiln_control(const char* command, const char* request, char** reply) {

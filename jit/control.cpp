@@ -12,6 +12,8 @@
 #include "jit/driver/nvrtc_finder.h"
 #include "jit/explain.h"
 #include "jit/selftest.h"
+#include "jit/tune/commands.h"
+#include "jit/tune/ship.h"
 #include "jit/warm.h"
 
 // The environment, for the check for misspelt settings.
@@ -26,15 +28,7 @@ json params_to_json(const Kernel& kernel) {
   json list = json::array();
   for (std::uint32_t i = 0; i < kernel.declaration.n_params; ++i) {
     const torchkiln_param& p = kernel.declaration.params[i];
-    json values = json::array();
-    for (std::uint32_t v = 0; v < p.n_values; ++v) {
-      if (p.kind == TORCHKILN_PARAM_TYPE) {
-        values.push_back(type_name(p.values[v]));
-      } else {
-        values.push_back(p.values[v]);
-      }
-    }
-    list.push_back({{"name", p.name}, {"tunable", p.tunable != 0}, {"values", values}});
+    list.push_back({{"name", p.name}, {"tunable", p.tunable != 0}, {"values", values_to_json(p)}});
   }
   return list;
 }
@@ -85,7 +79,8 @@ std::vector<torchkiln_device> devices_of(const json& target) {
 }
 
 // Specialisations of the named operators (all when null), each once, tagged with the first operator that wants it:
-// "points" of the search space that a GPU of "target", or any GPU, can run.
+// "points" of the search space that a GPU of "target", or any GPU, can run; and the choices recorded for GPUs of
+// "architectures", each for its own.
 json expand_operators(Engine& engine, const json& request) {
   const auto dtypes = parse_dtypes(request.value("dtypes", json()));
   const Points points = parse_points(request.value("points", "defaults"));
@@ -109,6 +104,7 @@ json expand_operators(Engine& engine, const json& request) {
     const auto name = item.get<std::string>();
     for (const Kernel* kernel : engine.kernels_of(name)) add(kernel, name);
   }
+  add_winners(engine, request.value("architectures", std::vector<std::string>()), list);
   return {{"specializations", list}};
 }
 
@@ -271,6 +267,12 @@ const std::map<std::string, Command>& commands() {
       {"bundle.merge", &merge_bundles},
       {"bundle.list", &list_bundle},
       {"bundle.verify", &verify_bundle},
+      {"tune.set", &set_tuning},
+      {"tune.list", &list_spaces},
+      {"tune.report", &report_tuning},
+      {"records.export", &export_records},
+      {"records.import", &import_records},
+      {"records.examine", &examine_records},
       {"explain", &explain},
       {"ladder", &explain_ladder},
       {"dump", &dump},
@@ -281,6 +283,14 @@ const std::map<std::string, Command>& commands() {
 }
 
 }  // namespace
+
+json values_to_json(const torchkiln_param& param) {
+  json values = json::array();
+  for (const std::int64_t value : std::span(param.values, param.n_values)) {
+    values.push_back(param.kind == TORCHKILN_PARAM_TYPE ? json(type_name(value)) : json(value));
+  }
+  return values;
+}
 
 std::vector<std::int64_t> parse_dtypes(const json& names) {
   std::vector<std::int64_t> types;

@@ -18,4 +18,7 @@ std::vector<std::int64_t> parse_dtypes(const nlohmann::json& names);
 // Throws Error; Error(VALUE) for an unknown command.
 nlohmann::json control(Engine& engine, const std::string& command, const nlohmann::json& request);
 
+// The values that a parameter is declared with: numbers, or names of types.
+nlohmann::json values_to_json(const torchkiln_param& param);
+
 }  // namespace torchkiln::jit

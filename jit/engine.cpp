@@ -89,7 +89,8 @@ Engine::Engine(Parts parts)
           statistics_, &installed_bundles_of_process),
       driver_(std::move(parts.open_driver)),
       residents_(driver_, objects_, statistics_),
-      recorder_(settings_.record) {
+      recorder_(settings_.record),
+      tuner_({settings_, sources_, driver_, residents_, objects_, statistics_}) {
   for (const std::string& sentence : settings_.warnings) warn(sentence);
 }
 
@@ -142,7 +143,7 @@ std::vector<const Kernel*> Engine::kernels_of(const std::string& operator_name) 
 void Engine::run(Kernel& kernel, const torchkiln_launch& launch) {
   const OnDevice on_device(driver_, kernel, launch.device);
   LaunchKey key = launch_key(kernel, launch);
-  key.epoch = epoch_.load(std::memory_order_relaxed);
+  key.epoch = recordings_.load(std::memory_order_relaxed) + tuner_.epoch();  // both only grow
   const LaunchRecord* record = kernel.records.find(key);
   if (record == nullptr) record = prepare(kernel, launch, key);
   const torchkiln_problem problem = {record->device, record->statics.data(), launch.sizes,
@@ -161,7 +162,7 @@ const LaunchRecord* Engine::prepare(Kernel& kernel, const torchkiln_launch& laun
   record->device = &driver_.device(launch.device);
   const torchkiln_problem problem = {record->device, launch.statics, launch.sizes,
                                      kernel.declaration.context};
-  Resolved resolved = resolve(kernel, problem, launch.device);
+  Resolved resolved = resolve(kernel, problem, launch);
   std::copy(resolved.variant.statics.begin(), resolved.variant.statics.end(),
             record->statics.begin());
   std::copy(resolved.variant.tunables.begin(), resolved.variant.tunables.end(),
@@ -174,9 +175,10 @@ const LaunchRecord* Engine::prepare(Kernel& kernel, const torchkiln_launch& laun
 
 // The program that was asked for; where it is missing and cannot be compiled, another one with the same answer.
 Engine::Resolved Engine::resolve(const Kernel& kernel, const torchkiln_problem& problem,
-                                 int device) {
+                                 const torchkiln_launch& launch) {
   const std::span statics(problem.statics, kernel.n_statics);
-  const auto tunables = choose_tunables(kernel, problem);
+  const int device = launch.device;
+  const auto tunables = tuner_.choose(kernel, problem, launch).tunables;
   Resolved exact{{{statics.begin(), statics.end()}, {tunables.begin(), tunables.end()}},
                  specialize(kernel, statics, tunables)};
   recorder_.note(exact.specialization.text());
@@ -219,7 +221,7 @@ std::optional<Engine::Resolved> Engine::resolve_by_substitute(
 
 std::uint64_t Engine::start_recording(const std::filesystem::path& manifest) {
   const auto recording = recorder_.start(manifest);
-  epoch_.fetch_add(1, std::memory_order_relaxed);  // what is warm already is met again
+  recordings_.fetch_add(1, std::memory_order_relaxed);  // what is warm already is met again
   return recording;
 }
 
@@ -264,12 +266,14 @@ void Engine::before_fork() {
   kernels_mutex_.lock();
   sources_.before_fork();
   recorder_.before_fork();
+  tuner_.before_fork();
   objects_.before_fork();
   site_directories().mutex.lock();  // taken while the identity of the compiler is found
 }
 void Engine::after_fork_in_parent() {
   site_directories().mutex.unlock();
   objects_.after_fork_in_parent();
+  tuner_.after_fork();
   recorder_.after_fork();
   sources_.after_fork();
   kernels_mutex_.unlock();
@@ -277,6 +281,7 @@ void Engine::after_fork_in_parent() {
 void Engine::after_fork_in_child() {
   site_directories().mutex.unlock();
   objects_.after_fork_in_child();
+  tuner_.after_fork();
   recorder_.after_fork();
   sources_.after_fork();
   kernels_mutex_.unlock();

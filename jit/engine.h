@@ -19,6 +19,7 @@
 #include "jit/settings.h"
 #include "jit/spec/template_source.h"
 #include "jit/statistics.h"
+#include "jit/tune/tuner.h"
 
 namespace torchkiln::jit {
 
@@ -57,6 +58,7 @@ class Engine {
   Objects& objects() { return objects_; }
   Driver& driver() { return driver_; }
   Recorder& recorder() { return recorder_; }
+  Tuner& tuner() { return tuner_; }
 
   void before_fork();
   void after_fork_in_parent();
@@ -70,7 +72,8 @@ class Engine {
   };
 
   const LaunchRecord* prepare(Kernel& kernel, const torchkiln_launch& launch, const LaunchKey& key);
-  Resolved resolve(const Kernel& kernel, const torchkiln_problem& problem, int device);
+  Resolved resolve(const Kernel& kernel, const torchkiln_problem& problem,
+                   const torchkiln_launch& launch);
   std::optional<Resolved> resolve_by_substitute(const Kernel& kernel,
                                                 const torchkiln_problem& problem, int device,
                                                 std::span<const std::int64_t> chosen);
@@ -84,7 +87,8 @@ class Engine {
   Driver driver_;
   Residents residents_;
   Recorder recorder_;
-  std::atomic<std::uint32_t> epoch_{0};
+  Tuner tuner_;
+  std::atomic<std::uint32_t> recordings_{0};
   std::mutex kernels_mutex_;
   std::vector<std::unique_ptr<Kernel>> kernels_;
 };

@@ -24,6 +24,7 @@ using Values = std::map<std::string, std::string>;
 // What decides the ladder: a device, here or by its data sheet, and the compiler if there is one.
 struct Subject {
   torchkiln_device device{};
+  DeviceIdentity identity;  // whose tuning records count; empty when there are none
   std::shared_ptr<const Compiler> compiler;
   std::string no_compiler;  // why
   int driver_version = 0;
@@ -45,10 +46,13 @@ Subject subject_of(Engine& engine, const json& request) {
   const json target = request.value("target", json());
   if (target.is_null()) {
     subject.device = engine.driver().device(request.value("device", 0));
+    subject.identity = engine.tuner().identity(request.value("device", 0));
     subject.driver_version = engine.driver().version();
     return subject;
   }
-  subject.device = typical_device(Target::parse(target.get<std::string>()).architecture);
+  const int architecture = Target::parse(target.get<std::string>()).architecture;
+  subject.device = typical_device(architecture);
+  subject.identity = engine.tuner().recorded_device(architecture).value_or(DeviceIdentity{});
   // Nothing is known of that machine's driver: it is taken to be as new as the compiler.
   subject.driver_version = subject.compiler ? subject.compiler->version() : 0;
   return subject;
@@ -109,31 +113,24 @@ std::optional<Row> sizes_of(const Kernel& kernel, const Values& values) {
   return sizes;
 }
 
-struct Point {
-  Row tunables;
-  std::string why;
-};
-
-std::vector<Point> points_of(const Kernel& kernel, const torchkiln_device& device,
-                             const Row& statics, const std::optional<Row>& sizes) {
+// What would be launched for these sizes; without sizes, everything that the defaults may be.
+std::vector<Choice> choices_of(Engine& engine, const Kernel& kernel, const Subject& subject,
+                               const Row& statics, const std::optional<Row>& sizes) {
   const torchkiln_declaration& d = kernel.declaration;
   if (sizes) {
-    const torchkiln_problem problem{&device, statics.data(), sizes->data(), d.context};
-    const auto chosen = choose_tunables(kernel, problem);
-    return {
-        {{chosen.begin(), chosen.end()},
-         d.n_defaults == 1 ? "the only default" : "the default for these sizes on this device"}};
+    const torchkiln_problem problem{&subject.device, statics.data(), sizes->data(), d.context};
+    return {engine.tuner().look_up(subject.identity, kernel, problem)};
   }
-  std::vector<Point> points;
+  std::vector<Choice> choices;
   for (std::uint32_t i = 0; i < d.n_defaults; ++i) {
     const auto* row = d.defaults + std::size_t{i} * kernel.n_tunables;
     const std::string why = d.n_defaults == 1
                                 ? "the only default"
                                 : "default " + std::to_string(i + 1) + " of " +
                                       std::to_string(d.n_defaults) + "; sizes and device decide";
-    points.push_back({{row, row + kernel.n_tunables}, why});
+    choices.push_back({{row, row + kernel.n_tunables}, Quality::kDefault, why});
   }
-  return points;
+  return choices;
 }
 
 json arguments_to_json(const Specialization& s, std::size_t begin, std::size_t end) {
@@ -189,13 +186,14 @@ void add_source(json& row, Engine& engine, const Subject& subject, const Special
 }
 
 json row_of(Engine& engine, const Subject& subject, const Kernel& kernel, const Row& statics,
-            const Point& point) {
-  const Specialization s = specialize(kernel, statics, point.tunables);
+            const Choice& choice) {
+  const Specialization s = specialize(kernel, statics, choice.tunables);
   json row = s.to_json();
   row = {{"specialization", row}, {"text", s.text()}};
   row["statics"] = arguments_to_json(s, 0, kernel.n_statics);
   row["tunables"] = arguments_to_json(s, kernel.n_statics, s.arguments.size());
-  row["tunables_why"] = point.why;
+  row["tunables_why"] = choice.why;
+  row["tunables_quality"] = quality_name(choice.quality);
   add_source(row, engine, subject, s);
   return row;
 }
@@ -237,8 +235,8 @@ json explain(Engine& engine, const json& request) {
   for (const Kernel* kernel : kernels) {
     const auto sizes = sizes_of(*kernel, values);
     for (const Row& statics : statics_of(*kernel, dtypes, values)) {
-      for (const Point& point : points_of(*kernel, subject.device, statics, sizes))
-        rows.push_back(row_of(engine, subject, *kernel, statics, point));
+      for (const Choice& choice : choices_of(engine, *kernel, subject, statics, sizes))
+        rows.push_back(row_of(engine, subject, *kernel, statics, choice));
     }
   }
   return {{"kernels", rows},

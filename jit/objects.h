@@ -72,6 +72,7 @@ class Objects {
   void set_mode(JitMode mode) { mode_.store(mode, std::memory_order_relaxed); }
 
   std::shared_ptr<const Compiler> compiler();  // opens it; throws Error(COMPILER)
+  std::string compiler_identity();             // without opening it; empty when there is none
   cache::Store& store() { return store_; }
   Bundles& bundles() { return bundles_; }
   void stop_for_exit() { pool_.stop_for_exit(); }
@@ -98,7 +99,6 @@ class Objects {
   Found compile(const Request& request);
   void heed_mode(const Request& request) const;
   bool serves(const nlohmann::json& header, Origin origin);
-  std::string compiler_identity();
   Found remember(const std::string& key, std::shared_ptr<const cache::ObjectView> object,
                  Layer layer, double milliseconds);
 

@@ -30,6 +30,11 @@ constexpr std::array kInfos = {
     SettingInfo{
         "TORCHKILN_BUNDLES",
         "bundles to serve kernels from: absolute paths of files or folders, with : between"},
+    SettingInfo{"TORCHKILN_TUNE",
+                "lookup (default): launches use recorded choices; tune: and measure what is not "
+                "recorded; off: defaults only"},
+    SettingInfo{"TORCHKILN_TUNE_BUDGET_MS", "GPU time for tuning one key; default 300"},
+    SettingInfo{"TORCHKILN_TUNE_TOTAL_MS", "GPU time for tuning in one process; default 60000"},
     SettingInfo{"TORCHKILN_RECORD", "manifest that used kernels are added to"},
     SettingInfo{"TORCHKILN_LINEINFO", "1: compile with line information for profilers"},
     SettingInfo{"TORCHKILN_DEBUG_VALUES", "1: check indices in GPU data too; synchronises"},
@@ -119,6 +124,9 @@ Settings Settings::from_environment() {
   reader.number("TORCHKILN_COMPILE_JOBS", s.compile_jobs);
   reader.text("TORCHKILN_NVRTC_PATH", s.nvrtc_path);
   reader.choice("TORCHKILN_JIT", s.jit, {"allow", "warn", "forbid"});
+  reader.choice("TORCHKILN_TUNE", s.tune, {"off", "lookup", "tune"});
+  reader.number("TORCHKILN_TUNE_BUDGET_MS", s.tune_budget_ms);
+  reader.number("TORCHKILN_TUNE_TOTAL_MS", s.tune_total_ms);
   reader.paths("TORCHKILN_BUNDLES", s.bundles);
   reader.text("TORCHKILN_RECORD", s.record);
   // The program may change its directory later.
@@ -136,6 +144,9 @@ nlohmann::json Settings::to_json() const {
           {"compile_jobs", compile_jobs},
           {"nvrtc_path", nvrtc_path},
           {"jit", jit},
+          {"tune", tune},
+          {"tune_budget_ms", tune_budget_ms},
+          {"tune_total_ms", tune_total_ms},
           {"bundles", bundles},
           {"record", record},
           {"lineinfo", lineinfo},
@@ -159,6 +170,24 @@ JitMode parse_jit_mode(const std::string& name) {
     if (name == jit_mode_name(mode)) return mode;
   }
   throw Error(TORCHKILN_ERROR_VALUE, "mode must be allow, warn or forbid; got " + name, {}, "mode");
+}
+
+const char* tune_mode_name(TuneMode mode) {
+  switch (mode) {
+    case TuneMode::kOff:
+      return "off";
+    case TuneMode::kLookup:
+      return "lookup";
+    default:
+      return "tune";
+  }
+}
+
+TuneMode parse_tune_mode(const std::string& name) {
+  for (const TuneMode mode : {TuneMode::kOff, TuneMode::kLookup, TuneMode::kTune}) {
+    if (name == tune_mode_name(mode)) return mode;
+  }
+  throw Error(TORCHKILN_ERROR_VALUE, "mode must be off, lookup or tune; got " + name, {}, "mode");
 }
 
 std::span<const SettingInfo> setting_infos() { return kInfos; }

@@ -17,6 +17,12 @@ enum class JitMode { kAllow, kWarn, kForbid };
 const char* jit_mode_name(JitMode mode);
 JitMode parse_jit_mode(const std::string& name);  // throws Error(VALUE)
 
+// Who chooses the tunables of a launch: the defaults; what is recorded, else the defaults; or, where nothing is
+// recorded, a measurement.
+enum class TuneMode { kOff, kLookup, kTune };
+const char* tune_mode_name(TuneMode mode);
+TuneMode parse_tune_mode(const std::string& name);  // throws Error(VALUE)
+
 struct Settings {
   std::string cache_dir;
   std::uint64_t cache_max_bytes = std::uint64_t{1} << 30;
@@ -24,6 +30,9 @@ struct Settings {
   unsigned compile_jobs = 0;            // 0: by cores and memory
   std::string nvrtc_path;
   std::string jit = "allow";         // allow | warn | forbid; what the process starts with
+  std::string tune = "lookup";       // off | lookup | tune; what the process starts with
+  unsigned tune_budget_ms = 300;     // of GPU time, for one key
+  unsigned tune_total_ms = 60'000;   // for the process
   std::vector<std::string> bundles;  // absolute paths of files, or of folders of *.bundle
   std::string record;                // manifest to add to, absolute
   bool lineinfo = false;

@@ -11,21 +11,23 @@
 namespace torchkiln::jit {
 
 // The one list of counters: C, C++ and Python read them under these names.
-#define TORCHKILN_COUNTERS(COUNTER)                                                        \
-  COUNTER(launches)                                                                        \
-  COUNTER(cold_launches) /* had to look for their kernel */                                \
-  COUNTER(compiles)                                                                        \
-  COUNTER(compile_microseconds)                                                            \
-  COUNTER(hits_memory)                                                                     \
-  COUNTER(hits_bundle)                                                                     \
-  COUNTER(hits_disk)                                                                       \
-  COUNTER(misses)                                                                          \
-  COUNTER(loads) /* objects handed to the driver */                                        \
-  COUNTER(load_microseconds)                                                               \
-  COUNTER(refused) /* objects that the driver refused */                                   \
-  COUNTER(nvrtc_opened)                                                                    \
-  COUNTER(generic_variants) /* cold launches served by a variant that was not asked for */ \
-  COUNTER(missing)          /* cold launches that failed because nothing could serve them */
+#define TORCHKILN_COUNTERS(COUNTER)                                                          \
+  COUNTER(launches)                                                                          \
+  COUNTER(cold_launches) /* had to look for their kernel */                                  \
+  COUNTER(compiles)                                                                          \
+  COUNTER(compile_microseconds)                                                              \
+  COUNTER(hits_memory)                                                                       \
+  COUNTER(hits_bundle)                                                                       \
+  COUNTER(hits_disk)                                                                         \
+  COUNTER(misses)                                                                            \
+  COUNTER(loads) /* objects handed to the driver */                                          \
+  COUNTER(load_microseconds)                                                                 \
+  COUNTER(refused) /* objects that the driver refused */                                     \
+  COUNTER(nvrtc_opened)                                                                      \
+  COUNTER(generic_variants) /* cold launches served by a variant that was not asked for */   \
+  COUNTER(missing)          /* cold launches that failed because nothing could serve them */ \
+  COUNTER(tunings)          /* keys that were measured */                                    \
+  COUNTER(tuning_gpu_microseconds)
 
 struct Statistics {
   using Counter = std::atomic<std::uint64_t>;

@@ -13,6 +13,7 @@
 #include "jit/compile/pool.h"
 #include "jit/control.h"
 #include "jit/deploy/commands.h"
+#include "jit/tune/ship.h"
 
 namespace torchkiln::jit {
 namespace {
@@ -50,6 +51,24 @@ std::vector<Specialization> of_manifests(Engine& engine, const json& paths) {
   return result;
 }
 
+// Recorded choices are what launches will ask for.
+void add_recorded(Engine& engine, const std::vector<Specialization>& specializations, Work& work,
+                  const std::vector<std::string>& targets) {
+  json list = json::array();
+  for (const Specialization& s : specializations) {
+    list.push_back(s.to_json());
+    list.back()["operator"] = "";
+  }
+  const std::size_t before = list.size();
+  add_winners(engine, targets, list);
+  for (std::size_t i = before; i < list.size(); ++i) {
+    const auto s = Specialization::from_json(list[i]);
+    Target target = Target::parse(list[i].at("arch").get<std::string>());
+    target.specific = s.architecture_specific;
+    work.emplace_back(s, target);
+  }
+}
+
 Work work_of(Engine& engine, const json& request) {
   const json manifests = request.value("manifests", json());
   const auto specializations =
@@ -63,6 +82,7 @@ Work work_of(Engine& engine, const json& request) {
       work.emplace_back(s, target);
     }
   }
+  add_recorded(engine, specializations, work, request.at("targets"));
   return work;
 }
 

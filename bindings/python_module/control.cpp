@@ -68,6 +68,15 @@ void speak_through_python() {
   }));
 }
 
+// Ctrl-C while a launch is being tuned: the tuner ends early, and Python raises KeyboardInterrupt when the call is back.
+std::int32_t interrupted(void*) {
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() == 0) return 0;
+  PyErr_Clear();
+  PyErr_SetInterrupt();  // again: the launch in between cannot carry an exception
+  return 1;
+}
+
 // NVRTC may be a package in one of Python's site folders; the engine cannot know them by itself.
 void tell_site_directories() {
   py::list folders;
@@ -108,6 +117,7 @@ PYBIND11_MODULE(_control, m) {
         "Adds a file of a user's own kernels; raises as torchkiln_add_template says.");
   add_launcher(m);
   speak_through_python();
+  torchkiln_set_interrupt(&interrupted, nullptr);
   tell_site_directories();
   stop_at_exit();
 }

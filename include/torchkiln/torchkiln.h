@@ -261,6 +261,11 @@ typedef void (*torchkiln_log_sink)(void* context, int32_t level, const char* sen
 // Null for none. When this returns, no thread is inside the sink before.
 TORCHKILN_API void torchkiln_set_log_sink(torchkiln_log_sink sink, void* context);
 
+// Whether the user wants the program to stop (Ctrl-C): asked while a launch is being tuned, between two measurements, on
+// the thread that launched. Not 0: the tuner keeps what it knows and the launch goes on. Null for nobody to ask.
+typedef int32_t (*torchkiln_interrupted)(void* context);
+TORCHKILN_API void torchkiln_set_interrupt(torchkiln_interrupted interrupted, void* context);
+
 // ---- control -------------------------------------------------------------------------------------------------------
 
 // Everything that is not a launch: JSON in, JSON out, so that the interface does not grow with each command. The reply

@@ -7,6 +7,7 @@
 #include "cache/files.h"
 #include "cache/replace_file.h"
 #include "jit/deploy/manifest.h"
+#include "jit/tune/ship.h"
 
 namespace torchkiln::jit {
 namespace {
@@ -64,6 +65,7 @@ json expand_manifests(Engine& engine, const json& request) {
       unknown.push_back({{"text", text}, {"error", error.what()}});
     }
   }
+  add_winners(engine, request.value("architectures", std::vector<std::string>()), list);
   return {{"specializations", list}, {"unknown", unknown}};
 }
 
@@ -111,6 +113,7 @@ json create_bundle(Engine& engine, const json& request) {
     objects[{found->key, header.value("compiler", "")}] =
         cache::encode_object(header, found->object->payload);
   }
+  add_records(engine, request.at("items"), objects);
   return write_bundle(request.at("out").get<std::string>(), objects);
 }
 
@@ -127,8 +130,11 @@ json merge_bundles(Engine&, const json& request) {
             "bundle must be undamaged to be merged; got " + bundle->path().string() + ": " + why,
             {}, "bundle");
       }
-      // Equal keys of one compiler are the same code: the first one stays.
-      objects.try_emplace({item->key, item->object.header.value("compiler", "")}, item->bytes);
+      // Equal keys of one compiler are the same code: the first one stays. Records of both are kept.
+      const auto compiler = item->object.header.value("compiler", "");
+      const auto [place, added] = objects.try_emplace({item->key, compiler}, item->bytes);
+      if (!added && compiler == kRecordCompiler)
+        place->second = merge_records(place->second, item->object);
     }
   }
   return write_bundle(request.at("out").get<std::string>(), objects);

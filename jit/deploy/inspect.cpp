@@ -6,6 +6,7 @@
 
 #include "jit/deploy/commands.h"
 #include "jit/deploy/manifest.h"
+#include "jit/tune/ship.h"
 
 namespace torchkiln::jit {
 namespace {
@@ -30,6 +31,7 @@ struct Contents {
   std::set<std::string> architectures, compilers;
   json spilling = json::array();
   json problems = json::array();
+  std::size_t records = 0;  // files of tuning records
 
   void problem(const std::string& object, const std::string& why) {
     problems.push_back({{"object", object}, {"why", why}});
@@ -57,6 +59,10 @@ void examine(Engine& engine, const cache::Bundle& bundle, std::size_t row, Conte
   std::string why;
   const auto item = bundle.item(row, why);
   if (!item) return contents.problem("object " + std::to_string(row), why);
+  if (is_record(item->object)) {
+    ++contents.records;
+    return;
+  }
   why = fault_in(engine, *item);
   if (!why.empty()) return contents.problem(item->key.substr(0, 12), why);
   const json facts = facts_of(item->object);
@@ -124,6 +130,7 @@ json list_bundle(Engine&, const json& request) {
   for (std::size_t i = 0; i < bundle->size(); ++i) {
     std::string why;
     if (const auto item = bundle->item(i, why)) {
+      if (is_record(item->object)) continue;
       objects.push_back(facts_of(item->object));
     } else {
       throw Error(TORCHKILN_ERROR_VALUE,
@@ -144,12 +151,16 @@ json verify_bundle(Engine& engine, const json& request) {
   for (std::size_t i = 0; i < bundle->size(); ++i) examine(engine, *bundle, i, contents);
   const auto architectures = wanted_architectures(request, contents);
   const Manifest wanted = wanted_specializations(request, contents);
-  return {
-      {"path", bundle->path().string()}, {"objects", bundle->size()},
-      {"bytes", bundle->bytes()},        {"architectures", contents.architectures},
-      {"compilers", contents.compilers}, {"specializations", contents.architectures_of.size()},
-      {"spilling", contents.spilling},   {"missing", missing_from(contents, wanted, architectures)},
-      {"problems", contents.problems}};
+  return {{"path", bundle->path().string()},
+          {"objects", bundle->size() - contents.records},
+          {"bytes", bundle->bytes()},
+          {"records", contents.records},
+          {"architectures", contents.architectures},
+          {"compilers", contents.compilers},
+          {"specializations", contents.architectures_of.size()},
+          {"spilling", contents.spilling},
+          {"missing", missing_from(contents, wanted, architectures)},
+          {"problems", contents.problems}};
 }
 
 }  // namespace torchkiln::jit

@@ -66,6 +66,8 @@ namespace torchkiln::jit {
     (CudaPointer to, CudaPointer from, std::size_t bytes, CudaStream stream))                    \
   X(cuMemsetD8Async, 3020, kRequired,                                                            \
     (CudaPointer device, unsigned char value, std::size_t bytes, CudaStream stream))             \
+  X(cuPointerGetAttribute, 4000, kRequired,                                                      \
+    (void* value, CudaPointerAttribute attribute, CudaPointer pointer))                          \
   X(cuMemAlloc, 3020, kRequired, (CudaPointer * device, std::size_t bytes))                      \
   X(cuMemFree, 3020, kRequired, (CudaPointer device))                                            \
   X(cuMemHostAlloc, 2020, kRequired, (void** host, std::size_t bytes, unsigned flags))           \

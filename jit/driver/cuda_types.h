@@ -48,6 +48,9 @@ inline constexpr CudaDeviceAttribute kDeviceSharedBytesPerBlock = 8;
 inline constexpr CudaDeviceAttribute kDeviceMultiprocessors = 16;
 inline constexpr CudaDeviceAttribute kDeviceIntegrated = 18;
 inline constexpr CudaDeviceAttribute kDeviceComputeMode = 20;
+inline constexpr CudaDeviceAttribute kDeviceEcc = 32;
+inline constexpr CudaDeviceAttribute kDeviceMemoryKilohertz = 36;
+inline constexpr CudaDeviceAttribute kDeviceMemoryBusBits = 37;
 inline constexpr CudaDeviceAttribute kDeviceL2Bytes = 38;
 inline constexpr CudaDeviceAttribute kDeviceMajor = 75;
 inline constexpr CudaDeviceAttribute kDeviceMinor = 76;
@@ -67,6 +70,10 @@ inline constexpr CudaFunctionAttribute kFunctionSharedCarveout = 9;
 inline void* const kLaunchParamEnd = nullptr;
 inline void* const kLaunchParamBuffer = reinterpret_cast<void*>(std::uintptr_t{1});
 inline void* const kLaunchParamBufferSize = reinterpret_cast<void*>(std::uintptr_t{2});
+
+using CudaPointerAttribute = int;
+inline constexpr CudaPointerAttribute kPointerMemoryType = 2;
+inline constexpr unsigned kMemoryOfDevice = 2;
 
 using CudaCaptureStatus = int;
 inline constexpr CudaCaptureStatus kCaptureNone = 0;

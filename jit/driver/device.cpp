@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cctype>
 
+#include "cache/sha256.h"
 #include "jit/error.h"
 
 namespace torchkiln::jit {
@@ -114,6 +116,54 @@ std::string device_name(const CudaApi& cuda, int ordinal) {
                              device_handle(cuda, ordinal)),
         "cuDeviceGetName", "device " + std::to_string(ordinal));
   return name.data();
+}
+
+nlohmann::json DeviceIdentity::to_json() const {
+  return {{"name", name},
+          {"architecture", architecture},
+          {"multiprocessors", multiprocessors},
+          {"l2_bytes", l2_bytes},
+          {"memory_bus_bits", memory_bus_bits},
+          {"memory_kilohertz", memory_kilohertz},
+          {"ecc", ecc}};
+}
+
+std::optional<DeviceIdentity> DeviceIdentity::from_json(const nlohmann::json& json) try {
+  return DeviceIdentity{json.at("name").get<std::string>(),
+                        json.at("architecture").get<int>(),
+                        json.at("multiprocessors").get<int>(),
+                        json.at("l2_bytes").get<std::int64_t>(),
+                        json.at("memory_bus_bits").get<int>(),
+                        json.at("memory_kilohertz").get<int>(),
+                        json.at("ecc").get<bool>()};
+} catch (const nlohmann::json::exception&) {
+  return std::nullopt;
+}
+
+std::string DeviceIdentity::id() const {
+  constexpr std::size_t kMostName = 64, kDigits = 8;
+  std::string slug;
+  for (const char c : name.substr(0, kMostName)) {
+    const auto byte = static_cast<unsigned char>(c);
+    if (std::isalnum(byte) != 0) {
+      slug += static_cast<char>(std::tolower(byte));
+    } else if (!slug.empty() && slug.back() != '-') {
+      slug += '-';
+    }
+  }
+  return slug + (slug.ends_with('-') ? "" : "-") +
+         cache::sha256_hex(to_json().dump()).substr(0, kDigits);
+}
+
+DeviceIdentity query_identity(const CudaApi& cuda, int ordinal) {
+  const CudaDevice device = device_handle(cuda, ordinal);
+  return {device_name(cuda, ordinal),
+          10 * attribute(cuda, device, kDeviceMajor) + attribute(cuda, device, kDeviceMinor),
+          attribute(cuda, device, kDeviceMultiprocessors),
+          attribute(cuda, device, kDeviceL2Bytes),
+          attribute(cuda, device, kDeviceMemoryBusBits),
+          attribute(cuda, device, kDeviceMemoryKilohertz),
+          attribute(cuda, device, kDeviceEcc) != 0};
 }
 
 }  // namespace torchkiln::jit

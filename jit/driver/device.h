@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -23,5 +25,21 @@ std::string compute_mode(const CudaApi& cuda, int ordinal);
 torchkiln_device typical_device(int architecture);
 // One for each row of the table.
 std::vector<torchkiln_device> typical_devices();
+
+// What a measured time depends on: two devices with the same identity share tuning records.
+struct DeviceIdentity {
+  std::string name;      // NVIDIA H200; that of a MIG slice names the slice
+  int architecture = 0;  // 90
+  int multiprocessors = 0;
+  std::int64_t l2_bytes = 0;
+  int memory_bus_bits = 0, memory_kilohertz = 0;
+  bool ecc = false;
+
+  std::string id() const;  // nvidia-h200-3f0c12ab: a file name
+  nlohmann::json to_json() const;
+  static std::optional<DeviceIdentity> from_json(const nlohmann::json& json);
+  bool operator==(const DeviceIdentity&) const = default;
+};
+DeviceIdentity query_identity(const CudaApi& cuda, int ordinal);
 
 }  // namespace torchkiln::jit

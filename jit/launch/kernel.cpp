@@ -94,11 +94,6 @@ torchkiln_kernel::torchkiln_kernel(const torchkiln_declaration& d) : declaration
 namespace torchkiln::jit {
 namespace {
 
-std::uint8_t bucket_of(const torchkiln_size& size, std::int64_t value) {
-  if (size.bucket == TORCHKILN_BUCKET_NONE || value <= 0) return 0;
-  return static_cast<std::uint8_t>(std::bit_width(static_cast<std::uint64_t>(value)));
-}
-
 bool is_float_type(std::int64_t type) { return type <= TORCHKILN_DOUBLE; }
 
 // The generic values of one static parameter, without the floating types that nobody asked for.
@@ -188,6 +183,20 @@ bool runs_somewhere(const Kernel& kernel, const Row& statics, const Row& point,
 }
 
 }  // namespace
+
+std::uint8_t bucket_of(const torchkiln_size& size, std::int64_t value) {
+  if (size.bucket == TORCHKILN_BUCKET_NONE || value <= 0) return 0;
+  return static_cast<std::uint8_t>(std::bit_width(static_cast<std::uint64_t>(value)));
+}
+
+std::vector<std::vector<std::int64_t>> legal_points(const Kernel& kernel,
+                                                    const torchkiln_problem& problem) {
+  std::vector<Row> points = points_of(kernel, Points::kAll);
+  const auto legal = kernel.declaration.legal;
+  if (legal != nullptr)
+    std::erase_if(points, [&](const Row& row) { return legal(&problem, row.data()) == 0; });
+  return points;
+}
 
 LaunchKey launch_key(const Kernel& kernel, const torchkiln_launch& launch) {
   LaunchKey key;
@@ -294,6 +303,17 @@ std::vector<Specialization> expand(const Kernel& kernel, std::span<const std::in
     }
   }
   return result;
+}
+
+std::size_t count_legal(const Kernel& kernel, std::span<const torchkiln_device> devices) {
+  const std::vector<Row> statics = generic_statics(kernel, {});
+  std::vector<Row> points = points_of(kernel, Points::kAll);
+  std::erase_if(points, [&](const Row& point) {
+    return std::none_of(statics.begin(), statics.end(), [&](const Row& row) {
+      return runs_somewhere(kernel, row, point, devices);
+    });
+  });
+  return points.size();
 }
 
 bool launches_for(const Kernel& kernel, const std::string& operator_name) {

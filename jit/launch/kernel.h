@@ -27,6 +27,9 @@ namespace torchkiln::jit {
 
 using Kernel = ::torchkiln_kernel;
 
+// Power of two that a size falls under; 0 where it does not count.
+std::uint8_t bucket_of(const torchkiln_size& size, std::int64_t value);
+
 LaunchKey launch_key(const Kernel& kernel, const torchkiln_launch& launch);
 
 // The row of defaults for this problem; throws Error(INTERNAL) when the device can run none.
@@ -46,6 +49,10 @@ std::vector<Variant> substitutes(const Kernel& kernel, const torchkiln_problem& 
 Specialization specialize(const Kernel& kernel, std::span<const std::int64_t> statics,
                           std::span<const std::int64_t> tunables);
 
+// Every point of the search space that is legal for a problem, in the order of the declared values.
+std::vector<std::vector<std::int64_t>> legal_points(const Kernel& kernel,
+                                                    const torchkiln_problem& problem);
+
 // Which points of the search space: those that the default can return, every combination of the smallest and largest
 // value of each tunable, or all.
 enum class Points { kDefaults, kCorners, kAll };
@@ -55,6 +62,9 @@ enum class Points { kDefaults, kCorners, kAll };
 std::vector<Specialization> expand(const Kernel& kernel, std::span<const std::int64_t> dtypes,
                                    Points points = Points::kDefaults,
                                    std::span<const torchkiln_device> devices = {});
+
+// How many points of the search space at least one of the devices can run, for some static values and usual sizes.
+std::size_t count_legal(const Kernel& kernel, std::span<const torchkiln_device> devices);
 
 bool launches_for(const Kernel& kernel, const std::string& operator_name);
 

@@ -21,7 +21,7 @@ Target exact_target(const Specialization& specialization, const torchkiln_device
 CudaFunction Residents::function(const Specialization& specialization, int device) {
   driver_.attach(device);
   const std::string text = specialization.text();
-  Found found = object_for(specialization, device);
+  Found found = object(specialization, device, Priority::kInteractive);
   try {
     return make_resident(load(found, text), text, device);
   } catch (const Error& e) {
@@ -29,7 +29,7 @@ CudaFunction Residents::function(const Specialization& specialization, int devic
     // Bytes from a cache that this driver refuses are a miss, once.
     objects_.refuse(found, e.what());
   }
-  found = object_for(specialization, device);
+  found = object(specialization, device, Priority::kInteractive);
   return make_resident(load(found, text), text, device);
 }
 
@@ -62,7 +62,7 @@ std::optional<Found> Residents::find_relative(const Specialization& specializati
   return std::nullopt;
 }
 
-Found Residents::object_for(const Specialization& specialization, int ordinal) {
+Found Residents::object(const Specialization& specialization, int ordinal, Priority priority) {
   const torchkiln_device& device = driver_.device(ordinal);
   // The usual case needs no compiler, not even its list of architectures.
   if (auto found = objects_.find(specialization, exact_target(specialization, device)))
@@ -88,7 +88,7 @@ Found Residents::object_for(const Specialization& specialization, int ordinal) {
   if (first.target != exact_target(specialization, device)) {
     warn(specialization.text() + " runs as " + first.target.text() + ": " + first.reason);
   }
-  return objects_.get(specialization, first.target, Priority::kInteractive);
+  return objects_.get(specialization, first.target, priority);
 }
 
 Residents::Loaded Residents::load(const Found& found, const std::string& text) {

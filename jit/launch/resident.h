@@ -24,7 +24,9 @@ class Residents {
 
   // Walks the ladder for the device: exact machine code, machine code of the same major, PTX. Throws when no rung holds.
   CudaFunction function(const Specialization& specialization, int device);
-  // The same without compiling; nothing when no layer has code that the device and the driver take.
+  // The object that it would load; compiles like `function`, needs no context.
+  Found object(const Specialization& specialization, int device, Priority priority);
+  // The same as `function` without compiling; nothing when no layer has code that the device and the driver take.
   std::optional<CudaFunction> find(const Specialization& specialization, int device);
   LaunchLimits limits(CudaFunction function, int device);
 
@@ -35,7 +37,6 @@ class Residents {
   };
 
   std::optional<Found> find_relative(const Specialization& specialization, int device);
-  Found object_for(const Specialization& specialization, int device);
   Loaded load(const Found& found, const std::string& text);
   Loaded hand_to_driver(const Found& found, const std::string& text);
   CudaFunction make_resident(const Loaded& loaded, const std::string& text, int device);

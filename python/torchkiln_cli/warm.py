@@ -136,16 +136,25 @@ Work = list[tuple[dict[str, Any], str]]
 def work_of(selection: Selection, architectures: Sequence[str]) -> tuple[Work, list[Row]]:
     """Pairs of a specialisation and an architecture; rows for what this version does not know.
 
+    With the choices that tuning recorded for GPUs of these architectures.
+
     Raises:
         UsageError: an operator, dtype or manifest that does not exist.
     """
     _native.load_operators()
     try:
         if selection.manifests:
-            reply = _native.control("manifest.expand", paths=list(selection.manifests))
+            reply = _native.control(
+                "manifest.expand",
+                paths=list(selection.manifests),
+                architectures=list(architectures),
+            )
         else:
             reply = _native.control(
-                "expand", operators=selection.operators, dtypes=selection.dtypes
+                "expand",
+                operators=selection.operators,
+                dtypes=selection.dtypes,
+                architectures=list(architectures),
             )
     except _native.ControlError as error:
         if error.is_usage:
@@ -156,6 +165,7 @@ def work_of(selection: Selection, architectures: Sequence[str]) -> tuple[Work, l
         for s in reply["specializations"]
         for arch in architectures
         if int(arch.removeprefix("sm_")) >= s.get("min_architecture", 0)
+        and arch == s.get("arch", arch)
     ]
     unknown = [
         Row("", row["text"], arch, "unknown", 0.0, error=row["error"])

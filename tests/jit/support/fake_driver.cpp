@@ -107,6 +107,9 @@ CudaResult FakeCalls::attribute(FakeDriver& d, int* value, CudaDeviceAttribute w
       {kDeviceMultiprocessors, facts.multiprocessors},
       {kDeviceIntegrated, 0},
       {kDeviceL2Bytes, static_cast<int>(facts.l2_bytes)},
+      {kDeviceEcc, 1},
+      {kDeviceMemoryKilohertz, 3'201'000},
+      {kDeviceMemoryBusBits, 6144},
       {kDeviceMajor, facts.major},
       {kDeviceMinor, facts.minor},
       {kDeviceSharedBytesPerMultiprocessor, facts.shared_bytes_per_block + 1024},
@@ -316,6 +319,12 @@ CudaResult FakeCalls::release(FakeDriver& d, void* pointer) {
 }
 
 void FakeCalls::fill_memory(CudaApi& api) {
+  api.cuPointerGetAttribute = [](void* value, CudaPointerAttribute, CudaPointer pointer) {
+    return on_context("cuPointerGetAttribute", [&](FakeDriver& d) {
+      if (!d.memory_.contains(host(pointer))) return kCudaInvalidValue;
+      return *static_cast<unsigned*>(value) = kMemoryOfDevice, kCudaSuccess;
+    });
+  };
   api.cuMemAlloc = [](CudaPointer* device, std::size_t bytes) {
     return on_context("cuMemAlloc", [&](FakeDriver& d) {
       void* pointer = nullptr;
@@ -517,6 +526,7 @@ CudaResult FakeDriver::launch(Launch launch) {
     capture->second.launches.push_back(launch);
   } else {
     clock_ms_ += cost(launch);
+    if (effect) effect(launch);
   }
   launches_.push_back(std::move(launch));
   return kCudaSuccess;

@@ -36,7 +36,7 @@ namespace torchkiln::jit::testing {
 // it loads lazily: cuLibraryGetKernel is what gives 209 for a cubin that no device of the list can
 // run, and 500 for a kernel that the cubin does not have.
 //
-// Memory is host memory, so copies and fills work. Launches compute nothing.
+// Memory is host memory, so copies and fills work. Launches compute nothing but `effect(launch)`.
 //
 // Capture: between cuStreamBeginCapture and cuStreamEndCapture, or while set_capturing(stream) is
 // on, launches on that stream are recorded as captured; cuMemAlloc, cuMemFree, cuLibraryUnload,
@@ -73,6 +73,7 @@ class FakeDriver {
   int version = 13000;
   bool needs_context = false;
   std::size_t args_bytes = 0;
+  std::function<void(const Launch&)> effect;  // what a launch computes; by default nothing
   std::function<double(const Launch&)> cost = [](const Launch&) { return 0.01; };
 
   // What cuFuncGetAttribute tells of a kernel, before cuFuncSetAttribute.
