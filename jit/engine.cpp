@@ -10,6 +10,7 @@
 #include "jit/deploy/bundles.h"
 #include "jit/deploy/missing.h"
 #include "jit/driver/nvrtc_finder.h"
+#include "jit/launch/submit.h"
 #include "jit/launch/user_kernel.h"
 #include "jit/log.h"
 
@@ -229,14 +230,9 @@ void Engine::submit(const Kernel& kernel, const LaunchRecord& record,
                     const torchkiln_launch& launch, const torchkiln_geometry& g) {
   if (kernel.is_user) check_limits(record.limits, g, record.text);
   const CudaApi& cuda = driver_.api();
-  // All parameters as one piece of memory, be it a struct or several. The driver copies them before it returns.
-  std::size_t args_size = kernel.declaration.args_size;
-  void* packed[] = {kLaunchParamBuffer, const_cast<void*>(launch.args), kLaunchParamBufferSize,
-                    &args_size, kLaunchParamEnd};
   const auto try_launch = [&] {
-    return cuda.cuLaunchKernel(record.function, g.grid[0], g.grid[1], g.grid[2], g.block[0],
-                               g.block[1], g.block[2], g.dynamic_shared_bytes,
-                               static_cast<CudaStream>(launch.stream), nullptr, packed);
+    return submit_packed(cuda, record.function, g, static_cast<CudaStream>(launch.stream),
+                         launch.args, kernel.declaration.args_size);
   };
   CudaResult code = try_launch();
   if (code == kCudaInvalidContext) {  // a thread that never used CUDA

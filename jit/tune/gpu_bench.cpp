@@ -6,6 +6,8 @@
 #include <cmath>
 
 #include "jit/error.h"
+#include "jit/launch/submit.h"
+#include "jit/launch/user_kernel.h"
 #include "jit/tune/compare.h"
 #include "jit/tune/interrupt.h"
 
@@ -99,6 +101,8 @@ GpuBench::Program& GpuBench::program(std::size_t point) {
     made->text = s.text();
     made->function = residents_.function(s, device_);
     kernel_.declaration.geometry(&problem_, points_[point].data(), &made->geometry);
+    if (kernel_.is_user)
+      check_limits(residents_.limits(made->function, device_), made->geometry, made->text);
     build_graph(*made);
     slot = std::move(made);
   }
@@ -107,13 +111,10 @@ GpuBench::Program& GpuBench::program(std::size_t point) {
 
 void GpuBench::launch(const Program& program, std::size_t set, CudaStream stream) {
   const CudaApi& cuda = driver_.api();
-  const torchkiln_geometry& g = program.geometry;
-  void* arguments[] = {copies_.args(set).data()};
-  check(
-      cuda,
-      cuda.cuLaunchKernel(program.function, g.grid[0], g.grid[1], g.grid[2], g.block[0], g.block[1],
-                          g.block[2], g.dynamic_shared_bytes, stream, arguments, nullptr),
-      "cuLaunchKernel", program.text);
+  check(cuda,
+        submit_packed(cuda, program.function, program.geometry, stream, copies_.args(set).data(),
+                      kernel_.declaration.args_size),
+        "cuLaunchKernel", program.text);
 }
 
 CudaEvent GpuBench::event(std::size_t number) {

@@ -1,4 +1,5 @@
-# The compiled control module: settings, statistics, compiling ahead, bundles, tuning, launches of users' kernels.
+# The compiled control module: settings, statistics, compiling ahead, bundles, tuning, launches of
+# users' kernels.
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,7 @@
 """A user's own kernels: declared once in Python, launched with tensors and numbers.
 
-Everything behind the declaration (specialising, the cache, tuning, manifests, bundles) is the engine's and the same as
-for the operators of torchkiln.
+Everything behind the declaration (specialising, the cache, tuning, manifests, bundles) is the
+engine's and the same as for the operators of torchkiln.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -161,6 +161,7 @@ class Kernel(_control.Launcher):
         self.entry = entry
         self.args = dict(args)
         self.reference = reference
+        self.floating_dtypes = _floating_dtypes(template or {})
         rules = _Rules(
             self.name,
             _parse_template(self.name, template or {}, tunables or {}),
@@ -347,9 +348,7 @@ def _parse_template(
         )
     points = math.prod(len(p.numbers) for p in params if p.tunable)
     if points > _MAX_POINTS:
-        raise ValueError(
-            f"{kernel}: tunables must have at most {_MAX_POINTS} points; got {points}"
-        )
+        raise ValueError(f"{kernel}: tunables must have at most {_MAX_POINTS} points; got {points}")
     return params
 
 
@@ -365,6 +364,12 @@ def _parse_param(kernel: str, argument: str, name: str, values: Sequence[Value])
     raise TypeError(
         f"{kernel}: {argument} must give {name} a list of {known}, all of one kind; got {values!r}"
     )
+
+
+def _floating_dtypes(template: Mapping[str, Sequence[Value]]) -> tuple[torch.dtype, ...]:
+    """Of the template types; each once."""
+    dtypes = (v for values in template.values() for v in values if isinstance(v, torch.dtype))
+    return tuple(dict.fromkeys(dtype for dtype in dtypes if dtype.is_floating_point))
 
 
 def _kind_of(value: Any) -> int | None:
@@ -389,9 +394,7 @@ def _parse_args(
     return parsed
 
 
-def _parse_arg(
-    kernel: str, name: str, text: str, template: Mapping[str, Sequence[Value]]
-) -> _Arg:
+def _parse_arg(kernel: str, name: str, text: str, template: Mapping[str, Sequence[Value]]) -> _Arg:
     words = text.split()
     kind = words[0] if len(words) == 2 else "value"
     type_name = words[-1] if words else ""

@@ -119,6 +119,7 @@ class Parity:
             takes the arguments of each case by name and returns tensors.
         reference: what it must equal: plain PyTorch with the same arguments, in any dtype and on
             any device.
+        devices: types of devices that it runs on.
 
     Example:
         >>> import torch
@@ -142,6 +143,7 @@ class Parity:
     deterministic: bool = True
     function: Callable[..., Any] | None = None
     reference: Callable[..., Any] | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def __post_init__(self) -> None:
         if not self.functions:
@@ -223,8 +225,12 @@ def convert(
 
 
 def find() -> dict[str, Parity]:
-    """Returns what every module of `torchkiln.reference` declares by a function `parity()`."""
+    """Returns what every module of `torchkiln.reference` declares by a function `parity()`.
+
+    Operators and kernels of users that have a reference and cases come after them.
+    """
     from torchkiln import reference
+    from torchkiln.testing._own import registered
 
     found = {}
     for info in pkgutil.walk_packages(reference.__path__, f"{reference.__name__}."):
@@ -232,4 +238,4 @@ def find() -> dict[str, Parity]:
         if declare is not None:
             parity = declare()
             found[parity.op] = parity
-    return found
+    return found | registered()

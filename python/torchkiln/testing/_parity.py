@@ -213,10 +213,16 @@ def verify(
     if unknown:
         known = ", ".join(sorted(functions | set(parities)))
         raise ValueError(f"verify: ops must be among {known}; got {', '.join(unknown)}")
+    kind = torch.device(device).type
+    for parity in parities.values():
+        if ops is not None and parity.op in ops and kind not in parity.devices:
+            devices = ", ".join(parity.devices)
+            raise ValueError(f"verify: device must be {devices} for {parity.op}; got {device}")
     return [
         result
         for parity in parities.values()
         for function, case in parity.runs
+        if kind in parity.devices
         if ops is None or parity.op in ops or function in ops
         for dtype in parity.dtypes
         if wanted is None or dtype in wanted
