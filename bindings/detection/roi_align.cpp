@@ -352,7 +352,8 @@ TapTable make_table(const CudaPlace& place, RoiAlignPlan& p) {
       place, {wide ? TORCHKILN_DOUBLE : TORCHKILN_FLOAT}, sizes_of(p), p.args,
       {reads(offsetof(Args, regions), p.boxes), writes(offsetof(Args, taps), table.tap_bytes),
        writes(offsetof(Args, ranges), table.range_bytes),
-       writes(offsetof(Args, spans), table.span_bytes)});
+       writes(offsetof(Args, spans), table.span_bytes), unused(offsetof(Args, maps)),
+       unused(offsetof(Args, bins)), unused(offsetof(Args, argmax))});
   return table;
 }
 
@@ -432,13 +433,14 @@ void launch_staged(const CudaPlace& place, const RoiAlignPlan& p, const StagedCu
                    {reads(offsetof(StagedArgs, regions), p.boxes),
                     writes(offsetof(StagedArgs, weights), weight_bytes),
                     writes(offsetof(StagedArgs, pixels), pixel_bytes),
-                    writes(entries_at, entry_bytes), writes(parts_at, part_bytes)});
+                    writes(entries_at, entry_bytes), writes(parts_at, part_bytes),
+                    unused(offsetof(StagedArgs, maps)), unused(offsetof(StagedArgs, bins))});
   staged_kernel.run(
       place, {kernel_type(p.maps.scalar_type()), index_type(p), cut.maps}, sizes, args,
       {reads(offsetof(StagedArgs, maps), p.maps), writes(offsetof(StagedArgs, bins), p.bins),
        reads(offsetof(StagedArgs, weights), weight_bytes),
        reads(offsetof(StagedArgs, pixels), pixel_bytes), reads(entries_at, entry_bytes),
-       reads(parts_at, part_bytes)});
+       reads(parts_at, part_bytes), unused(offsetof(StagedArgs, regions))});
 }
 
 void launch_average(const CudaPlace& place, RoiAlignPlan& p) {
@@ -451,14 +453,14 @@ void launch_average(const CudaPlace& place, RoiAlignPlan& p) {
   const std::int64_t scalar = kernel_type(p.maps.scalar_type());
   if (!p.channels_last) {
     planes_kernel.run(place, {scalar, index_type(p)}, sizes_of(p), p.args,
-                      {maps, bins, taps, ranges, spans});
+                      {maps, bins, taps, ranges, spans, unused(offsetof(Args, regions))});
     return;
   }
   const std::int64_t wide = vector_width(scalar);
   const bool vectorised =
       p.args.regions.c % wide == 0 && aligned_to_16(p.args.maps) && aligned_to_16(p.args.bins);
   last_kernel.run(place, {scalar, index_type(p), vectorised ? wide : 1}, sizes_of(p), p.args,
-                  {maps, bins, taps, ranges, spans});
+                  {maps, bins, taps, ranges, spans, unused(offsetof(Args, regions))});
 }
 
 RoiAlignPlan run_cuda(RoiAlignPlan p) {

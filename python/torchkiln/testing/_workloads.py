@@ -20,7 +20,7 @@ from torchkiln.testing._cases import Parity
 
 Sizes = Mapping[str, int]
 
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Workload:
         make: returns the public function's arguments by name for such sizes; tensors on the CPU,
             floating ones in float32.
         functions: the public functions that take them; empty for all of the operator.
-        layouts: what 4-dimensional tensors are given in; keys of LAYOUTS.
+        layouts: what 4-dimensional tensors are given in; keys of MEMORY_FORMATS.
         gradient: whether the backward belongs to it.
     """
 
@@ -49,7 +49,7 @@ class Workload:
         self, sizes: Sizes, dtype: torch.dtype, layout: str, device: str | torch.device
     ) -> dict[str, Any]:
         """Returns arguments for a call on `device`; the same numbers every time."""
-        format = LAYOUTS[layout]
+        format = MEMORY_FORMATS[layout]
 
         def leaf(value: Any) -> Any:
             if not isinstance(value, Tensor):
