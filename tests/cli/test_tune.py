@@ -436,13 +436,13 @@ def test_without_a_gpu(tuner, invoke, monkeypatch):
 
 SPACES = [
     {
-        "kernel": "detection/roi_align.backward",
+        "kernel": "detection/roi_align.cuh:backward",
         "operators": ["roi_align"],
         "statics": [{"name": "scalar", "values": ["float", "half"]}],
         "sizes": [{"name": "k", "bucket": "pow2"}, {"name": "n", "bucket": "none"}],
         "tunables": [{"name": "tile_h", "values": [4, 8]}, {"name": "tile_w", "values": [8, 16]}],
         "points": 4,
-        "legal": [2, 4],
+        "legal": 3,
         "defaults": [{"tile_h": 8, "tile_w": 16}],
     }
 ]
@@ -455,7 +455,12 @@ def test_list_prints_the_search_spaces(engine, invoke):
     result = invoke("tune", "--list", "--ops", "roi_align", "--arch", "sm_90")
     assert result.exit_code == 0
     text = " ".join(result.stdout.split())
-    for part in ("1 search spaces", "detection/roi_align.backward", "tile_h 4 8", "2-4"):
+    for part in (
+        "1 search spaces",
+        "detection/roi_align.backward",
+        "tile_h 4 8; tile_w 8 16",
+        "8 16 4 3 tile_h=8, tile_w=16",
+    ):
         assert part in text
     assert asked == [
         {"operators": None, "target": None},
