@@ -223,6 +223,11 @@ bool tile_fits(const Backward::Problem& p, const TileTunables& t) {
   return t.tile_h * t.tile_w * (32 * t.lane_channels + 1) * sum_bytes <= 40 * 1024;
 }
 
+std::int64_t tile_blocks(const Sizes& s, const TileTunables& t) {
+  return s.n * ceil_div(s.h, t.tile_h) * ceil_div(s.w, t.tile_w) *
+         ceil_div(s.c, 32 * t.lane_channels);
+}
+
 const Backward backward_kernel({
     .path = "detection/roi_align.cuh",
     .entry = "backward",
@@ -232,17 +237,17 @@ const Backward backward_kernel({
     .sizes = kSizes,
     .tunables = {ints("tile_h", {4, 8, 16}), ints("tile_w", {8, 16, 32}),
                  ints("lane_channels", {1, 2, 4}), ints("block_size", {128, 256, 512})},
-    .defaults = {{16, 16, 1, 256}, {8, 16, 1, 256}, {8, 16, 2, 256}, {8, 8, 4, 256}},
+    .defaults = {{16, 16, 1, 256}, {8, 16, 1, 256}, {8, 16, 2, 256}, {8, 8, 4, 256}, {8, 8, 2, 256}},
     .legal = [](const Backward::Problem& p, const TileTunables& t) { return tile_fits(p, t); },
     .choose = [](const Backward::Problem& p) -> std::uint32_t {
       if (p.statics.scalar == TORCHKILN_DOUBLE) return 1;
-      return p.sizes.c >= 128 ? 3 : (p.sizes.c >= 64 ? 2 : 0);
+      if (p.sizes.c < 128) return p.sizes.c >= 64 ? 2 : 0;
+      // Small maps have too few tiles to keep the GPU busy: fewer channels a block.
+      return tile_blocks(p.sizes, {8, 8, 4, 256}) < 4 * p.device.multiprocessors ? 4 : 3;
     },
     .geometry =
         [](const Backward::Problem& p, const TileTunables& t) {
-          return linear(p.sizes.n * ceil_div(p.sizes.h, t.tile_h) * ceil_div(p.sizes.w, t.tile_w) *
-                            ceil_div(p.sizes.c, 32 * t.lane_channels),
-                        t.block_size);
+          return linear(tile_blocks(p.sizes, t), t.block_size);
         },
 });
 

@@ -192,7 +192,7 @@ bool gather_fits(const Gather::Problem& p, const GatherTunables& t) {
   return gather_bytes(p.statics, t) + kStatic <= p.device.shared_bytes_per_block;
 }
 
-const std::vector<GatherTunables> kGatherDefaults = {{128, 8, 16}, {64, 8, 16}, {32, 8, 8}};
+const std::vector<GatherTunables> kGatherDefaults = {{256, 4, 8}, {64, 8, 16}, {32, 8, 8}};
 
 const Gather gather_kernel({
     .path = "detection/roi_pool.cuh",

@@ -51,6 +51,11 @@ inline Buffer writes(std::size_t offset, const auto& what) {
 }
 // A pointer in Args that this kernel does not follow.
 inline Buffer unused(std::size_t offset) { return buffer(offset, TORCHKILN_READ, 0); }
+// Written, with what depends on the tunables: another kernel makes the same result of it.
+inline Buffer scratch(std::size_t offset, const Tensor& tensor) {
+  return buffer(offset, TORCHKILN_WRITE, static_cast<std::int64_t>(bytes_of(tensor)),
+                TORCHKILN_SCRATCH);
+}
 inline Buffer updates(std::size_t offset, const auto& what) {
   return buffer(offset, TORCHKILN_READ_WRITE, what);
 }
