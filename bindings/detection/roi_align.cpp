@@ -237,7 +237,8 @@ const Backward backward_kernel({
     .sizes = kSizes,
     .tunables = {ints("tile_h", {4, 8, 16}), ints("tile_w", {8, 16, 32}),
                  ints("lane_channels", {1, 2, 4}), ints("block_size", {128, 256, 512})},
-    .defaults = {{16, 16, 1, 256}, {8, 16, 1, 256}, {8, 16, 2, 256}, {8, 8, 4, 256}, {8, 8, 2, 256}},
+    .defaults =
+        {{16, 16, 1, 256}, {8, 16, 1, 256}, {8, 16, 2, 256}, {8, 8, 4, 256}, {8, 8, 2, 256}},
     .legal = [](const Backward::Problem& p, const TileTunables& t) { return tile_fits(p, t); },
     .choose = [](const Backward::Problem& p) -> std::uint32_t {
       if (p.statics.scalar == TORCHKILN_DOUBLE) return 1;
@@ -245,10 +246,8 @@ const Backward backward_kernel({
       // Small maps have too few tiles to keep the GPU busy: fewer channels a block.
       return tile_blocks(p.sizes, {8, 8, 4, 256}) < 4 * p.device.multiprocessors ? 4 : 3;
     },
-    .geometry =
-        [](const Backward::Problem& p, const TileTunables& t) {
-          return linear(tile_blocks(p.sizes, t), t.block_size);
-        },
+    .geometry = [](const Backward::Problem& p,
+                   const TileTunables& t) { return linear(tile_blocks(p.sizes, t), t.block_size); },
 });
 
 // ---- checks and shapes ----

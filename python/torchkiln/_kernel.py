@@ -17,11 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from torchkiln import _control
+
+if TYPE_CHECKING:
+    from torchkiln.testing import Case
 
 __all__ = ["Kernel", "ceil_div"]
 
@@ -151,7 +154,7 @@ class Kernel(_control.Launcher):
         tolerance: float | None = None,
         min_architecture: int = 75,
         reference: Callable[..., None] | None = None,
-        cases: Sequence[Any] = (),
+        cases: Sequence[Case] = (),
     ) -> None:
         caller = sys._getframe(1).f_globals
         folder = Path(caller["__file__"]).parent if "__file__" in caller else None

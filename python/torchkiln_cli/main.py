@@ -251,6 +251,7 @@ def warm(selection: Selection, architectures: list[str], jobs: int | None, as_js
 )
 @click.option("--list", "listing", is_flag=True, help="Only print what can be tuned; no GPU.")
 @click.option("--arch", help="With --list: count what is legal there, for example sm_90.")
+@_importing
 @_json
 @_command
 def tune(

@@ -33,15 +33,15 @@ from torchkiln.testing._graphs import (
 from torchkiln.testing._layouts import LAYOUTS, emptied, lay_out, resized
 from torchkiln.testing._parity import Result, assert_equals_reference, check, verify
 from torchkiln.testing._tolerance import TIERS, Difference, compare
-from torchkiln.testing._workloads import MEMORY_FORMATS, Run, Sizes, Workload, runs
+from torchkiln.testing._workloads import FORMATS, Run, Sizes, Workload, runs
 
 if TYPE_CHECKING:
     from torchkiln.testing._suite import Suite
 
 __all__ = [
     "FLOATS",
+    "FORMATS",
     "LAYOUTS",
-    "MEMORY_FORMATS",
     "TIERS",
     "Case",
     "Difference",

@@ -118,12 +118,12 @@ class Parity:
         differentiable: arguments that get a gradient.
         dtypes: floating dtypes that the operator takes.
         deterministic: whether two runs are equal bit for bit.
-        workloads: calls of realistic sizes, for tuning and benchmarks.
         function: what is called, for an operator that is not in `torchkiln.ops`: any callable that
             takes the arguments of each case by name and returns tensors.
         reference: what it must equal: plain PyTorch with the same arguments, in any dtype and on
             any device.
         devices: types of devices that it runs on.
+        workloads: calls of realistic sizes, for tuning and benchmarks.
 
     Example:
         >>> import torch
