@@ -67,7 +67,7 @@ const Merge merge_kernel({
     .statics = kStatics,
     .sizes = {{"n", TORCHKILN_BUCKET_POW2}},
     .tunables = {ints("lanes", {1, 4, 8, 16, 32}), ints("block_size", {128, 256})},
-    .defaults = {{8, 256}, {32, 256}},
+    .defaults = {{8, 256}, {4, 128}},
     .choose = [](const Merge::Problem& p) { return p.sizes.n > 32 * nms::kTile ? 1u : 0u; },
     .geometry =
         [](const Merge::Problem& p, const MergeTunables& t) {
@@ -98,7 +98,7 @@ const Compact compact_kernel({
     .statics = {},
     .sizes = {{"n", TORCHKILN_BUCKET_POW2}},
     .tunables = {ints("block_size", {128, 256, 512, 1024})},
-    .defaults = {{512}},
+    .defaults = {{1024}},
     .geometry = [](const Compact::Problem&,
                    const SortTunables& t) { return linear(1, t.block_size); },
 });
