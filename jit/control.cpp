@@ -52,6 +52,13 @@ json kernels(Engine& engine, const json&) {
   return {{"kernels", list}};
 }
 
+// Names of torchkiln_type, in its order.
+json types(Engine&, const json&) {
+  json names = json::array();
+  for (std::int64_t type = 0; type < TORCHKILN_TYPE_COUNT; ++type) names.push_back(type_name(type));
+  return {{"types", names}};
+}
+
 const std::map<std::string, std::int64_t>& dtype_types() {
   static const std::map<std::string, std::int64_t> table = {{"float32", TORCHKILN_FLOAT},
                                                             {"float16", TORCHKILN_HALF},
@@ -242,6 +249,7 @@ using Command = json (*)(Engine&, const json&);
 const std::map<std::string, Command>& commands() {
   static const std::map<std::string, Command> table = {
       {"kernels", &kernels},
+      {"types", &types},
       {"expand", &expand_operators},
       {"compile", &compile},
       {"cache.stat", &cache_stat},

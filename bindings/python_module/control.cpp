@@ -1,18 +1,20 @@
-// The pybind11 module `_control`: cold commands, the thread's error record, warnings to Python's logging. Thin on
-// purpose: it is the only part that is built per Python version.
+// The pybind11 module `_control`: cold commands, the thread's error record, warnings to Python's logging, the launcher of
+// users' kernels. Thin on purpose: it is the only part that is built per Python version.
 //
 // SPDX-License-Identifier: Apache-2.0
-#include <cxxabi.h>
 #include <pybind11/pybind11.h>
-#include <unistd.h>
 
 #include <memory>
 #include <string>
 
+#include "bindings/python_module/declared.h"
+#include "bindings/python_module/gil.h"
+#include "bindings/python_module/launcher.h"
 #include "torchkiln/torchkiln.h"
 
 namespace py = pybind11;
 
+namespace torchkiln::python {
 namespace {
 
 py::object from_json(const std::string& text) {
@@ -29,35 +31,15 @@ py::dict last_error() {
   return result;
 }
 
-[[noreturn]] void sleep_until_the_process_is_gone() {
-  while (true) ::pause();
-}
-
-// In an interpreter that ends, taking the lock ends a daemon thread by unwinding its stack: out of a destructor, where
-// pybind11 would take it, that ends the process, and elsewhere it frees Python objects without the lock. So such a
-// thread sleeps, as from Python 3.14 on.
-void take_lock_again(PyThreadState* thread) {
-#if PY_VERSION_HEX >= 0x030d0000
-  const bool ends = Py_IsFinalizing() != 0;
-#else
-  const bool ends = _Py_IsFinalizing() != 0;
-#endif
-  if (ends) sleep_until_the_process_is_gone();
-  try {
-    PyEval_RestoreThread(thread);
-  } catch (abi::__forced_unwind&) {  // the end began while this thread waited
-    sleep_until_the_process_is_gone();
-  }
-}
-
 py::object control(const std::string& command, const py::object& request) {
   const auto text = py::module_::import("json").attr("dumps")(request).cast<std::string>();
   char* reply = nullptr;
   PyThreadState* const thread = PyEval_SaveThread();  // a compile takes a while
   const std::int32_t status = torchkiln_control(command.c_str(), text.c_str(), &reply);
   take_lock_again(thread);
-  if (status != 0) throw std::runtime_error(torchkiln_last_error()->message);
   const std::unique_ptr<char, decltype(&torchkiln_free)> owner(reply, &torchkiln_free);
+  if (raise_kept_error()) throw py::error_already_set();
+  if (status != 0) throw std::runtime_error(torchkiln_last_error()->message);
   return from_json(reply);
 }
 
@@ -114,15 +96,26 @@ void stop_at_exit() {
       py::cpp_function([] { control("stop_for_exit", py::dict()); }));
 }
 
+void add_template(const std::string& path, const std::string& text) {
+  if (torchkiln_add_template(path.c_str(), text.c_str()) == 0) return;
+  raise_engine_error();
+  throw py::error_already_set();
+}
+
 }  // namespace
+}  // namespace torchkiln::python
 
 PYBIND11_MODULE(_control, m) {
+  using namespace torchkiln::python;  // NOLINT: of this one function
   m.doc() = "Control of the torchkiln engine: JSON commands and the error record of this thread.";
   m.def("control", &control, py::arg("command"), py::arg("request") = py::dict(),
         "Runs a cold command; raises RuntimeError and leaves its data in last_error().");
   m.def("last_error", &last_error,
         "The last failure on this thread: kind, argument, message, details.");
   m.def("version", &torchkiln_version, "Version of the engine library.");
+  m.def("add_template", &add_template, py::arg("path"), py::arg("text"),
+        "Adds a file of a user's own kernels; raises as torchkiln_add_template says.");
+  add_launcher(m);
   speak_through_python();
   torchkiln_set_interrupt(&interrupted, nullptr);
   tell_site_directories();

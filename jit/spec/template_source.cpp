@@ -131,6 +131,10 @@ std::string TemplateSources::embedded_headers() const {
 
 std::vector<SourceFile> TemplateSources::closure_locked(const std::string& path) const {
   const auto root = files_.find(path);
+  if (root == files_.end() && is_user_path(path)) {
+    throw wrong_template("kernels of users must be declared in this process",
+                         path + ", which is not. Name the module that does it: --import MODULE");
+  }
   if (root == files_.end()) {
     throw Error(TORCHKILN_ERROR_VALUE,
                 "template must be one of the embedded files or an added one; got " + path, {},

@@ -20,17 +20,21 @@ from torchkiln._backend import backend  # noqa: E402
 from torchkiln._native import statistics  # noqa: E402
 
 if TYPE_CHECKING:
-    from torchkiln import compat, nn, reference, testing, tuning
+    from torchkiln import compat, library, nn, reference, testing, tuning
+    from torchkiln._kernel import Kernel, ceil_div
     from torchkiln.deployment import record, seal
     from torchkiln.testing import verify
     from torchkiln.tuning import autotune
 
 __all__ = [
+    "Kernel",
     "__version__",
     "autotune",
     "backend",
+    "ceil_div",
     "compat",
     "errors",
+    "library",
     "nn",
     "ops",
     "record",
@@ -44,9 +48,11 @@ __all__ = [
 
 __version__ = _native.version()
 
-_LAZY_MODULES = frozenset({"compat", "nn", "reference", "testing", "tuning"})
+_LAZY_MODULES = frozenset({"compat", "library", "nn", "reference", "testing", "tuning"})
 _LAZY_NAMES = {
+    "Kernel": "torchkiln._kernel",
     "autotune": "torchkiln.tuning",
+    "ceil_div": "torchkiln._kernel",
     "record": "torchkiln.deployment",
     "seal": "torchkiln.deployment",
     "verify": "torchkiln.testing",

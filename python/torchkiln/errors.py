@@ -18,6 +18,7 @@ __all__ = [
     "KernelCompileError",
     "MissingKernelError",
     "TorchkilnError",
+    "from_record",
     "translate",
 ]
 
@@ -116,6 +117,14 @@ def _last_record() -> dict[str, Any]:
     return _control.last_error()
 
 
+def from_record(record: Mapping[str, Any]) -> Exception:
+    """Returns the exception for a failure of the engine; RuntimeError for its own bugs."""
+    kind, message = record["kind"], record["message"]
+    if kind in _DETAILED:
+        return _DETAILED[kind](message, record.get("details"))
+    return _PLAIN.get(kind, RuntimeError)(message)
+
+
 def translate(
     error: RuntimeError, last_record: Callable[[], dict[str, Any]] = _last_record
 ) -> Exception:
@@ -133,11 +142,8 @@ def translate(
     record = last_record()
     message = record.get("message", "")
     if message and message in text:
-        kind = record["kind"]
-        if kind in _PLAIN:
-            return _PLAIN[kind](message)
-        if kind in _DETAILED:
-            return _DETAILED[kind](message, record.get("details"))
+        if record["kind"] in (*_PLAIN, *_DETAILED):
+            return from_record(record)
     elif _WRONG_PYTHON_TYPE in text:
         return TypeError(text.partition("\n")[0])
     return error

@@ -3,16 +3,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.machinery
+import importlib.metadata
 import importlib.util
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 # Kinds of torchkiln_error_kind that mean a wrong argument: type, value, index.
 _USAGE_KINDS = (1, 2, 3)
+
+# Installed packages name here the modules that declare kernels.
+ENTRY_POINTS = "torchkiln.kernels"
 
 
 class ControlError(Exception):
@@ -27,6 +34,10 @@ class ControlError(Exception):
 
 class EngineMissingError(Exception):
     """The package, its libraries or torch are not installed as they should be."""
+
+
+class ModuleError(Exception):
+    """A module that `--import` names cannot be imported."""
 
 
 def control(command: str, **request: Any) -> dict[str, Any]:
@@ -57,8 +68,27 @@ def cmake_dir() -> Path:
     return folder
 
 
+# What --import named, to be imported with the operators.
+_modules: list[str] = []
+
+
+def add_imports(modules: Sequence[str]) -> None:
+    """Adds modules, or files of Python, that declare kernels."""
+    _modules.extend(modules)
+
+
+def load_users_kernels() -> None:
+    """Does the same as `load_operators` where there may be kernels beside torchkiln's own."""
+    if _modules or importlib.metadata.entry_points(group=ENTRY_POINTS):
+        load_operators()
+
+
 def load_operators() -> None:
-    """Imports torchkiln, and with it torch; then the engine knows the operators' kernels."""
+    """Imports torchkiln, and with it torch; then the engine knows the operators' kernels.
+
+    Kernels of users are declared, too: by modules that --import named, and by installed packages
+    with an entry point in the group `torchkiln.kernels`.
+    """
     _control()
     try:
         import torchkiln  # noqa: F401
@@ -67,6 +97,45 @@ def load_operators() -> None:
             f"The operators cannot be loaded ({error}). "
             "Install torch 2.10 or later in this environment: pip install torch"
         ) from error
+    # A command's stdout may be one JSON document.
+    with contextlib.redirect_stdout(sys.stderr):
+        for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+            try:
+                point.load()
+            except Exception as error:  # somebody else's package; the command may not need it
+                sys.stderr.write(
+                    f"torchkiln: entry point {point.name} of {ENTRY_POINTS} cannot be loaded "
+                    f"({type(error).__name__}: {error})\n"
+                )
+        while _modules:
+            _import(_modules.pop(0))
+
+
+def _import(name: str) -> None:
+    # As `python -m` does it: a project is worked on in its own folder.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        if name.endswith(".py"):
+            _import_file(Path(name))
+        else:
+            importlib.import_module(name)
+    except Exception as error:
+        raise ModuleError(
+            f"--import must name a module or a .py file that can be imported; got {name} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _import_file(path: Path) -> None:
+    """Runs a program's file as a module, so that what is under `__main__` does not run."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    sys.path.insert(0, str(path.resolve().parent))  # where a program finds its own modules
+    spec.loader.exec_module(module)
 
 
 @functools.cache

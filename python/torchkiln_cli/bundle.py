@@ -83,6 +83,7 @@ def verify(
     path: str, manifest: str | None, architectures: Sequence[str] | None, as_json: bool
 ) -> bool:
     """Proves that a bundle is whole and complete; whether it is."""
+    _native.load_users_kernels()
     reply = _native.control(
         "bundle.verify",
         path=os.path.abspath(path),

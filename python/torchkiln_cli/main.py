@@ -25,12 +25,34 @@ def _command(function: _F) -> _F:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
-        from torchkiln_cli._native import ControlError, EngineMissingError
+        from torchkiln_cli._native import ControlError, EngineMissingError, ModuleError
 
         try:
             function(*args, **kwargs)
+        except ModuleError as error:
+            raise click.UsageError(str(error)) from error
         except (ControlError, EngineMissingError) as error:
             raise click.ClickException(str(error)) from error
+
+    return run  # type: ignore[return-value]
+
+
+def _importing(function: _F) -> _F:
+    """Adds --import to a command that looks at declared kernels."""
+
+    @click.option(
+        "--import",
+        "modules",
+        multiple=True,
+        metavar="MODULE",
+        help="A module or .py file that declares kernels of your own; may be repeated.",
+    )
+    @functools.wraps(function)
+    def run(*args: Any, modules: tuple[str, ...], **kwargs: Any) -> None:
+        from torchkiln_cli import _native
+
+        _native.add_imports(modules)
+        function(*args, **kwargs)
 
     return run  # type: ignore[return-value]
 
@@ -121,6 +143,7 @@ def doctor(report: bool, as_json: bool) -> None:
 @click.option("--ops", help="Operators, for example nms,roi_align; all by default.")
 @click.option("--device", default="cpu", show_default=True, help="Where to run them: cpu or cuda.")
 @click.option("--dtypes", help="For example float32,float16; all by default.")
+@_importing
 @_json
 @_command
 def verify(ops: str | None, device: str, dtypes: str | None, as_json: bool) -> None:
@@ -184,6 +207,7 @@ def _compiling(function: Callable[..., None]) -> Callable[..., None]:
 
 @cli.command()
 @_command
+@_importing
 @_compiling
 @_json
 def warm(selection: Selection, architectures: list[str], jobs: int | None, as_json: bool) -> None:
@@ -227,6 +251,7 @@ def warm(selection: Selection, architectures: list[str], jobs: int | None, as_js
 )
 @click.option("--list", "listing", is_flag=True, help="Only print what can be tuned; no GPU.")
 @click.option("--arch", help="With --list: count what is legal there, for example sm_90.")
+@_importing
 @_json
 @_command
 def tune(
@@ -295,6 +320,7 @@ def bundle() -> None:
 @bundle.command("create")
 @click.option("--out", required=True, type=click.Path(dir_okay=False), help="The file to write.")
 @_command
+@_importing
 @_compiling
 @_json
 def bundle_create(
@@ -314,6 +340,7 @@ def bundle_create(
     help="Kernels that must be in it; by default each one for every architecture in it.",
 )
 @click.option("--arch", help="Architectures that must be in it; by default those that are.")
+@_importing
 @_json
 @_command
 def bundle_verify(file: str, manifest: str | None, arch: str | None, as_json: bool) -> None:
@@ -405,6 +432,7 @@ def _place(function: _F) -> _F:
 
 @cli.command()
 @_place
+@_importing
 @_json
 @_command
 def explain(
@@ -438,6 +466,7 @@ def explain(
 @click.option(
     "--what", default="source,ptx,sass", show_default=True, help="Also cubin, the machine code."
 )
+@_importing
 @_json
 @_command
 def dump(

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <nlohmann/json.hpp>
+#include <string>
 
 #include "tests/jit/support/fake_driver.h"
 
@@ -11,17 +13,20 @@ using torchkiln::jit::CudaApi;
 using torchkiln::jit::CudaResult;
 using torchkiln::jit::testing::FakeDriver;
 
-extern "C" __attribute__((visibility("default"))) CudaResult cuGetProcAddress_v2(const char* name,
-                                                                                 void** function,
-                                                                                 int, std::uint64_t,
-                                                                                 int*) {
-  // FAKE_GPU=86: a device of sm_86.
-  static FakeDriver& driver = *[] {
+namespace {
+
+// FAKE_GPU=86: a device of sm_86. FAKE_GPUS=2: two of them.
+FakeDriver& driver() {
+  static FakeDriver& instance = *[] {
     auto* made = new FakeDriver;
+    constexpr std::size_t kAllOfThem = 4096;
+    made->args_bytes = kAllOfThem;
     if (const char* number = std::getenv("FAKE_GPU")) {
       made->devices[0].facts.major = std::atoi(number) / 10;
       made->devices[0].facts.minor = std::atoi(number) % 10;
     }
+    if (const char* count = std::getenv("FAKE_GPUS"))
+      made->devices.resize(static_cast<std::size_t>(std::atoi(count)), made->devices[0]);
     // FAKE_BEST_BLOCK=128: blocks of that size take half the time of others.
     if (const char* number = std::getenv("FAKE_BEST_BLOCK")) {
       made->cost = [best = std::strtoul(number, nullptr, 10)](const FakeDriver::Launch& launch) {
@@ -30,7 +35,41 @@ extern "C" __attribute__((visibility("default"))) CudaResult cuGetProcAddress_v2
     }
     return made;
   }();
-  static_cast<void>(driver);
+  return instance;
+}
+
+std::string hex(const std::string& bytes) {
+  std::string text;
+  for (const char byte : bytes) {
+    text += "0123456789abcdef"[static_cast<unsigned char>(byte) >> 4];
+    text += "0123456789abcdef"[static_cast<unsigned char>(byte) & 15];
+  }
+  return text;
+}
+
+}  // namespace
+
+// For tests in Python: every launch so far, as JSON.
+extern "C" __attribute__((visibility("default"))) const char* fake_cuda_launches() {
+  static std::string text;
+  nlohmann::json list = nlohmann::json::array();
+  for (const FakeDriver::Launch& l : driver().launches()) {
+    list.push_back({{"kernel", l.kernel},
+                    {"grid", l.grid},
+                    {"block", l.block},
+                    {"shared", l.dynamic_shared_bytes},
+                    {"stream", reinterpret_cast<std::uintptr_t>(l.stream)},
+                    {"args", hex(l.args)}});
+  }
+  text = list.dump();
+  return text.c_str();
+}
+
+extern "C" __attribute__((visibility("default"))) CudaResult cuGetProcAddress_v2(const char* name,
+                                                                                 void** function,
+                                                                                 int, std::uint64_t,
+                                                                                 int*) {
+  driver();
   static const CudaApi api = FakeDriver::api();
 #define TORCHKILN_FIND(row, version, need, parameters) \
   if (std::strcmp(name, #row) == 0) *function = reinterpret_cast<void*>(api.row);

@@ -337,7 +337,9 @@ TEST_F(WithCompiler, ExplainRefusesWhatItDoesNotKnow) {
   EXPECT_EQ(message("scale", {{"m", "3"}}), "values must be among factor, n, scalar; got m");
   EXPECT_EQ(message("scale", {{"n", "three"}}), "n must be a whole number; got three");
   EXPECT_EQ(message("scale", {{"scalar", "int3"}}),
-            "scalar must be one of float, half, bfloat16, double, i32, i64, u8; got int3");
+            "scalar must be one of float, half, bfloat16, double, i32, i64, u8, bool, i8, i16, "
+            "u16, u32, u64; "
+            "got int3");
 }
 
 TEST_F(WithCompiler, DumpWritesSourcePtxAndCubin) {

@@ -4,14 +4,21 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from torchkiln._backend import backend
+
+Arguments = Mapping[str, Any]
 
 if TYPE_CHECKING:
     from torchkiln.testing._workloads import Workload
@@ -71,18 +78,64 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """Wrong arguments and what they must raise.
+
+    Args:
+        name: of the test.
+        change: arguments of the typical case that are replaced; a callable gets the right one.
+        type: exactly this exception.
+        match: regular expression of the message.
+        function: public function; empty for the first one.
+    """
+
+    name: str
+    change: Arguments
+    type: type[Exception]
+    match: str
+    function: str = ""
+
+    def arguments(self, right: Arguments, device: str | torch.device) -> dict[str, Any]:
+        """Returns the arguments of the call that must fail."""
+
+        def replace(name: str, new: Any) -> Any:
+            if callable(new):
+                return new(right[name])
+            return new.to(device) if isinstance(new, Tensor) and new.is_cpu else new
+
+        return {**right, **{name: replace(name, new) for name, new in self.change.items()}}
+
+
+@dataclass(frozen=True)
 class Parity:
     """An operator's public functions and the cases on which they must equal the reference.
 
     Args:
-        op: name of the schema.
+        op: name of the operator.
         tier: of the forward; a key of TIERS.
         cases: the first one is the typical one, used where one is enough.
         functions: names in `torchkiln.ops`; empty for one with the operator's name.
         differentiable: arguments that get a gradient.
         dtypes: floating dtypes that the operator takes.
         deterministic: whether two runs are equal bit for bit.
+        function: what is called, for an operator that is not in `torchkiln.ops`: any callable that
+            takes the arguments of each case by name and returns tensors.
+        reference: what it must equal: plain PyTorch with the same arguments, in any dtype and on
+            any device.
+        devices: types of devices that it runs on.
         workloads: calls of realistic sizes, for tuning and benchmarks.
+
+    Example:
+        >>> import torch
+        >>> from torchkiln.testing import Case, Parity
+        >>> silu = Parity(
+        ...     op="silu",
+        ...     tier="A",
+        ...     cases=(Case("typical", lambda new: {"input": new.normal(7, 33)}),),
+        ...     function=torch.nn.functional.silu,
+        ...     reference=lambda input: input / (1 + (-input).exp()),
+        ...     differentiable=("input",),
+        ... )
     """
 
     op: str
@@ -93,10 +146,23 @@ class Parity:
     dtypes: tuple[torch.dtype, ...] = FLOATS
     deterministic: bool = True
     workloads: tuple[Workload, ...] = ()
+    function: Callable[..., Any] | None = None
+    reference: Callable[..., Any] | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def __post_init__(self) -> None:
         if not self.functions:
             object.__setattr__(self, "functions", (self.op,))
+        if (self.function is None) != (self.reference is None):
+            given = "function" if self.reference is None else "reference"
+            raise ValueError(
+                f"parity {self.op}: function and reference must both be given; got only {given}"
+            )
+        if self.function is not None and self.functions != (self.op,):
+            raise ValueError(
+                f"parity {self.op}: functions must be left out beside a function; "
+                f"got {', '.join(self.functions)}"
+            )
 
     @property
     def runs(self) -> list[tuple[str, Case]]:
@@ -108,10 +174,68 @@ class Parity:
             if not case.functions or function in case.functions
         ]
 
+    def typical(self, name: str) -> Case:
+        """The first case made for a function."""
+        return next(case for function, case in self.runs if function == name)
+
+    def differentiated(self, case: Case) -> tuple[str, ...]:
+        """The arguments whose gradients are compared on a case."""
+        return self.differentiable if case.gradient else ()
+
+    def native(self, name: str) -> Callable[..., Any]:
+        """The function that is tried."""
+        if self.function is not None:
+            return self.function
+        from torchkiln import ops
+
+        return getattr(ops, name)  # type: ignore[no-any-return]
+
+    def oracle(self, name: str) -> Callable[..., Any]:
+        """Its reference, with the same arguments."""
+        return self.reference or functools.partial(_call_reference, self.native(name))
+
+
+def _call_reference(function: Callable[..., Any], **arguments: Any) -> Any:
+    with backend("reference"):
+        return function(**arguments)
+
+
+def prepare(
+    case: Case, dtype: torch.dtype, device: str | torch.device, seed: int = 0
+) -> dict[str, Any]:
+    """Returns a case's arguments, rounded to `dtype` and on `device`.
+
+    Args:
+        case: what to make.
+        dtype: of floating tensors.
+        device: of all tensors.
+        seed: another one gives other values of the same sizes.
+    """
+    return convert(case.make(Inputs(zlib.crc32(case.name.encode()) + seed)), dtype, device)
+
+
+def convert(
+    arguments: Arguments, dtype: torch.dtype, device: str | torch.device | None = None
+) -> dict[str, Any]:
+    """Returns copies; floating tensors in `dtype`, whatever else as it is."""
+
+    def leaf(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().to(
+            device or value.device, dtype if value.is_floating_point() else None
+        )
+
+    return pytree.tree_map(leaf, dict(arguments))  # type: ignore[no-any-return]
+
 
 def find() -> dict[str, Parity]:
-    """Returns what every module of `torchkiln.reference` declares by a function `parity()`."""
+    """Returns what every module of `torchkiln.reference` declares by a function `parity()`.
+
+    Operators and kernels of users that have a reference and cases come after them.
+    """
     from torchkiln import reference
+    from torchkiln.testing._own import registered
 
     found = {}
     for info in pkgutil.walk_packages(reference.__path__, f"{reference.__name__}."):
@@ -119,4 +243,4 @@ def find() -> dict[str, Parity]:
         if declare is not None:
             parity = declare()
             found[parity.op] = parity
-    return found
+    return found | registered()

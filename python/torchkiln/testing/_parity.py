@@ -1,12 +1,11 @@
-"""Runs public functions on their cases and compares results and gradients with the reference."""
+"""Runs functions on their cases and compares results and gradients with the reference."""
 
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from torchkiln._backend import backend
-from torchkiln.testing._cases import Case, Inputs, Parity, find
+from torchkiln.testing._cases import Arguments, Case, Inputs, Parity, convert, find, prepare
 from torchkiln.testing._tolerance import NEXT_TIER, Difference, compare, needs_plain
-
-Arguments = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -49,101 +45,136 @@ class Result:
         return not self.message
 
 
-def prepare(case: Case, dtype: torch.dtype, device: str | torch.device) -> Arguments:
-    """Returns a case's arguments, rounded to `dtype` and on `device`."""
-    arguments = case.make(Inputs(zlib.crc32(case.name.encode())))
-    return convert(arguments, dtype, device)
-
-
-def convert(
-    arguments: Arguments, dtype: torch.dtype, device: str | torch.device | None = None
-) -> Arguments:
-    """Returns copies; floating tensors in `dtype`, whatever else as it is."""
-
-    def leaf(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.detach().to(
-            device or value.device, dtype if value.is_floating_point() else None
-        )
-
-    return pytree.tree_map(leaf, dict(arguments))  # type: ignore[no-any-return]
-
-
 def outputs_of(function: Callable[..., Any], arguments: Arguments) -> list[Tensor]:
     """Calls and returns the tensors of the result, in order."""
     return [leaf for leaf in pytree.tree_leaves(function(**arguments)) if isinstance(leaf, Tensor)]
 
 
-def gradients_of(
-    function: Callable[..., Any], arguments: Arguments, names: Sequence[str]
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Calls, and differentiates a fixed random projection of all floating outputs.
-
-    Returns:
-        Outputs, and the gradient of each named argument.
-    """
-    leaves = {name: arguments[name].detach().requires_grad_() for name in names}
-    outputs = outputs_of(function, {**arguments, **leaves})
-    curved = [output for output in outputs if output.requires_grad]
+def directions_of(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the fixed random directions that outputs are differentiated along."""
     inputs = Inputs(seed=1)
-    directions = [
-        # Rounded to the narrowest dtype, so that every dtype gets the same direction.
+    # Rounded to the narrowest dtype, so that every dtype gets the same direction.
+    return [
         inputs.normal(*output.shape).bfloat16().to(output.device, output.dtype)
-        for output in curved
+        for output in outputs
+        if output.requires_grad
     ]
-    grads = torch.autograd.grad(curved, list(leaves.values()), directions)
-    return [output.detach() for output in outputs], dict(zip(names, grads, strict=True))
 
 
 def evaluate(
-    function: Callable[..., Any], arguments: Arguments, names: Sequence[str]
+    function: Callable[..., Any],
+    arguments: Arguments,
+    differentiable: Sequence[str] = (),
+    directions: Sequence[Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Returns outputs and gradients by direction."""
-    if names:
-        outputs, grads = gradients_of(function, arguments, names)
-    else:
-        outputs, grads = outputs_of(function, arguments), {}
+    """Calls, and differentiates a random projection of all floating outputs.
+
+    Args:
+        function: what is called with the arguments by name.
+        arguments: as for the function.
+        differentiable: arguments whose gradients are wanted.
+        directions: one for each output that needs a gradient; None: of `directions_of`.
+
+    Returns:
+        Outputs and gradients by "forward" ("forward 0" of several) and "gradient <argument>".
+    """
+    leaves = {name: arguments[name].detach().requires_grad_() for name in differentiable}
+    outputs = outputs_of(function, {**arguments, **leaves})
     forward = ["forward"] if len(outputs) == 1 else [f"forward {i}" for i in range(len(outputs))]
-    values = dict(zip(forward, outputs, strict=True))
-    return values | {f"gradient {name}": grad for name, grad in grads.items()}
+    values = {name: output.detach() for name, output in zip(forward, outputs, strict=True)}
+    if leaves:
+        curved = [output for output in outputs if output.requires_grad]
+        if not curved:
+            raise AssertionError(f"no output has a gradient of {', '.join(leaves)}")
+        along = directions_of(curved) if directions is None else directions
+        grads = torch.autograd.grad(curved, list(leaves.values()), along)
+        values |= {f"gradient {name}": g for name, g in zip(leaves, grads, strict=True)}
+    return values
 
 
 def compare_to_reference(
-    function: Callable[..., Any], arguments: Arguments, tier: str, names: Sequence[str] = ()
+    function: Callable[..., Any],
+    reference: Callable[..., Any],
+    arguments: Arguments,
+    tier: str,
+    differentiable: Sequence[str] = (),
 ) -> dict[str, Difference]:
     """Compares one call, by direction.
 
     Args:
-        function: public function of `torchkiln.ops`.
-        arguments: in the dtype to be tried; the reference gets the same values in float64.
-        tier: of the forward.
-        names: arguments whose gradients are compared too.
+        function: what is tried.
+        reference: with the same arguments; gets the same values in float64.
+        arguments: in the dtype to be tried.
+        tier: of the forward; gradients use the next one.
+        differentiable: arguments whose gradients are compared too.
     """
-    with backend("reference"):
-        expected = evaluate(function, convert(arguments, torch.float64), names)
-    actual = evaluate(function, arguments, names)
+    expected = evaluate(reference, convert(arguments, torch.float64), differentiable)
+    actual = evaluate(function, arguments, differentiable)
+    if actual.keys() != expected.keys():
+        raise AssertionError(f"the outputs are {list(actual)}, not {list(expected)}")
     tiers = {key: tier if key.startswith("forward") else NEXT_TIER[tier] for key in expected}
     plain: dict[str, Tensor] = {}
     if any(needs_plain(tiers[key], value.dtype) for key, value in actual.items()):
-        with backend("reference"):
-            plain = evaluate(function, arguments, names)
+        plain = evaluate(reference, arguments, differentiable)
     return {
         key: compare(actual[key], expected[key], tiers[key], plain.get(key)) for key in expected
     }
+
+
+def assert_equals_reference(
+    function: Callable[..., Any],
+    reference: Callable[..., Any],
+    arguments: Arguments,
+    tier: str = "A",
+    differentiable: Sequence[str] = (),
+) -> dict[str, Difference]:
+    """Fails where a result or gradient is further from the float64 reference than its tier allows.
+
+    Args:
+        function: what is tried: any callable that returns tensors.
+        reference: plain PyTorch with the same arguments; called in float64.
+        arguments: by name, in the dtype and layout and on the device to be tried.
+        tier: of the forward, a key of TIERS; gradients use the next one.
+        differentiable: arguments whose gradients are compared too.
+
+    Returns:
+        The worst element of each output and gradient.
+
+    Raises:
+        AssertionError: with the output, the error and what it may be.
+
+    Example:
+        >>> import torch
+        >>> from torchkiln import testing
+        >>> input = testing.Inputs().normal(4, 9).half()
+        >>> _ = testing.assert_equals_reference(
+        ...     torch.nn.functional.silu,
+        ...     lambda input: input * input.sigmoid(),
+        ...     {"input": input},
+        ...     tier="A",
+        ...     differentiable=["input"],
+        ... )
+    """
+    differences = compare_to_reference(function, reference, arguments, tier, differentiable)
+    for direction, found in differences.items():
+        if not found.ok:
+            raise AssertionError(f"{direction}: {found.message}")
+    return differences
 
 
 def check(
     parity: Parity, function: str, case: Case, dtype: torch.dtype, device: str | torch.device
 ) -> Iterator[Result]:
     """Yields the comparisons of one function on one case; an exception is a failed comparison."""
-    from torchkiln import ops
-
-    names = parity.differentiable if case.gradient else ()
-    arguments = prepare(case, dtype, device)
+    names = parity.differentiated(case)
     try:
+        arguments = prepare(case, dtype, device)
         differences = compare_to_reference(
-            getattr(ops, function), arguments, case.tier or parity.tier, names
+            parity.native(function),
+            parity.oracle(function),
+            arguments,
+            case.tier or parity.tier,
+            names,
         )
     except Exception as error:
         differences = {"forward": Difference(math.inf, 0.0, f"{type(error).__name__}: {error}")}
@@ -182,10 +213,16 @@ def verify(
     if unknown:
         known = ", ".join(sorted(functions | set(parities)))
         raise ValueError(f"verify: ops must be among {known}; got {', '.join(unknown)}")
+    kind = torch.device(device).type
+    for parity in parities.values():
+        if ops is not None and parity.op in ops and kind not in parity.devices:
+            devices = ", ".join(parity.devices)
+            raise ValueError(f"verify: device must be {devices} for {parity.op}; got {device}")
     return [
         result
         for parity in parities.values()
         for function, case in parity.runs
+        if kind in parity.devices
         if ops is None or parity.op in ops or function in ops
         for dtype in parity.dtypes
         if wanted is None or dtype in wanted

@@ -20,7 +20,7 @@ from torchkiln.testing._cases import Parity
 
 Sizes = Mapping[str, int]
 
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Workload:
         make: returns the public function's arguments by name for such sizes; tensors on the CPU,
             floating ones in float32.
         functions: the public functions that take them; empty for all of the operator.
-        layouts: what 4-dimensional tensors are given in; keys of LAYOUTS.
+        layouts: what 4-dimensional tensors are given in; keys of FORMATS.
         gradient: whether the backward belongs to it.
     """
 
@@ -49,7 +49,7 @@ class Workload:
         self, sizes: Sizes, dtype: torch.dtype, layout: str, device: str | torch.device
     ) -> dict[str, Any]:
         """Returns arguments for a call on `device`; the same numbers every time."""
-        format = LAYOUTS[layout]
+        format = FORMATS[layout]
 
         def leaf(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -97,9 +97,7 @@ class Run:
 
     def bind(self, direction: str, arguments: Mapping[str, Any]) -> Callable[[], object]:
         """The call of one direction; it may be repeated."""
-        from torchkiln import ops
-
-        function = getattr(ops, self.function)
+        function = self.parity.native(self.function)
         if direction == "forward":
             return lambda: function(**arguments)
         names = self.parity.differentiable

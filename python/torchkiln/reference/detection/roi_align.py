@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchkiln.testing import LAYOUTS, Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import FORMATS, Case, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["roi_align"]
@@ -140,12 +140,12 @@ def parity() -> Parity:
             Case("degenerate", _degenerate),
         ),
         workloads=(
-            Workload("pyramid", _PYRAMID, _regions, layouts=tuple(LAYOUTS)),
+            Workload("pyramid", _PYRAMID, _regions, layouts=tuple(FORMATS)),
             # Mask R-CNN's second head.
             Workload(
-                "masks", {**_PYRAMID, "regions": 128, "bins": 14}, _regions, layouts=tuple(LAYOUTS)
+                "masks", {**_PYRAMID, "regions": 128, "bins": 14}, _regions, layouts=tuple(FORMATS)
             ),
-            Workload("maximum", _PYRAMID, _maxima, layouts=tuple(LAYOUTS)),
+            Workload("maximum", _PYRAMID, _maxima, layouts=tuple(FORMATS)),
             # One image at a coarse level, as in a small detector.
             Workload("coarse", _COARSE, _regions),
         ),

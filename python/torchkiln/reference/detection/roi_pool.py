@@ -11,7 +11,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from torchkiln.testing import LAYOUTS, Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import FORMATS, Case, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["roi_pool"]
@@ -123,10 +123,10 @@ def parity() -> Parity:
             Case("nan", _nan, gradient=False),
         ),
         workloads=(
-            Workload("pyramid", scenes.PYRAMID_LEVEL, _regions, layouts=tuple(LAYOUTS)),
+            Workload("pyramid", scenes.PYRAMID_LEVEL, _regions, layouts=tuple(FORMATS)),
             Workload("deterministic", scenes.PYRAMID_LEVEL, _deterministic),
             # Faster R-CNN on the fourth stage of a ResNet; Fast R-CNN on VGG.
-            Workload("c4", _C4, _regions, layouts=tuple(LAYOUTS)),
+            Workload("c4", _C4, _regions, layouts=tuple(FORMATS)),
             Workload("vgg", _VGG, _regions),
         ),
     )
