@@ -20,8 +20,10 @@ from torch import Tensor
 
 from benchmarks import data, plain
 from benchmarks.harness import Call, Inputs, Side, Work
+from torchkiln import testing
+from torchkiln.testing import _scenes as scenes
 
-SEED = 20
+SEED = scenes.SEED
 THRESHOLD = 0.5
 RPN_THRESHOLD = 0.7
 OURS, TORCHVISION, PLAIN, COMPILED = "torchkiln", "torchvision", "PyTorch", "torch.compile"
@@ -162,7 +164,7 @@ def oracle_of(bind: Bind, direction: str = "forward") -> Callable[[Inputs], Any]
 def scene(n: int, kind: str, device: torch.device) -> Inputs:
     """Boxes and scores, uniform or clustered."""
     boxes, scores = (
-        data.uniform_scene(n, SEED) if kind == "uniform" else data.clustered_scene(n, SEED)[:2]
+        scenes.uniform_scene(n, SEED) if kind == "uniform" else scenes.clustered_scene(n, SEED)[:2]
     )
     return {"boxes": boxes.to(device), "scores": scores.to(device)}
 
@@ -219,10 +221,10 @@ def batched_nms(n: int, classes: int, kind: str = "clustered", **options: Any) -
 
     def classified() -> tuple[Tensor, Tensor, Tensor]:
         if kind == "uniform":
-            idxs = torch.randint(classes, (n,), generator=data.generator(SEED))
-            return (*data.uniform_scene(n, SEED), idxs)
-        boxes, scores, owner = data.clustered_scene(n, SEED)
-        return boxes, scores, data.classes_of(owner, classes, SEED)
+            idxs = torch.randint(classes, (n,), generator=scenes.generator(SEED))
+            return (*scenes.uniform_scene(n, SEED), idxs)
+        boxes, scores, owner = scenes.clustered_scene(n, SEED)
+        return boxes, scores, scenes.classes_of(owner, classes, SEED)
 
     def make(device: torch.device) -> Work:
         function = "batched_nms"
@@ -256,10 +258,15 @@ class Pooling:
     width: int
     regions: int
     bins: int
-    scale: float = 0.25
+    stride: int = 4
     ratio: int = 2
     low: float = 32
     high: float = 512
+
+    @property
+    def scale(self) -> float:
+        """Cells of the map per pixel of the image."""
+        return 1 / self.stride
 
     def __str__(self) -> str:
         shape = f"{self.images}x{self.channels}x{self.height}x{self.width}"
@@ -268,7 +275,7 @@ class Pooling:
     def rois(self) -> Tensor:
         """(K, 5) on the CPU; half-precision rows round them."""
         image = (self.height / self.scale, self.width / self.scale)
-        return data.regions(self.regions, self.images, SEED, image, self.low, self.high)
+        return scenes.regions(self.regions, self.images, SEED, image, self.low, self.high)
 
     def inputs(
         self, device: torch.device, dtype: torch.dtype, layout: str, direction: str
@@ -386,17 +393,6 @@ def roi_pool(
 # --- sigmoid_focal_loss -------------------------------------------------------------------------
 
 
-def focal_targets(rows: int, classes: int, form: str, dtype: torch.dtype) -> Tensor:
-    """Labels with one positive row in a hundred, as in a dense detector, or soft targets."""
-    g = data.generator(SEED)
-    labels = torch.randint(classes, (rows,), generator=g)
-    labels[torch.rand(rows, generator=g) > 0.01] = classes
-    if form == "labels":
-        return labels
-    hard = (labels[:, None] == torch.arange(classes)).float()
-    return (hard * (0.5 + 0.5 * torch.rand(rows, 1, generator=g))).to(dtype)
-
-
 def sigmoid_focal_loss(
     rows: int,
     classes: int,
@@ -419,11 +415,10 @@ def sigmoid_focal_loss(
         return i | {"targets": (i["targets"][:, None] == numbers).to(i["input"].dtype)}
 
     def make(device: torch.device) -> Work:
-        # The bias that a detector starts with: nearly everything is background.
-        logits = data.normal((rows, classes), SEED) - 4.6
-        features = logits.to(device, dtype)
+        features = scenes.detector_logits(rows, classes).to(device, dtype)
         features.requires_grad_(direction != "forward")
-        targets = focal_targets(rows, classes, form, dtype).to(device)
+        targets = scenes.detector_targets(rows, classes, form == "soft").to(device)
+        targets = targets.to(dtype) if form == "soft" else targets
         elements = rows * classes
         target_bytes = 8 * rows if form == "labels" else nbytes(dtype) * elements
         return Work(
@@ -462,8 +457,8 @@ def box_iou(n: int, m: int, dtype: torch.dtype = torch.float32, **options: Any) 
     def make(device: torch.device) -> Work:
         return Work(
             {
-                "boxes1": data.uniform_boxes(n, SEED).to(device, dtype),
-                "boxes2": data.uniform_boxes(m, SEED + 1).to(device, dtype),
+                "boxes1": scenes.uniform_boxes(n, SEED).to(device, dtype),
+                "boxes2": scenes.uniform_boxes(m, SEED + 1).to(device, dtype),
             },
             [
                 side(OURS, lambda: bound(ours("box_iou"), names)),
@@ -480,19 +475,31 @@ def box_iou(n: int, m: int, dtype: torch.dtype = torch.float32, **options: Any) 
 
 # --- the tables ---------------------------------------------------------------------------------
 
-FPN = Pooling(2, 256, 200, 336, 1024, 7)
+PARITIES = testing.find()
+
+
+def workload(operator: str, name: str) -> testing.Sizes:
+    """The sizes of a workload: what is tuned is measured here as well."""
+    (found,) = (w for w in PARITIES[operator].workloads if w.name == name)
+    return found.sizes
+
+
+FPN = Pooling(**workload("roi_align", "pyramid"))
 # What a pyramid's second level gets: boxes below 112 pixels.
 FPN_LEVEL_2 = dataclasses.replace(FPN, low=16, high=112)
-MASK_HEAD = Pooling(2, 256, 200, 336, 128, 14)
-MANY = Pooling(2, 256, 200, 336, 8192, 7)
-SMALL = Pooling(1, 256, 50, 84, 64, 7, scale=1 / 16)
-ODD = Pooling(1, 100, 37, 53, 37, 5, scale=1 / 16, ratio=3)
-ADAPTIVE = Pooling(1, 256, 100, 168, 512, 7, scale=0.125, ratio=-1)
-HOST = Pooling(1, 4, 16, 16, 8, 7, scale=1.0, low=2, high=10)
-FAST_RCNN_C4 = Pooling(1, 1024, 50, 84, 256, 14, scale=1 / 16)
-FAST_RCNN_VGG = Pooling(1, 512, 38, 50, 2000, 7, scale=1 / 16)
-CPU_MAP = Pooling(1, 256, 100, 168, 256, 7, scale=0.125)
-TINY_MAP = Pooling(2, 8, 20, 24, 6, 3, scale=0.125, low=16, high=96)
+MASK_HEAD = Pooling(**workload("roi_align", "masks"))
+MANY = dataclasses.replace(FPN, regions=8192)
+SMALL = Pooling(**workload("roi_align", "coarse"))
+ODD = Pooling(1, 100, 37, 53, 37, 5, stride=16, ratio=3)
+ADAPTIVE = Pooling(1, 256, 100, 168, 512, 7, stride=8, ratio=-1)
+HOST = Pooling(1, 4, 16, 16, 8, 7, stride=1, low=2, high=10)
+FAST_RCNN_C4 = Pooling(**workload("roi_pool", "c4"))
+FAST_RCNN_VGG = Pooling(**workload("roi_pool", "vgg"))
+CPU_MAP = Pooling(1, 256, 100, 168, 256, 7, stride=8)
+RETINANET = workload("sigmoid_focal_loss", "labels")
+LOGITS = RETINANET["rows"], RETINANET["classes"]
+ANCHORS = workload("box_iou", "anchors")["n"], workload("box_iou", "anchors")["m"]
+TINY_MAP = Pooling(2, 8, 20, 24, 6, 3, stride=8, low=16, high=96)
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
@@ -593,13 +600,13 @@ def focal_rows() -> Iterator[Case]:
     goals = (Target("mmcv", 3, 5), FLOOR)
     both: dict[str, Any] = {"direction": BOTH, "quick": True}
     yield sigmoid_focal_loss(
-        200_000, 80, "labels", targets=(FLOOR,), mmcv=Mmcv(239.4), quick=True
+        *LOGITS, "labels", targets=(FLOOR,), mmcv=Mmcv(239.4), quick=True
     )  # fmt: skip
-    yield sigmoid_focal_loss(200_000, 80, "labels", targets=goals, mmcv=Mmcv(511.9), **both)
-    yield sigmoid_focal_loss(200_000, 80, "soft", targets=(FLOOR,), **both)
-    yield sigmoid_focal_loss(200_000, 80, "soft")
-    yield sigmoid_focal_loss(200_000, 80, "labels", BOTH, F16)
-    yield sigmoid_focal_loss(200_000, 80, "soft", BOTH, F16)
+    yield sigmoid_focal_loss(*LOGITS, "labels", targets=goals, mmcv=Mmcv(511.9), **both)
+    yield sigmoid_focal_loss(*LOGITS, "soft", targets=(FLOOR,), **both)
+    yield sigmoid_focal_loss(*LOGITS, "soft")
+    yield sigmoid_focal_loss(*LOGITS, "labels", BOTH, F16)
+    yield sigmoid_focal_loss(*LOGITS, "soft", BOTH, F16)
     yield sigmoid_focal_loss(800_000, 80, "labels", BOTH)
     yield sigmoid_focal_loss(22_344, 80, "labels", BOTH)
     yield sigmoid_focal_loss(600, 91, "labels", BOTH)
@@ -608,8 +615,8 @@ def focal_rows() -> Iterator[Case]:
 
 def box_iou_rows() -> Iterator[Case]:
     """RetinaNet's anchors against an image's objects, then others."""
-    yield box_iou(201_600, 100, targets=(FLOOR,), quick=True)
-    yield box_iou(201_600, 100, F16)
+    yield box_iou(*ANCHORS, targets=(FLOOR,), quick=True)
+    yield box_iou(*ANCHORS, F16)
     yield box_iou(20_000, 100, mmcv=Mmcv(205.0))
     yield box_iou(2000, 100)
     yield box_iou(12_345, 37)

@@ -28,7 +28,10 @@ json params_to_json(const Kernel& kernel) {
   json list = json::array();
   for (std::uint32_t i = 0; i < kernel.declaration.n_params; ++i) {
     const torchkiln_param& p = kernel.declaration.params[i];
-    list.push_back({{"name", p.name}, {"tunable", p.tunable != 0}, {"values", values_to_json(p)}});
+    list.push_back({{"name", p.name},
+                    {"tunable", p.tunable != 0},
+                    {"constant", p.constant != 0},
+                    {"values", values_to_json(p)}});
   }
   return list;
 }

@@ -231,8 +231,8 @@ void Engine::submit(const Kernel& kernel, const LaunchRecord& record,
   if (kernel.is_user) check_limits(record.limits, g, record.text);
   const CudaApi& cuda = driver_.api();
   const auto try_launch = [&] {
-    return submit_packed(cuda, record.function, g, static_cast<CudaStream>(launch.stream),
-                         launch.args, kernel.declaration.args_size);
+    return submit_kernel(cuda, record.function, g, launch.stream, launch.args,
+                         kernel.declaration.args_size);
   };
   CudaResult code = try_launch();
   if (code == kCudaInvalidContext) {  // a thread that never used CUDA

@@ -88,6 +88,29 @@ const T& from_int64(const std::int64_t* values) {
 
 }  // namespace detail
 
+// A kernel template of your own: CUDA C++ that may include torchkiln's headers (common/, geometry/) by their path, and
+// `headers`, name to text. A global, above the kernels that are declared from it by `.path = my_template.path()`; their
+// entry is named from the global namespace, "forward" or "mine::forward". Nothing is compiled here. `name` (letters,
+// digits, _, - and /) stands in manifests and errors. Throws Error for another text under a name that is taken.
+class Template {
+ public:
+  Template(const std::string& name, const std::string& source,
+           const std::map<std::string, std::string>& headers = {})
+      : path_("user/" + name + ".cuh") {
+    const std::string folder = path_.substr(0, path_.rfind('/') + 1);
+    for (const auto& [header, text] : headers)
+      check(torchkiln_add_template((folder + header).c_str(), text.c_str()));
+    check(torchkiln_add_template(path_.c_str(), source.c_str()));
+  }
+  Template(const Template&) = delete;
+  Template& operator=(const Template&) = delete;
+
+  const char* path() const { return path_.c_str(); }
+
+ private:
+  std::string path_;
+};
+
 // A kernel template with everything the engine needs: declared once as a global, run many times. The template's
 // parameters are Statics' members, then Tunables' members, in order; it takes one Args by value.
 template <class Args, class Statics, class Sizes, class Tunables>

@@ -66,14 +66,13 @@ inline constexpr CudaFunctionAttribute kFunctionBinaryVersion = 6;
 inline constexpr CudaFunctionAttribute kFunctionMaxDynamicSharedBytes = 8;
 inline constexpr CudaFunctionAttribute kFunctionSharedCarveout = 9;
 
+using CudaPointerAttribute = int;
+inline constexpr CudaPointerAttribute kPointerMemoryType = 2;
+inline constexpr unsigned kMemoryOfDevice = 2;
 // Names in the last argument of a launch.
 inline void* const kLaunchParamEnd = nullptr;
 inline void* const kLaunchParamBuffer = reinterpret_cast<void*>(std::uintptr_t{1});
 inline void* const kLaunchParamBufferSize = reinterpret_cast<void*>(std::uintptr_t{2});
-
-using CudaPointerAttribute = int;
-inline constexpr CudaPointerAttribute kPointerMemoryType = 2;
-inline constexpr unsigned kMemoryOfDevice = 2;
 
 using CudaCaptureStatus = int;
 inline constexpr CudaCaptureStatus kCaptureNone = 0;

@@ -110,10 +110,10 @@ GpuBench::Program& GpuBench::program(std::size_t point) {
 }
 
 void GpuBench::launch(const Program& program, std::size_t set, CudaStream stream) {
-  const CudaApi& cuda = driver_.api();
-  check(cuda,
-        submit_packed(cuda, program.function, program.geometry, stream, copies_.args(set).data(),
-                      kernel_.declaration.args_size),
+  const std::string& args = copies_.args(set);
+  check(driver_.api(),
+        submit_kernel(driver_.api(), program.function, program.geometry, stream, args.data(),
+                      args.size()),
         "cuLaunchKernel", program.text);
 }
 

@@ -195,6 +195,7 @@ class Search {
         return;
       }
       at(point).failure = wrong;
+      refine(kFinalists, kFinalPairs, 1);  // those that looked hopeless beside it
     }
   }
 

@@ -20,14 +20,16 @@ from torchkiln._backend import backend  # noqa: E402
 from torchkiln._native import statistics  # noqa: E402
 
 if TYPE_CHECKING:
-    from torchkiln import compat, library, nn, reference, testing
+    from torchkiln import compat, library, nn, reference, testing, tuning
     from torchkiln._kernel import Kernel, ceil_div
     from torchkiln.deployment import record, seal
     from torchkiln.testing import verify
+    from torchkiln.tuning import autotune
 
 __all__ = [
     "Kernel",
     "__version__",
+    "autotune",
     "backend",
     "ceil_div",
     "compat",
@@ -40,14 +42,16 @@ __all__ = [
     "seal",
     "statistics",
     "testing",
+    "tuning",
     "verify",
 ]
 
 __version__ = _native.version()
 
-_LAZY_MODULES = frozenset({"compat", "library", "nn", "reference", "testing"})
+_LAZY_MODULES = frozenset({"compat", "library", "nn", "reference", "testing", "tuning"})
 _LAZY_NAMES = {
     "Kernel": "torchkiln._kernel",
+    "autotune": "torchkiln.tuning",
     "ceil_div": "torchkiln._kernel",
     "record": "torchkiln.deployment",
     "seal": "torchkiln.deployment",

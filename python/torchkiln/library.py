@@ -5,12 +5,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch._library.custom_ops import CustomOpDef
 
 from torchkiln._backend import choice
+
+if TYPE_CHECKING:
+    from torchkiln.testing import Case, Workload
 
 __all__ = ["Op", "op"]
 
@@ -60,7 +63,8 @@ def op(
     backward: Callable[..., Any] | None = None,
     reference: Callable[..., Result] | None = None,
     mutates_args: Sequence[str] = (),
-    cases: Sequence[Any] = (),
+    cases: Sequence[Case] = (),
+    workloads: Sequence[Workload] = (),
     tier: str = "B",
     differentiable: Sequence[str] = (),
     dtypes: Sequence[torch.dtype] | None = None,
@@ -82,6 +86,8 @@ def op(
         mutates_args: names of inputs that the operator writes.
         cases: `torchkiln.testing.Case`s; with them and a reference `torchkiln verify` compares the
             operator with its reference.
+        workloads: `torchkiln.testing.Workload`s, calls of realistic sizes; with them and a
+            reference `torchkiln tune` tunes the kernels that the operator launches.
         tier: how near results must be, a key of `torchkiln.testing.TIERS`.
         differentiable: inputs whose gradients are compared.
         dtypes: floating dtypes that it is tried in; float16, bfloat16 and float32 by default.
@@ -114,8 +120,8 @@ def op(
     """
     if name.count("::") != 1 or not all(part.isidentifier() for part in name.split("::")):
         raise ValueError(f"op: name must be like mine::bias_gelu; got {name}")
-    if cases and reference is None:
-        raise ValueError(f"{name}: reference must be given for cases to be compared with; got None")
+    if (cases or workloads) and reference is None:
+        raise ValueError(f"{name}: reference must be given with cases or workloads; got None")
     definition = torch.library.custom_op(
         name, cuda, mutates_args=tuple(mutates_args), device_types="cuda"
     )
@@ -126,10 +132,10 @@ def op(
     if backward is not None:
         definition.register_autograd(backward, setup_context=setup_context)
     made = Op(name, definition, reference)
-    if cases:
+    if cases or workloads:
         from torchkiln.testing import _own
 
-        _own.register_op(made, cases, tier, differentiable, dtypes)
+        _own.register_op(made, cases, workloads, tier, differentiable, dtypes)
     return made
 
 

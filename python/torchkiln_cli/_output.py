@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,19 @@ def size_text(size: int) -> str:
     return f"{value:.1f} GiB"
 
 
+def pairs_text(values: Mapping[str, Any]) -> str:
+    """Names and values as in the texts of kernels: "lanes=8, classes=true"."""
+    return ", ".join(
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in values.items()
+    )
+
+
+def first_line(error: Exception) -> str:
+    """An exception in a line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 class Progress:
     """Counts up to a total on stderr, silently for a second.
 
@@ -81,6 +94,10 @@ class Progress:
     def advance(self, name: str) -> None:
         """One more is done, and this was its name."""
         self._done += 1
+        self.show(name)
+
+    def show(self, name: str) -> None:
+        """Says what is being done, or was done last."""
         now = time.monotonic()
         if sys.stderr.isatty():
             if self._bar is None and now - self._start >= _SILENT_SECONDS:

@@ -226,6 +226,74 @@ def warm(selection: Selection, architectures: list[str], jobs: int | None, as_js
     sys.exit(0 if outcome.complete else 1)
 
 
+@cli.command()
+@click.option(
+    "--manifest",
+    "manifests",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False),
+    help="Kernels that a program used, as `record` wrote them down.",
+)
+@click.option("--ops", help="Operators, for example nms,roi_align.")
+@click.option("--all", "all_ops", is_flag=True, help="All operators.")
+@click.option("--dtypes", help="With --ops, --all: float32,float16,bfloat16 by default.")
+@click.option("--sizes", help="With --ops, --all: other sizes, for example regions=512,bins=14.")
+@click.option("--device", default="cuda", show_default=True, help="A GPU of this machine.")
+@click.option(
+    "--budget-ms",
+    type=click.FloatRange(min=0),
+    help="Time to measure for each kernel and problem; TORCHKILN_TUNE_BUDGET_MS or 300.",
+)
+@click.option(
+    "--total-ms",
+    type=click.FloatRange(min=0),
+    help="Time to measure in all; TORCHKILN_TUNE_TOTAL_MS or 60000.",
+)
+@click.option("--list", "listing", is_flag=True, help="Only print what can be tuned; no GPU.")
+@click.option("--arch", help="With --list: count what is legal there, for example sm_90.")
+@_importing
+@_json
+@_command
+def tune(
+    manifests: tuple[str, ...],
+    ops: str | None,
+    all_ops: bool,
+    dtypes: str | None,
+    sizes: str | None,
+    device: str,
+    budget_ms: float | None,
+    total_ms: float | None,
+    listing: bool,
+    arch: str | None,
+    as_json: bool,
+) -> None:
+    """Measure which tunables are best on a GPU here, and record them for later processes.
+
+    Operators run forward and backward on workloads of the sizes that models have; --manifest runs
+    those that launch its kernels. What is recorded is not measured again: after Ctrl-C, or when the
+    time was up, the same command goes on from there.
+    """
+    from torchkiln_cli import tune as module
+    from torchkiln_cli.warm import UsageError, parse_selection, split
+
+    try:
+        if listing:
+            if manifests or dtypes or sizes:
+                raise UsageError("--list goes with --ops and --arch")
+            module.emit_spaces(split(ops) if ops else None, arch, as_json)
+            return
+        if arch:
+            raise UsageError("--arch goes with --list; tuning runs on --device")
+        selection = parse_selection(manifests, ops, all_ops, dtypes)
+        if manifests and sizes:
+            raise UsageError("--sizes goes with --ops or --all; a manifest names its own")
+        outcome = module.run(selection, module.parse_sizes(sizes), device, budget_ms, total_ms)
+    except UsageError as error:
+        raise click.UsageError(str(error)) from error
+    module.emit(outcome, as_json)
+    sys.exit(0 if outcome.complete else 1)
+
+
 @cli.command(context_settings={"allow_interspersed_args": False})
 @click.option(
     "--out",

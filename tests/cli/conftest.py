@@ -72,6 +72,13 @@ class FakeEngine:
             },
             "cache.clear": {"freed_bytes": 8192},
             "bundles": {"bundles": [], "refused": []},
+            "records.examine": {
+                "files": [],
+                "folder": "/c/tuning",
+                "writable": True,
+                "state": "ok",
+                "devices": [],
+            },
             "selftest.store": {"checks": [{"name": "publish", "ok": True, "fact": "linked"}]},
         }
 

@@ -358,3 +358,54 @@ def test_real_installation_with_an_unusable_cache(run, tmp_path):
     assert result.returncode == 1
     assert found["cache"]["status"] == "fail"
     assert found["torchkiln"]["status"] == "ok"
+
+
+H200 = {"name": "NVIDIA H200", "architecture": 90, "multiprocessors": 132}
+RECORDS = {"file": "h200/detection.nms", "device": H200, "records": 3, "unreadable": 0, "stale": []}
+
+
+def test_tuning_records_are_counted_by_kind_of_gpu(findings, engine):
+    a10 = {"name": "NVIDIA A10", "architecture": 86, "multiprocessors": 72}
+    other = {**RECORDS, "file": "h200/detection.roi_pool", "records": 4}
+    away = {**RECORDS, "file": "a10/detection.nms", "device": a10, "records": 5}
+    engine.replies["records.examine"] |= {"files": [RECORDS, other, away], "devices": [H200]}
+    found = findings()
+    assert found["tuning records"].fact == "12 in /c/tuning"
+    here = found["tuning records of GPU kind 1"]
+    assert (here.status, here.fact) == ("ok", "NVIDIA H200, sm_90: 7 of 2 templates")
+    fact = "NVIDIA A10, sm_86: 5 of 1 templates, of no GPU of this machine"
+    assert found["tuning records of GPU kind 2"].fact == fact
+
+
+def test_tuning_records_may_be_stale(findings, engine):
+    stale = [{"field": "compiler", "recorded": "13.0", "now": "13.5", "records": 2}]
+    engine.replies["records.examine"] |= {"files": [{**RECORDS, "stale": stale}]}
+    found = findings()["tuning records of GPU kind 1"]
+    assert found.status == "warn"
+    assert found.fact.endswith("; 2 measured with compiler 13.0, now 13.5")
+    assert "torchkiln tune measures them again" in found.fix
+
+
+def test_tuning_records_may_be_unreadable(findings, engine):
+    nobodys = {**RECORDS, "file": "x/y", "device": None, "records": 0}
+    half = {**RECORDS, "unreadable": 2}
+    engine.replies["records.examine"] |= {"files": [nobodys, half]}
+    found = findings()
+    expected = "x/y: it names no device, and is not used"
+    assert found["tuning records, x/y"].fact == expected
+    expected = "h200/detection.nms: 2 lines cannot be read, and are not used"
+    assert found["tuning records, h200/detection.nms"].fact == expected
+    assert "tuning records of GPU kind 1" in found
+
+
+def test_tuning_records_cannot_be_written(findings, engine):
+    changes = {"writable": False, "state": "read-only file system", "folder": ""}
+    engine.replies["records.examine"] |= changes
+    found = findings()["tuning records"]
+    assert found.status == "warn"
+    assert found.fact == "0 in no folder, which cannot be written: read-only file system"
+
+
+def test_every_program_measures(findings, engine):
+    engine.replies["settings"]["values"]["tune"] = "tune"
+    assert "Unset it" in findings()["tuning mode"].fix

@@ -28,6 +28,7 @@ WARM = ("warm", "--ops", "box_iou", "--dtypes", "float32", "--arch", "sm_90", "-
         ["bundle", "verify", "--json", "{}/a.bundle"],
         ["doctor", "--help"],
         ["explain", "--help"],
+        ["tune", "--help"],
     ],
     ids=" ".join,
 )
@@ -140,3 +141,10 @@ def test_verify_runs_the_parity_suite(run):
     results = json.loads(result.stdout)["results"]
     assert results
     assert all(row["ok"] for row in results)
+
+
+def test_tune_needs_a_gpu(run):
+    result = run("tune", "--ops", "nms", CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 2
+    assert "--device must be a GPU of this machine; torch sees none" in result.stderr
+    assert "Traceback" not in result.stderr

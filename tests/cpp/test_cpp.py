@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import torchkiln
+from support.machine import build_folder
 from torchkiln import ops
 from torchkiln_cli import _native
 
@@ -51,7 +52,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build
 
 
-def run(program: Path, cache: Path, *arguments: str) -> list[dict[str, Any]]:
+def run(program: Path, cache: Path, *arguments: str, **environment: str) -> list[dict[str, Any]]:
     """The JSON lines of a program that no Python has prepared."""
     nvrtc = _native.control("nvrtc", load=False)["candidates"][0]["path"]
     done = subprocess.run(
@@ -61,6 +62,7 @@ def run(program: Path, cache: Path, *arguments: str) -> list[dict[str, Any]]:
             "HOME": str(cache),
             "TORCHKILN_CACHE_DIR": str(cache / "kernels"),
             "TORCHKILN_NVRTC_PATH": nvrtc,
+            **environment,
         },
         capture_output=True,
         text=True,
@@ -221,3 +223,39 @@ def test_a_wrong_argument_has_the_sentence_of_python(printed: dict[str, dict[str
 
 def test_nothing_is_recorded_when_no_gradient_is_wanted(printed: dict[str, dict[str, Any]]) -> None:
     assert printed["no_gradient_wanted"]["requires_grad"] == 0
+
+
+# --- a kernel of its own --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own_kernel(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    home = tmp_path_factory.mktemp("own")
+    no_gpu = str(build_folder() / "fake_cuda")  # a driver that runs nothing
+    return run(programs / "own_kernel", home, LD_LIBRARY_PATH=no_gpu)
+
+
+def test_a_kernel_of_ones_own_is_compiled_ahead_and_launched(
+    own_kernel: list[dict[str, Any]],
+) -> None:
+    warm, first, second, counters = own_kernel[:4]
+    assert warm == {"compiled": 4, "present": 0, "failed": 0, "errors": []}
+    assert first["error"] == second["error"] == "no error"
+    assert counters["launches"] == 2
+    assert counters["compiles"] == 4
+
+
+@pytest.mark.parametrize(
+    ("case", "sentence"),
+    [
+        ("text", "the text of user/acme_scale.cuh must stay the same"),
+        ("entry", "acme_scale: entry must be a __global__ function of the source; got acme::miss"),
+        ("include", "got <vector> in user/acme_odd.cuh(1). torchkiln has common/"),
+        ("block", "block must have from 1 to 1024x1024x64 threads; got 2048x1x1"),
+    ],
+)
+def test_mistakes_in_kernels_of_ones_own_are_told(
+    own_kernel: list[dict[str, Any]], case: str, sentence: str
+) -> None:
+    errors = {line["case"]: line["error"] for line in own_kernel if "case" in line}
+    assert sentence in errors[case]

@@ -83,4 +83,6 @@ def test_public_function_is_documented(name: str) -> None:
 def test_names_are_flat() -> None:
     assert {"box_iou", "generalized_box_iou"} <= set(PUBLIC)
     assert torchkiln.reference.box_iou
-    assert set(testing.find()) <= {operator.name for operator in OPERATORS} | set(PUBLIC)
+    # Operators of users, which other tests make, have a function of their own.
+    ours = {name for name, parity in testing.find().items() if parity.function is None}
+    assert ours <= {operator.name for operator in OPERATORS} | set(PUBLIC)

@@ -33,12 +33,14 @@ from torchkiln.testing._graphs import (
 from torchkiln.testing._layouts import LAYOUTS, emptied, lay_out, resized
 from torchkiln.testing._parity import Result, assert_equals_reference, check, verify
 from torchkiln.testing._tolerance import TIERS, Difference, compare
+from torchkiln.testing._workloads import FORMATS, Run, Sizes, Workload, runs
 
 if TYPE_CHECKING:
     from torchkiln.testing._suite import Suite
 
 __all__ = [
     "FLOATS",
+    "FORMATS",
     "LAYOUTS",
     "TIERS",
     "Case",
@@ -47,7 +49,10 @@ __all__ = [
     "Inputs",
     "Parity",
     "Result",
+    "Run",
+    "Sizes",
     "Suite",
+    "Workload",
     "assert_autocast",
     "assert_capturable",
     "assert_compiles",
@@ -68,6 +73,7 @@ __all__ = [
     "operator_calls",
     "prepare",
     "resized",
+    "runs",
     "verify",
 ]
 

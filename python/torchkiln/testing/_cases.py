@@ -10,7 +10,7 @@ import pkgutil
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from torch.utils import _pytree as pytree
 from torchkiln._backend import backend
 
 Arguments = Mapping[str, Any]
+
+if TYPE_CHECKING:
+    from torchkiln.testing._workloads import Workload
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -120,6 +123,7 @@ class Parity:
         reference: what it must equal: plain PyTorch with the same arguments, in any dtype and on
             any device.
         devices: types of devices that it runs on.
+        workloads: calls of realistic sizes, for tuning and benchmarks.
 
     Example:
         >>> import torch
@@ -141,6 +145,7 @@ class Parity:
     differentiable: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = FLOATS
     deterministic: bool = True
+    workloads: tuple[Workload, ...] = ()
     function: Callable[..., Any] | None = None
     reference: Callable[..., Any] | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")

@@ -15,6 +15,7 @@ from torchkiln.testing._cases import Case, Parity
 if TYPE_CHECKING:
     from torchkiln._kernel import Kernel
     from torchkiln.library import Op
+    from torchkiln.testing._workloads import Workload
 
 # float64 is seldom among the types of a user's kernel.
 _USUAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -30,6 +31,7 @@ def registered() -> dict[str, Parity]:
 def register_op(
     op: Op[Any],
     cases: Sequence[Case],
+    workloads: Sequence[Workload],
     tier: str,
     differentiable: Sequence[str],
     dtypes: Sequence[torch.dtype] | None,
@@ -42,6 +44,7 @@ def register_op(
         cases=tuple(cases),
         differentiable=tuple(differentiable),
         dtypes=_USUAL_DTYPES if dtypes is None else tuple(dtypes),
+        workloads=tuple(workloads),
         function=op,
         reference=op.reference,
     )

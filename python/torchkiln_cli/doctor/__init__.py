@@ -14,7 +14,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torchkiln_cli import _native, _output
-from torchkiln_cli.doctor import _bundles, _cache, _environment, _gpu, _trials, _versions
+from torchkiln_cli.doctor import (
+    _bundles,
+    _cache,
+    _environment,
+    _gpu,
+    _records,
+    _trials,
+    _versions,
+)
 from torchkiln_cli.doctor._finding import REINSTALL, REPORT, Finding
 
 _CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
@@ -22,6 +30,7 @@ _CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     *_gpu.CHECKS,
     *_cache.CHECKS,
     *_bundles.CHECKS,
+    *_records.CHECKS,
     *_trials.CHECKS,
     *_environment.CHECKS,
 )

@@ -13,7 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from torchkiln.testing._cases import Case, Parity
+from torchkiln.testing import Case, Parity, Sizes, Workload
+from torchkiln.testing import _scenes as scenes
 
 __all__ = ["box_iou"]
 
@@ -93,11 +94,28 @@ def parity() -> Parity:
             # Squares of the coordinates are beyond float16.
             Case("large", lambda new: _pair(new.boxes(9, 6e4), new.boxes(8, 6e4))),
         ),
+        workloads=(
+            # RetinaNet's anchors on an image of 800 x 1344, against its objects.
+            Workload(
+                "anchors", {"n": 201_600, "m": 100}, _boxes, functions=("box_iou",), gradient=False
+            ),
+            # Proposals of Faster R-CNN against objects.
+            Workload(
+                "proposals", {"n": 2000, "m": 100}, _boxes, functions=("box_iou",), gradient=False
+            ),
+            # DETR takes the diagonal of all pairs of matched boxes as its loss.
+            Workload("loss", {"n": 256, "m": 256}, _boxes),
+        ),
     )
 
 
 def _pair(boxes1: Tensor, boxes2: Tensor) -> dict[str, Tensor]:
     return {"boxes1": boxes1, "boxes2": boxes2}
+
+
+def _boxes(sizes: Sizes) -> dict[str, Tensor]:
+    seed = scenes.SEED
+    return _pair(scenes.uniform_boxes(sizes["n"], seed), scenes.uniform_boxes(sizes["m"], seed + 1))
 
 
 def _degenerate() -> Tensor:

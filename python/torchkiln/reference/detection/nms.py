@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchkiln.testing._cases import Case, Inputs, Parity
+from torchkiln.testing import Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import _scenes as scenes
 
 __all__ = ["batched_nms", "nms", "nms_padded"]
 
@@ -95,7 +96,32 @@ def parity() -> Parity:
             for function in ("nms_padded", "nms", "batched_nms")
             for name, boxes in _CANDIDATES.items()
         ),
+        workloads=(
+            # Proposals of one level of a pyramid, of all levels, and without a cut before.
+            Workload("level", {"boxes": 1000}, _proposals, functions=("nms",)),
+            Workload("proposals", {"boxes": 4741}, _proposals, functions=("nms",)),
+            Workload("uncut", {"boxes": 20_000}, _proposals, functions=("nms",)),
+            Workload("padded", {"boxes": 4741, "most": 1000}, _padded, functions=("nms_padded",)),
+            # What RetinaNet and YOLO have before suppression, and many times more.
+            Workload("detections", {"boxes": 10_000, "classes": 80}, _classified, ("batched_nms",)),
+            Workload("many", {"boxes": 100_000, "classes": 80}, _classified, ("batched_nms",)),
+        ),
     )
+
+
+def _proposals(sizes: Sizes) -> dict[str, Any]:
+    boxes, scores, _ = scenes.clustered_scene(sizes["boxes"], scenes.SEED)
+    return {"boxes": boxes, "scores": scores, "iou_threshold": 0.7}
+
+
+def _padded(sizes: Sizes) -> dict[str, Any]:
+    return {**_proposals(sizes), "max_output": sizes["most"]}
+
+
+def _classified(sizes: Sizes) -> dict[str, Any]:
+    boxes, scores, owner = scenes.clustered_scene(sizes["boxes"], scenes.SEED)
+    idxs = scenes.classes_of(owner, sizes["classes"], scenes.SEED)
+    return {"boxes": boxes, "scores": scores, "idxs": idxs, "iou_threshold": 0.5}
 
 
 def _make(candidates: _Candidates, function: str) -> Callable[[Inputs], Mapping[str, Any]]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchkiln.testing._cases import Case, Inputs, Parity
+from torchkiln.testing import FORMATS, Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import _scenes as scenes
 
 __all__ = ["roi_align"]
 
@@ -138,7 +139,34 @@ def parity() -> Parity:
             Case("border", _border),
             Case("degenerate", _degenerate),
         ),
+        workloads=(
+            Workload("pyramid", _PYRAMID, _regions, layouts=tuple(FORMATS)),
+            # Mask R-CNN's second head.
+            Workload(
+                "masks", {**_PYRAMID, "regions": 128, "bins": 14}, _regions, layouts=tuple(FORMATS)
+            ),
+            Workload("maximum", _PYRAMID, _maxima, layouts=tuple(FORMATS)),
+            # One image at a coarse level, as in a small detector.
+            Workload("coarse", _COARSE, _regions),
+        ),
     )
+
+
+_PYRAMID = {**scenes.PYRAMID_LEVEL, "ratio": 2}
+_COARSE = {**_PYRAMID, "images": 1, "height": 50, "width": 84, "regions": 64, "stride": 16}
+
+
+def _regions(sizes: Sizes) -> dict[str, Any]:
+    return {
+        **scenes.pooling(sizes),
+        "output_size": sizes["bins"],
+        "spatial_scale": 1 / sizes["stride"],
+        "sampling_ratio": sizes["ratio"],
+    }
+
+
+def _maxima(sizes: Sizes) -> dict[str, Any]:
+    return {**_regions(sizes), "pool_mode": "max"}
 
 
 def _arguments(

@@ -11,7 +11,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from torchkiln.testing import Case, Inputs, Parity
+from torchkiln.testing import FORMATS, Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import _scenes as scenes
 
 __all__ = ["roi_pool"]
 
@@ -121,7 +122,43 @@ def parity() -> Parity:
             Case("ties", _ties),
             Case("nan", _nan, gradient=False),
         ),
+        workloads=(
+            Workload("pyramid", scenes.PYRAMID_LEVEL, _regions, layouts=tuple(FORMATS)),
+            Workload("deterministic", scenes.PYRAMID_LEVEL, _deterministic),
+            # Faster R-CNN on the fourth stage of a ResNet; Fast R-CNN on VGG.
+            Workload("c4", _C4, _regions, layouts=tuple(FORMATS)),
+            Workload("vgg", _VGG, _regions),
+        ),
     )
+
+
+_C4 = {
+    "images": 1,
+    "channels": 1024,
+    "height": 50,
+    "width": 84,
+    "regions": 256,
+    "bins": 14,
+    "stride": 16,
+}
+_VGG = {
+    "images": 1,
+    "channels": 512,
+    "height": 38,
+    "width": 50,
+    "regions": 2000,
+    "bins": 7,
+    "stride": 16,
+}
+
+
+def _regions(sizes: Sizes) -> dict[str, object]:
+    stride = sizes["stride"]
+    return {**scenes.pooling(sizes), "output_size": sizes["bins"], "spatial_scale": 1 / stride}
+
+
+def _deterministic(sizes: Sizes) -> dict[str, object]:
+    return {**_regions(sizes), "deterministic": True}
 
 
 def _problem(

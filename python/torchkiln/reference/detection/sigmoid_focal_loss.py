@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from torchkiln.testing import Case, Inputs, Parity
+from torchkiln.testing import Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import _scenes as scenes
 
 __all__ = ["sigmoid_focal_loss"]
 
@@ -123,7 +124,28 @@ def parity() -> Parity:
             Case("far_out", lambda new: _saturated(1000.0)),
             Case("not_finite", lambda new: _saturated(math.inf), gradient=False),
         ),
+        workloads=(
+            # RetinaNet's logits of one image; torchvision's form of the targets; both as losses of
+            # each element.
+            Workload("labels", _RETINANET, lambda sizes: _logits(sizes, "sum", soft=False)),
+            Workload("soft", _RETINANET, lambda sizes: _logits(sizes, "sum", soft=True)),
+            Workload("labels_none", _RETINANET, lambda sizes: _logits(sizes, "none", soft=False)),
+            Workload("soft_none", _RETINANET, lambda sizes: _logits(sizes, "none", soft=True)),
+        ),
     )
+
+
+_RETINANET = {"rows": 200_000, "classes": 80, "gamma": 2}
+
+
+def _logits(sizes: Sizes, reduction: str, soft: bool) -> dict[str, object]:
+    shape = sizes["rows"], sizes["classes"]
+    return {
+        "inputs": scenes.detector_logits(*shape),
+        "targets": scenes.detector_targets(*shape, soft),
+        "gamma": sizes["gamma"],
+        "reduction": reduction,
+    }
 
 
 def _labels(new: Inputs, rows: int, classes: int, **settings: object) -> dict[str, object]:
