@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -81,6 +82,13 @@ def test_bandwidth_asks_for_a_gpu(tmp_path: Path) -> None:
     assert done.stderr.startswith("bandwidth: there must be a CUDA device; found none.")
 
 
+needs_command = pytest.mark.skipif(
+    shutil.which("torchkiln", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") is None,
+    reason="the command torchkiln is not installed",
+)
+
+
+@needs_command
 def test_deployed_without_a_gpu(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
     done = run(tmp_path, "bash", "deploy.sh", str(tmp_path))
@@ -90,6 +98,7 @@ def test_deployed_without_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@needs_command
 def test_tuned_and_deployed_on_a_gpu(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
     done = run(tmp_path, "bash", "deploy.sh", str(tmp_path), hide_gpus=False)
