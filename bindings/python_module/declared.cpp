@@ -227,6 +227,25 @@ std::int64_t Declared::ask(PyObject* function, const torchkiln_problem& problem,
   return kept_error == nullptr ? answer : 0;
 }
 
+// A choice serves all sizes of its buckets, and was only asked about at the first of them.
+bool Declared::is_still_legal(const torchkiln_problem& problem,
+                              const std::int64_t* tunables) const {
+  if (legal_ == nullptr || ask(legal_, problem, tunables) != 0) return true;
+  if (kept_error != nullptr) return false;
+  std::string got;
+  for (std::size_t i = 0; i < sizes_.size(); ++i) {
+    got +=
+        (i == 0 ? "" : ", ") + std::string(sizes_[i].name) + "=" + std::to_string(problem.sizes[i]);
+  }
+  PyErr_Format(PyExc_ValueError,
+               "%s: legal must give one answer for all sizes between two powers of two, because a "
+               "choice is remembered for them together; got another one for %s. Make what it tells "
+               "sizes apart by a parameter of template",
+               name.c_str(), got.c_str());
+  keep_error();
+  return false;
+}
+
 // No blocks, so that nothing is launched, when Python's function raises.
 void Declared::geometry(const torchkiln_problem& problem, const std::int64_t* tunables,
                         torchkiln_geometry& out) const {
@@ -245,7 +264,7 @@ void Declared::geometry(const torchkiln_problem& problem, const std::int64_t* tu
   }
   out = {};
   const py::gil_scoped_acquire lock;
-  if (kept_error != nullptr) return;
+  if (kept_error != nullptr || !is_still_legal(problem, tunables)) return;
   PyObject* reply = call(geometry_, problem, tunables);
   torchkiln_geometry g{};
   const bool ok = reply != nullptr &&

@@ -60,6 +60,7 @@ class Declared {
 
   void geometry(const torchkiln_problem& problem, const std::int64_t* tunables,
                 torchkiln_geometry& out) const;
+  bool is_still_legal(const torchkiln_problem& problem, const std::int64_t* tunables) const;
   std::int64_t ask(PyObject* function, const torchkiln_problem& problem,
                    const std::int64_t* tunables) const;
   PyObject* call(PyObject* function, const torchkiln_problem& problem,

@@ -26,6 +26,8 @@ MAX_GRID, MAX_BLOCK = 2**31 - 1, 1024
 
 Value = int | bool | torch.dtype
 Function = Callable[[Any], Any]
+Point = Mapping[str, int | bool]
+Default = Point | Sequence[Point] | Function | None
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Rules:
     block: Function
     shared: Function
     legal: Function | None
-    default: Mapping[str, int | bool] | Function | None
+    default: Default
 
     def __init__(self, name: str, params: list[Param], args: list[Arg]) -> None:
         self.name = name
@@ -82,6 +84,8 @@ class Rules:
             return self.points
         if self.default is None:
             return [tuple(p.numbers[0] for p in self.tunables)]
+        if isinstance(self.default, Sequence) and self.default:
+            return [self._point(values) for values in self.default]
         return [self._point(self.default)]
 
     def _point(self, values: Any) -> tuple[int, ...]:

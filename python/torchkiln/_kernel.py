@@ -22,6 +22,7 @@ from torchkiln._declaration import (
     MAX_BLOCK,
     MAX_GRID,
     NUMBERS,
+    Default,
     Function,
     Rules,
     Value,
@@ -83,9 +84,12 @@ class Kernel(_control.Launcher):
             an answer is remembered. A grid with a 0 launches nothing.
         block: threads, likewise; by default the tunable `block_size`.
         shared: bytes of dynamic shared memory, or a function; none by default.
-        legal: whether a point of the tunables can run a problem; all by default.
-        default: the tunables that run without tuning: a dict, or a function that returns one. By
-            default the first value of each.
+        legal: whether a point of the tunables can run a problem; all by default. A choice is
+            remembered for all sizes between two powers of two, so it must not tell those apart:
+            what divides a size is for `template`.
+        default: the tunables that run without tuning: a dict; a list of dicts, of which the first
+            legal one runs; or a function that returns a dict, and then `warm --ops` compiles every
+            legal point. By default the first value of each.
         name: what the command line, manifests and errors call it; letters, digits, `_`, `-` and
             `/`. By default the file's name, for a text the entry and digits of its SHA-256. Bundled
             kernels should have one.
@@ -146,7 +150,7 @@ class Kernel(_control.Launcher):
         block: int | Sequence[int] | Function | None = None,
         shared: int | Function | None = None,
         legal: Function | None = None,
-        default: Mapping[str, int | bool] | Function | None = None,
+        default: Default = None,
         name: str | None = None,
         headers: Mapping[str, str | os.PathLike[str]] | None = None,
         tolerance: float | None = None,

@@ -159,6 +159,31 @@ def test_illegal_points_are_not_taken() -> None:
     assert "ELi1ELi" in one_launch(lambda: careful(**tensors()))["kernel"]
 
 
+def test_the_first_legal_default_is_taken() -> None:
+    points = [{"vector": vector, "block_size": 128} for vector in (4, 2, 1)]
+    listed = declare(legal=lambda p: p.vector < 4, default=points, name="listed")
+    assert "ELi2ELi128EE" in one_launch(lambda: listed(**tensors()))["kernel"]
+    none = declare(legal=lambda p: False, default=points, name="never_legal")
+    with pytest.raises(RuntimeError, match="no default is legal"):
+        none(**tensors())
+
+
+def test_legal_may_not_tell_sizes_of_a_bucket_apart() -> None:
+    """The choice for 1000 serves 1001, too: unasked it would read packs that are not aligned."""
+    divided = declare(
+        legal=lambda p: p.vector == 1 or p.n % p.vector == 0,
+        default=[{"vector": vector, "block_size": 128} for vector in (4, 1)],
+        name="divided",
+    )
+    one_launch(lambda: divided(**tensors()))
+    for _ in range(2):
+        before = len(launches())
+        with pytest.raises(ValueError, match=r"^divided: legal must give one answer .* n=1001\. "):
+            divided(**tensors(count=1001))
+        assert len(launches()) == before
+    one_launch(lambda: divided(**tensors(count=996)))
+
+
 def test_geometry_may_have_three_dimensions_and_shared_memory() -> None:
     wide = declare(grid=lambda p: (p.n, 2, 3), block=(32, 4), shared=lambda p: p.n * 4, name="wide")
     launch = one_launch(lambda: wide(**tensors(count=10)))
