@@ -249,17 +249,16 @@ bool Declared::is_still_legal(const torchkiln_problem& problem,
 // No blocks, so that nothing is launched, when Python's function raises.
 void Declared::geometry(const torchkiln_problem& problem, const std::int64_t* tunables,
                         torchkiln_geometry& out) const {
-  Remembered wanted{.of = this, .device = problem.device, .values = {}, .geometry = {}};
-  auto* end = std::copy_n(problem.statics, statics.size(), wanted.values.data());
+  decltype(Remembered::values) values{};
+  auto* end = std::copy_n(problem.statics, statics.size(), values.data());
   end = std::copy_n(problem.sizes, sizes_.size(), end);
-  std::copy_n(tunables, params_.size() - statics.size(), end);
-  std::uint64_t hash = reinterpret_cast<std::uintptr_t>(this) >> 4;
-  for (const std::int64_t value : wanted.values) {
-    hash = (hash ^ static_cast<std::uint64_t>(value)) * 0x9e3779b97f4a7c15;  // 2^64 / golden ratio
-    hash ^= hash >> 32;
-  }
-  Remembered& slot = remembered(hash);
-  if (slot.of == this && slot.device == problem.device && slot.values == wanted.values) {
+  end = std::copy_n(tunables, params_.size() - statics.size(), end);
+  std::uint64_t hash = reinterpret_cast<std::uintptr_t>(this);
+  for (const auto* value = values.data(); value != end; ++value)
+    hash = (hash ^ static_cast<std::uint64_t>(*value)) * 0x9e3779b97f4a7c15;  // 2^64 / golden ratio
+  Remembered& slot = remembered(hash ^ (hash >> 32));
+  if (slot.of == this && slot.device == problem.device &&
+      std::equal(values.data(), end, slot.values.data())) {
     out = slot.geometry;
     return;
   }
@@ -267,14 +266,14 @@ void Declared::geometry(const torchkiln_problem& problem, const std::int64_t* tu
   const py::gil_scoped_acquire lock;
   if (kept_error != nullptr || !is_still_legal(problem, tunables)) return;
   PyObject* reply = call(geometry_, problem, tunables);
-  torchkiln_geometry& g = wanted.geometry;
+  torchkiln_geometry g{};
   const bool ok = reply != nullptr &&
                   PyArg_ParseTuple(reply, "IIIIIII", &g.grid[0], &g.grid[1], &g.grid[2],
                                    &g.block[0], &g.block[1], &g.block[2], &g.dynamic_shared_bytes);
   Py_XDECREF(reply);
   if (!ok) return keep_error();
   out = g;
-  slot = wanted;
+  slot = {this, problem.device, values, g};
 }
 
 }  // namespace torchkiln::python

@@ -97,12 +97,17 @@ TORCHKILN_HD half to_half(float x) {
 
 TORCHKILN_HD float to_float(bfloat16 x) { return bits_float(u32(x.bits) << 16); }
 
+// To the nearest, ties to even.
 TORCHKILN_HD bfloat16 to_bfloat16(float x) {
+  bfloat16 result;
+#if defined(__CUDACC_RTC__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+#else
   const u32 bits = float_bits(x);
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
   const u32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  bfloat16 result;
   result.bits = u16(is_nan ? 0x7fc0u : rounded);
+#endif
   return result;
 }
 

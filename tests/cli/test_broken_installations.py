@@ -173,7 +173,8 @@ def test_no_driver(cache: Path, tmp_path: Path) -> None:
     assert finding["status"] in ("warn", "fail")  # fail where a kernel module tells of a GPU
     assert "libcuda.so.1 could not be loaded" in finding["fact"]
     assert "install the NVIDIA driver" in finding["fix"]
-    result.expect("compile", "ok", "sm_90")
+    if finding["status"] == "warn":  # no GPU that something would have to be compiled for
+        result.expect("compile", "ok", "sm_90")
 
 
 def test_stubs_instead_of_a_driver(cache: Path, tmp_path: Path) -> None:

@@ -157,7 +157,9 @@ def test_operators_run_forward_and_backward_in_the_usual_dtypes(tuner, invoke):
 def test_all_operators(tuner, invoke, monkeypatch):
     monkeypatch.setattr(tuner, "launch", lambda run, _: tuner.calls.append(run.parity.op))
     assert invoke("tune", "--all", "--dtypes", "float32").exit_code == 0
-    assert set(tuner.calls) == set(testing.find())
+    # Other tests may have declared operators of their own, which have no workloads.
+    with_workloads = {name for name, parity in testing.find().items() if parity.workloads}
+    assert set(tuner.calls) == with_workloads
 
 
 def test_sizes_are_exchanged(tuner, invoke):
