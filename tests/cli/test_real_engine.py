@@ -148,3 +148,23 @@ def test_tune_needs_a_gpu(run):
     assert result.returncode == 2
     assert "--device must be a GPU of this machine; torch sees none" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.gpu
+def test_tune_measures_once(run):
+    arguments = ("tune", "--ops", "box_iou", "--dtypes", "float32", "--sizes", "n=300,m=50")
+    first = run(*arguments, "--json")
+    assert first.returncode == 0, first.stderr
+    reply = json.loads(first.stdout)
+    assert {row["kernel"].partition("<")[0] for row in reply["tuned"]} == {
+        "detection/box_iou.forward",
+        "detection/box_iou.backward",
+    }
+    assert reply["gpu_ms"] > 0
+    again = json.loads(run(*arguments, "--json").stdout)
+    assert again["complete"]
+    assert again["tuned"] == []
+    found = json.loads(run("doctor", "--json").stdout)["findings"]
+    (records,) = (f for f in found if f["name"] == "tuning records of GPU kind 1")
+    assert records["status"] == "ok", records
+    assert "of no GPU" not in records["fact"]
