@@ -86,7 +86,8 @@ std::vector<RecordFiles::File> RecordFiles::list() const {
     if (!directory) continue;
     for (const std::string& name : names_in(directory.get())) {
       const std::size_t stem = name.size() - std::min(name.size(), std::string(kSuffix).size());
-      if (name.ends_with(kSuffix)) files.push_back({folder, name.substr(0, stem)});
+      if (!name.ends_with(kSuffix)) continue;
+      files.push_back({folder, name.substr(0, stem), store_.path_below({kRecords, folder, name})});
     }
   }
   std::sort(files.begin(), files.end(), [](const File& a, const File& b) {

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <filesystem>
 #include <functional>
 #include <string>
 #include <vector>
@@ -28,6 +29,7 @@ class RecordFiles {
 
   struct File {
     std::string folder, name;
+    std::filesystem::path path;  // for people
   };
   std::vector<File> list() const;  // by folder, then name
 

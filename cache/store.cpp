@@ -400,6 +400,12 @@ Descriptor Store::make_below(const std::vector<std::string>& names) const {
   return at;
 }
 
+std::filesystem::path Store::path_below(const std::vector<std::string>& names) const {
+  std::filesystem::path path = root_.path / kVersion;
+  for (const std::string& name : names) path /= name;
+  return path;
+}
+
 bool Store::is_skipped(const std::string& key, const std::string& name) const {
   if (skipped_count_ == 0) return false;
   const std::scoped_lock lock(mutex_);

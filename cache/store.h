@@ -95,6 +95,7 @@ class Store {
   const std::filesystem::path& root() const { return root_.path; }
   Descriptor open_below(const std::vector<std::string>& names) const;
   Descriptor make_below(const std::vector<std::string>& names) const;
+  std::filesystem::path path_below(const std::vector<std::string>& names) const;  // for people
 
  private:
   enum Counter {

@@ -74,7 +74,7 @@ const Backward backward_kernel({
     .sizes = {{"n", TORCHKILN_BUCKET_NONE}, {"m", TORCHKILN_BUCKET_POW2}},
     .tunables = {ints("block_size", {32, 64, 128, 256})},
     .defaults = {{256}, {32}},
-    .choose = [](const Backward::Problem& p) { return p.sizes.m <= 256 ? 1u : 0u; },
+    .choose = [](const Backward::Problem& p) { return p.sizes.m <= 64 ? 1u : 0u; },
     .geometry = [](const Backward::Problem& p,
                    const Tunables& t) { return linear(p.sizes.n, t.block_size); },
 });

@@ -67,7 +67,7 @@ const Merge merge_kernel({
     .statics = kStatics,
     .sizes = {{"n", TORCHKILN_BUCKET_POW2}},
     .tunables = {ints("lanes", {1, 4, 8, 16, 32}), ints("block_size", {128, 256})},
-    .defaults = {{8, 256}, {32, 256}},
+    .defaults = {{8, 256}, {4, 128}},
     .choose = [](const Merge::Problem& p) { return p.sizes.n > 32 * nms::kTile ? 1u : 0u; },
     .geometry =
         [](const Merge::Problem& p, const MergeTunables& t) {
@@ -98,7 +98,7 @@ const Compact compact_kernel({
     .statics = {},
     .sizes = {{"n", TORCHKILN_BUCKET_POW2}},
     .tunables = {ints("block_size", {128, 256, 512, 1024})},
-    .defaults = {{512}},
+    .defaults = {{1024}},
     .geometry = [](const Compact::Problem&,
                    const SortTunables& t) { return linear(1, t.block_size); },
 });
@@ -193,19 +193,29 @@ void launch(const CudaPlace& cuda_place, const NmsPlan& p, const Tensor& indices
   sort_kernel.run(cuda_place, statics, {args.n}, args,
                   {boxes, scores, idxs, keys(kWrite), sorted_boxes(kWrite), sorted_rows(kWrite),
                    first(kWrite), score_rows(kWrite), score_ranks(kWrite), kept(kWrite),
-                   words(kWrite), counters(kWrite), out(kWrite)});
+                   words(kWrite), counters(kWrite), out(kWrite), unused(offsetof(Args, count))});
   if (args.n > nms::kTile) {
     merge_kernel.run(cuda_place, statics, {args.n}, args,
                      {boxes, scores, keys(kRead), sorted_boxes(kWrite), sorted_rows(kWrite),
-                      first(kWrite), score_rows(kWrite), score_ranks(kWrite)});
+                      first(kWrite), score_rows(kWrite), score_ranks(kWrite),
+                      unused(offsetof(Args, idxs)), unused(offsetof(Args, kept)),
+                      unused(offsetof(Args, words)), unused(offsetof(Args, counters)),
+                      unused(offsetof(Args, indices)), unused(offsetof(Args, count))});
   }
   suppress_kernel.run(
       cuda_place, statics, {args.n}, args,
       {sorted_boxes(kRead), sorted_rows(kRead), first(kRead), score_ranks(kRead), kept(kUpdate),
-       words(kUpdate), counters(kUpdate), out(kUpdate), counted(kWrite)});
+       words(kUpdate), counters(kUpdate), out(kUpdate), counted(kWrite),
+       unused(offsetof(Args, boxes)), unused(offsetof(Args, scores)), unused(offsetof(Args, idxs)),
+       unused(offsetof(Args, keys)), unused(offsetof(Args, score_rows))});
   if (classes) {
     compact_kernel.run(cuda_place, CompactStatics{}, {args.n}, args,
-                       {score_rows(kRead), kept(kRead), out(kUpdate), counted(kWrite)});
+                       {score_rows(kRead), kept(kRead), out(kUpdate), counted(kWrite),
+                        unused(offsetof(Args, boxes)), unused(offsetof(Args, scores)),
+                        unused(offsetof(Args, idxs)), unused(offsetof(Args, keys)),
+                        unused(offsetof(Args, sorted_boxes)), unused(offsetof(Args, sorted_rows)),
+                        unused(offsetof(Args, first)), unused(offsetof(Args, score_ranks)),
+                        unused(offsetof(Args, words)), unused(offsetof(Args, counters))});
   }
 }
 

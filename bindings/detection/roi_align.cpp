@@ -223,6 +223,11 @@ bool tile_fits(const Backward::Problem& p, const TileTunables& t) {
   return t.tile_h * t.tile_w * (32 * t.lane_channels + 1) * sum_bytes <= 40 * 1024;
 }
 
+std::int64_t tile_blocks(const Sizes& s, const TileTunables& t) {
+  return s.n * ceil_div(s.h, t.tile_h) * ceil_div(s.w, t.tile_w) *
+         ceil_div(s.c, 32 * t.lane_channels);
+}
+
 const Backward backward_kernel({
     .path = "detection/roi_align.cuh",
     .entry = "backward",
@@ -232,18 +237,17 @@ const Backward backward_kernel({
     .sizes = kSizes,
     .tunables = {ints("tile_h", {4, 8, 16}), ints("tile_w", {8, 16, 32}),
                  ints("lane_channels", {1, 2, 4}), ints("block_size", {128, 256, 512})},
-    .defaults = {{16, 16, 1, 256}, {8, 16, 1, 256}, {8, 16, 2, 256}, {8, 8, 4, 256}},
+    .defaults =
+        {{16, 16, 1, 256}, {8, 16, 1, 256}, {8, 16, 2, 256}, {8, 8, 4, 256}, {8, 8, 2, 256}},
     .legal = [](const Backward::Problem& p, const TileTunables& t) { return tile_fits(p, t); },
     .choose = [](const Backward::Problem& p) -> std::uint32_t {
       if (p.statics.scalar == TORCHKILN_DOUBLE) return 1;
-      return p.sizes.c >= 128 ? 3 : (p.sizes.c >= 64 ? 2 : 0);
+      if (p.sizes.c < 128) return p.sizes.c >= 64 ? 2 : 0;
+      // Small maps have too few tiles to keep the GPU busy: fewer channels a block.
+      return tile_blocks(p.sizes, {8, 8, 4, 256}) < 4 * p.device.multiprocessors ? 4 : 3;
     },
-    .geometry =
-        [](const Backward::Problem& p, const TileTunables& t) {
-          return linear(p.sizes.n * ceil_div(p.sizes.h, t.tile_h) * ceil_div(p.sizes.w, t.tile_w) *
-                            ceil_div(p.sizes.c, 32 * t.lane_channels),
-                        t.block_size);
-        },
+    .geometry = [](const Backward::Problem& p,
+                   const TileTunables& t) { return linear(tile_blocks(p.sizes, t), t.block_size); },
 });
 
 // ---- checks and shapes ----
@@ -352,7 +356,8 @@ TapTable make_table(const CudaPlace& place, RoiAlignPlan& p) {
       place, {wide ? TORCHKILN_DOUBLE : TORCHKILN_FLOAT}, sizes_of(p), p.args,
       {reads(offsetof(Args, regions), p.boxes), writes(offsetof(Args, taps), table.tap_bytes),
        writes(offsetof(Args, ranges), table.range_bytes),
-       writes(offsetof(Args, spans), table.span_bytes)});
+       writes(offsetof(Args, spans), table.span_bytes), unused(offsetof(Args, maps)),
+       unused(offsetof(Args, bins)), unused(offsetof(Args, argmax))});
   return table;
 }
 
@@ -432,13 +437,14 @@ void launch_staged(const CudaPlace& place, const RoiAlignPlan& p, const StagedCu
                    {reads(offsetof(StagedArgs, regions), p.boxes),
                     writes(offsetof(StagedArgs, weights), weight_bytes),
                     writes(offsetof(StagedArgs, pixels), pixel_bytes),
-                    writes(entries_at, entry_bytes), writes(parts_at, part_bytes)});
+                    writes(entries_at, entry_bytes), writes(parts_at, part_bytes),
+                    unused(offsetof(StagedArgs, maps)), unused(offsetof(StagedArgs, bins))});
   staged_kernel.run(
       place, {kernel_type(p.maps.scalar_type()), index_type(p), cut.maps}, sizes, args,
       {reads(offsetof(StagedArgs, maps), p.maps), writes(offsetof(StagedArgs, bins), p.bins),
        reads(offsetof(StagedArgs, weights), weight_bytes),
        reads(offsetof(StagedArgs, pixels), pixel_bytes), reads(entries_at, entry_bytes),
-       reads(parts_at, part_bytes)});
+       reads(parts_at, part_bytes), unused(offsetof(StagedArgs, regions))});
 }
 
 void launch_average(const CudaPlace& place, RoiAlignPlan& p) {
@@ -451,14 +457,14 @@ void launch_average(const CudaPlace& place, RoiAlignPlan& p) {
   const std::int64_t scalar = kernel_type(p.maps.scalar_type());
   if (!p.channels_last) {
     planes_kernel.run(place, {scalar, index_type(p)}, sizes_of(p), p.args,
-                      {maps, bins, taps, ranges, spans});
+                      {maps, bins, taps, ranges, spans, unused(offsetof(Args, regions))});
     return;
   }
   const std::int64_t wide = vector_width(scalar);
   const bool vectorised =
       p.args.regions.c % wide == 0 && aligned_to_16(p.args.maps) && aligned_to_16(p.args.bins);
   last_kernel.run(place, {scalar, index_type(p), vectorised ? wide : 1}, sizes_of(p), p.args,
-                  {maps, bins, taps, ranges, spans});
+                  {maps, bins, taps, ranges, spans, unused(offsetof(Args, regions))});
 }
 
 RoiAlignPlan run_cuda(RoiAlignPlan p) {

@@ -192,7 +192,7 @@ bool gather_fits(const Gather::Problem& p, const GatherTunables& t) {
   return gather_bytes(p.statics, t) + kStatic <= p.device.shared_bytes_per_block;
 }
 
-const std::vector<GatherTunables> kGatherDefaults = {{128, 8, 16}, {64, 8, 16}, {32, 8, 8}};
+const std::vector<GatherTunables> kGatherDefaults = {{256, 4, 8}, {64, 8, 16}, {32, 8, 8}};
 
 const Gather gather_kernel({
     .path = "detection/roi_pool.cuh",
@@ -387,7 +387,7 @@ void launch_staged(const CudaPlace& place, RoiPoolPlan& p, const ForwardCut& cut
       sizes_of(s, 0, cut.bands.count, cut.bands.height * s.width * cut.cell_bytes), p.args,
       {reads(offsetof(Args, input), p.input), writes(offsetof(Args, output), p.output),
        writes(offsetof(Args, argmax), p.argmax), entries, parts,
-       reads(offsetof(Args, edges), lists.edge_bytes)});
+       reads(offsetof(Args, edges), lists.edge_bytes), unused(offsetof(Args, boxes))});
 }
 
 void launch_forward(RoiPoolPlan& p) {
@@ -446,7 +446,8 @@ void launch_scatter(const CudaPlace& place, RoiPoolBackwardPlan& p, bool determi
       sizes_of(s, 0, bands.count, bands.height * row_bytes), p.args,
       {reads(offsetof(BackwardArgs, grad_output), p.grad_output),
        reads(offsetof(BackwardArgs, argmax), p.argmax),
-       writes(offsetof(BackwardArgs, grad_input), p.grad_input), entries, parts});
+       writes(offsetof(BackwardArgs, grad_input), p.grad_input), entries, parts,
+       unused(offsetof(BackwardArgs, boxes))});
 }
 
 Tensor backward_cuda(const Tensor& grad_output, const Tensor& argmax, const Tensor& boxes,

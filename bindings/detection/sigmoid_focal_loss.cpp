@@ -489,9 +489,10 @@ void launch_forward(const CudaPlace& place, const Plan& p, bool sums) {
                        {inputs, targets, weight, writes(offsetof(Args, loss), p.loss)});
     return;
   }
-  forward_kernel.run(place, statics, {p.numel()}, p.args,
-                     {inputs, targets, weight, writes(offsetof(Args, gradient), p.gradient),
-                      writes(offsetof(Args, partials), *p.partials)});
+  forward_kernel.run(
+      place, statics, {p.numel()}, p.args,
+      {inputs, targets, weight, writes(offsetof(Args, gradient), p.gradient),
+       scratch(offsetof(Args, partials), *p.partials), unused(offsetof(Args, loss))});
   const FinishArgs finish{p.args.partials, p.args.loss};
   finish_kernel.run(place, {s.scalar}, {}, finish,
                     {reads(offsetof(FinishArgs, partials), *p.partials),

@@ -40,7 +40,7 @@ inline Buffer buffer(std::size_t offset, torchkiln_access access, std::int64_t b
 }
 inline Buffer buffer(std::size_t offset, torchkiln_access access, const Tensor& tensor) {
   return {static_cast<std::uint32_t>(offset), static_cast<std::int16_t>(access), content_of(tensor),
-          bytes_of(tensor)};
+          extent_of(tensor)};
 }
 // Whole tensors, and parts of one by their bytes.
 inline Buffer reads(std::size_t offset, const auto& what) {
@@ -48,6 +48,13 @@ inline Buffer reads(std::size_t offset, const auto& what) {
 }
 inline Buffer writes(std::size_t offset, const auto& what) {
   return buffer(offset, TORCHKILN_WRITE, what);
+}
+// A pointer in Args that this kernel does not follow.
+inline Buffer unused(std::size_t offset) { return buffer(offset, TORCHKILN_READ, 0); }
+// Written, with what depends on the tunables: another kernel makes the same result of it.
+inline Buffer scratch(std::size_t offset, const Tensor& tensor) {
+  return buffer(offset, TORCHKILN_WRITE, static_cast<std::int64_t>(bytes_of(tensor)),
+                TORCHKILN_SCRATCH);
 }
 inline Buffer updates(std::size_t offset, const auto& what) {
   return buffer(offset, TORCHKILN_READ_WRITE, what);

@@ -89,4 +89,12 @@ Tensor zeros(const Tensor& like, ScalarType dtype, Shape shape) {
   return torch::stable::new_zeros(like, {shape.data(), shape.size()}, dtype);
 }
 
+std::uint64_t extent_of(const Tensor& tensor) {
+  if (tensor.numel() == 0) return 0;
+  std::int64_t last = 0;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  for (std::size_t i = 0; i < sizes.size(); ++i) last += (sizes[i] - 1) * strides[i];
+  return static_cast<std::uint64_t>(last + 1) * element_size(tensor.scalar_type());
+}
+
 }  // namespace torchkiln::bindings

@@ -92,6 +92,8 @@ inline std::uint64_t element_size(ScalarType dtype) {
 inline std::uint64_t bytes_of(const Tensor& tensor) {
   return static_cast<std::uint64_t>(tensor.numel()) * element_size(tensor.scalar_type());
 }
+// From the first element to the end of the last one: more than its own bytes where it is a view with gaps.
+std::uint64_t extent_of(const Tensor& tensor);
 
 template <class T>
 const T* data(const Tensor& tensor) {

@@ -70,6 +70,15 @@ json placed_to_json(const Placed& placed) {
   return {{"device", placed.device.to_json()}, {"record", placed.record.to_json()}};
 }
 
+json stale_to_json(const Records::Health& health, const TuningEnvironment& now) {
+  json list = json::array();
+  for (const auto& [then, count] : health.environments) {
+    for (const auto& [field, recorded, here] : changes(then, now))
+      list.push_back({{"field", field}, {"recorded", recorded}, {"now", here}, {"records", count}});
+  }
+  return list;
+}
+
 json records_to_json(Engine& engine) {
   json records = json::array();
   for (const Placed& placed : engine.tuner().records().all())
@@ -151,21 +160,23 @@ json import_records(Engine& engine, const json& request) {
 }
 
 json examine_records(Engine& engine, const json&) {
+  const TuningEnvironment now = engine.tuner().environment();
   json files = json::array();
   for (const Records::Health& health : engine.tuner().records().examine()) {
     files.push_back({{"file", health.file},
                      {"device", health.device.name.empty() ? json() : health.device.to_json()},
                      {"records", health.records},
                      {"unreadable", health.unreadable},
-                     {"elsewhere", health.elsewhere}});
+                     {"stale", stale_to_json(health, now)}});
   }
-  json device;
+  json devices = json::array();
   try {
-    device = engine.tuner().identity(0).to_json();
-  } catch (const Error&) {  // no GPU here
+    for (int i = 0; i < device_count(engine.driver().api()); ++i)
+      devices.push_back(engine.tuner().identity(i).to_json());
+  } catch (const Error&) {  // no driver here
   }
   return {{"files", files},
-          {"device", device},
+          {"devices", devices},
           {"state", engine.objects().store().state()},
           {"writable", engine.objects().store().writable()}};
 }

@@ -18,7 +18,8 @@ nlohmann::json report_tuning(Engine& engine, const nlohmann::json& request);
 nlohmann::json export_records(Engine& engine, const nlohmann::json& request);
 // {"records": [...]} -> {"records": n, "digest"}: from now on exactly these are used.
 nlohmann::json import_records(Engine& engine, const nlohmann::json& request);
-// {} -> {"files": [{"file", "device", "records", "unreadable"}], "writable", "device"}: the files as they are.
+// {} -> {"files": [{"file", "device", "records", "unreadable", "stale": [{"field", "recorded", "now", "records"}]}],
+// "devices": those that are here, "writable", "state"}: the files as they are.
 nlohmann::json examine_records(Engine& engine, const nlohmann::json& request);
 
 }  // namespace torchkiln::jit

@@ -41,6 +41,21 @@ bool sound(const Trial& t) {
 
 }  // namespace
 
+std::vector<EnvironmentChange> changes(const TuningEnvironment& then,
+                                       const TuningEnvironment& now) {
+  std::vector<EnvironmentChange> list;
+  const auto compare = [&](const char* field, const std::string& before, const std::string& after) {
+    if (!after.empty() && before != after) list.push_back({field, before, after});
+  };
+  const auto major = [](int version) {
+    return version == 0 ? std::string() : std::to_string(version / 1000);
+  };
+  compare("compiler", then.compiler, now.compiler);
+  compare("driver", major(then.driver), major(now.driver));
+  compare("library", then.library, now.library);
+  return list;
+}
+
 int TuningRecord::samples() const {
   return std::accumulate(trials.begin(), trials.end(), 0,
                          [](int sum, const Trial& t) { return sum + t.samples; });

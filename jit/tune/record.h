@@ -43,8 +43,14 @@ struct TuningEnvironment {
   std::string compiler;  // 13.0
   int driver = 0;        // 13000
   std::string library;   // 0.1.0
-  bool operator==(const TuningEnvironment&) const = default;
+  auto operator<=>(const TuningEnvironment&) const = default;
 };
+// The fields in which two environments differ so that times may. What is empty now is unknown, and no difference; of the
+// driver only the major version counts.
+struct EnvironmentChange {
+  std::string field, then, now;
+};
+std::vector<EnvironmentChange> changes(const TuningEnvironment& then, const TuningEnvironment& now);
 
 struct TuningRecord {
   TuningKey key = {};

@@ -179,11 +179,13 @@ std::vector<Records::Health> Records::examine() const {
   std::vector<Health> result;
   for (const auto& file : files_.list()) {
     const auto text = parse_records(files_.read(file.folder, file.name));
-    const auto elsewhere = std::count_if(
-        text.records.begin(), text.records.end(),
-        [](const TuningRecord& r) { return r.environment.library != TORCHKILN_VERSION; });
-    result.push_back({text.device.value_or(DeviceIdentity{}), file.folder + "/" + file.name,
-                      text.records.size(), text.unreadable, static_cast<std::size_t>(elsewhere)});
+    Health health{text.device.value_or(DeviceIdentity{}),
+                  file.path.string(),
+                  text.records.size(),
+                  text.unreadable,
+                  {}};
+    for (const TuningRecord& record : text.records) ++health.environments[record.environment];
+    result.push_back(std::move(health));
   }
   return result;
 }

@@ -50,7 +50,7 @@ class Records {
     DeviceIdentity device;
     std::string file;
     std::size_t records = 0, unreadable = 0;
-    std::size_t elsewhere = 0;  // records measured by another version of torchkiln
+    std::map<TuningEnvironment, std::size_t> environments;  // records measured in each
   };
   std::vector<Health> examine() const;  // the files as they are now
 

@@ -48,9 +48,8 @@ std::string why_recorded(const Match& match, const TuningEnvironment& now) {
   text += r.gain() > 0 ? ", " + percent(r.gain()) + " less time than the default"
                        : ", nothing beat the default";
   if (!r.complete) text += "; the search did not come to its end";
-  if (r.environment.driver / 1000 != now.driver / 1000 && now.driver != 0)
-    text += "; measured with another driver";
-  if (r.environment.library != now.library) text += "; measured by another version of torchkiln";
+  for (const auto& [field, then, here] : changes(r.environment, now))
+    text += "; measured with " + field + " " + then + ", now " + here;
   return text;
 }
 
@@ -97,8 +96,12 @@ const DeviceIdentity& Tuner::identity(int device) {
 }
 
 TuningEnvironment Tuner::environment() const {
-  return {version_of(parts_.objects.compiler_identity()), parts_.driver.version(),
-          TORCHKILN_VERSION};
+  TuningEnvironment now{version_of(parts_.objects.compiler_identity()), 0, TORCHKILN_VERSION};
+  try {
+    now.driver = parts_.driver.version();
+  } catch (const Error&) {  // unknown
+  }
+  return now;
 }
 
 std::optional<Choice> Tuner::recorded(const DeviceIdentity& device, const Kernel& kernel,
@@ -152,11 +155,9 @@ Choice Tuner::choose(const Kernel& kernel, const torchkiln_problem& problem,
   return tune(task);
 }
 
-// Whether its times were measured in this environment; of the driver only the major version counts.
+// Whether its times were measured in this environment.
 bool Tuner::holds(const TuningRecord& record) const {
-  const TuningEnvironment now = environment(), &then = record.environment;
-  return then.compiler == now.compiler && then.driver / 1000 == now.driver / 1000 &&
-         then.library == now.library;
+  return changes(record.environment, environment()).empty();
 }
 
 // Nothing is left to be measured: every point is known, by this compiler and driver.

@@ -72,6 +72,8 @@ class Tuner {
   Records& records() { return records_; }
   void records_changed() { epoch_.fetch_add(1, std::memory_order_relaxed); }
   const DeviceIdentity& identity(int device);
+  // What is measured with here; empty where there is no compiler, 0 where there is no driver.
+  TuningEnvironment environment() const;
 
   std::vector<TuningReport> reports_since(std::size_t first);
 
@@ -94,7 +96,6 @@ class Tuner {
   TuningRecord record_of(const Task& task, const SearchResult& result) const;
   void refuse_in_capture(const Task& task);
   bool holds(const TuningRecord& record) const;
-  TuningEnvironment environment() const;
   double total_left() const;
 
   Parts parts_;

@@ -570,7 +570,19 @@ __device__ __forceinline__ void add_average(const Args& args, i64 region, const 
   }
 }
 
-// Adds one region's maxima: every channel has its own winner, so each lane adds its own taps.
+// The pixels of an axis [low, high] that samples of a bin may touch, with one to spare for rounding.
+struct PixelRange {
+  i32 low, high;
+};
+template <class T>
+__device__ __forceinline__ PixelRange pixels_of(const Axis<T>& axis, i32 bin, i32 size) {
+  const T begin = axis.start + T(bin) * axis.bin, last = T(size - 1);
+  const T low = floor_of(begin) - T(1), high = floor_of(begin + axis.bin) + T(2);
+  return {i32(max_of(T(0), min_of(low, last))), i32(max_of(T(0), min_of(high, last)))};
+}
+
+// Adds one region's maxima to the rows of the tile that this warp owns. Every channel has its own winner, so each lane
+// adds its own taps; the winners of all channels are asked for before the first is used.
 template <class Scalar, class Index, int kTileH, int kTileW, int kLaneChannels, int kWarps,
           class T = Acc<Scalar>>
 __device__ __forceinline__ void add_maximum(const Args& args, i64 region, const TileAt& at,
@@ -578,31 +590,47 @@ __device__ __forceinline__ void add_maximum(const Args& args, i64 region, const 
   const Regions& r = args.regions;
   const Window<T> window = window_of<T>(r, region);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const i32 n_bins = i32(r.pooled_h * r.pooled_w);
+  const i32 bins_y = i32(r.pooled_h), bins_x = i32(r.pooled_w);
 #pragma unroll 1
-  for (i32 item = 0; item < n_bins * kLaneChannels; ++item) {
-    const i32 bin = item / kLaneChannels;
-    const int channel = item % kLaneChannels * kWarpSize + lane;
-    if (at.channel + channel >= r.c) continue;
-    const Index offset = (Index(region) * n_bins + bin) * Index(r.c) + at.channel + channel;
-    const i32 winner = args.argmax[offset];
-    if (winner < 0) continue;
-    const i32 row_bin = bin / i32(r.pooled_w), column_bin = bin % i32(r.pooled_w);
-    const Taps<T> y =
-        taps_at(sample_position(window.y, row_bin, winner / window.x.count), i32(r.h));
-    const Taps<T> x =
-        taps_at(sample_position(window.x, column_bin, winner % window.x.count), i32(r.w));
-    if (!y.inside || !x.inside) continue;
-    const T gradient = load(static_cast<const Scalar*>(args.bins)[offset]);
+  for (i32 bin_y = 0; bin_y < bins_y; ++bin_y) {
+    const PixelRange rows = pixels_of(window.y, bin_y, i32(r.h));
+    const i32 low = max_of(rows.low - at.y, 0), high = min_of(rows.high - at.y, kTileH - 1);
+    const i32 first_owned = low + (warp - low % kWarps + kWarps) % kWarps;
+    if (first_owned > high) continue;
 #pragma unroll 1
-    for (int corner = 0; corner < 4; ++corner) {
-      const i32 local_y = (corner < 2 ? y.low : y.high) - at.y;
-      const i32 local_x = (corner % 2 == 0 ? x.low : x.high) - at.x;
-      if (local_y < 0 || local_y >= kTileH || local_x < 0 || local_x >= kTileW) continue;
-      if (local_y % kWarps != warp) continue;
-      tile.sums[(local_y * kTileW + local_x) * tile.kPitch + channel] +=
-          gradient * (corner < 2 ? y.weight_low : y.weight_high) *
-          (corner % 2 == 0 ? x.weight_low : x.weight_high);
+    for (i32 bin_x = 0; bin_x < bins_x; ++bin_x) {
+      const PixelRange columns = pixels_of(window.x, bin_x, i32(r.w));
+      if (columns.high < at.x || columns.low >= at.x + kTileW) continue;
+      const Index bin = Index(region) * (bins_y * bins_x) + bin_y * bins_x + bin_x;
+      const Index offset = bin * Index(r.c) + at.channel + lane;
+      i32 winner[kLaneChannels];
+      T gradient[kLaneChannels];
+#pragma unroll
+      for (int i = 0; i < kLaneChannels; ++i) {
+        const bool exists = at.channel + lane + i * kWarpSize < r.c;
+        winner[i] = exists ? args.argmax[offset + i * kWarpSize] : -1;
+        gradient[i] =
+            exists ? load(static_cast<const Scalar*>(args.bins)[offset + i * kWarpSize]) : T(0);
+      }
+#pragma unroll
+      for (int i = 0; i < kLaneChannels; ++i) {
+        if (winner[i] < 0) continue;
+        const Taps<T> y =
+            taps_at(sample_position(window.y, bin_y, winner[i] / window.x.count), i32(r.h));
+        const Taps<T> x =
+            taps_at(sample_position(window.x, bin_x, winner[i] % window.x.count), i32(r.w));
+        if (!y.inside || !x.inside) continue;
+#pragma unroll 1
+        for (int corner = 0; corner < 4; ++corner) {
+          const i32 local_y = (corner < 2 ? y.low : y.high) - at.y;
+          const i32 local_x = (corner % 2 == 0 ? x.low : x.high) - at.x;
+          if (local_y < 0 || local_y >= kTileH || local_x < 0 || local_x >= kTileW) continue;
+          if (local_y % kWarps != warp) continue;
+          tile.sums[(local_y * kTileW + local_x) * tile.kPitch + i * kWarpSize + lane] +=
+              gradient[i] * (corner < 2 ? y.weight_low : y.weight_high) *
+              (corner % 2 == 0 ? x.weight_low : x.weight_high);
+        }
+      }
     }
   }
 }

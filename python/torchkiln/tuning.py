@@ -119,7 +119,7 @@ def autotune(budget_ms: float = 300, total_ms: float | None = None) -> Iterator[
 
     Args:
         budget_ms: milliseconds of GPU time for each kernel and problem. When they are spent, the
-            best point so far is used, and the next process goes on with those that are missing.
+            best point so far is used, and the next block goes on with those that are missing.
         total_ms: of GPU time for all tuning of the process; None: as before, at first
             TORCHKILN_TUNE_TOTAL_MS or 60,000.
 

@@ -319,23 +319,16 @@ def emit_spaces(operators: Sequence[str] | None, target: str | None, as_json: bo
         ("kernel", "operators", "sizes", "tunables", "points ", "legal ", "defaults"),
         [
             (
-                space["kernel"],
+                space["kernel"].replace(".cuh:", "."),
                 ", ".join(space["operators"]),
                 ", ".join(size["name"] for size in space["sizes"] if size["bucket"] != "none"),
                 "; ".join(
                     f"{t['name']} {' '.join(map(str, t['values']))}" for t in space["tunables"]
                 ),
                 str(space["points"]),
-                _range(space["legal"]),
+                str(space["legal"]),
                 "; ".join(pairs_text(default) for default in space["defaults"]),
             )
             for space in reply["spaces"]
         ],
     )
-
-
-def _range(counts: Sequence[int]) -> str:
-    if not counts:
-        return ""
-    low, high = min(counts), max(counts)
-    return str(low) if low == high else f"{low}-{high}"

@@ -74,7 +74,6 @@ class FakeEngine:
             "bundles": {"bundles": [], "refused": []},
             "records.examine": {
                 "files": [],
-                "folder": "/c/tuning",
                 "writable": True,
                 "state": "ok",
                 "devices": [],

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from support.machine import Machine
 from torchkiln_cli import _native
 
 pytestmark = pytest.mark.slow
@@ -344,6 +345,30 @@ def test_torch_is_too_old_and_broken(cache: Path, copy: tuple[Path, Path]) -> No
     result.expect("torch", "fail", "torchkiln needs 2.10 or later", "pip install --upgrade")
     result.expect("operators", "fail", "libtorch_cpu.so is missing")
     result.expect("NVRTC", "ok", "libnvrtc")
+
+
+# --- tuning records -------------------------------------------------------------------------------
+
+
+def test_tuning_records_of_another_compiler_and_gpu(cache: Path, tmp_path: Path) -> None:
+    Machine(tmp_path).statistics("float32", "float16", TORCHKILN_TUNE="tune")
+    (file,) = cache.rglob("*.jsonl")
+    head, first, second = file.read_text().splitlines()
+    record = json.loads(first)
+    record["environment"] |= {"compiler": "11.0", "driver": 9000}
+    file.write_text("\n".join([head, json.dumps(record), second[:-1], ""]))
+    result = examine(cache)
+    result.expect("tuning records", "ok", "1 in 1 files")
+    result.expect(
+        "tuning records of GPU kind 1", "warn", "Fake GPU, sm_90: 1 of 1 templates, of no "
+    )
+    result.expect("tuning records of GPU kind 1", "warn", "; 1 measured with compiler 11.0, now 1")
+    result.expect(f"tuning records, {file}", "warn", "1 lines cannot be read", "Remove the file")
+
+
+def test_every_program_is_told_to_measure(cache: Path) -> None:
+    result = examine(cache, TORCHKILN_TUNE="tune")
+    result.expect("tuning mode", "warn", "TORCHKILN_TUNE=tune", "torchkiln tune")
 
 
 # --- the surroundings -----------------------------------------------------------------------------

@@ -370,7 +370,7 @@ def test_tuning_records_are_counted_by_kind_of_gpu(findings, engine):
     away = {**RECORDS, "file": "a10/detection.nms", "device": a10, "records": 5}
     engine.replies["records.examine"] |= {"files": [RECORDS, other, away], "devices": [H200]}
     found = findings()
-    assert found["tuning records"].fact == "12 in /c/tuning"
+    assert found["tuning records"].fact == "12 in 3 files"
     here = found["tuning records of GPU kind 1"]
     assert (here.status, here.fact) == ("ok", "NVIDIA H200, sm_90: 7 of 2 templates")
     fact = "NVIDIA A10, sm_86: 5 of 1 templates, of no GPU of this machine"
@@ -399,11 +399,11 @@ def test_tuning_records_may_be_unreadable(findings, engine):
 
 
 def test_tuning_records_cannot_be_written(findings, engine):
-    changes = {"writable": False, "state": "read-only file system", "folder": ""}
+    changes = {"writable": False, "state": "read-only file system"}
     engine.replies["records.examine"] |= changes
     found = findings()["tuning records"]
     assert found.status == "warn"
-    assert found.fact == "0 in no folder, which cannot be written: read-only file system"
+    assert found.fact == "0 in 0 files; no more can be kept: read-only file system"
 
 
 def test_every_program_measures(findings, engine):

@@ -157,7 +157,9 @@ def test_operators_run_forward_and_backward_in_the_usual_dtypes(tuner, invoke):
 def test_all_operators(tuner, invoke, monkeypatch):
     monkeypatch.setattr(tuner, "launch", lambda run, _: tuner.calls.append(run.parity.op))
     assert invoke("tune", "--all", "--dtypes", "float32").exit_code == 0
-    assert set(tuner.calls) == set(testing.find())
+    # Other tests may have declared operators of their own, which have no workloads.
+    with_workloads = {name for name, parity in testing.find().items() if parity.workloads}
+    assert set(tuner.calls) == with_workloads
 
 
 def test_sizes_are_exchanged(tuner, invoke):
@@ -436,13 +438,13 @@ def test_without_a_gpu(tuner, invoke, monkeypatch):
 
 SPACES = [
     {
-        "kernel": "detection/roi_align.backward",
+        "kernel": "detection/roi_align.cuh:backward",
         "operators": ["roi_align"],
         "statics": [{"name": "scalar", "values": ["float", "half"]}],
         "sizes": [{"name": "k", "bucket": "pow2"}, {"name": "n", "bucket": "none"}],
         "tunables": [{"name": "tile_h", "values": [4, 8]}, {"name": "tile_w", "values": [8, 16]}],
         "points": 4,
-        "legal": [2, 4],
+        "legal": 3,
         "defaults": [{"tile_h": 8, "tile_w": 16}],
     }
 ]
@@ -455,7 +457,12 @@ def test_list_prints_the_search_spaces(engine, invoke):
     result = invoke("tune", "--list", "--ops", "roi_align", "--arch", "sm_90")
     assert result.exit_code == 0
     text = " ".join(result.stdout.split())
-    for part in ("1 search spaces", "detection/roi_align.backward", "tile_h 4 8", "2-4"):
+    for part in (
+        "1 search spaces",
+        "detection/roi_align.backward",
+        "tile_h 4 8; tile_w 8 16",
+        "8 16 4 3 tile_h=8, tile_w=16",
+    ):
         assert part in text
     assert asked == [
         {"operators": None, "target": None},

@@ -1,6 +1,7 @@
 // A C++ program on the engine's public header alone: launches box_iou for the dtypes that it is given and prints the
 // engine's statistics. On the fake driver (fake_libcuda.cpp) it needs no GPU.
 // SPDX-License-Identifier: Apache-2.0
+#include <cstdlib>
 #include <iostream>
 #include <string>
 
@@ -43,6 +44,11 @@ const Forward forward({
         },
 });
 
+// Memory for the tuner's copies; that of the fake GPU is the host's.
+void* allocate(void*, std::uint64_t bytes, void** owner) { return *owner = std::malloc(bytes); }
+void release(void*, void* owner) { std::free(owner); }
+constexpr torchkiln_allocator kAllocator{&allocate, &release, nullptr};
+
 std::int64_t type_of(const std::string& dtype) {
   if (dtype == "float16") return TORCHKILN_HALF;
   return dtype == "float64" ? TORCHKILN_DOUBLE : TORCHKILN_FLOAT;
@@ -53,7 +59,7 @@ std::int64_t type_of(const std::string& dtype) {
 int main(int count, char** arguments) try {
   for (int i = 1; i < count; ++i) {
     const Args args{};
-    forward.run({}, {type_of(arguments[i]), 0, 1}, {8, 100}, args, {});
+    forward.run({.allocator = &kAllocator}, {type_of(arguments[i]), 0, 1}, {8, 100}, args, {});
   }
   char* reply = nullptr;
   torchkiln::check(torchkiln_control("statistics", "{}", &reply));

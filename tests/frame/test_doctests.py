@@ -12,7 +12,13 @@ import pytest
 
 import torchkiln
 
-PARTS = ("torchkiln._backend", "torchkiln.ops.", "torchkiln.nn.", "torchkiln.testing.")
+PARTS = (
+    "torchkiln._backend",
+    "torchkiln.ops.",
+    "torchkiln.nn.",
+    "torchkiln.testing.",
+    "torchkiln.tuning",
+)
 MODULES = [
     info.name
     for info in pkgutil.walk_packages(torchkiln.__path__, "torchkiln.")

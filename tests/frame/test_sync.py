@@ -14,6 +14,7 @@ import pytest
 
 import torchkiln
 from support import sync_rank
+from support.machine import CLEAN, Machine
 from support.sync_rank import records_of
 
 WORLD = 4
@@ -22,13 +23,24 @@ EVERY_RANK = ["broadcast_object_list", "all_gather_object"]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a cache folder for each rank; 0 and 2 have tuned different kernels, on a fake GPU."""
+    folder = tmp_path_factory.mktemp("sync")
+    for rank, best, dtypes in ((0, "128", ["float32"]), (2, "512", ["float32", "float16"])):
+        cache = {"TORCHKILN_CACHE_DIR": str(folder / f"cache{rank}"), "FAKE_BEST_BLOCK": best}
+        done = Machine(folder, cache).statistics(*dtypes, TORCHKILN_TUNE="tune")
+        assert done["tunings"] == len(dtypes)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> Results:
     """What every rank reports, by scenario."""
-    rendezvous = tmp_path_factory.mktemp("sync") / "rendezvous"
     program = str(Path(sync_rank.__file__))
     processes = [
         subprocess.Popen(
-            [sys.executable, program, str(rank), str(WORLD), str(rendezvous)],
+            [sys.executable, program, str(rank), str(WORLD), str(folder / "rendezvous")],
+            env={**CLEAN, "TORCHKILN_CACHE_DIR": str(folder / f"cache{rank}")},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -101,6 +113,22 @@ def test_every_rank_takes_part_in_the_same_collectives(ranks: Results) -> None:
     for scenario in set(ranks[0]) - {"group of 1 and 3"}:
         collectives = [result["collectives"] for result in of(ranks, scenario)]
         assert collectives == [EVERY_RANK] * WORLD, scenario
+
+
+def test_the_real_engine(ranks: Results, folder: Path) -> None:
+    results = of(ranks, "the real engine")
+    assert [len(result["before"]) for result in results] == [1, 0, 2, 0]
+    records = results[0]["before"]
+    assert [row["record"]["best"]["block_size"] for row in records] == [128]
+    assert {row["record"]["best"]["block_size"] for row in results[2]["before"]} == {512}
+    assert [result["records"] for result in results] == [records] * WORLD
+    assert len({result["digest"] for result in results}) == 1
+    # The folders have them for later processes, and what was there stays.
+    lines = [
+        sum(len(file.read_text().splitlines()) - 1 for file in cache.rglob("*.jsonl"))
+        for cache in (folder / f"cache{rank}" for rank in range(WORLD))
+    ]
+    assert lines == [1, 1, 2, 1]
 
 
 def test_without_a_process_group() -> None:

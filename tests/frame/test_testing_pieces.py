@@ -43,7 +43,8 @@ def _(x: Tensor, scale: Tensor) -> Tensor:
 
 @torch.library.custom_op("torchkiln_tests::squash_backward", mutates_args=())
 def squash_backward(grad: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    inner = grad * (1 - (x * scale).tanh() ** 2)
+    tanh = (x * scale).tanh()
+    inner = grad * (1 - tanh * tanh)  # a power would be float32 under CUDA's autocast
     return (inner * scale).contiguous(), (inner * x).sum(0)
 
 
@@ -319,6 +320,8 @@ def test_wrong_fake(fault: str, message: str) -> None:
     testing.assert_fake_equals_real(call_faulty("none"), inputs)
     with fails(f"forward: .*{message}"):
         testing.assert_fake_equals_real(call_faulty(fault), inputs)
+    if fault == "strides" and torch.__version__ < (2, 12):
+        return  # its opcheck does not look at strides
     with pytest.raises(OpCheckError):
         testing.assert_opcheck(call_faulty(fault), inputs, traced=False)
 

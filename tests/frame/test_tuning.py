@@ -1,11 +1,16 @@
-"""Modes and reports, on an engine that only remembers what it was told."""
+"""Modes and reports: on an engine that only remembers what it was told, then on the real one."""
 
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
 import contextlib
+import inspect
+import json
 import math
+import os
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -14,6 +19,7 @@ import pytest
 import torchkiln
 from torchkiln import tuning
 
+REAL = tuning._control
 START = {"mode": "lookup", "budget_ms": 300, "total_ms": 60000}
 ROW = {
     "kernel": "detection/nms.merge<float, classes=true, lanes=8, block_size=256>",
@@ -164,3 +170,40 @@ def test_report(engine: FakeEngine) -> None:
     assert first.failed == ({"point": {"lanes": 1}, "reason": "spills"},)
     assert second.failed == ()
     assert tuning.report(1) == [second]
+
+
+# --- the real engine ------------------------------------------------------------------------------
+
+
+def state() -> dict[str, Any]:
+    return REAL.control("tune.set", {})
+
+
+def test_the_real_engine_changes_its_mode_and_back() -> None:
+    before = state()
+    with torchkiln.autotune(20, total_ms=400):
+        assert state() == {"mode": "tune", "budget_ms": 20, "total_ms": 400}
+        with tuning.mode("off"):
+            assert state() == {"mode": "off", "budget_ms": 20, "total_ms": 400}
+    assert state() == before
+
+
+def test_the_real_engine_has_a_default_mode_and_times() -> None:
+    program = "import json; from torchkiln import _control; "
+    program += "print(json.dumps(_control.control('tune.set', {})))"
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("TORCHKILN_")}
+    output = subprocess.run(
+        [sys.executable, "-c", program], env=clean, check=True, capture_output=True, text=True
+    ).stdout
+    assert json.loads(output) == START
+
+
+def test_the_real_engine_reports() -> None:
+    assert tuning.report(10**6) == []
+
+
+def test_docs_and_settings_agree_about_the_defaults() -> None:
+    for function in (torchkiln.autotune, tuning.mode):
+        assert "60,000" in (function.__doc__ or "")
+    budget = inspect.signature(torchkiln.autotune).parameters["budget_ms"].default
+    assert budget == START["budget_ms"]

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from torchkiln import testing
-from torchkiln.testing import LAYOUTS, Run, Workload
+from torchkiln.testing import Run, Workload
+from torchkiln.testing._workloads import FORMATS
 
 PARITIES = testing.find()
 # Every size at most this: what is realistic is too much for a test on a CPU.
@@ -66,7 +67,7 @@ def test_arguments_are_the_same_every_time_and_as_asked(op: str) -> None:
                 assert value is not again[name]
                 assert value.dtype in (torch.float64, torch.int64)
                 if value.dim() == 4:
-                    assert value.is_contiguous(memory_format=LAYOUTS[layout])
+                    assert value.is_contiguous(memory_format=FORMATS[layout])
 
 
 def test_sizes_choose_workloads() -> None:

@@ -36,6 +36,19 @@ struct Core {
   Found get(int index) {
     return objects->get(testing::scale_specialization(index), kTarget, Priority::kInteractive);
   }
+  // As the engine does it.
+  void before_fork() {
+    sources.before_fork();
+    objects->before_fork();
+  }
+  void after_fork_in_parent() {
+    objects->after_fork_in_parent();
+    sources.after_fork();
+  }
+  void after_fork_in_child() {
+    objects->after_fork_in_child();
+    sources.after_fork();
+  }
   bool is_right(int index) { return testing::is_right_kernel(*get(index).object, index); }
 
   Settings settings;
@@ -91,7 +104,7 @@ TEST_F(AttackTest, DamagedObjectsHeal) {
 }
 
 // The fork handlers of the engine, on the objects of this test.
-Objects* forking = nullptr;
+Core* forking = nullptr;
 
 TEST_F(AttackTest, ForksWhileAnotherThreadCompiles) {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -99,7 +112,7 @@ TEST_F(AttackTest, ForksWhileAnotherThreadCompiles) {
 #endif
   Core core(root_, directory_.path(), 1ms);
   ASSERT_TRUE(core.is_right(0));
-  forking = &*core.objects;
+  forking = &core;
   ::pthread_atfork(
       [] {
         if (forking != nullptr) forking->before_fork();

@@ -214,6 +214,32 @@ TEST_F(RecordsTest, ManyProcessesLoseNothing) {
   for (const Placed& placed : all) EXPECT_EQ(placed.record.trials.size(), 3u + kProcesses);
 }
 
+TEST(TuningEnvironmentTest, ChangesAreNamed) {
+  const TuningEnvironment then{"13.0", 13010, "0.1.0"};
+  EXPECT_TRUE(changes(then, then).empty());
+  EXPECT_TRUE(changes(then, {"13.0", 13040, "0.1.0"}).empty());  // of the driver the major counts
+  EXPECT_TRUE(changes(then, {}).empty());                        // unknown here
+  const auto list = changes(then, {"13.5", 12080, "0.2.0"});
+  ASSERT_EQ(list.size(), 3u);
+  EXPECT_EQ(list[0].field + list[0].then + list[0].now, "compiler13.013.5");
+  EXPECT_EQ(list[1].field + list[1].then + list[1].now, "driver1312");
+  EXPECT_EQ(list[2].field + list[2].then + list[2].now, "library0.1.00.2.0");
+}
+
+TEST_F(RecordsTest, ExamineCountsByEnvironment) {
+  const cache::Store s = store();
+  Records records(s, bundles);
+  TuningRecord other = record_for(10);
+  other.environment.compiler = "12.8";
+  records.save(kDevice, other);
+  for (int bucket = 15; bucket < 25; bucket += 5) records.save(kDevice, record_for(bucket));
+  const auto health = records.examine().at(0);
+  EXPECT_EQ(health.file, file().string());
+  EXPECT_EQ(health.records, 3u);
+  EXPECT_EQ(health.environments.at(other.environment), 1u);
+  EXPECT_EQ(health.environments.at(record_for(15).environment), 2u);
+}
+
 TEST_F(RecordsTest, ADamagedLineCostsItselfOnly) {
   const cache::Store s = store();
   {

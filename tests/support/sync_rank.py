@@ -2,7 +2,8 @@
 
     python sync_rank.py RANK WORLD RENDEZVOUS_FILE
 
-The engine is replaced by one whose records, failures and digests are planted.
+The engine is replaced by one whose records, failures and digests are planted, except in the last
+scenario: there it is the real one, with what lies in the cache folder of this process.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from torchkiln import tuning
+from torchkiln import _control, tuning
 
 
 class FakeEngine:
@@ -37,6 +38,16 @@ class FakeEngine:
         return {"records": self.records, "digest": digest, "added": len(self.records)}
 
 
+class RealEngine:
+    """The one of this process."""
+
+    control = staticmethod(_control.control)
+
+    @property
+    def records(self) -> list[Any]:
+        return self.control("records.export", {})["records"]  # type: ignore[no-any-return]
+
+
 class Rank:
     """Runs scenarios on this rank, and notes which collectives each one takes part in."""
 
@@ -47,7 +58,12 @@ class Rank:
         for name in ("broadcast_object_list", "all_gather_object"):
             setattr(dist, name, self._noting(name, getattr(dist, name)))
 
-    def run(self, name: str, engine: FakeEngine, group: dist.ProcessGroup | None = None) -> None:
+    def run(
+        self,
+        name: str,
+        engine: FakeEngine | RealEngine,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         tuning._control = engine  # type: ignore[assignment]
         self.collectives.clear()
         result: dict[str, Any] = {}
@@ -90,6 +106,9 @@ def main(number: int, world: int, rendezvous: str) -> None:
     odd = dist.new_group([1, 3])
     rank.run("group of 1 and 3", FakeEngine(records_of(number)), odd)
     rank.run("after all of that", FakeEngine(records_of(number)))
+    before = RealEngine().records
+    rank.run("the real engine", RealEngine())
+    rank.results["the real engine"]["before"] = before
     sys.stdout.write(json.dumps(rank.results) + "\n")
     dist.destroy_process_group()
 

@@ -16,10 +16,9 @@ _AGAIN = "They are used all the same; torchkiln tune measures them again"
 def _records() -> Iterator[Finding]:
     reply = _native.control("records.examine")
     files = reply["files"]
-    total = sum(file["records"] for file in files)
-    fact = f"{total} in {reply['folder'] or 'no folder'}"
+    fact = f"{sum(file['records'] for file in files)} in {len(files)} files"
     if not reply["writable"]:
-        fact += f", which cannot be written: {reply['state']}"
+        fact += f"; no more can be kept: {reply['state']}"
     fix = "Set TORCHKILN_CACHE_DIR to a folder of your own; until then choices end with the process"
     yield judge("tuning records", reply["writable"], fact, fix, bad="warn")
     by_device: dict[str, list[dict[str, Any]]] = {}
