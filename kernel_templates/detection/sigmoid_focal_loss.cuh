@@ -137,7 +137,7 @@ __device__ __forceinline__ Acc<Scalar> walk(const Args& args) {
 }
 
 template <class Scalar, class Index, bool kLabels, int kGamma, int kOutput, int kVector,
-          int kBlockSize, int kItems, int kBlocksPerMultiprocessor>
+          int kBlockSize, int kItems>
 __global__ void __launch_bounds__(kBlockSize) forward(const Args args) {
   using T = Acc<Scalar>;
   __shared__ T shared[kBlockSize / kWarpSize];
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kBlockSize) forward(const Args args) {
 }
 
 template <class Scalar, class Index, bool kLabels, int kGamma, int kVector, int kBlockSize,
-          int kItems, int kBlocksPerMultiprocessor>
+          int kItems>
 __global__ void __launch_bounds__(kBlockSize) backward(const Args args) {
   walk<Scalar, Index, kLabels, kGamma, kGradient, kVector, kBlockSize, kItems>(scaled(args));
 }

@@ -23,7 +23,7 @@ IOU_HALF = IOU.replace("float", "half")
 LOSS = "detection/box_iou.forward<float, mode=1, vector=4, block_size=256>"
 LOSS_BACKWARD = "detection/box_iou.backward<float, mode=1, block_size=32>"
 FOCAL = "detection/sigmoid_focal_loss.forward<float, i32, labels={}, gamma={}, output=1, vector=4, "
-FOCAL += "block_size=256, items=1, blocks_per_multiprocessor=16>"
+FOCAL += "block_size=256, items=1>"
 # Six workloads, ten kernels and problems.
 FAMILY = ("--ops", "box_iou", "--dtypes", "float32")
 BY_MODE = {f: i for i, f in enumerate(testing.find()["box_iou"].functions)}
