@@ -98,17 +98,23 @@ Records::Known& Records::known(const DeviceIdentity& device, const std::string& 
 
 std::optional<Match> Records::find(const DeviceIdentity& device, const Kernel& kernel,
                                    const TuningKey& key, const torchkiln_problem& problem) {
-  const std::scoped_lock lock(mutex_);
-  std::optional<Match> best;
-  // In the order of keys, so that of equally near ones every process takes the same.
-  for (const auto& [other, record] : known(device, key.kernel).records) {
-    const auto apart = distance(key, other);
-    if (!apart || (best && best->distance <= *apart)) continue;
-    auto tunables = unnamed(kernel, record.best);
-    if (tunables && legal(kernel, problem, *tunables))
-      best = {record, std::move(*tunables), *apart};
+  std::vector<Match> candidates;
+  {
+    const std::scoped_lock lock(mutex_);
+    for (const auto& [other, record] : known(device, key.kernel).records) {
+      const auto apart = distance(key, other);
+      auto tunables = apart ? unnamed(kernel, record.best) : std::nullopt;
+      if (tunables) candidates.push_back({record, std::move(*tunables), *apart});
+    }
   }
-  return best;
+  // Stable, and before it in the order of keys: of equally near ones every process takes the same.
+  std::stable_sort(candidates.begin(), candidates.end(),
+                   [](const Match& a, const Match& b) { return a.distance < b.distance; });
+  // Unlocked: what is legal may be a user's function, which takes Python's lock.
+  for (Match& match : candidates) {
+    if (legal(kernel, problem, match.tunables)) return std::move(match);
+  }
+  return std::nullopt;
 }
 
 std::optional<TuningRecord> Records::exact(const DeviceIdentity& device, const TuningKey& key) {

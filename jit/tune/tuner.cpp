@@ -141,7 +141,9 @@ Choice Tuner::choose(const Kernel& kernel, const torchkiln_problem& problem,
   // Where there is nothing to choose, nobody needs to know the device's name.
   if (mode_ == TuneMode::kOff || kernel.n_tunables == 0) return look_up({}, kernel, problem);
   const DeviceIdentity& device = identity(launch.device);
-  if (mode_ != TuneMode::kTune) return look_up(device, kernel, problem);
+  // Candidates are compiled, and mostly for nothing.
+  const bool may_compile = parts_.objects.mode() != JitMode::kForbid;
+  if (mode_ != TuneMode::kTune || !may_compile) return look_up(device, kernel, problem);
   const auto digest = parts_.sources.digest(kernel.declaration.path);
   Task task{kernel, problem, launch, device,
             tuning_key(kernel, digest, {problem.statics, kernel.n_statics},

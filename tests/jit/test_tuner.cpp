@@ -389,6 +389,17 @@ TEST_F(TunerTest, APointerThatTheLaunchDoesNotNameIsNotTuned) {
   EXPECT_EQ(own_launches(world).size(), 1u);
 }
 
+TEST_F(TunerTest, WhereCompilingIsForbiddenNothingIsTuned) {
+  World world(folder.path());
+  world.launch();  // the default is there
+  world.tune();
+  control(*world.engine, "seal", {{"mode", "forbid"}});
+  world.launch();
+  EXPECT_TRUE(world.reports().empty());
+  EXPECT_EQ(world.engine->statistics().compiles.load(), 1u);
+  EXPECT_EQ(own_launches(world).back().block[0], 128u);
+}
+
 TEST_F(TunerTest, AnEmptyLaunchIsNotTuned) {
   World world(folder.path());
   world.tune();
