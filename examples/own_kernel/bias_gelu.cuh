@@ -55,6 +55,17 @@ struct Place {
   }
 };
 
+// The bias of the thread's columns, widened once.
+template <class Scalar, int kVector>
+struct Bias {
+  Acc<Scalar> at[kVector];
+  __device__ __forceinline__ explicit Bias(const Scalar* from) {
+    const auto narrow = load_pack<kVector>(from);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) at[i] = load(narrow.at[i]);
+  }
+};
+
 // kRows packs are loaded before the first one is used. kAligned: each row begins at a multiple of 16 bytes.
 template <class Scalar, bool kAligned, int kVector, int kBlockSize, int kRows>
 __global__ void __launch_bounds__(kBlockSize)
@@ -66,7 +77,7 @@ __global__ void __launch_bounds__(kBlockSize)
   const Place<kVector, kBlockSize> place(columns);
   const i64 first = place.strip * kRows;
   if (first >= rows) return;
-  const auto b = load_pack<kVector>(bias + place.column);
+  const Bias<Scalar, kVector> b(bias + place.column);
   Pack<Scalar, kVector> values[kRows];
   Pack<u8, kVector> kept[kRows];
 #pragma unroll
@@ -79,7 +90,7 @@ __global__ void __launch_bounds__(kBlockSize)
   for (int r = 0; r < kRows; ++r) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      const T v = load(values[r].at[i]) + load(b.at[i]);
+      const T v = load(values[r].at[i]) + b.at[i];
       const T factor = kept[r].at[i] ? T(scale) : T(0);
       store(values[r].at[i], v * normal_of<Scalar>(v).cdf * factor);
     }
@@ -101,7 +112,7 @@ __global__ void __launch_bounds__(kBlockSize)
   const i64 first = place.strip * strip_rows;
   if (first >= rows) return;
   const i64 end = min_of(first + strip_rows, rows);
-  const auto b = load_pack<kVector>(bias + place.column);
+  const Bias<Scalar, kVector> b(bias + place.column);
   Sum sum[kVector] = {};
 #pragma unroll 1
   for (i64 row = first; row < end; row += kRows) {
@@ -119,7 +130,7 @@ __global__ void __launch_bounds__(kBlockSize)
       if (row + r >= end) break;
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        const T v = load(values[r].at[i]) + load(b.at[i]);
+        const T v = load(values[r].at[i]) + b.at[i];
         const Normal<T> n = normal_of<Scalar>(v);
         const T factor = kept[r].at[i] ? T(scale) : T(0);
         const T grad = load(grads[r].at[i]) * factor * (n.cdf + v * n.density);
