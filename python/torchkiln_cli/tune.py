@@ -90,7 +90,7 @@ def use_device(name: str) -> torch.device:
         )
     if (device.index or 0) >= len(names):
         raise UsageError(f"--device must be among {', '.join(names)}; got {name}")
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(device.index or 0)  # torch 2.11 takes no device without an index
     return device
 
 
