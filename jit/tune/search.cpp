@@ -97,8 +97,8 @@ class Search {
 
   void screen_all() {
     std::vector<std::size_t> spilling;
-    // Even where nothing may be measured any more, what cannot run is worth knowing: it is not tried again.
-    while (!interrupted()) {
+    // Without budget nobody waits for the compiles that are left.
+    while (!interrupted() && result_.stopped.empty()) {
       const auto ready = bench_.next();
       if (!ready) break;
       if (!ready->failure.empty()) {

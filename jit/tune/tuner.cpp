@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <random>
 
 #include "jit/compile/pool.h"
 #include "jit/deploy/manifest.h"
@@ -246,6 +247,20 @@ TuningReport Tuner::run(const Task& task, const std::optional<TuningRecord>& pre
   return report;
 }
 
+// Of a large space the budget sees a part only: first the neighbours of the default, which differ in one tunable, then
+// points from all over it, the same ones every time.
+void Tuner::put_in_order(const Task& task, std::vector<std::size_t>& wanted) {
+  const auto& standard = task.points[task.standard];
+  const auto is_neighbour = [&](std::size_t i) {
+    int different = 0;
+    for (std::size_t t = 0; t < standard.size(); ++t) different += task.points[i][t] != standard[t];
+    return different == 1;
+  };
+  std::mt19937 random;  // NOLINT: its seed is always the same, on purpose
+  std::shuffle(wanted.begin(), wanted.end(), random);
+  std::stable_partition(wanted.begin(), wanted.end(), is_neighbour);
+}
+
 TuningReport Tuner::measure(const Task& task, const std::optional<TuningRecord>& present) {
   std::vector<Measured> known = known_points(task, present);
   std::vector<std::size_t> wanted;
@@ -254,6 +269,7 @@ TuningReport Tuner::measure(const Task& task, const std::optional<TuningRecord>&
       wanted.push_back(i);
   }
   const int reused = static_cast<int>(task.points.size() - wanted.size()) - 1;
+  put_in_order(task, wanted);
   const unsigned jobs =
       parts_.settings.compile_jobs != 0 ? parts_.settings.compile_jobs : default_compile_jobs();
   GpuBench bench(parts_.driver, parts_.residents, {task.kernel, task.problem, task.launch},

@@ -89,6 +89,7 @@ class Tuner {
   static bool is_empty(const Task& task);
   Choice tune(const Task& task);
   TuningReport run(const Task& task, const std::optional<TuningRecord>& present);
+  static void put_in_order(const Task& task, std::vector<std::size_t>& wanted);
   TuningReport measure(const Task& task, const std::optional<TuningRecord>& present);
   TuningReport report_of(const Task& task, const SearchResult& result) const;
   std::vector<Measured> known_points(const Task& task,

@@ -63,6 +63,8 @@ class FakeBench : public Bench {
   std::map<std::size_t, int> samples;
   std::mt19937 random{1};
 
+  std::size_t given() const { return given_; }
+
  private:
   double jitter() { return 1 + noise * std::normal_distribution<double>()(random); }
   std::size_t given_ = 0;
@@ -187,6 +189,12 @@ TEST(Search, ASmallBudgetEndsTheSearchAndKeepsWhatIsKnown) {
   EXPECT_LT(result.measured, 31);
   EXPECT_LT(bench.gpu_milliseconds(),
             10 + 0.4 * 12);  // the last call may begin just before the end
+}
+
+TEST(Search, WithoutBudgetNobodyWaitsForMorePoints) {
+  FakeBench bench(std::vector<double>(100, 10.0));
+  run(bench, 10);
+  EXPECT_LT(bench.given(), 20u);
 }
 
 TEST(Search, SpillingPointsComeLastAndMustWinClearly) {
