@@ -11,8 +11,10 @@ from typing import Any
 from torchkiln.compat.mmcv import _tree
 from torchkiln.compat.mmcv._names import MODULES, Name, public
 
-__all__ = ["markdown", "problems", "rows"]
+__all__ = ["MISSING", "markdown", "problems", "rows"]
 
+# The state of a name that raises when it is used.
+MISSING = "not yet"
 _KINDS = {"def": "function", "apply": "function", "function": "Function class", "class": "class"}
 
 
@@ -53,7 +55,7 @@ def markdown() -> str:
 
 def _state(row: Name) -> str:
     if not row.operator:
-        return "not yet"
+        return MISSING
     if row.operator == "torch":
         return "plain tensor operations"
     return f"torchkiln.ops.{row.operator}"
@@ -69,12 +71,13 @@ def _problems(row: Name) -> Iterator[str]:
         native = importlib.import_module("torchkiln.ops")
         if not hasattr(native, row.operator):
             yield f"{row.path}: there is no operator {row.operator}"
-    if _parameters(_callable(row, value)) != _parameters(row.signature):
+    called = value.apply if row.kind == "function" else value
+    if _parameters(inspect.signature(called)) != _parameters(row.signature):
         yield f"{row.path}: must have the signature {row.signature}"
-
-
-def _callable(row: Name, value: Any) -> inspect.Signature:
-    return inspect.signature(value.apply if row.kind == "function" else value)
+    forward = row.forward_signature
+    if row.operator and forward is not None:
+        if _parameters(inspect.signature(value.forward)) != _parameters(forward):
+            yield f"{row.path}.forward: must have the signature {forward}"
 
 
 def _parameters(signature: inspect.Signature) -> list[tuple[str, Any, Any]]:

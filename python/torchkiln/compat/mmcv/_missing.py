@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from inspect import Parameter, Signature
 from typing import Any, NoReturn
 
 from torch import nn
@@ -31,7 +32,7 @@ def stand_in(row: Name, resolve: Callable[[Name], Any]) -> Any:
     module = f"mmcv.ops.{row.module}"
     body: dict[str, Any] = {"__module__": module}
     if row.kind == "class":
-        body |= {"__init__": refuse, "__signature__": row.signature}
+        body["__init__"] = _constructor(refuse, row.signature)
         return type(row.name, (_base(row, resolve),), body)
     refuse.__signature__ = row.signature  # type: ignore[attr-defined]
     if row.kind == "function":
@@ -40,6 +41,18 @@ def stand_in(row: Name, resolve: Callable[[Name], Any]) -> Any:
     refuse.__name__ = refuse.__qualname__ = row.name
     refuse.__module__ = module
     return refuse
+
+
+def _constructor(refuse: Callable[..., NoReturn], signature: Signature) -> Callable[..., None]:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        refuse()
+
+    # On the constructor, not on the class: subclasses have constructors of their own.
+    own = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
+    __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[own, *signature.parameters.values()]
+    )
+    return __init__
 
 
 def _base(row: Name, resolve: Callable[[Name], Any]) -> type:
