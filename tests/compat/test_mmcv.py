@@ -417,7 +417,7 @@ def test_roi_align_like_torchvision_takes_the_average():
 
 
 def test_old_keywords_of_roi_align():
-    with pytest.warns(DeprecationWarning) as warned:
+    with pytest.warns(DeprecationWarning, match="is deprecated; use") as warned:
         module = ops.RoIAlign(out_size=2, spatial_scale=0.5, sample_num=2)
     assert [str(w.message) for w in warned] == [
         "RoIAlign: out_size is deprecated; use output_size",

@@ -75,9 +75,10 @@ def _problems(row: Name) -> Iterator[str]:
     if _parameters(inspect.signature(called)) != _parameters(row.signature):
         yield f"{row.path}: must have the signature {row.signature}"
     forward = row.forward_signature
-    if row.operator and forward is not None:
-        if _parameters(inspect.signature(value.forward)) != _parameters(forward):
-            yield f"{row.path}.forward: must have the signature {forward}"
+    if not row.operator or forward is None:
+        return
+    if _parameters(inspect.signature(value.forward)) != _parameters(forward):
+        yield f"{row.path}.forward: must have the signature {forward}"
 
 
 def _parameters(signature: inspect.Signature) -> list[tuple[str, Any, Any]]:
