@@ -500,5 +500,26 @@ def dump(
     sys.exit(0 if module.run(reply["kernels"], target, out, kinds, as_json) else 1)
 
 
+@cli.group()
+def compat() -> None:
+    """See what the drop-ins for other packages cover."""
+
+
+@compat.command("mmcv")
+@click.option("--check", is_flag=True, help="Resolve every name of mmcv.ops and say what works.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print the documentation's table.")
+@_json
+@_command
+def compat_mmcv(check: bool, as_markdown: bool, as_json: bool) -> None:
+    """Which names of mmcv.ops work with torchkiln.compat.mmcv."""
+    from torchkiln_cli import compat as module
+
+    if not check:
+        raise click.UsageError("pass --check to see what works")
+    if as_markdown and as_json:
+        raise click.UsageError("--markdown and --json exclude each other")
+    sys.exit(0 if module.run(as_json=as_json, as_markdown=as_markdown) else 1)
+
+
 if __name__ == "__main__":
     cli()

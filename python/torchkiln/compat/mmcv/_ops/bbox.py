@@ -1,0 +1,52 @@
+"""`mmcv.ops.bbox`."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["bbox_overlaps"]
+
+
+def bbox_overlaps(
+    bboxes1: Tensor,
+    bboxes2: Tensor,
+    mode: str = "iou",
+    aligned: bool = False,
+    offset: int = 0,
+) -> Tensor:
+    """Overlap of boxes, pair by pair or, with `aligned`, row by row.
+
+    Args:
+        bboxes1: (m, 4), any floating dtype; x1, y1, x2, y2.
+        bboxes2: (n, 4), alike.
+        mode: "iou", or "iof": the share of the first box.
+        aligned: compares row by row; m must equal n.
+        offset: 0, or 1 for boxes whose last pixel belongs to them.
+
+    Returns:
+        (m, n), or (m,) with `aligned`; dtype of `bboxes1`. An empty union gives NaN, as in mmcv.
+
+    Raises:
+        AssertionError: for another mode, offset or shape.
+    """
+    assert mode in ("iou", "iof"), f"mode must be 'iou' or 'iof'; got {mode!r}"
+    assert offset in (0, 1), f"offset must be 0 or 1; got {offset}"
+    for boxes in (bboxes1, bboxes2):
+        assert boxes.size(-1) == 4 or boxes.size(0) == 0, "boxes must have 4 columns"
+    rows, columns = bboxes1.size(0), bboxes2.size(0)
+    assert not aligned or rows == columns, f"aligned needs equally many; got {rows}, {columns}"
+    if rows * columns == 0:
+        return bboxes1.new_zeros((rows,) if aligned else (rows, columns))
+    wide = torch.promote_types(bboxes1.dtype, torch.float32)
+    first, second = bboxes1.to(wide), bboxes2.to(wide)
+    if not aligned:
+        first = first[:, None]
+    low = torch.maximum(first[..., :2], second[..., :2])
+    high = torch.minimum(first[..., 2:], second[..., 2:])
+    intersection = (high - low + offset).clamp(min=0).prod(-1)
+    base = (first[..., 2:] - first[..., :2] + offset).prod(-1)
+    if mode == "iou":
+        base = base + (second[..., 2:] - second[..., :2] + offset).prod(-1) - intersection
+    return (intersection / base.clamp(min=offset)).to(bboxes1.dtype)

@@ -1,0 +1,261 @@
+"""`mmcv.ops.nms`: suppression among boxes, inside classes, and of scores instead of boxes."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from torchkiln import ops
+from torchkiln.compat.mmcv._common import function_class, renamed
+from torchkiln.compat.mmcv._ops._soft_nms import match, soften
+
+__all__ = ["NMSop", "SoftNMSop", "batched_nms", "nms", "nms_match", "soft_nms"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _takes_arrays(function: _F) -> _F:
+    """Accepts NumPy arrays for boxes and scores too, and then returns such."""
+
+    @functools.wraps(function)
+    def call(boxes: Any, scores: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(boxes, Tensor):
+            return function(boxes, scores, *args, **kwargs)
+        result = function(torch.as_tensor(boxes), torch.as_tensor(scores), *args, **kwargs)
+        return tuple(tensor.numpy() for tensor in result)
+
+    return call  # type: ignore[return-value]
+
+
+def _check(boxes: Tensor, scores: Tensor, offset: int) -> None:
+    assert boxes.size(1) == 4, f"boxes must be (N, 4); got {tuple(boxes.shape)}"
+    assert boxes.size(0) == scores.size(0), "boxes and scores must be equally many"
+    assert offset in (0, 1), f"offset must be 0 or 1; got {offset}"
+
+
+def _kept(
+    bboxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    offset: int,
+    score_threshold: float,
+    max_num: int,
+) -> Tensor:
+    boxes, candidates = bboxes.detach(), scores.detach()
+    rows = None
+    if score_threshold > 0:
+        rows = (candidates > score_threshold).nonzero().squeeze(1)
+        boxes, candidates = boxes[rows], candidates[rows]
+    if offset:
+        # A box of width x2 - x1 + 1 is one whose x2 lies one pixel further.
+        wide = torch.promote_types(boxes.dtype, torch.float32)
+        boxes, candidates = boxes.to(wide), candidates.to(wide)
+        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] + offset], 1)
+    kept = ops.nms(boxes, candidates, float(iou_threshold))
+    if max_num > 0:
+        kept = kept[:max_num]
+    return kept if rows is None else rows[kept]
+
+
+NMSop = function_class("NMSop", _kept)
+
+
+@renamed(iou_thr="iou_threshold")
+@_takes_arrays
+def nms(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    offset: int = 0,
+    score_threshold: float = 0,
+    max_num: int = -1,
+) -> tuple[Tensor, Tensor]:
+    """Keeps the best boxes: each suppresses the lower ones that overlap it by too much.
+
+    Args:
+        boxes: (N, 4), a tensor or a NumPy array; x1, y1, x2, y2.
+        scores: (N,), alike.
+        iou_threshold: a box goes when its IoU with a kept one is greater.
+        offset: 0, or 1 for boxes whose last pixel belongs to them.
+        score_threshold: above 0, boxes without a greater score are left out.
+        max_num: above 0, the most boxes to keep.
+
+    Returns:
+        dets: (K, 5), boxes and scores of the kept ones by descending score.
+        inds: (K,), int64; their rows. Of equal scores the lower row comes first.
+
+    Raises:
+        AssertionError: for another shape or offset.
+
+    Differentiable: dets with respect to boxes and scores.
+    """
+    _check(boxes, scores, offset)
+    inds = _kept(boxes, scores, iou_threshold, offset, score_threshold, max_num)
+    return torch.cat([boxes[inds], scores[inds, None]], 1), inds
+
+
+def _softened(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    sigma: float,
+    min_score: float,
+    method: int,
+    offset: int,
+) -> tuple[Tensor, Tensor]:
+    return soften(boxes, scores, float(iou_threshold), sigma, min_score, method, offset)
+
+
+def _soft_inds(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    sigma: float,
+    min_score: float,
+    method: int,
+    offset: int,
+) -> Tensor:
+    return _softened(boxes, scores, iou_threshold, sigma, min_score, method, offset)[1]
+
+
+SoftNMSop = function_class("SoftNMSop", _soft_inds)
+
+
+@renamed(iou_thr="iou_threshold")
+@_takes_arrays
+def soft_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    min_score: float = 1e-3,
+    method: str = "linear",
+    offset: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Lowers the scores of boxes that overlap better ones, and leaves out what falls too low.
+
+    Args:
+        boxes: (N, 4), a tensor or a NumPy array; x1, y1, x2, y2.
+        scores: (N,), alike.
+        iou_threshold: from which IoU on the methods naive and linear act.
+        sigma: width of the gaussian method.
+        min_score: a box whose score falls below it goes.
+        method: "naive" (score 0), "linear" (times 1 - IoU) or "gaussian".
+        offset: 0, or 1 for boxes whose last pixel belongs to them.
+
+    Returns:
+        dets: (K, 5), boxes and their new scores, descending.
+        inds: (K,), int64; their rows.
+
+    Raises:
+        AssertionError: for another shape, method or offset.
+
+    Differentiable: no. Computed on the CPU.
+
+    Source:
+        Bodla et al., "Soft-NMS", 2017, equations 2 and 3.
+    """
+    _check(boxes, scores, offset)
+    methods = {"naive": 0, "linear": 1, "gaussian": 2}
+    assert method in methods, f"method must be one of {', '.join(methods)}; got {method!r}"
+    return _softened(boxes, scores, iou_threshold, sigma, min_score, methods[method], offset)
+
+
+def nms_match(dets: Any, iou_threshold: float) -> list[Any]:
+    """Groups boxes: each kept one, and then those that it suppresses.
+
+    Args:
+        dets: (N, 5), a tensor or a NumPy array; x1, y1, x2, y2, score.
+        iou_threshold: a box joins the group of a better one from this IoU on.
+
+    Returns:
+        Groups by descending score of their first row, each an int64 tensor on the device of `dets`,
+        or an array of integers.
+
+    Raises:
+        AssertionError: for another shape.
+
+    Differentiable: no. Computed on the CPU.
+    """
+    if dets.shape[0] == 0:
+        return []
+    assert dets.shape[-1] == 5, f"dets must be (N, 5); got {tuple(dets.shape)}"
+    if isinstance(dets, Tensor):
+        return [dets.new_tensor(group, dtype=torch.int64) for group in match(dets, iou_threshold)]
+    import numpy
+
+    groups = match(torch.as_tensor(dets), iou_threshold)
+    return [numpy.array(group, dtype=int) for group in groups]
+
+
+def batched_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    idxs: Tensor,
+    nms_cfg: dict[str, Any] | None,
+    class_agnostic: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Suppression inside classes, by the function that a configuration names.
+
+    Args:
+        boxes: (N, 4) boxes, or (N, 5) rotated ones.
+        scores: (N,).
+        idxs: (N,); the class of each box.
+        nms_cfg: `type`, a name in `mmcv.ops.nms` or a function, by default "nms"; `split_thr`, the
+            number of boxes from which on each class is treated alone, by default 10000;
+            `class_agnostic`, over the argument; the function's own arguments. None: keeps all.
+        class_agnostic: whether boxes of different classes suppress each other.
+
+    Returns:
+        dets: (K, 5) or (K, 6), boxes and scores, descending.
+        keep: (K,), int64; their rows.
+    """
+    if nms_cfg is None:
+        scores, keep = scores.sort(descending=True)
+        return torch.cat([boxes[keep], scores[:, None]], 1), keep
+    settings = dict(nms_cfg)
+    class_agnostic = settings.pop("class_agnostic", class_agnostic)
+    function = _function(settings.pop("type", "nms"))
+    split_thr = settings.pop("split_thr", 10000)
+    if class_agnostic or boxes.size(0) < split_thr:
+        apart = boxes if class_agnostic else _moved_apart(boxes, idxs)
+        dets, keep = function(apart, scores, **settings)
+        return torch.cat([boxes[keep], dets[:, -1:]], 1), keep
+    max_num = settings.pop("max_num", -1)
+    rescored = scores.new_zeros(scores.size())
+    kept = torch.zeros(scores.size(), dtype=torch.bool, device=scores.device)
+    for label in idxs.unique():
+        rows = (idxs == label).nonzero().squeeze(1)
+        dets, inds = function(boxes[rows], scores[rows], **settings)
+        kept[rows[inds]] = True
+        rescored[rows[inds]] = dets[:, -1]
+    keep = kept.nonzero().squeeze(1)
+    scores, order = rescored[keep].sort(descending=True, stable=True)
+    keep = keep[order]
+    if max_num > 0:
+        keep, scores = keep[:max_num], scores[:max_num]
+    return torch.cat([boxes[keep], scores[:, None]], 1), keep
+
+
+def _function(kind: str | Callable[..., Any]) -> Callable[..., Any]:
+    if callable(kind):
+        return kind
+    from torchkiln.compat.mmcv import _tree
+
+    return getattr(_tree.modules()["mmcv.ops.nms"], kind)  # type: ignore[no-any-return]
+
+
+def _moved_apart(boxes: Tensor, idxs: Tensor) -> Tensor:
+    """Moves each class so far that boxes of two never meet; mmcv's shift, with its rounding."""
+    if boxes.numel() == 0:
+        return boxes
+    if boxes.size(-1) == 5:  # centre, size, angle
+        furthest = boxes[:, :2].max() + boxes[:, 2:4].max()
+        shifts = idxs.to(boxes)[:, None] * (furthest + 1)
+        return torch.cat([boxes[:, :2] + shifts, boxes[:, 2:]], 1)
+    return boxes + idxs.to(boxes)[:, None] * (boxes.max() + 1)
