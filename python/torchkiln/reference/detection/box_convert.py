@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 
 import torch
 from torch import Tensor
@@ -67,7 +66,7 @@ def parity() -> Parity:
     """What box_convert is tried on."""
     from torchkiln import ops
 
-    pairs = [pair for forms in (_UPRIGHT, _ROTATED) for pair in itertools.product(forms, repeat=2)]
+    pairs = [(a, b) for forms in (_UPRIGHT, _ROTATED) for a in forms for b in forms]
     return Parity(
         op="box_convert",
         tier="A",
@@ -76,7 +75,7 @@ def parity() -> Parity:
         reference=box_convert,
         cases=(
             Case("typical", lambda new: _problem("xywhr", "xyxyxyxy", 9, new)),
-            *(Case("_to_".join(pair), functools.partial(_problem, *pair, 7)) for pair in pairs),
+            *(Case(f"{a}_to_{b}", functools.partial(_problem, a, b, 7)) for a, b in pairs),
             Case("single", lambda new: _problem("xyxyxyxy", "cxcywhr", 1, new)),
             Case("no_boxes", lambda new: _problem("xyxy", "cxcywh", 0, new)),
             Case("beyond_a_turn", lambda new: _turned(new, 400.0)),
