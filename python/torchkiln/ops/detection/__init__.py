@@ -14,3 +14,4 @@ from torchkiln.ops.detection.roi_align import *  # noqa: F403
 from torchkiln.ops.detection.roi_pool import *  # noqa: F403
 from torchkiln.ops.detection.sigmoid_focal_loss import *  # noqa: F403
 from torchkiln.ops.detection.softmax_focal_loss import *  # noqa: F403
+from torchkiln.ops.detection.points_in_polygons import *  # noqa: F403
