@@ -13,12 +13,14 @@ The tests are those of `torchkiln.testing.Suite`; here stands what only our own 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torchkiln.testing import Failure, Inputs, Suite
 
-__all__ = ["Failure", "OpSuite"]
+__all__ = ["CompositionSuite", "Failure", "OpSuite"]
 
 
 class OpSuite(Suite):
@@ -30,3 +32,9 @@ class OpSuite(Suite):
             for leaf in pytree.tree_leaves(dict(case.make(Inputs()))):
                 sizes |= set(leaf.shape) if isinstance(leaf, Tensor) else set()
         assert {0, 1} <= sizes
+
+
+class CompositionSuite(OpSuite):
+    """Base of the tests of an operator that is made of torch's own."""
+
+    without: ClassVar = {"opcheck": "only torch's own operators are behind it"}

@@ -232,15 +232,18 @@ def convert(
 def find() -> dict[str, Parity]:
     """Returns what every module of `torchkiln.reference` declares by a function `parity()`.
 
+    A module of several operators has a function `parities()` that returns all of theirs.
+
     Operators and kernels of users that have a reference and cases come after them.
     """
     from torchkiln import reference
     from torchkiln.testing._own import registered
 
-    found = {}
+    found: dict[str, Parity] = {}
     for info in pkgutil.walk_packages(reference.__path__, f"{reference.__name__}."):
-        declare = getattr(importlib.import_module(info.name), "parity", None)
-        if declare is not None:
-            parity = declare()
-            found[parity.op] = parity
+        module = importlib.import_module(info.name)
+        declared = module.parities() if hasattr(module, "parities") else ()
+        if hasattr(module, "parity"):
+            declared = (module.parity(),)
+        found |= {parity.op: parity for parity in declared}
     return found | registered()

@@ -1,0 +1,80 @@
+"""Checks of arguments for operators that are compositions; those of kernels stand in C++.
+
+The sentences are the same: `<op>: <argument> must <rule>; got <value>. <way out>`.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """Such as "float32"."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def require_tensor(op: str, **tensors: Tensor) -> None:
+    """Raises a TypeError for what is no tensor."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor; got {value!r}")
+
+
+def require_floating(op: str, **tensors: Tensor) -> None:
+    """Raises a TypeError for what is no tensor, or one of integers, bools or complex numbers."""
+    require_tensor(op, **tensors)
+    for name, value in tensors.items():
+        if not value.is_floating_point():
+            raise TypeError(
+                f"{op}: {name} must be a floating-point tensor; got {dtype_name(value)}. "
+                f"Convert it with {name}.float()"
+            )
+
+
+def require_last(op: str, columns: int, **tensors: Tensor) -> None:
+    """Raises for what is no floating-point tensor of rows of so many numbers."""
+    require_floating(op, **tensors)
+    for name, value in tensors.items():
+        if value.dim() == 0 or value.shape[-1] != columns:
+            raise ValueError(f"{op}: {name} must have shape (..., {columns}); got {shape(value)}")
+
+
+def require_pair(op: str, **tensors: Tensor) -> None:
+    """Raises where two tensors differ in dtype or device."""
+    (first, a), (second, b) = tensors.items()
+    if b.dtype != a.dtype:
+        raise TypeError(
+            f"{op}: {second} must have the dtype of {first} ({dtype_name(a)}); got {dtype_name(b)}"
+        )
+    require_device(op, **tensors)
+
+
+def require_device(op: str, **tensors: Tensor) -> None:
+    """Raises where two tensors are on different devices."""
+    (first, a), (second, b) = tensors.items()
+    if b.device != a.device:
+        raise ValueError(
+            f"{op}: {second} must be on the device of {first} ({a.device}); got {b.device}"
+        )
+
+
+def require_choice(op: str, name: str, value: object, choices: Mapping[str, object]) -> None:
+    """Raises a ValueError for a word that is not among the choices."""
+    if not isinstance(value, str) or value not in choices:
+        *most, last = (f'"{choice}"' for choice in choices)
+        raise ValueError(f"{op}: {name} must be {', '.join(most)} or {last}; got {value!r}")
+
+
+def shape(tensor: Tensor) -> str:
+    """Such as "(64, 3)"."""
+    return str(tuple(tensor.shape))
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The half types in float32, in which they are computed; others as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -1,0 +1,83 @@
+"""points_in_polygons in plain Python: crossings of a ray, in exact fractions."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from torchkiln.testing import Case, Inputs, Parity
+
+__all__ = ["points_in_polygons"]
+
+
+def _is_inside(point: Sequence[float], polygon: Sequence[float]) -> bool:
+    if not all(map(math.isfinite, [*point, *polygon])):
+        return False
+    px, py, *corners = map(Fraction, [*point, *polygon])
+    crossings = 0
+    for i in range(0, 8, 2):
+        (x1, y1), (x2, y2) = corners[i - 2 : i or None], corners[i : i + 2]
+        if (y1 <= py) != (y2 <= py):
+            crossings += x1 + (py - y1) * (x2 - x1) / (y2 - y1) > px
+    return crossings % 2 == 1
+
+
+def points_in_polygons(points: Tensor, polygons: Tensor) -> Tensor:
+    """Tells for every point and quadrilateral whether one lies in the other.
+
+    Args:
+        points: (P, 2).
+        polygons: (M, 8).
+
+    Returns:
+        (P, M) bool.
+    """
+    outlines = polygons.tolist()
+    rows = [[_is_inside(point, outline) for outline in outlines] for point in points.tolist()]
+    result = torch.tensor(rows, dtype=torch.bool, device=points.device)
+    return result.reshape(points.shape[0], polygons.shape[0])
+
+
+def parity() -> Parity:
+    """What points_in_polygons is tried on."""
+    from torchkiln import ops
+
+    return Parity(
+        op="points_in_polygons",
+        tier="X",
+        function=ops.points_in_polygons,
+        reference=points_in_polygons,
+        cases=(
+            Case("typical", functools.partial(_problem, 33, 9)),
+            Case("grid", _grid),
+            Case("single", functools.partial(_problem, 1, 1)),
+            Case("no_points", functools.partial(_problem, 0, 3)),
+            Case("no_polygons", functools.partial(_problem, 3, 0)),
+            Case("not_finite", _not_finite),
+        ),
+    )
+
+
+def _problem(points: int, polygons: int, new: Inputs) -> dict[str, Tensor]:
+    """Corners in any order: convex, concave and crossed outlines."""
+    return {"points": new.uniform(points, 2, high=9), "polygons": new.uniform(polygons, 8, high=9)}
+
+
+def _grid(new: Inputs) -> dict[str, Tensor]:
+    """Small integers: points on edges and corners, outlines without an area."""
+    points, polygons = new.integers(40, 2, high=5), new.integers(20, 8, high=5)
+    return {"points": points.double(), "polygons": polygons.double()}
+
+
+def _not_finite(new: Inputs) -> dict[str, Tensor]:
+    problem = _problem(9, 5, new)
+    problem["points"][0, 0], problem["points"][1, 1] = math.nan, math.inf
+    problem["polygons"][0, 3], problem["polygons"][1, 6] = -math.inf, math.nan
+    return problem

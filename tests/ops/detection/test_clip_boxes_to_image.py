@@ -1,0 +1,49 @@
+"""clip_boxes_to_image."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from support.op_suite import CompositionSuite, Failure
+from support.strategies import boxes
+from torchkiln.ops import clip_boxes_to_image
+from torchkiln.reference.detection.clip_boxes_to_image import parity
+
+
+class TestClipBoxesToImage(CompositionSuite):
+    parity = parity()
+    dynamic: ClassVar = {"boxes": 0}
+    failures = (
+        Failure(
+            "columns",
+            {"boxes": lambda boxes: boxes[:, :3]},
+            ValueError,
+            r"^clip_boxes_to_image: boxes must have shape \(\.\.\., 4\); got \(33, 3\)$",
+        ),
+        Failure(
+            "integers",
+            {"boxes": lambda boxes: boxes.long()},
+            TypeError,
+            "boxes must be a floating-point tensor; got int64",
+        ),
+        Failure(
+            "negative_size",
+            {"size": (4, -1)},
+            ValueError,
+            r"size must be \(height, width\), both at least 0; got \(4, -1\)$",
+        ),
+        Failure("one_number", {"size": 4}, ValueError, r"must be \(height, width\), .* got 4$"),
+    )
+
+
+@given(boxes())
+def test_twice_is_once(rows: Tensor) -> None:
+    clipped = clip_boxes_to_image(rows, (3, 5))
+    assert torch.equal(clip_boxes_to_image(clipped, (3, 5)), clipped)
+    assert bool((clipped <= torch.tensor([5, 3, 5, 3])).all())

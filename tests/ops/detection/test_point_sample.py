@@ -1,0 +1,152 @@
+"""point_sample and the functions that move points between frames of reference."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import pytest
+import torch
+
+from support.op_suite import CompositionSuite, Failure
+from torchkiln import ops, reference
+from torchkiln.reference.detection.point_sample import parities
+
+SAMPLE, REL_TO_ABS, ABS_TO_REL, REL_TO_REL = parities()
+
+
+class TestPointSample(CompositionSuite):
+    parity = SAMPLE
+    dynamic: ClassVar = {"points": 1}
+    failures = (
+        Failure(
+            "input_dimensions",
+            {"input": lambda x: x[0]},
+            ValueError,
+            r"^point_sample: input must have shape \(N, C, H, W\); got \(3, 7, 9\)$",
+        ),
+        Failure(
+            "points_columns",
+            {"points": lambda points: points[..., :1]},
+            ValueError,
+            r"points must have shape \(N, P, 2\) or \(N, H, W, 2\); got \(2, 11, 1\)$",
+        ),
+        Failure(
+            "batch",
+            {"points": lambda points: points[:1]},
+            ValueError,
+            r"points must have the batch size of input \(2\); got 1$",
+        ),
+        Failure(
+            "integers",
+            {"input": lambda x: x.int()},
+            TypeError,
+            "input must be a floating-point tensor; got int32",
+        ),
+        Failure("mode", {"mode": "linear"}, ValueError, "mode must be .* got 'linear'$"),
+        Failure("padding", {"padding_mode": 0}, ValueError, "padding_mode must be .* got 0$"),
+        Failure(
+            "two_devices",
+            {"points": lambda points: points.to("meta")},
+            ValueError,
+            "points must be on the device of input",
+        ),
+    )
+
+
+class TestRelRoiPointToAbsImgPoint(CompositionSuite):
+    parity = REL_TO_ABS
+    dynamic: ClassVar = {"rois": 0, "rel_roi_points": 0}
+    failures = (
+        Failure(
+            "rois_columns",
+            {"rois": lambda rois: rois[:, :3]},
+            ValueError,
+            r"_point: rois must have shape \(N, 4\) or \(N, 5\); got \(7, 3\)$",
+        ),
+        Failure(
+            "count",
+            {"rel_roi_points": lambda points: points[:3]},
+            ValueError,
+            r"_point: rel_roi_points must have shape \(7, P, 2\); got \(3, 9, 2\)$",
+        ),
+        Failure(
+            "two_dtypes",
+            {"rel_roi_points": lambda points: points.double()},
+            TypeError,
+            r"rel_roi_points must have the dtype of rois \(float32\); got float64$",
+        ),
+    )
+
+
+class TestAbsImgPointToRelImgPoint(CompositionSuite):
+    parity = ABS_TO_REL
+    dynamic: ClassVar = {"abs_img_points": 0}
+    failures = (
+        Failure("img", {"img": 7}, ValueError, r"img must be \(height, width\) or a tensor; got 7"),
+        Failure("img_size", {"img": torch.ones(3)}, ValueError, r"img must have shape \(N, C, H"),
+    )
+
+
+class TestRelRoiPointToRelImgPoint(TestRelRoiPointToAbsImgPoint):
+    parity = REL_TO_REL
+
+
+@pytest.mark.parametrize("size", [(2, 3), (1, 1), (0, 4), (5, 0)])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_grid_equals_reference(count: int, size: tuple[int, int], device: str) -> None:
+    grid = ops.generate_grid(count, size, device)
+    expected = reference.generate_grid(count, size, device)
+    torch.testing.assert_close(grid, expected)
+
+
+def test_grid_refuses_a_negative_size() -> None:
+    with pytest.raises(ValueError, match=r"^generate_grid: num_grid and size must be at least 0"):
+        ops.generate_grid(1, (2, -1))
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("padding_mode", ["zeros", "border", "reflection"])
+@pytest.mark.parametrize("mode", ["bilinear", "nearest", "bicubic"])
+def test_all_modes_are_torchs(
+    mode: str, padding_mode: str, align_corners: bool, device: str
+) -> None:
+    torch.manual_seed(0)
+    image = torch.rand(2, 3, 5, 6, device=device)
+    points = torch.rand(2, 9, 2, device=device) * 1.5 - 0.25
+    expected = torch.nn.functional.grid_sample(
+        image, 2 * points[:, :, None] - 1, mode, padding_mode, align_corners
+    )
+    actual = ops.point_sample(image, points, align_corners, mode=mode, padding_mode=padding_mode)
+    torch.testing.assert_close(actual, expected.squeeze(3))
+
+
+def test_positions_of_half_types_are_computed_in_float32(device: str) -> None:
+    """Between two of 4096 columns float16 has no position."""
+    ramp = torch.arange(4096.0, device=device).half().expand(1, 1, 1, -1)
+    points = torch.tensor([[[0.6127, 0.5]]], device=device)
+    exact = ops.point_sample(ramp.float(), points)
+    assert torch.equal(ops.point_sample(ramp, points), exact.half())
+
+
+def test_an_image_without_pixels_gives_zeros(device: str) -> None:
+    points = torch.rand(2, 5, 2, device=device)
+    for shape in ((2, 3, 0, 4), (2, 3, 4, 0), (2, 0, 4, 4)):
+        image = torch.ones(shape, device=device, requires_grad=True)
+        result = ops.point_sample(image, points)
+        assert result.shape == (2, shape[1], 5)
+        assert not result.any()
+        result.sum().backward()
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "border", "reflection"])
+def test_a_point_that_is_not_finite_gives_zero(padding_mode: str, device: str) -> None:
+    image = torch.ones(1, 2, 3, 3, device=device, requires_grad=True)
+    values = [[math.nan, 0.5], [0.5, math.inf], [-math.inf, 0.5]]
+    points = torch.tensor([values], device=device, requires_grad=True)
+    result = ops.point_sample(image, points, padding_mode=padding_mode)
+    assert not result.any()
+    for grad in torch.autograd.grad(result.sum(), (image, points)):
+        assert not grad.any()

@@ -1,0 +1,54 @@
+"""remove_small_boxes."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from support.op_suite import CompositionSuite, Failure
+from support.strategies import boxes
+from torchkiln.ops import remove_small_boxes
+from torchkiln.reference.detection.remove_small_boxes import parity
+
+
+class TestRemoveSmallBoxes(CompositionSuite):
+    parity = parity()
+    dynamic: ClassVar = {"boxes": 0}
+    without: ClassVar = {
+        **CompositionSuite.without,
+        "cuda_graph": "the size of the result depends on data",
+    }
+    failures = (
+        Failure(
+            "columns",
+            {"boxes": lambda boxes: boxes[:, :3]},
+            ValueError,
+            r"^remove_small_boxes: boxes must have shape \(\.\.\., 4\); got \(65, 3\)$",
+        ),
+        Failure(
+            "one_dimension",
+            {"boxes": lambda boxes: boxes[0]},
+            ValueError,
+            r"^remove_small_boxes: boxes must have shape \(N, 4\); got \(4,\)$",
+        ),
+        Failure("nan", {"min_size": math.nan}, ValueError, "min_size must be a number; got nan$"),
+        Failure("none", {"boxes": None}, TypeError, "boxes must be a tensor; got None$"),
+    )
+
+
+def test_a_side_of_the_minimum_is_enough(device: str) -> None:
+    rows = torch.tensor([[0, 0, 2, 3.0], [0, 0, 2, 1.99]], device=device)
+    assert remove_small_boxes(rows, 2).tolist() == [0]
+
+
+@given(boxes())
+def test_a_larger_minimum_keeps_fewer(rows: Tensor) -> None:
+    kept = remove_small_boxes(rows, 1)
+    fewer = remove_small_boxes(rows[kept], 2)
+    assert torch.equal(kept[fewer], remove_small_boxes(rows, 2))
