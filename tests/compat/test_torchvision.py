@@ -372,6 +372,46 @@ class TestHealthy:
         """)
 
 
+def test_our_compositions_equal_theirs():
+    """Where boxes are ordinary; theirs are Python, which no `install()` replaces."""
+    run("""
+        import itertools
+        drop_in.install()
+        import torchvision
+        from torchkiln import ops
+        theirs = torchvision.ops
+        close = torch.testing.assert_close
+
+        torch.manual_seed(0)
+        first = torch.rand(2, 30, 2) * 50
+        a, b = torch.cat([first, first + 1 + torch.rand(2, 30, 2) * 40], 2)
+        for form in ("xyxy", "xywh", "cxcywh"):
+            close(ops.box_area(a, form), theirs.box_area(a, form))
+            for other in ("xyxy", "xywh", "cxcywh"):
+                close(ops.box_convert(a, form, other), theirs.box_convert(a, form, other))
+        turned = torch.cat([a, torch.rand(30, 1) * 340 - 170], 1)
+        corners = theirs.box_convert(turned, "xywhr", "xyxyxyxy")
+        forms = {"xywhr": turned, "cxcywhr": turned, "xyxyxyxy": corners}
+        for (form, rows), other in itertools.product(forms.items(), forms):
+            expected = theirs.box_convert(rows, form, other)
+            close(ops.box_convert(rows, form, other), expected, rtol=1e-5, atol=1e-4)
+        close(ops.clip_boxes_to_image(a, (40, 30)), theirs.clip_boxes_to_image(a, (40, 30)))
+        assert ops.remove_small_boxes(a, 20).equal(theirs.remove_small_boxes(a, 20))
+        masks = torch.rand(9, 12, 15) > 0.98
+        close(ops.masks_to_boxes(masks), theirs.masks_to_boxes(masks))
+
+        a.requires_grad_()
+        for name in ("generalized", "distance", "complete"):
+            for reduction in ("none", "mean", "sum"):
+                losses = [
+                    getattr(space, f"{name}_box_iou_loss")(a, b, reduction)
+                    for space in (ops, theirs)
+                ]
+                close(*losses)
+                close(*(torch.autograd.grad(loss.sum(), a) for loss in losses))
+    """)
+
+
 def test_without_torchvision():
     run("""
         from importlib import util

@@ -5,4 +5,5 @@
 from torchkiln.nn.roi_align import *  # noqa: F403
 from torchkiln.nn.roi_pool import *  # noqa: F403
 from torchkiln.nn.sigmoid_focal_loss import *  # noqa: F403
+from torchkiln.nn.simple_roi_align import *  # noqa: F403
 from torchkiln.nn.softmax_focal_loss import *  # noqa: F403

@@ -182,7 +182,8 @@ def _in_image(op: str, rois: Tensor, points: Tensor) -> Tensor:
         )
     require_pair(op, rois=rois, rel_roi_points=points)
     first, last = widened(rois)[:, None, -4:].split(2, -1)
-    return first + widened(points) * (last - first)
+    result: Tensor = first + widened(points) * (last - first)
+    return result
 
 
 def abs_img_point_to_rel_img_point(

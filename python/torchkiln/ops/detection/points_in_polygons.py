@@ -56,7 +56,7 @@ def points_in_polygons(points: Tensor, polygons: Tensor) -> Tensor:
     require_pair("points_in_polygons", points=points, polygons=polygons)
     corners = widened(polygons).unflatten(1, (4, 2))
     px, py = widened(points)[:, None].unbind(-1)
-    is_finite = px.isfinite() & py.isfinite() & corners.isfinite().all(-1).all(-1)
+    is_finite: Tensor = px.isfinite() & py.isfinite() & corners.isfinite().all(-1).all(-1)
     inside = torch.zeros_like(is_finite)
     for i in range(4):
         start, end = corners[:, i - 1], corners[:, i]
@@ -67,4 +67,5 @@ def points_in_polygons(points: Tensor, polygons: Tensor) -> Tensor:
         )
         is_left = (x2 - x1) * (py - y1) > (px - x1) * (y2 - y1)
         inside = inside ^ ((y1 <= py) & (py < y2) & is_left)
-    return inside & is_finite
+    result: Tensor = inside & is_finite
+    return result

@@ -59,8 +59,8 @@ def point_sample(
     height, width = input.shape[2:]
     along_y = _weights(y, height, align_corners, mode, padding_mode) * is_finite
     along_x = _weights(x, width, align_corners, mode, padding_mode)
-    sampled = torch.einsum("nchw,nph,npw->ncp", input, along_y, along_x)
-    return sampled.unflatten(2, points.shape[1:-1])
+    sampled: Tensor = torch.einsum("nchw,nph,npw->ncp", input, along_y, along_x)
+    return sampled.reshape(*input.shape[:2], *points.shape[1:-1])
 
 
 def generate_grid(
