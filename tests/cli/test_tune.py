@@ -405,7 +405,7 @@ NMS = ("--ops", "nms")
     [
         ([], "Give one of --manifest, --ops and --all"),
         (["--ops", "box_iou", "--all"], "Give one of --manifest, --ops and --all"),
-        (["--ops", "boxiou"], "--ops must be among batched_nms, box_iou, "),
+        (["--ops", "boxiou"], "--ops must be among "),
         ([*NMS, "--dtypes", "int8"], "--dtypes must be among float16, bfloat16, float32"),
         ([*NMS, "--sizes", "rows=3"], "--sizes must be among boxes, classes, most; got rows"),
         ([*NMS, "--sizes", "boxes"], "--sizes must look like regions=512,bins=14; got boxes"),

@@ -43,5 +43,5 @@ def box_area(boxes: Tensor, fmt: str = "xyxy") -> Tensor:
     require_last("box_area", 4, boxes=boxes)
     first, last = widened(boxes).split(2, -1)
     size = last - first if fmt == "xyxy" else last
-    area: Tensor = size.clamp(min=0).prod(-1)
-    return area
+    width, height = size.clamp(min=0).unbind(-1)  # the gradient of prod waits for the GPU
+    return width * height

@@ -44,7 +44,12 @@ def _ratio(numerator: Tensor, denominator: Tensor, eps: float) -> Tensor:
 
 
 def _area(first: Tensor, last: Tensor) -> Tensor:
-    return (last - first).clamp(min=0).prod(-1)
+    return _product((last - first).clamp(min=0))
+
+
+def _product(size: Tensor) -> Tensor:
+    width, height = size.unbind(-1)  # the gradient of prod waits for the GPU
+    return width * height
 
 
 def _overlap(boxes1: Tensor, boxes2: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +111,7 @@ def generalized_box_iou_loss(
     """
     _check("generalized_box_iou_loss", boxes1, boxes2, reduction, eps)
     iou, union, around = _overlap(widened(boxes1), widened(boxes2), eps)
-    area = around.prod(-1)
+    area = _product(around)
     return _reduce(1 - iou + _ratio(area - union, area, eps), reduction, boxes1.dtype)
 
 

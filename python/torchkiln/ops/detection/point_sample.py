@@ -134,8 +134,9 @@ def generate_grid(
             "generate_grid: num_grid and size must be at least 0; "
             f"got {num_grid} and {(height, width)}"
         )
+    # Rounded once: on a GPU torch divides by a number by multiplying with its rounded inverse.
     y, x = (
-        (torch.arange(count, device=device, dtype=torch.float32) + 0.5) / max(count, 1)
+        ((torch.arange(count, device=device, dtype=torch.float64) + 0.5) / max(count, 1)).float()
         for count in (height, width)
     )
     cells = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1)
