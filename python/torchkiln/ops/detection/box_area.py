@@ -44,4 +44,5 @@ def box_area(boxes: Tensor, fmt: str = "xyxy") -> Tensor:
     first, last = widened(boxes).split(2, -1)
     size = last - first if fmt == "xyxy" else last
     width, height = size.clamp(min=0).unbind(-1)  # the gradient of prod waits for the GPU
-    return width * height
+    area: Tensor = width * height
+    return area
