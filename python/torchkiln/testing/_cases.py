@@ -118,7 +118,7 @@ class Parity:
         differentiable: arguments that get a gradient.
         dtypes: floating dtypes that the operator takes.
         deterministic: whether two runs are equal bit for bit.
-        function: what is called, for an operator that is not in `torchkiln.ops`: any callable that
+        function: what is called: the name of a function of `torchkiln.ops`, or any callable that
             takes the arguments of each case by name and returns tensors.
         reference: what it must equal: plain PyTorch with the same arguments, in any dtype and on
             any device.
@@ -146,7 +146,7 @@ class Parity:
     dtypes: tuple[torch.dtype, ...] = FLOATS
     deterministic: bool = True
     workloads: tuple[Workload, ...] = ()
-    function: Callable[..., Any] | None = None
+    function: Callable[..., Any] | str | None = None
     reference: Callable[..., Any] | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
 
@@ -184,11 +184,11 @@ class Parity:
 
     def native(self, name: str) -> Callable[..., Any]:
         """The function that is tried."""
-        if self.function is not None:
+        if callable(self.function):
             return self.function
         from torchkiln import ops
 
-        return getattr(ops, name)  # type: ignore[no-any-return]
+        return getattr(ops, self.function or name)  # type: ignore[no-any-return]
 
     def oracle(self, name: str) -> Callable[..., Any]:
         """Its reference, with the same arguments."""

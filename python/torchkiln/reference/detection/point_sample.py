@@ -102,14 +102,12 @@ def rel_roi_point_to_rel_img_point(
 
 def parities() -> tuple[Parity, ...]:
     """What they are tried on."""
-    from torchkiln import ops
-
     return (
         Parity(
             op="point_sample",
             tier="A",
             differentiable=("input", "points"),
-            function=ops.point_sample,
+            function="point_sample",
             reference=point_sample,
             cases=(
                 Case("typical", functools.partial(_sample, 2, 3, 7, 9, 11)),
@@ -127,7 +125,7 @@ def parities() -> tuple[Parity, ...]:
             op="rel_roi_point_to_abs_img_point",
             tier="A",
             differentiable=("rois", "rel_roi_points"),
-            function=ops.rel_roi_point_to_abs_img_point,
+            function="rel_roi_point_to_abs_img_point",
             reference=rel_roi_point_to_abs_img_point,
             cases=_region_cases(),
         ),
@@ -135,7 +133,7 @@ def parities() -> tuple[Parity, ...]:
             op="abs_img_point_to_rel_img_point",
             tier="A",
             differentiable=("abs_img_points",),
-            function=ops.abs_img_point_to_rel_img_point,
+            function="abs_img_point_to_rel_img_point",
             reference=abs_img_point_to_rel_img_point,
             cases=(
                 Case("typical", lambda new: _positions(new, 5, (30, 40))),
@@ -147,7 +145,7 @@ def parities() -> tuple[Parity, ...]:
             op="rel_roi_point_to_rel_img_point",
             tier="A",
             differentiable=("rois", "rel_roi_points"),
-            function=ops.rel_roi_point_to_rel_img_point,
+            function="rel_roi_point_to_rel_img_point",
             reference=rel_roi_point_to_rel_img_point,
             cases=_region_cases(img=(60, 100), spatial_scale=0.25),
         ),
