@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import tempfile
 
 import hypothesis
 import pytest
@@ -36,6 +37,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--coverage-ops", action="store_true", help="list operators that no suite tests, and stop"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One cache for the run and its workers: the user's own is neither read nor written."""
+    if "TORCHKILN_CACHE_DIR" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="torchkiln-tests-")
+        os.environ["TORCHKILN_CACHE_DIR"] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -53,8 +53,10 @@ enter() {
     echo "the file system is not read-only" >&2
     exit 1
   fi
-  exec env -u HOME -u XDG_CACHE_HOME -u XDG_RUNTIME_DIR -u TORCHKILN_CACHE_DIR -u TORCHKILN_NVRTC_PATH \
-    TORCHKILN_BUNDLES="$work/runtime/app.bundle" TORCHKILN_JIT=forbid PYTHONDONTWRITEBYTECODE=1 "${command[@]}"
+  # A cache that cannot be made: what this user's other programs compiled must not help.
+  exec env -u HOME -u XDG_CACHE_HOME -u XDG_RUNTIME_DIR -u TORCHKILN_NVRTC_PATH \
+    TORCHKILN_CACHE_DIR="$work/runtime/cache" TORCHKILN_BUNDLES="$work/runtime/app.bundle" TORCHKILN_JIT=forbid \
+    PYTHONDONTWRITEBYTECODE=1 "${command[@]}"
 }
 
 echo "stage 2: ${command[*]}"

@@ -17,12 +17,9 @@ using nlohmann::json;
 // What differs between two builds of the same thing, and what only its maker wants to know.
 constexpr const char* kVolatile = "milliseconds";
 
-std::string operator_of(Engine& engine, const Specialization& specialization) {
-  for (const Kernel* kernel : engine.kernels()) {
-    const torchkiln_declaration& d = kernel->declaration;
-    if (specialization.path == d.path && specialization.entry == d.entry) return d.operators[0];
-  }
-  return "";
+std::string operator_of(std::span<Kernel* const> kernels, const Specialization& specialization) {
+  const Kernel* kernel = find_kernel(kernels, specialization.path, specialization.entry);
+  return kernel == nullptr ? "" : kernel->declaration.operators[0];
 }
 
 json write_bundle(const std::string& path, const cache::BundleObjects& objects) {
@@ -60,7 +57,7 @@ json expand_manifests(Engine& engine, const json& request) {
     try {
       const Specialization specialization = parse_specialization(text, kernels);
       list.push_back(specialization.to_json());
-      list.back()["operator"] = operator_of(engine, specialization);
+      list.back()["operator"] = operator_of(kernels, specialization);
     } catch (const Error& error) {
       unknown.push_back({{"text", text}, {"error", error.what()}});
     }
@@ -133,7 +130,7 @@ json merge_bundles(Engine&, const json& request) {
       // Equal keys of one compiler are the same code: the first one stays. Records of both are kept.
       const auto compiler = item->object.header.value("compiler", "");
       const auto [place, added] = objects.try_emplace({item->key, compiler}, item->bytes);
-      if (!added && compiler == kRecordCompiler)
+      if (!added && is_record(item->object))
         place->second = merge_records(place->second, item->object);
     }
   }

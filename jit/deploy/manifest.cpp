@@ -139,14 +139,12 @@ std::optional<Manifest> read_manifest(const std::filesystem::path& path) {
 
 Specialization parse_specialization(const std::string& text, std::span<Kernel* const> kernels) {
   const Parts parts = split(text);
-  const auto kernel = std::find_if(kernels.begin(), kernels.end(), [&](const Kernel* k) {
-    return parts.path == k->declaration.path && parts.entry == k->declaration.entry;
-  });
-  if (kernel == kernels.end() && is_user_path(parts.path)) fail_unknown_user_kernel(text);
-  if (kernel == kernels.end()) fail(text, "which no operator launches");
-  const auto values = values_of(**kernel, parts, text);
+  const Kernel* kernel = find_kernel(kernels, parts.path, parts.entry);
+  if (kernel == nullptr && is_user_path(parts.path)) fail_unknown_user_kernel(text);
+  if (kernel == nullptr) fail(text, "which no operator launches");
+  const auto values = values_of(*kernel, parts, text);
   const std::span all(values);
-  return specialize(**kernel, all.first((*kernel)->n_statics), all.subspan((*kernel)->n_statics));
+  return specialize(*kernel, all.first(kernel->n_statics), all.subspan(kernel->n_statics));
 }
 
 }  // namespace torchkiln::jit

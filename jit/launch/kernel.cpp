@@ -198,6 +198,14 @@ std::vector<std::vector<std::int64_t>> legal_points(const Kernel& kernel,
   return points;
 }
 
+const Kernel* find_kernel(std::span<Kernel* const> kernels, const std::string& path,
+                          const std::string& entry) {
+  const auto found = std::find_if(kernels.begin(), kernels.end(), [&](const Kernel* kernel) {
+    return path == kernel->declaration.path && entry == kernel->declaration.entry;
+  });
+  return found == kernels.end() ? nullptr : *found;
+}
+
 LaunchKey launch_key(const Kernel& kernel, const torchkiln_launch& launch) {
   LaunchKey key;
   key.device = launch.device;

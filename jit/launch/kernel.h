@@ -32,6 +32,10 @@ std::uint8_t bucket_of(const torchkiln_size& size, std::int64_t value);
 
 LaunchKey launch_key(const Kernel& kernel, const torchkiln_launch& launch);
 
+// The kernel that is declared as this; null when there is none.
+const Kernel* find_kernel(std::span<Kernel* const> kernels, const std::string& path,
+                          const std::string& entry);
+
 // The row of defaults for this problem; throws Error(INTERNAL) when the device can run none.
 std::span<const std::int64_t> choose_tunables(const Kernel& kernel,
                                               const torchkiln_problem& problem);

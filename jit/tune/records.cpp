@@ -22,21 +22,18 @@ bool legal(const Kernel& kernel, const torchkiln_problem& problem,
          kernel.declaration.legal(&problem, tunables.data()) != 0;
 }
 
-std::map<TuningKey, TuningRecord> by_key(std::vector<TuningRecord> records) {
-  std::map<TuningKey, TuningRecord> result;
-  for (TuningRecord& record : records) {
-    const auto [place, added] = result.try_emplace(record.key, record);
-    if (!added) place->second = merge(place->second, record);
-  }
+RecordsByKey by_key(const std::vector<TuningRecord>& records) {
+  RecordsByKey result;
+  for (const TuningRecord& record : records) add(result, record);
   return result;
 }
 
-void add(std::map<TuningKey, TuningRecord>& to, const TuningRecord& record) {
+}  // namespace
+
+void add(RecordsByKey& to, const TuningRecord& record) {
   const auto [place, added] = to.try_emplace(record.key, record);
   if (!added) place->second = merge(place->second, record);
 }
-
-}  // namespace
 
 RecordText parse_records(const std::string& text) {
   RecordText result;
@@ -59,8 +56,7 @@ RecordText parse_records(const std::string& text) {
   return result;
 }
 
-std::string print_records(const DeviceIdentity& device,
-                          const std::map<TuningKey, TuningRecord>& records) {
+std::string print_records(const DeviceIdentity& device, const RecordsByKey& records) {
   std::string text = json{{"format", kFormat}, {"device", device.to_json()}}.dump() + "\n";
   for (const auto& [key, record] : records) text += record.to_json().dump() + "\n";
   return text;
@@ -150,8 +146,7 @@ void Records::load_everything() {
     for (std::size_t row = 0; row < bundle->size(); ++row) {
       std::string why;
       const auto item = bundle->item(row, why);
-      if (item && item->object.header.value("compiler", "") == kRecordCompiler)
-        load(parse_records(std::string(item->object.payload)));
+      if (item && is_record(item->object)) load(parse_records(std::string(item->object.payload)));
     }
   }
 }

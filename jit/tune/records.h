@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cache/object.h"
 #include "cache/record_files.h"
 #include "jit/deploy/bundles.h"
 #include "jit/driver/device.h"
@@ -21,6 +22,10 @@ struct Match {
   std::vector<std::int64_t> tunables;  // legal for the problem
   int distance = 0;                    // 0: the same buckets
 };
+
+using RecordsByKey = std::map<TuningKey, TuningRecord>;
+// Merged with what is there.
+void add(RecordsByKey& to, const TuningRecord& record);
 
 // A record with the device that it was measured on.
 struct Placed {
@@ -62,7 +67,7 @@ class Records {
   using Place = std::pair<std::string, std::string>;
   struct Known {
     DeviceIdentity device;
-    std::map<TuningKey, TuningRecord> records;
+    RecordsByKey records;
   };
   Known& known(const DeviceIdentity& device, const std::string& kernel);
   void load_from_bundles(Known& to, const Place& place);
@@ -82,8 +87,7 @@ struct RecordText {
   std::size_t unreadable = 0;  // lines
 };
 RecordText parse_records(const std::string& text);
-std::string print_records(const DeviceIdentity& device,
-                          const std::map<TuningKey, TuningRecord>& records);
+std::string print_records(const DeviceIdentity& device, const RecordsByKey& records);
 
 // detection.roi_align for detection/roi_align.cuh:direct: the file of a kernel's records.
 std::string record_name(const std::string& kernel);
@@ -91,5 +95,10 @@ std::string record_name(const std::string& kernel);
 std::string record_key(const std::string& device, const std::string& name);
 inline constexpr const char* kRecordCompiler =
     "tuning-records";  // in place of a compiler's identity
+// Of a header that anybody may have written.
+inline bool is_record(const cache::ObjectView& object) {
+  const auto compiler = object.header.find("compiler");
+  return compiler != object.header.end() && *compiler == kRecordCompiler;
+}
 
 }  // namespace torchkiln::jit

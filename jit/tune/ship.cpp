@@ -13,11 +13,9 @@ using nlohmann::json;
 
 // What stays the same when a program is tuned: its kernel and static values.
 std::string untuned(std::span<Kernel* const> kernels, const Specialization& s) {
-  const auto kernel = std::find_if(kernels.begin(), kernels.end(), [&](const Kernel* k) {
-    return s.path == k->declaration.path && s.entry == k->declaration.entry;
-  });
+  const Kernel* kernel = find_kernel(kernels, s.path, s.entry);
   std::string text = s.path + ":" + s.entry;
-  const std::size_t count = kernel == kernels.end() ? 0 : (*kernel)->n_statics;
+  const std::size_t count = kernel == nullptr ? 0 : kernel->n_statics;
   for (std::size_t i = 0; i < std::min(count, s.arguments.size()); ++i)
     text += "," + s.arguments[i].text();
   return text;
@@ -53,9 +51,7 @@ void add_records(Engine& engine, const json& items, cache::BundleObjects& object
     const auto s = Specialization::from_json(item.at("specialization"));
     programs.insert(s.text() + "@" + Target::parse(item.at("target").get<std::string>()).text());
   }
-  std::map<std::pair<std::string, std::string>,
-           std::pair<DeviceIdentity, std::map<TuningKey, TuningRecord>>>
-      files;
+  std::map<std::pair<std::string, std::string>, std::pair<DeviceIdentity, RecordsByKey>> files;
   for (const auto& [device, record] : engine.tuner().records().all()) {
     if (!programs.contains(record.program + "@sm_" + std::to_string(device.architecture))) continue;
     auto& file = files[{device.id(), record_name(record.key.kernel)}];
@@ -80,12 +76,9 @@ std::string merge_records(const std::string& object, const cache::ObjectView& ot
   const RecordText ours = parse_records(std::string(present->payload));
   const RecordText theirs = parse_records(std::string(other.payload));
   if (!ours.device || !theirs.device) return object;
-  std::map<TuningKey, TuningRecord> all;
+  RecordsByKey all;
   for (const auto* text : {&ours, &theirs}) {
-    for (const TuningRecord& r : text->records) {
-      const auto [place, added] = all.try_emplace(r.key, r);
-      if (!added) place->second = merge(place->second, r);
-    }
+    for (const TuningRecord& record : text->records) add(all, record);
   }
   return cache::encode_object(present->header, print_records(*ours.device, all));
 }

@@ -22,8 +22,5 @@ void add_records(Engine& engine, const nlohmann::json& items, cache::BundleObjec
 
 // One object out of two with records of the same device and template.
 std::string merge_records(const std::string& object, const cache::ObjectView& other);
-inline bool is_record(const cache::ObjectView& object) {
-  return object.header.value("compiler", "") == kRecordCompiler;
-}
 
 }  // namespace torchkiln::jit

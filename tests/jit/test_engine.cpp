@@ -16,6 +16,7 @@
 #include "jit/control.h"
 #include "jit/engine.h"
 #include "jit/error.h"
+#include "tests/jit/support/declared.h"
 #include "tests/jit/support/fake_driver.h"
 #include "tests/jit/support/files.h"
 
@@ -86,17 +87,7 @@ struct Declared {
   torchkiln_declaration declaration{};
 
   Declared() {
-    declaration.struct_size = sizeof(declaration);
-    declaration.path = "demo/scale.cuh";
-    declaration.entry = "forward";
-    declaration.operators = operators;
-    declaration.n_operators = 1;
-    declaration.params = params;
-    declaration.n_params = 3;
-    declaration.sizes = sizes;
-    declaration.n_sizes = 1;
-    declaration.defaults = defaults;
-    declaration.n_defaults = 2;
+    declaration = testing::declare("demo/scale.cuh", "forward", operators, params, sizes, defaults);
     declaration.args_size = sizeof(Args);
     declaration.min_architecture = 75;
     declaration.choose = [](const torchkiln_problem* p) { return p->sizes[0] > 1000 ? 1u : 0u; };

@@ -6,6 +6,7 @@
 
 #include "jit/driver/device.h"
 #include "jit/launch/kernel.h"
+#include "tests/jit/support/declared.h"
 
 namespace torchkiln::jit {
 namespace {
@@ -28,19 +29,7 @@ struct Declared {
   torchkiln_declaration declaration{};
 
   Declared() {
-    declaration.struct_size = sizeof(declaration);
-    declaration.path = "demo/scale.cuh";
-    declaration.entry = "forward";
-    declaration.operators = operators;
-    declaration.n_operators = 1;
-    declaration.params = params;
-    declaration.n_params = 4;
-    declaration.sizes = sizes;
-    declaration.n_sizes = 1;
-    declaration.defaults = defaults;
-    declaration.n_defaults = 2;
-    declaration.geometry = [](const torchkiln_problem*, const std::int64_t*, torchkiln_geometry*) {
-    };
+    declaration = testing::declare("demo/scale.cuh", "forward", operators, params, sizes, defaults);
   }
 };
 

@@ -10,6 +10,7 @@
 
 #include "jit/deploy/bundles.h"
 #include "jit/tune/records.h"
+#include "tests/jit/support/declared.h"
 #include "tests/jit/support/files.h"
 
 namespace torchkiln::jit {
@@ -45,19 +46,7 @@ struct Declared {
   torchkiln_declaration declaration{};
 
   Declared() {
-    declaration.struct_size = sizeof(declaration);
-    declaration.path = "demo/scale.cuh";
-    declaration.entry = "forward";
-    declaration.operators = operators;
-    declaration.n_operators = 1;
-    declaration.params = params;
-    declaration.n_params = 2;
-    declaration.sizes = sizes;
-    declaration.n_sizes = 1;
-    declaration.defaults = defaults;
-    declaration.n_defaults = 1;
-    declaration.geometry = [](const torchkiln_problem*, const std::int64_t*, torchkiln_geometry*) {
-    };
+    declaration = testing::declare("demo/scale.cuh", "forward", operators, params, sizes, defaults);
     declaration.legal = [](const torchkiln_problem* p, const std::int64_t* t) {
       return std::int32_t{t[0] != 256 || p->sizes[0] <= (1 << 20)};
     };

@@ -10,6 +10,7 @@
 #include "jit/engine.h"
 #include "jit/error.h"
 #include "jit/tune/interrupt.h"
+#include "tests/jit/support/declared.h"
 #include "tests/jit/support/fake_driver.h"
 #include "tests/jit/support/files.h"
 
@@ -54,17 +55,7 @@ struct Declared {
   explicit Declared(std::vector<std::int64_t> values) : vectors(std::move(values)) {
     params[1].values = vectors.data();
     params[1].n_values = static_cast<std::uint32_t>(vectors.size());
-    declaration.struct_size = sizeof(declaration);
-    declaration.path = "demo/scale.cuh";
-    declaration.entry = "forward";
-    declaration.operators = operators;
-    declaration.n_operators = 1;
-    declaration.params = params;
-    declaration.n_params = 3;
-    declaration.sizes = sizes;
-    declaration.n_sizes = 1;
-    declaration.defaults = defaults;
-    declaration.n_defaults = 1;
+    declaration = testing::declare("demo/scale.cuh", "forward", operators, params, sizes, defaults);
     declaration.args_size = sizeof(Args);
     declaration.min_architecture = 75;
     declaration.geometry = [](const torchkiln_problem* p, const std::int64_t* t,

@@ -12,6 +12,7 @@
 #include "jit/engine.h"
 #include "jit/error.h"
 #include "jit/spec/key.h"
+#include "tests/jit/support/declared.h"
 #include "tests/jit/support/fake_driver.h"
 #include "tests/jit/support/files.h"
 
@@ -62,17 +63,8 @@ struct Declared {
   torchkiln_declaration declaration{};
 
   Declared() {
-    declaration.struct_size = sizeof(declaration);
-    declaration.path = "user/scale.cuh";
-    declaration.entry = "mine::scale";
-    declaration.operators = operators;
-    declaration.n_operators = 1;
-    declaration.params = params;
-    declaration.n_params = 3;
-    declaration.sizes = sizes;
-    declaration.n_sizes = 1;
-    declaration.defaults = defaults;
-    declaration.n_defaults = 1;
+    declaration =
+        testing::declare("user/scale.cuh", "mine::scale", operators, params, sizes, defaults);
     declaration.args_size = kPackedBytes;
     declaration.min_architecture = 75;
     declaration.context = this;
