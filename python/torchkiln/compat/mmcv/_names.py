@@ -126,7 +126,7 @@ _TABLE = """
 + def convex_giou | pointsets, polygons
 + def convex_iou | pointsets, polygons
 [corner_pool]
-+ class CornerPool | mode | x
++ class CornerPool | mode | x | corner_pool
 [correlation]
 - function CorrelationFunction | input1, input2, kernel_size=1, max_displacement=1, stride=1, padding=1, dilation=1, dilation_patch=1
 + class Correlation | kernel_size=1, max_displacement=1, stride=1, padding=0, dilation=1, dilation_patch=1 | input1, input2
