@@ -164,6 +164,26 @@ TORCHKILN_HD float exp_of(float x) { return TORCHKILN_MATH(expf)(x); }
 TORCHKILN_HD double exp_of(double x) { return TORCHKILN_MATH(exp)(x); }
 TORCHKILN_HD float atan2_of(float y, float x) { return TORCHKILN_MATH(atan2f)(y, x); }
 TORCHKILN_HD double atan2_of(double y, double x) { return TORCHKILN_MATH(atan2)(y, x); }
+TORCHKILN_HD float sqrt_of(float x) { return TORCHKILN_MATH(sqrtf)(x); }
+TORCHKILN_HD double sqrt_of(double x) { return TORCHKILN_MATH(sqrt)(x); }
+TORCHKILN_HD float abs_of(float x) { return TORCHKILN_MATH(fabsf)(x); }
+TORCHKILN_HD double abs_of(double x) { return TORCHKILN_MATH(fabs)(x); }
+TORCHKILN_HD void sin_cos_of(float x, float& sine, float& cosine) {
+#if defined(__CUDACC_RTC__)
+  ::sincosf(x, &sine, &cosine);
+#else
+  sine = TORCHKILN_MATH(sinf)(x);
+  cosine = TORCHKILN_MATH(cosf)(x);
+#endif
+}
+TORCHKILN_HD void sin_cos_of(double x, double& sine, double& cosine) {
+#if defined(__CUDACC_RTC__)
+  ::sincos(x, &sine, &cosine);
+#else
+  sine = TORCHKILN_MATH(sin)(x);
+  cosine = TORCHKILN_MATH(cos)(x);
+#endif
+}
 #undef TORCHKILN_MATH
 
 }  // namespace torchkiln
