@@ -80,23 +80,29 @@ TORCHKILN_HD T unit_integral(T x0, T y0, T x1, T y1) {
   return beyond + (end - begin) * ((near + far) / T(2) - above);
 }
 
-// The area that `q`, moved by (dx, dy), shares with the triangle of the vertices 0, second and second + 1 of `frame`;
-// negative where that triangle turns clockwise, which one of a concave quadrilateral does.
+// The area that `q`, moved by (dx, dy), shares with the triangle of the origin, a and b; negative where that triangle
+// turns clockwise, which one of a concave quadrilateral does.
 template <class T>
-TORCHKILN_HD T shared_with_triangle(const Quad<T>& q, T dx, T dy, const Quad<T>& frame,
-                                    int second) {
-  const T ax = frame.px[second] - frame.px[0], ay = frame.py[second] - frame.py[0];
-  const T bx = frame.px[second + 1] - frame.px[0], by = frame.py[second + 1] - frame.py[0];
+TORCHKILN_HD T shared_with_triangle(const Quad<T>& q, T dx, T dy, T ax, T ay, T bx, T by) {
   const T twice = cross(ax, ay, bx, by);
   if (!(abs_of(twice) > T(1e-30))) return T(0);
   const T inverse = T(1) / twice;
-  T x[4], y[4], sum = T(0);
+  T x[5], y[5], sum = T(0);
   for (int i = 0; i < 4; ++i) {
-    const T px = q.px[i] + (dx - frame.px[0]), py = q.py[i] + (dy - frame.py[0]);
+    const T px = q.px[i] + dx, py = q.py[i] + dy;
     x[i] = cross(px, py, bx, by) * inverse;
     y[i] = cross(ax, ay, px, py) * inverse;
   }
-  for (int i = 0; i < 4; ++i) sum += unit_integral(x[i], y[i], x[(i + 1) % 4], y[(i + 1) % 4]);
+  TORCHKILN_ROLLED
+  for (int edge = 0; edge < 4; ++edge) {
+    x[4] = x[0];
+    y[4] = y[0];
+    sum += unit_integral(x[0], y[0], x[1], y[1]);
+    for (int i = 0; i < 4; ++i) {  // on to the next edge; registers have no index
+      x[i] = x[i + 1];
+      y[i] = y[i + 1];
+    }
+  }
   return twice * min_of(abs_of(sum), T(0.5));
 }
 
@@ -108,8 +114,16 @@ TORCHKILN_HD T shared_area(const Quad<T>& a, const Quad<T>& b) {
   const bool exchange = a.area < b.area;  // the triangles are the smaller one's
   const Quad<T> large = exchange ? b : a, small = exchange ? a : b;
   const T dx = large.x - small.x, dy = large.y - small.y;
-  const T sum =
-      shared_with_triangle(large, dx, dy, small, 1) + shared_with_triangle(large, dx, dy, small, 2);
+  T ax = small.px[1] - small.px[0], ay = small.py[1] - small.py[0], sum = T(0);
+  T bx = small.px[2] - small.px[0], by = small.py[2] - small.py[0];
+  TORCHKILN_ROLLED
+  for (int triangle = 0; triangle < 2; ++triangle) {
+    sum += shared_with_triangle(large, dx - small.px[0], dy - small.py[0], ax, ay, bx, by);
+    ax = bx;
+    ay = by;
+    bx = small.px[3] - small.px[0];
+    by = small.py[3] - small.py[0];
+  }
   return clamped(sum, T(0), small.area);
 }
 

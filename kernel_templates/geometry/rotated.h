@@ -128,14 +128,21 @@ TORCHKILN_HD T shared_area(const Rotated<T>& a, const Rotated<T>& b) {
   const Window<T> window = {-b.half_w - x, b.half_w - x, -b.half_h - y, b.half_h - y};
   r.x -= x;
   r.y -= y;
-  const T ux = a.half_w * r.cos, uy = a.half_w * r.sin;
-  const T vx = -a.half_h * r.sin, vy = a.half_h * r.cos;
-  const T u_slope = finite_slope(r.cos, r.sin), v_slope = finite_slope(-r.sin, r.cos);
-  const T along = edge_integral(r.x - vx, r.y - vy, ux, uy, u_slope, window) -
-                  edge_integral(r.x + vx, r.y + vy, ux, uy, u_slope, window);
-  const T across = edge_integral(r.x + ux, r.y + uy, vx, vy, v_slope, window) -
-                   edge_integral(r.x - ux, r.y - uy, vx, vy, v_slope, window);
-  return clamped(along + across, T(0), min_of(a.area, b.area));
+  // From the middle of a to that of an edge, and from there to the edge's end; then the next edge, a quarter on.
+  T ox = a.half_w * r.cos, oy = a.half_w * r.sin, ux = -a.half_h * r.sin, uy = a.half_h * r.cos;
+  T slope = finite_slope(-r.sin, r.cos), next_slope = finite_slope(r.cos, r.sin), sum = T(0);
+  TORCHKILN_ROLLED
+  for (int edge = 0; edge < 4; ++edge) {
+    sum += edge_integral(r.x + ox, r.y + oy, ux, uy, slope, window);
+    const T x_turned = -ox, y_turned = -oy, other = slope;
+    ox = ux;
+    oy = uy;
+    ux = x_turned;
+    uy = y_turned;
+    slope = next_slope;
+    next_slope = other;
+  }
+  return clamped(sum, T(0), min_of(a.area, b.area));
 }
 
 }  // namespace torchkiln
