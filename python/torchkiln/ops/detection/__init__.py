@@ -18,4 +18,5 @@ from torchkiln.ops.detection.remove_small_boxes import *  # noqa: F403
 from torchkiln.ops.detection.roi_align import *  # noqa: F403
 from torchkiln.ops.detection.roi_pool import *  # noqa: F403
 from torchkiln.ops.detection.sigmoid_focal_loss import *  # noqa: F403
+from torchkiln.ops.detection.soft_nms import *  # noqa: F403
 from torchkiln.ops.detection.softmax_focal_loss import *  # noqa: F403
