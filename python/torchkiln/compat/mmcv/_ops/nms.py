@@ -73,7 +73,18 @@ def _kept(
     return kept if rows is None else rows[kept]
 
 
-NMSop = function_class("NMSop", _kept)
+def _kept_of_all(
+    bboxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    offset: int,
+    score_threshold: float,
+    max_num: int,
+) -> Tensor:
+    return _kept(bboxes, scores, iou_threshold, offset, score_threshold, max_num)
+
+
+NMSop = function_class("NMSop", _kept_of_all)
 
 
 @renamed(iou_thr="iou_threshold")
