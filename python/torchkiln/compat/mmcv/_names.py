@@ -168,9 +168,9 @@ _TABLE = """
 - function SigmoidFocalLossFunction | input, target, gamma=2.0, alpha=0.25, weight=None, reduction="mean" |  | sigmoid_focal_loss
 + apply sigmoid_focal_loss | input, target, gamma=2.0, alpha=0.25, weight=None, reduction="mean" |  | sigmoid_focal_loss
 + class SigmoidFocalLoss | gamma, alpha, weight=None, reduction="mean" | input, target | sigmoid_focal_loss
-- function SoftmaxFocalLossFunction | input, target, gamma=2.0, alpha=0.25, weight=None, reduction="mean"
-+ apply softmax_focal_loss | input, target, gamma=2.0, alpha=0.25, weight=None, reduction="mean"
-+ class SoftmaxFocalLoss | gamma, alpha, weight=None, reduction="mean" | input, target
+- function SoftmaxFocalLossFunction | input, target, gamma=2.0, alpha=0.25, weight=None, reduction="mean" |  | softmax_focal_loss
++ apply softmax_focal_loss | input, target, gamma=2.0, alpha=0.25, weight=None, reduction="mean" |  | softmax_focal_loss
++ class SoftmaxFocalLoss | gamma, alpha, weight=None, reduction="mean" | input, target | softmax_focal_loss
 [furthest_point_sample]
 - function FurthestPointSampling | points_xyz, num_points
 - function FurthestPointSamplingWithDist | points_dist, num_points
@@ -189,8 +189,8 @@ _TABLE = """
 - function GroupingOperation | features, indices, features_batch_cnt=None, indices_batch_cnt=None
 + apply grouping_operation | features, indices, features_batch_cnt=None, indices_batch_cnt=None
 [info]
-+ def get_compiler_version
-+ def get_compiling_cuda_version
++ def get_compiler_version |  |  | torch
++ def get_compiling_cuda_version |  |  | torch
 [iou3d]
 + def boxes_overlap_bev | boxes_a, boxes_b
 + def boxes_iou3d | boxes_a, boxes_b
@@ -234,22 +234,22 @@ _TABLE = """
 [pixel_group]
 + def pixel_group | score, mask, embedding, kernel_label, kernel_contour, kernel_region_num, distance_threshold
 [point_sample]
-- def bilinear_grid_sample | im, grid, align_corners=False
-- def normalize | grid
-- def denormalize | grid
-- def generate_grid | num_grid, size, device
-- def rel_roi_point_to_abs_img_point | rois, rel_roi_points
-- def get_shape_from_feature_map | x
-- def abs_img_point_to_rel_img_point | abs_img_points, img, spatial_scale=1.0
-+ def rel_roi_point_to_rel_img_point | rois, rel_roi_points, img, spatial_scale=1.0
-+ def point_sample | input, points, align_corners=False, **kwargs
-+ class SimpleRoIAlign | output_size, spatial_scale, aligned=True | features, rois
+- def bilinear_grid_sample | im, grid, align_corners=False |  | torch
+- def normalize | grid |  | torch
+- def denormalize | grid |  | torch
+- def generate_grid | num_grid, size, device |  | generate_grid
+- def rel_roi_point_to_abs_img_point | rois, rel_roi_points |  | rel_roi_point_to_abs_img_point
+- def get_shape_from_feature_map | x |  | torch
+- def abs_img_point_to_rel_img_point | abs_img_points, img, spatial_scale=1.0 |  | abs_img_point_to_rel_img_point
++ def rel_roi_point_to_rel_img_point | rois, rel_roi_points, img, spatial_scale=1.0 |  | rel_roi_point_to_rel_img_point
++ def point_sample | input, points, align_corners=False, **kwargs |  | point_sample
++ class SimpleRoIAlign | output_size, spatial_scale, aligned=True | features, rois | point_sample
 [points_in_boxes]
 + def points_in_boxes_part | points, boxes
 + def points_in_boxes_cpu | points, boxes
 + def points_in_boxes_all | points, boxes
 [points_in_polygons]
-+ def points_in_polygons | points, polygons
++ def points_in_polygons | points, polygons |  | points_in_polygons
 [points_sampler]
 - def calc_square_dist | point_feat_a, point_feat_b, norm=True
 - def get_sampler_cls | sampler_type
