@@ -7,9 +7,12 @@
 #define TORCHKILN_HD __device__ __forceinline__
 // For rare or long code that is called in several places: compiled once instead of once per call.
 #define TORCHKILN_HD_CALLED __device__ __noinline__
+// In front of a loop whose body is long: unrolled, it would take long to compile.
+#define TORCHKILN_NO_UNROLL _Pragma("unroll 1")
 #else
 #define TORCHKILN_HD inline
 #define TORCHKILN_HD_CALLED inline
+#define TORCHKILN_NO_UNROLL
 #endif
 
 namespace torchkiln {
