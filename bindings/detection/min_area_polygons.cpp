@@ -38,9 +38,7 @@ const Forward forward_kernel({
     .statics = {types("scalar", kFloatTypes)},
     .sizes = {{"n", TORCHKILN_BUCKET_POW2}},
     .tunables = {ints("block_size", {32, 64, 128, 256})},
-    .defaults = {{32}, {128}},
-    // One warp a block, until every multiprocessor has some.
-    .choose = [](const Forward::Problem& p) { return p.sizes.n <= 32'768 ? 0u : 1u; },
+    .defaults = {{32}},
     .geometry =
         [](const Forward::Problem& p, const Tunables& t) {
           return linear(ceil_div(p.sizes.n, t.block_size), t.block_size);

@@ -40,11 +40,11 @@ template <class Scalar>
 TORCHKILN_HD void hull_of(const Scalar* row, PointHull& hull) {
   double x[kPoints], y[kPoints];
   load_points(row, x, y);
-  find_hull(x, y, hull);
+  find_hull(x, y, kPoints, hull);
 }
 
 // 0 where the denominator is 0.
-TORCHKILN_HD double ratio(double numerator, double denominator) {
+TORCHKILN_HD_CALLED double ratio(double numerator, double denominator) {
   return denominator == 0 ? 0 : numerator / denominator;
 }
 
@@ -79,15 +79,14 @@ TORCHKILN_HD double giou(const Scalar* pointset, const Scalar* polygon, double* 
   constexpr int kAll = kPoints + 4;
   double x[kAll], y[kAll];
   load_points(pointset, x, y);
-  PointHull hull;
-  find_hull(x, y, hull);
+  Hull<double, kAll> hull, around;
+  find_hull(x, y, kPoints, hull);
   const Outline<double> q = load_outline<double>(polygon);
   for (int i = 0; i < 4; ++i) {
     x[kPoints + i] = q.x[i];
     y[kPoints + i] = q.y[i];
   }
-  Hull<double, kAll> around;
-  find_hull(x, y, around);
+  find_hull(x, y, kAll, around);
 
   const double inter = shared_area(hull, q);
   const double united = hull.area + abs_of(q.twice) / 2 - inter, enclosing = around.area;

@@ -58,7 +58,7 @@ TORCHKILN_HD void polygon(const Scalar* row, double* corners) {
     y[k] = double(load(row[2 * k + 1]));
   }
   Hull<double, kPoints> hull;
-  find_hull(x, y, hull);
+  find_hull(x, y, kPoints, hull);
   Frame best = {1, 0, 0, 0, 0, 0};  // of a single point
   double least = -1;
   TORCHKILN_NO_UNROLL
@@ -73,10 +73,11 @@ TORCHKILN_HD void polygon(const Scalar* row, double* corners) {
       best = f;
     }
   }
-  const double squared = best.ux * best.ux + best.uy * best.uy, bad = not_finite(hull.area);
+  const double inverse = 1 / (best.ux * best.ux + best.uy * best.uy);
+  const double bad = not_finite(hull.area);
   for (int i = 0; i < 4; ++i) {
-    const double along = (i == 0 || i == 3 ? best.high : best.low) / squared;
-    const double across = (i < 2 ? best.bottom : best.top) / squared;
+    const double along = (i == 0 || i == 3 ? best.high : best.low) * inverse;
+    const double across = (i < 2 ? best.bottom : best.top) * inverse;
     corners[2 * i] = hull.x[0] + (along * best.ux - across * best.uy) + bad;
     corners[2 * i + 1] = hull.y[0] + (along * best.uy + across * best.ux) + bad;
   }

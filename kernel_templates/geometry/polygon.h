@@ -18,12 +18,13 @@ struct Hull {
   T area;               // NaN where a point is not finite
 };
 
-// By gift wrapping (Jarvis 1973): from each corner to the point that has all others on its left.
+// Of the first n points, by gift wrapping (Jarvis 1973): from each corner to the point that has all others on its left.
 template <class T, int kPoints>
-TORCHKILN_HD void find_hull(const T* px, const T* py, Hull<T, kPoints>& hull) {
+TORCHKILN_HD_CALLED void find_hull(const T* px, const T* py, int n, Hull<T, kPoints>& hull) {
   T first_x = px[0], first_y = py[0], bad = T(0);
   int at = 0;
-  for (int k = 0; k < kPoints; ++k) {
+  TORCHKILN_NO_UNROLL
+  for (int k = 0; k < n; ++k) {
     bad += not_finite(px[k]) + not_finite(py[k]);
     if (py[k] < first_y || (py[k] == first_y && px[k] < first_x)) {
       first_x = px[k];
@@ -34,13 +35,14 @@ TORCHKILN_HD void find_hull(const T* px, const T* py, Hull<T, kPoints>& hull) {
   T x = first_x, y = first_y, twice = T(0);
   int count = 0;
   bool is_open = true;
-  while (is_open && count < kPoints) {
+  while (is_open && count < n) {
     hull.x[count] = x;
     hull.y[count] = y;
     hull.source[count] = at;
     ++count;
     T dx = T(0), dy = T(0), next_x = x, next_y = y;
-    for (int k = 0; k < kPoints; ++k) {
+    TORCHKILN_NO_UNROLL
+    for (int k = 0; k < n; ++k) {
       const T ex = px[k] - x, ey = py[k] - y;
       const T turn = cross(dx, dy, ex, ey);
       if (turn < T(0) || (turn == T(0) && ex * ex + ey * ey > dx * dx + dy * dy)) {
@@ -135,12 +137,18 @@ TORCHKILN_HD T shared_area(const Hull<T, kPoints>& hull, const Outline<T>& q) {
 // lies on the border all along is halved.
 template <class T>
 TORCHKILN_HD void clip(T first, T last, T& begin, T& end, T& weight) {
-  if (first < T(0) && last < T(0)) weight = T(0);
   if (first == T(0) && last == T(0)) weight /= T(2);
-  if (first < T(0) && last > T(0)) begin = max_of(first / (first - last), begin);
-  if (first > T(0) && last < T(0)) end = min_of(first / (first - last), end);
-  if (first < T(0) && last == T(0)) begin = T(1);
-  if (first == T(0) && last < T(0)) end = T(0);
+  if (first >= T(0) && last >= T(0)) return;
+  if (first <= T(0) && last <= T(0)) {
+    weight = T(0);
+    return;
+  }
+  const T zero = first / (first - last);
+  if (first < T(0)) {
+    begin = max_of(zero, begin);
+  } else {
+    end = min_of(zero, end);
+  }
 }
 
 // How the shared area grows where the edge from (x0, y0) to (x1, y1) moves outwards: shares of its begin and its end,
@@ -153,9 +161,10 @@ TORCHKILN_HD void add_edge_shares(const Outline<T>& q, T x0, T y0, T x1, T y1, T
     const Triangle<T> t = triangle(q, i);
     if (t.twice == T(0)) continue;
     T begin = T(0), end = T(1), weight = (t.twice < T(0)) == (q.twice < T(0)) ? T(1) : T(-1);
-    clip(t.u(x0, y0), t.u(x1, y1), begin, end, weight);
-    clip(t.v(x0, y0), t.v(x1, y1), begin, end, weight);
-    clip(t.w(x0, y0), t.w(x1, y1), begin, end, weight);
+    const T first[3] = {t.u(x0, y0), t.v(x0, y0), t.w(x0, y0)};
+    const T last[3] = {t.u(x1, y1), t.v(x1, y1), t.w(x1, y1)};
+    TORCHKILN_NO_UNROLL
+    for (int side = 0; side < 3; ++side) clip(first[side], last[side], begin, end, weight);
     if (!(begin < end)) continue;
     const T up = (end * end - begin * begin) / T(2);
     of_end += weight * up;
