@@ -123,8 +123,8 @@ _TABLE = """
 + def conv2d | input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1 |  | torch
 + def conv_transpose2d | input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1 |  | torch
 [convex_iou]
-+ def convex_giou | pointsets, polygons
-+ def convex_iou | pointsets, polygons
++ def convex_giou | pointsets, polygons |  | convex_giou
++ def convex_iou | pointsets, polygons |  | convex_iou
 [corner_pool]
 + class CornerPool | mode | x | corner_pool
 [correlation]
@@ -212,7 +212,7 @@ _TABLE = """
 - class ConcatCell < BaseMergeCell | in_channels, out_channels, **kwargs
 - class GlobalPoolingCell < BaseMergeCell | in_channels=None, out_channels=None, **kwargs
 [min_area_polygons]
-+ def min_area_polygons | pointsets
++ def min_area_polygons | pointsets |  | min_area_polygons
 [modulated_deform_conv]
 - function ModulatedDeformConv2dFunction | input, offset, mask, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, deform_groups=1
 + apply modulated_deform_conv2d | input, offset, mask, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, deform_groups=1

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from torchkiln import ops
@@ -14,15 +15,15 @@ def points_in_polygons(points: Tensor, polygons: Tensor) -> Tensor:
     """`torchkiln.ops.points_in_polygons` as numbers.
 
     Args:
-        points: (P, 2), floating.
-        polygons: (M, 8), floating.
+        points: (P, 2).
+        polygons: (M, 8).
 
     Returns:
-        (P, M), float32; 1 inside and 0 outside.
+        (P, M) float32 of 0 and 1.
 
     Raises:
-        AssertionError: for another shape.
+        AssertionError: for other last dimensions.
     """
-    assert points.shape[1] == 2, "points dimension should be 2"
-    assert polygons.shape[1] == 8, "polygons dimension should be 8"
-    return ops.points_in_polygons(points, polygons.to(points)).float()
+    assert points.size(1) == 2, f"points dimension should be 2, got {points.size(1)}"
+    assert polygons.size(1) == 8, f"polygons dimension should be 8, got {polygons.size(1)}"
+    return ops.points_in_polygons(points, polygons).to(torch.float32)
