@@ -666,7 +666,10 @@ GPU_TABLES: Sequence[Callable[[], Iterator[Case]]] = (
     box_iou_rows,
 )
 # Other files of rows; each has GPU_TABLES, cpu_rows(threads) and tiny_rows().
-SUBJECTS = ("benchmarks.cases_segmentation",)
+SUBJECTS = (
+    "benchmarks.cases_rotated",
+    "benchmarks.cases_segmentation",
+)
 
 
 def subjects() -> list[Any]:
