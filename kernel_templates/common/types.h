@@ -162,6 +162,11 @@ TORCHKILN_HD float ceil_of(float x) { return TORCHKILN_MATH(ceilf)(x); }
 TORCHKILN_HD double ceil_of(double x) { return TORCHKILN_MATH(ceil)(x); }
 TORCHKILN_HD float atan2_of(float y, float x) { return TORCHKILN_MATH(atan2f)(y, x); }
 TORCHKILN_HD double atan2_of(double y, double x) { return TORCHKILN_MATH(atan2)(y, x); }
+// Called: reducing a large angle takes a hundred instructions.
+TORCHKILN_HD_CALLED float sin_of(float x) { return TORCHKILN_MATH(sinf)(x); }
+TORCHKILN_HD_CALLED double sin_of(double x) { return TORCHKILN_MATH(sin)(x); }
+TORCHKILN_HD_CALLED float cos_of(float x) { return TORCHKILN_MATH(cosf)(x); }
+TORCHKILN_HD_CALLED double cos_of(double x) { return TORCHKILN_MATH(cos)(x); }
 #undef TORCHKILN_MATH
 
 }  // namespace torchkiln
