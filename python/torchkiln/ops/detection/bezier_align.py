@@ -93,7 +93,7 @@ def bezier_align(
         >>> input = torch.arange(16.0).reshape(1, 1, 4, 4)
         >>> upper, lower = [[0.0, 0], [1, 0], [2, 0], [3, 0]], [[3.0, 3], [2, 3], [1, 3], [0, 3]]
         >>> beziers = torch.tensor([0.0, *sum(upper + lower, [])])[None]
-        >>> bezier_align(input, beziers, (1, 3), sampling_ratio=1, aligned=False)
+        >>> bezier_align(input, beziers, (1, 3), sampling_ratio=1, aligned=False).round()
         tensor([[[[0., 1., 2.]]]])
     """
     return _bezier_align(
