@@ -1,8 +1,9 @@
-// box_iou and its generalized, distance and complete forms: schema, checks and shapes, CPU loops, launches.
+// box_iou in all its modes, pair by pair and row by row: schema, checks and shapes, CPU loops, launches.
 // SPDX-License-Identifier: Apache-2.0
 #include "detection/box_iou.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <tuple>
 #include <type_traits>
@@ -16,6 +17,7 @@
 namespace torchkiln::bindings {
 namespace {
 
+using box_iou::AlignedBackwardArgs;
 using box_iou::Args;
 using box_iou::BackwardArgs;
 
@@ -39,6 +41,11 @@ struct Tunables {
 
 using Forward = Kernel<Args, ForwardStatics, Sizes, Tunables>;
 using Backward = Kernel<BackwardArgs, Statics, Sizes, Tunables>;
+struct Rows {
+  std::int64_t n;
+};
+using Aligned = Kernel<Args, Statics, Rows, Tunables>;
+using AlignedBackward = Kernel<AlignedBackwardArgs, Statics, Rows, Tunables>;
 
 // Columns a thread: up to 16 bytes, where every row's begin allows it.
 std::int64_t full_vector(std::int64_t scalar) { return scalar == TORCHKILN_DOUBLE ? 2 : 4; }
@@ -55,7 +62,7 @@ const Forward forward_kernel({
     .path = "detection/box_iou.cuh",
     .entry = "forward",
     .operators = {"box_iou"},
-    .statics = {types("scalar", kFloatTypes), ints("mode", {0, 1, 2, 3}),
+    .statics = {types("scalar", kFloatTypes), ints("mode", {0, 1, 2, 3, 4, 5, 6}),
                 ints("vector", {1, 2, 4})},
     .sizes = {{"n", TORCHKILN_BUCKET_NONE}, {"m", TORCHKILN_BUCKET_POW2}},
     .tunables = {ints("block_size", {64, 128, 256, 512})},
@@ -70,7 +77,7 @@ const Backward backward_kernel({
     .path = "detection/box_iou.cuh",
     .entry = "backward",
     .operators = {"box_iou"},
-    .statics = {types("scalar", kFloatTypes), ints("mode", {0, 1, 2, 3})},
+    .statics = {types("scalar", kFloatTypes), ints("mode", {0, 1, 2, 3, 4, 7})},
     .sizes = {{"n", TORCHKILN_BUCKET_NONE}, {"m", TORCHKILN_BUCKET_POW2}},
     .tunables = {ints("block_size", {32, 64, 128, 256})},
     .defaults = {{256}, {32}},
@@ -79,35 +86,81 @@ const Backward backward_kernel({
                    const Tunables& t) { return linear(p.sizes.n, t.block_size); },
 });
 
+const Aligned aligned_kernel({
+    .path = "detection/box_iou.cuh",
+    .entry = "aligned",
+    .operators = {"box_iou"},
+    .statics = {types("scalar", kFloatTypes), ints("mode", {0, 1, 2, 3, 4, 5, 6})},
+    .sizes = {{"n", TORCHKILN_BUCKET_POW2}},
+    .tunables = {ints("block_size", {64, 128, 256, 512})},
+    .defaults = {{128}},
+    .geometry =
+        [](const Aligned::Problem& p, const Tunables& t) {
+          return linear(ceil_div(p.sizes.n, t.block_size), t.block_size);
+        },
+});
+
+const AlignedBackward aligned_backward_kernel({
+    .path = "detection/box_iou.cuh",
+    .entry = "aligned_backward",
+    .operators = {"box_iou"},
+    .statics = {types("scalar", kFloatTypes), ints("mode", {0, 1, 2, 3, 4})},
+    .sizes = {{"n", TORCHKILN_BUCKET_POW2}},
+    .tunables = {ints("block_size", {64, 128, 256, 512})},
+    .defaults = {{128}},
+    .geometry =
+        [](const AlignedBackward::Problem& p, const Tunables& t) {
+          return linear(ceil_div(p.sizes.n, t.block_size), t.block_size);
+        },
+});
+
+// What the operator is asked for beside its tensors.
+struct Options {
+  std::int64_t mode;
+  double eps;
+  bool aligned;
+  double offset;
+};
+
 // The kernel arguments, and the tensors that keep their pointers alive.
 struct Plan {
   Tensor boxes1, boxes2, out;
   Args args;
 };
 
-void check_pair(const Tensor& boxes1, const Tensor& boxes2, std::int64_t mode) {
+void check_pair(const Tensor& boxes1, const Tensor& boxes2, const Options& options,
+                std::int64_t last_mode) {
   check_rows(kOp, "boxes1", boxes1, 4);
   check_rows(kOp, "boxes2", boxes2, 4);
   check_same_dtype(kOp, "boxes2", boxes2, "boxes1", boxes1);
   check_same_device(kOp, "boxes2", boxes2, "boxes1", boxes1);
-  if (mode < box_iou::kIou || mode > box_iou::kCiou) {
-    fail(TORCHKILN_ERROR_VALUE, kOp, "mode", "be 0 (iou), 1 (giou), 2 (diou) or 3 (ciou)",
-         std::to_string(mode));
+  if (options.mode < box_iou::kIou || options.mode > last_mode) {
+    fail(TORCHKILN_ERROR_VALUE, kOp, "mode",
+         "be 0 (iou), 1 (giou), 2 (diou), 3 (ciou) or 4 (iof), or 5 or 6 (mmcv's iou and iof, "
+         "without a gradient)",
+         std::to_string(options.mode));
   }
+  if (!(options.offset >= 0) || std::isinf(options.offset))
+    fail(TORCHKILN_ERROR_VALUE, kOp, "offset", "be a finite number of at least 0",
+         std::to_string(options.offset));
+  if (options.aligned) check_shape(kOp, "boxes2", boxes2, {boxes1.size(0), 4});
 }
 
-Plan plan(const Tensor& boxes1, const Tensor& boxes2, std::int64_t mode, double eps) {
-  check_pair(boxes1, boxes2, mode);
+Plan plan(const Tensor& boxes1, const Tensor& boxes2, const Options& options) {
+  check_pair(boxes1, boxes2, options, box_iou::kMmcvIof);
   Plan p{.boxes1 = as_contiguous(boxes1),
          .boxes2 = as_contiguous(boxes2),
-         .out = empty(boxes1, boxes1.scalar_type(), {boxes1.size(0), boxes2.size(0)}),
+         .out = options.aligned
+                    ? empty(boxes1, boxes1.scalar_type(), {boxes1.size(0)})
+                    : empty(boxes1, boxes1.scalar_type(), {boxes1.size(0), boxes2.size(0)}),
          .args = {}};
   p.args = {.boxes1 = p.boxes1.const_data_ptr(),
             .boxes2 = p.boxes2.const_data_ptr(),
             .out = p.out.mutable_data_ptr(),
             .n = p.boxes1.size(0),
             .m = p.boxes2.size(0),
-            .eps = eps};
+            .eps = options.eps,
+            .offset = options.offset};
   return p;
 }
 
@@ -118,7 +171,8 @@ struct BackwardPlan {
 };
 
 BackwardPlan plan_side(const Tensor& grad_output, const Tensor& boxes, const Tensor& others,
-                       std::int64_t row_stride, std::int64_t column_stride, double eps) {
+                       std::int64_t row_stride, std::int64_t column_stride,
+                       const Options& options) {
   BackwardPlan p{.grad_output = grad_output,
                  .boxes = as_contiguous(boxes),
                  .others = as_contiguous(others),
@@ -132,20 +186,50 @@ BackwardPlan plan_side(const Tensor& grad_output, const Tensor& boxes, const Ten
             .m = others.size(0),
             .row_stride = row_stride,
             .column_stride = column_stride,
-            .eps = eps};
+            .eps = options.eps,
+            .offset = options.offset};
   return p;
 }
 
-std::pair<BackwardPlan, BackwardPlan> plan_backward(const Tensor& grad_output, const Tensor& boxes1,
-                                                    const Tensor& boxes2, std::int64_t mode,
-                                                    double eps) {
-  check_pair(boxes1, boxes2, mode);
+void check_backward(const Tensor& grad_output, const Tensor& boxes1, const Tensor& boxes2,
+                    const Options& options) {
+  check_pair(boxes1, boxes2, options, box_iou::kIof);
   check_same_dtype(kOp, "grad_output", grad_output, "boxes1", boxes1);
   check_same_device(kOp, "grad_output", grad_output, "boxes1", boxes1);
+  if (options.aligned) return check_shape(kOp, "grad_output", grad_output, {boxes1.size(0)});
   check_shape(kOp, "grad_output", grad_output, {boxes1.size(0), boxes2.size(0)});
+}
+
+std::pair<BackwardPlan, BackwardPlan> plan_backward(const Tensor& grad_output, const Tensor& boxes1,
+                                                    const Tensor& boxes2, const Options& options) {
   const std::int64_t rows = grad_output.stride(0), columns = grad_output.stride(1);
-  return {plan_side(grad_output, boxes1, boxes2, rows, columns, eps),
-          plan_side(grad_output, boxes2, boxes1, columns, rows, eps)};
+  return {plan_side(grad_output, boxes1, boxes2, rows, columns, options),
+          plan_side(grad_output, boxes2, boxes1, columns, rows, options)};
+}
+
+struct AlignedBackwardPlan {
+  Tensor grad_output, boxes1, boxes2, grad_boxes1, grad_boxes2;
+  AlignedBackwardArgs args;
+};
+
+AlignedBackwardPlan plan_aligned_backward(const Tensor& grad_output, const Tensor& boxes1,
+                                          const Tensor& boxes2, const Options& options) {
+  AlignedBackwardPlan p{.grad_output = grad_output,
+                        .boxes1 = as_contiguous(boxes1),
+                        .boxes2 = as_contiguous(boxes2),
+                        .grad_boxes1 = empty(boxes1, boxes1.scalar_type(), {boxes1.size(0), 4}),
+                        .grad_boxes2 = empty(boxes2, boxes2.scalar_type(), {boxes2.size(0), 4}),
+                        .args = {}};
+  p.args = {.grad_output = grad_output.const_data_ptr(),
+            .boxes1 = p.boxes1.const_data_ptr(),
+            .boxes2 = p.boxes2.const_data_ptr(),
+            .grad_boxes1 = p.grad_boxes1.mutable_data_ptr(),
+            .grad_boxes2 = p.grad_boxes2.mutable_data_ptr(),
+            .n = boxes1.size(0),
+            .stride = grad_output.stride(0),
+            .eps = options.eps,
+            .offset = options.offset};
+  return p;
 }
 
 // Calls f.operator()<Scalar, kMode>().
@@ -159,8 +243,16 @@ void with_variant(ScalarType dtype, std::int64_t mode, const F& f) {
         return f.template operator()<Scalar, box_iou::kGiou>();
       case box_iou::kDiou:
         return f.template operator()<Scalar, box_iou::kDiou>();
-      default:
+      case box_iou::kCiou:
         return f.template operator()<Scalar, box_iou::kCiou>();
+      case box_iou::kIof:
+        return f.template operator()<Scalar, box_iou::kIof>();
+      case box_iou::kMmcvIou:
+        return f.template operator()<Scalar, box_iou::kMmcvIou>();
+      case box_iou::kMmcvIof:
+        return f.template operator()<Scalar, box_iou::kMmcvIof>();
+      default:
+        return f.template operator()<Scalar, box_iou::kIofOther>();
     }
   });
 }
@@ -171,11 +263,11 @@ struct Columns {
   std::vector<T> x1, y1, x2, y2, area;
 
   template <class Scalar>
-  Columns(const Scalar* boxes, std::int64_t count) {
+  Columns(const Scalar* boxes, std::int64_t count, double offset) {
     const auto size = static_cast<std::size_t>(count);
     for (std::vector<T>* column : {&x1, &y1, &x2, &y2, &area}) column->resize(size);
     for (std::size_t j = 0; j < size; ++j) {
-      const Box<T> box = load_box(boxes, static_cast<i64>(j));
+      const Box<T> box = box_iou::load_box(boxes, static_cast<i64>(j), offset);
       x1[j] = box.x1;
       y1[j] = box.y1;
       x2[j] = box.x2;
@@ -217,14 +309,15 @@ void forward_rows(const Args& args, const Columns<Acc<Scalar>>& others, std::int
   const auto* boxes2 = static_cast<const Scalar*>(args.boxes2);
   auto* out = static_cast<Scalar*>(args.out);
   for (std::int64_t i = begin; i < end; ++i) {
-    const Box<T> box = load_box(boxes1, i);
+    const Box<T> box = box_iou::load_box(boxes1, i, args.offset);
     if constexpr (kByColumns<Scalar, kMode>) {
       iou_row(box, area(box), others.x1.data(), others.y1.data(), others.x2.data(),
               others.y2.data(), others.area.data(), others.area.size(), out + i * args.m);
     } else {
       for (std::int64_t j = 0; j < args.m; ++j) {
-        store(out[i * args.m + j],
-              box_iou::element<kMode>(box, load_box(boxes2, j), static_cast<T>(args.eps)));
+        const Box<T> other = box_iou::load_box(boxes2, j, args.offset);
+        store(out[i * args.m + j], box_iou::element<kMode>(box, other, static_cast<T>(args.eps),
+                                                           static_cast<T>(args.offset)));
       }
     }
   }
@@ -237,25 +330,58 @@ void backward_rows(const BackwardArgs& args, std::int64_t begin, std::int64_t en
   const auto* others = static_cast<const Scalar*>(args.others);
   auto* grad_boxes = static_cast<Scalar*>(args.grad_boxes);
   for (std::int64_t i = begin; i < end; ++i) {
-    const Box<T> box = load_box(static_cast<const Scalar*>(args.boxes), i);
+    const Box<T> box = box_iou::load_box(static_cast<const Scalar*>(args.boxes), i, args.offset);
     Box<T> grad{};
     for (std::int64_t j = 0; j < args.m; ++j) {
       const T gradient = load(grad_output[i * args.row_stride + j * args.column_stride]);
-      box_iou::add_gradient<kMode>(box, load_box(others, j), static_cast<T>(args.eps), gradient,
-                                   grad);
+      box_iou::add_gradient<kMode>(box, box_iou::load_box(others, j, args.offset),
+                                   static_cast<T>(args.eps), gradient, grad);
     }
-    store(grad_boxes[4 * i], grad.x1);
-    store(grad_boxes[4 * i + 1], grad.y1);
-    store(grad_boxes[4 * i + 2], grad.x2);
-    store(grad_boxes[4 * i + 3], grad.y2);
+    store_box(grad_boxes, i, grad);
   }
 }
 
-Tensor cpu(const Tensor& boxes1, const Tensor& boxes2, std::int64_t mode, double eps) {
-  const Plan p = plan(boxes1, boxes2, mode, eps);
+template <class Scalar, int kMode>
+void aligned_rows(const Args& args, std::int64_t begin, std::int64_t end) {
+  using T = Acc<Scalar>;
+  const auto* boxes1 = static_cast<const Scalar*>(args.boxes1);
+  const auto* boxes2 = static_cast<const Scalar*>(args.boxes2);
+  for (std::int64_t i = begin; i < end; ++i) {
+    store(static_cast<Scalar*>(args.out)[i],
+          box_iou::element<kMode>(box_iou::load_box(boxes1, i, args.offset),
+                                  box_iou::load_box(boxes2, i, args.offset),
+                                  static_cast<T>(args.eps), static_cast<T>(args.offset)));
+  }
+}
+
+template <class Scalar, int kMode>
+void aligned_backward_rows(const AlignedBackwardArgs& args, std::int64_t begin, std::int64_t end) {
+  using T = Acc<Scalar>;
+  const auto* grad_output = static_cast<const Scalar*>(args.grad_output);
+  const auto eps = static_cast<T>(args.eps);
+  for (std::int64_t i = begin; i < end; ++i) {
+    const auto box1 = box_iou::load_box(static_cast<const Scalar*>(args.boxes1), i, args.offset);
+    const auto box2 = box_iou::load_box(static_cast<const Scalar*>(args.boxes2), i, args.offset);
+    const T gradient = load(grad_output[i * args.stride]);
+    Box<T> grad1{}, grad2{};
+    box_iou::add_gradient<kMode>(box1, box2, eps, gradient, grad1);
+    box_iou::add_gradient<box_iou::exchanged(kMode)>(box2, box1, eps, gradient, grad2);
+    store_box(static_cast<Scalar*>(args.grad_boxes1), i, grad1);
+    store_box(static_cast<Scalar*>(args.grad_boxes2), i, grad2);
+  }
+}
+
+Tensor cpu(const Tensor& boxes1, const Tensor& boxes2, std::int64_t mode, double eps, bool aligned,
+           double offset) {
+  const Plan p = plan(boxes1, boxes2, {mode, eps, aligned, offset});
   with_variant(p.out.scalar_type(), mode, [&]<class Scalar, int kMode>() {
+    if (aligned) {
+      return parallel_for(p.args.n, kPairNanoseconds, [&](std::int64_t begin, std::int64_t end) {
+        aligned_rows<Scalar, kMode>(p.args, begin, end);
+      });
+    }
     const Columns<Acc<Scalar>> others(static_cast<const Scalar*>(p.args.boxes2),
-                                      kByColumns<Scalar, kMode> ? p.args.m : 0);
+                                      kByColumns<Scalar, kMode> ? p.args.m : 0, offset);
     parallel_for(p.args.n, p.args.m * kPairNanoseconds, [&](std::int64_t begin, std::int64_t end) {
       forward_rows<Scalar, kMode>(p.args, others, begin, end);
     });
@@ -272,18 +398,42 @@ void cpu_side(const BackwardPlan& p, std::int64_t mode) {
   });
 }
 
+void cpu_aligned_backward(const AlignedBackwardPlan& p, std::int64_t mode) {
+  with_variant(p.boxes1.scalar_type(), mode, [&]<class Scalar, int kMode>() {
+    parallel_for(p.args.n, 8 * kPairNanoseconds, [&](std::int64_t begin, std::int64_t end) {
+      aligned_backward_rows<Scalar, kMode>(p.args, begin, end);
+    });
+  });
+}
+
 std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& boxes1,
-                                        const Tensor& boxes2, std::int64_t mode, double eps) {
-  const auto [side1, side2] = plan_backward(grad_output, boxes1, boxes2, mode, eps);
+                                        const Tensor& boxes2, std::int64_t mode, double eps,
+                                        bool aligned, double offset) {
+  const Options options{mode, eps, aligned, offset};
+  check_backward(grad_output, boxes1, boxes2, options);
+  if (aligned) {
+    const auto p = plan_aligned_backward(grad_output, boxes1, boxes2, options);
+    cpu_aligned_backward(p, mode);
+    return {p.grad_boxes1, p.grad_boxes2};
+  }
+  const auto [side1, side2] = plan_backward(grad_output, boxes1, boxes2, options);
   cpu_side(side1, mode);
-  cpu_side(side2, mode);
+  cpu_side(side2, box_iou::exchanged(static_cast<int>(mode)));
   return {side1.grad_boxes, side2.grad_boxes};
 }
 
-Tensor cuda(const Tensor& boxes1, const Tensor& boxes2, std::int64_t mode, double eps) {
-  const Plan p = plan(boxes1, boxes2, mode, eps);
+Tensor cuda(const Tensor& boxes1, const Tensor& boxes2, std::int64_t mode, double eps, bool aligned,
+            double offset) {
+  const Plan p = plan(boxes1, boxes2, {mode, eps, aligned, offset});
   if (p.out.numel() == 0) return p.out;
   const std::int64_t scalar = kernel_type(p.out.scalar_type());
+  if (aligned) {
+    aligned_kernel.run(
+        CudaPlace(p.out), {scalar, mode}, {p.args.n}, p.args,
+        {reads(offsetof(Args, boxes1), p.boxes1), reads(offsetof(Args, boxes2), p.boxes2),
+         writes(offsetof(Args, out), p.out)});
+    return p.out;
+  }
   const std::int64_t vector = p.args.m % full_vector(scalar) == 0 ? full_vector(scalar) : 1;
   forward_kernel.run(CudaPlace(p.out), {scalar, mode, vector}, {p.args.n, p.args.m}, p.args,
                      {reads(offsetof(Args, boxes1), p.boxes1),
@@ -301,21 +451,42 @@ void cuda_side(const BackwardPlan& p, std::int64_t mode) {
                        writes(offsetof(BackwardArgs, grad_boxes), p.grad_boxes)});
 }
 
+void cuda_aligned_backward(const AlignedBackwardPlan& p, std::int64_t mode) {
+  if (p.args.n == 0) return;
+  aligned_backward_kernel.run(CudaPlace(p.boxes1), {kernel_type(p.boxes1.scalar_type()), mode},
+                              {p.args.n}, p.args,
+                              {reads(offsetof(AlignedBackwardArgs, grad_output), p.grad_output),
+                               reads(offsetof(AlignedBackwardArgs, boxes1), p.boxes1),
+                               reads(offsetof(AlignedBackwardArgs, boxes2), p.boxes2),
+                               writes(offsetof(AlignedBackwardArgs, grad_boxes1), p.grad_boxes1),
+                               writes(offsetof(AlignedBackwardArgs, grad_boxes2), p.grad_boxes2)});
+}
+
 std::tuple<Tensor, Tensor> backward_cuda(const Tensor& grad_output, const Tensor& boxes1,
-                                         const Tensor& boxes2, std::int64_t mode, double eps) {
-  const auto [side1, side2] = plan_backward(grad_output, boxes1, boxes2, mode, eps);
+                                         const Tensor& boxes2, std::int64_t mode, double eps,
+                                         bool aligned, double offset) {
+  const Options options{mode, eps, aligned, offset};
+  check_backward(grad_output, boxes1, boxes2, options);
+  if (aligned) {
+    const auto p = plan_aligned_backward(grad_output, boxes1, boxes2, options);
+    cuda_aligned_backward(p, mode);
+    return {p.grad_boxes1, p.grad_boxes2};
+  }
+  const auto [side1, side2] = plan_backward(grad_output, boxes1, boxes2, options);
   cuda_side(side1, mode);
-  cuda_side(side2, mode);
+  cuda_side(side2, box_iou::exchanged(static_cast<int>(mode)));
   return {side1.grad_boxes, side2.grad_boxes};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torchkiln, m) {
-  m.def("box_iou(Tensor boxes1, Tensor boxes2, int mode=0, float eps=1e-7) -> Tensor");
   m.def(
-      "_box_iou_backward(Tensor grad_output, Tensor boxes1, Tensor boxes2, int mode, float eps) -> "
-      "(Tensor, Tensor)");
+      "box_iou(Tensor boxes1, Tensor boxes2, int mode=0, float eps=1e-7, bool aligned=False, float "
+      "offset=0.) -> Tensor");
+  m.def(
+      "_box_iou_backward(Tensor grad_output, Tensor boxes1, Tensor boxes2, int mode, float eps, "
+      "bool aligned, float offset) -> (Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(torchkiln, CPU, m) {
   m.impl("box_iou", TORCH_BOX(&cpu));

@@ -21,7 +21,13 @@
 namespace torchkiln::autograd {
 
 enum class Pooling : std::int64_t { kAverage = 0, kMaximum = 1 };
-enum class IouKind : std::int64_t { kPlain = 0, kGeneralized = 1, kDistance = 2, kComplete = 3 };
+enum class IouKind : std::int64_t {
+  kPlain = 0,
+  kGeneralized = 1,
+  kDistance = 2,
+  kComplete = 3,
+  kOfFirst = 4  // intersection over the first box's area
+};
 enum class Reduction : std::int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
 namespace detail {
@@ -56,26 +62,31 @@ inline bool is_channels_last(const Tensor& tensor) {
 
 struct BoxIou : torch::autograd::Function<BoxIou> {
   static Tensor forward(AutogradContext* ctx, const Tensor& boxes1, const Tensor& boxes2,
-                        std::int64_t mode, double eps) {
+                        std::int64_t mode, double eps, bool aligned, double offset) {
     static const auto op =
-        find<Tensor(const Tensor&, const Tensor&, std::int64_t, double)>("torchkiln::box_iou");
+        find<Tensor(const Tensor&, const Tensor&, std::int64_t, double, bool, double)>(
+            "torchkiln::box_iou");
     const at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({boxes1, boxes2});
     ctx->saved_data["mode"] = mode;
     ctx->saved_data["eps"] = eps;
-    return op.call(boxes1, boxes2, mode, eps);
+    ctx->saved_data["aligned"] = aligned;
+    ctx->saved_data["offset"] = offset;
+    return op.call(boxes1, boxes2, mode, eps, aligned, offset);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op =
         find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, std::int64_t,
-                                        double)>("torchkiln::_box_iou_backward");
+                                        double, bool, double)>("torchkiln::_box_iou_backward");
     refuse_second_derivative("box_iou", at::GradMode::is_enabled());
     const at::AutoDispatchBelowADInplaceOrView guard;
     const auto saved = ctx->get_saved_variables();
-    auto [grad1, grad2] = op.call(grads[0], saved[0], saved[1], ctx->saved_data["mode"].toInt(),
-                                  ctx->saved_data["eps"].toDouble());
-    return {grad1, grad2, Tensor(), Tensor()};
+    auto [grad1, grad2] =
+        op.call(grads[0], saved[0], saved[1], ctx->saved_data["mode"].toInt(),
+                ctx->saved_data["eps"].toDouble(), ctx->saved_data["aligned"].toBool(),
+                ctx->saved_data["offset"].toDouble());
+    return {grad1, grad2, Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -203,10 +214,12 @@ struct SigmoidFocalLoss : torch::autograd::Function<SigmoidFocalLoss> {
 
 }  // namespace detail
 
-// (N, M) overlaps of boxes (N, 4) and (M, 4), x1 y1 x2 y2. Differentiable: both.
+// (N, M) overlaps of boxes (N, 4) and (M, 4), x1 y1 x2 y2; (N) of rows when aligned. Differentiable: both.
 inline at::Tensor box_iou(const at::Tensor& boxes1, const at::Tensor& boxes2,
-                          IouKind mode = IouKind::kPlain, double eps = 1e-7) {
-  return detail::BoxIou::apply(boxes1, boxes2, static_cast<std::int64_t>(mode), eps);
+                          IouKind mode = IouKind::kPlain, double eps = 1e-7, bool aligned = false,
+                          double offset = 0.0) {
+  return detail::BoxIou::apply(boxes1, boxes2, static_cast<std::int64_t>(mode), eps, aligned,
+                               offset);
 }
 
 // (K, C, pooled_height, pooled_width) from maps (N, C, H, W) and regions (K, 5): batch index, x1, y1, x2, y2 in image

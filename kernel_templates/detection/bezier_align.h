@@ -31,8 +31,7 @@ TORCHKILN_HD Axis<T> axis_of(const Args& args, i64 row, int column, T u, T v, i6
   for (int i = 0; i < 8; ++i) p[i] = sampled_roi::number<T>(args, row + column + 2 * i) * scale;
   const T upper = curve(p[0], p[1], p[2], p[3], u);
   const T lower = curve(p[7], p[6], p[5], p[4], u);
-  const T first = p[0] - p[3], second = p[7] - p[4];
-  T size = max_of(first < T(0) ? -first : first, second < T(0) ? -second : second);
+  T size = max_of(abs_of(p[0] - p[3]), abs_of(p[7] - p[4]));
   if (!args.aligned) size = size < T(1) ? T(1) : size;
   return {lower * v + upper * (T(1) - v) - (args.aligned ? T(0.5) : T(0)), size / T(pooled)};
 }

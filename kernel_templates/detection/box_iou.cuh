@@ -23,18 +23,19 @@ __global__ void __launch_bounds__(kBlockSize) forward(const Args args) {
   Box<T> others[kVector];
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
-    others[i] = load_box(static_cast<const Scalar*>(args.boxes2), column + i);
+    others[i] = load_box(static_cast<const Scalar*>(args.boxes2), column + i, args.offset);
   }
   Scalar* out = static_cast<Scalar*>(args.out) + first_row * args.m + column;
-  Box<T> next = load_box(boxes1, min_of(first_row, args.n - 1));
+  Box<T> next = load_box(boxes1, min_of(first_row, args.n - 1), args.offset);
 #pragma unroll 1
   for (i64 row = first_row; row < args.n; row += row_step, out += row_step * args.m) {
     const Box<T> box = next;
-    next = load_box(boxes1, min_of(row + row_step, args.n - 1));  // its latency is the longest here
+    // Its latency is the longest here.
+    next = load_box(boxes1, min_of(row + row_step, args.n - 1), args.offset);
     Pack<Scalar, kVector> result;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      store(result.at[i], element<kMode>(box, others[i], T(args.eps)));
+      store(result.at[i], element<kMode>(box, others[i], T(args.eps), T(args.offset)));
     }
     store_pack<kVector>(out, result);
   }
@@ -47,19 +48,45 @@ __global__ void __launch_bounds__(kBlockSize) backward(const BackwardArgs args) 
   const Scalar* grad_output = static_cast<const Scalar*>(args.grad_output);
   const Scalar* others = static_cast<const Scalar*>(args.others);
   const i64 row = blockIdx.x;
-  const Box<T> box = load_box(static_cast<const Scalar*>(args.boxes), row);
+  const Box<T> box = load_box(static_cast<const Scalar*>(args.boxes), row, args.offset);
   Box<T> grad = {T(0), T(0), T(0), T(0)};
 #pragma unroll 1  // unrolled four times it takes twice as long to compile and runs no faster
   for (i64 column = threadIdx.x; column < args.m; column += kBlockSize) {
     const T gradient = load(grad_output[row * args.row_stride + column * args.column_stride]);
-    add_gradient<kMode>(box, load_box(others, column), T(args.eps), gradient, grad);
+    const Box<T> other = load_box(others, column, args.offset);
+    add_gradient<kMode>(box, other, T(args.eps), gradient, grad);
   }
-  const T sums[4] = {
+  const Box<T> sums = {
       block_sum<kBlockSize>(grad.x1, partial), block_sum<kBlockSize>(grad.y1, partial),
       block_sum<kBlockSize>(grad.x2, partial), block_sum<kBlockSize>(grad.y2, partial)};
-  if (threadIdx.x != 0) return;
-  Scalar* grad_boxes = static_cast<Scalar*>(args.grad_boxes) + 4 * row;
-  for (int i = 0; i < 4; ++i) store(grad_boxes[i], sums[i]);
+  if (threadIdx.x == 0) store_box(static_cast<Scalar*>(args.grad_boxes), row, sums);
+}
+
+// Row against row: one thread, one pair.
+template <class Scalar, int kMode, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) aligned(const Args args) {
+  using T = Acc<Scalar>;
+  const i64 row = i64(blockIdx.x) * kBlockSize + threadIdx.x;
+  if (row >= args.n) return;
+  const Box<T> box1 = load_box(static_cast<const Scalar*>(args.boxes1), row, args.offset);
+  const Box<T> box2 = load_box(static_cast<const Scalar*>(args.boxes2), row, args.offset);
+  store(static_cast<Scalar*>(args.out)[row],
+        element<kMode>(box1, box2, T(args.eps), T(args.offset)));
+}
+
+template <class Scalar, int kMode, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) aligned_backward(const AlignedBackwardArgs args) {
+  using T = Acc<Scalar>;
+  const i64 row = i64(blockIdx.x) * kBlockSize + threadIdx.x;
+  if (row >= args.n) return;
+  const Box<T> box1 = load_box(static_cast<const Scalar*>(args.boxes1), row, args.offset);
+  const Box<T> box2 = load_box(static_cast<const Scalar*>(args.boxes2), row, args.offset);
+  const T gradient = load(static_cast<const Scalar*>(args.grad_output)[row * args.stride]);
+  Box<T> grad1 = {T(0), T(0), T(0), T(0)}, grad2 = grad1;
+  add_gradient<kMode>(box1, box2, T(args.eps), gradient, grad1);
+  add_gradient<exchanged(kMode)>(box2, box1, T(args.eps), gradient, grad2);
+  store_box(static_cast<Scalar*>(args.grad_boxes1), row, grad1);
+  store_box(static_cast<Scalar*>(args.grad_boxes2), row, grad2);
 }
 
 }  // namespace torchkiln::box_iou

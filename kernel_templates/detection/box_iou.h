@@ -1,4 +1,5 @@
-// Arguments and element maths of box_iou and its generalized, distance and complete forms, shared by CPU and GPU.
+// Arguments and element maths of box_iou: plain, generalized, distance and complete, and the share of the first box;
+// shared by CPU and GPU.
 // Sources: GIoU, Rezatofighi et al. 2019, eq. 1 to 3; DIoU and CIoU, Zheng et al. 2020, eq. 7 to 11.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -8,14 +9,25 @@
 
 namespace torchkiln::box_iou {
 
-enum Mode { kIou = 0, kGiou = 1, kDiou = 2, kCiou = 3 };
+enum Mode {
+  kIou = 0,
+  kGiou = 1,
+  kDiou = 2,
+  kCiou = 3,
+  kIof = 4,  // intersection over foreground: over the first box's area
+  // As mmcv computes them: no area is cut off at 0 and an empty denominator gives NaN. No gradient.
+  kMmcvIou = 5,
+  kMmcvIof = 6,
+  kIofOther = 7,  // kIof of exchanged boxes, for the gradient of the second set
+};
 
 struct Args {
   const void* boxes1;  // (n, 4) x1, y1, x2, y2
   const void* boxes2;  // (m, 4)
-  void* out;           // (n, m)
+  void* out;           // (n, m); (n) when row is compared with row
   i64 n, m;
-  double eps;  // added to the squared diagonal and to alpha's denominator
+  double eps;     // added to the squared diagonal and to alpha's denominator
+  double offset;  // added to x2 and y2
 };
 
 // The gradient with respect to one of the two sets; `boxes` is that set, `others` the other one.
@@ -26,8 +38,36 @@ struct BackwardArgs {
   void* grad_boxes;         // (n, 4)
   i64 n, m;
   i64 row_stride, column_stride;
-  double eps;
+  double eps, offset;
 };
+
+// Row against row, both gradients at once.
+struct AlignedBackwardArgs {
+  const void* grad_output;  // element i at i * stride
+  const void* boxes1;       // (n, 4)
+  const void* boxes2;
+  void* grad_boxes1;  // (n, 4)
+  void* grad_boxes2;
+  i64 n, stride;
+  double eps, offset;
+};
+
+// A box whose last pixel belongs to it is larger by an offset of 1.
+template <class Scalar>
+TORCHKILN_HD Box<Acc<Scalar>> load_box(const Scalar* boxes, i64 index, double offset) {
+  Box<Acc<Scalar>> box = torchkiln::load_box(boxes, index);
+  box.x2 += Acc<Scalar>(offset);
+  box.y2 += Acc<Scalar>(offset);
+  return box;
+}
+
+template <class T>
+TORCHKILN_HD T mmcv_element(const Box<T>& a, const Box<T>& b, T offset, bool over_first) {
+  const T inter = intersection(a, b);
+  T base = (a.x2 - a.x1) * (a.y2 - a.y1);
+  if (!over_first) base += (b.x2 - b.x1) * (b.y2 - b.y1) - inter;
+  return inter / nan_max(base, offset);
+}
 
 // 0 for a pair whose denominator is 0, so that degenerate boxes never give NaN.
 template <class T>
@@ -65,9 +105,12 @@ template <class T>
 constexpr T kAspectScale = T(0.40528473456935108577551785283891);  // 4 / pi^2
 
 template <int kMode, class T>
-TORCHKILN_HD T element(const Box<T>& a, const Box<T>& b, T eps) {
+TORCHKILN_HD T element(const Box<T>& a, const Box<T>& b, T eps, T offset) {
+  if constexpr (kMode == kMmcvIou || kMode == kMmcvIof)
+    return mmcv_element(a, b, offset, kMode == kMmcvIof);
   const Parts<T> p = parts_of(a, b);
   if constexpr (kMode == kIou) return p.iou;
+  if constexpr (kMode == kIof) return ratio(p.inter, area(a));
   if constexpr (kMode == kGiou) {
     const T enclosing = p.enclosing_w * p.enclosing_h;
     return p.iou - ratio(enclosing - p.united, enclosing);
@@ -157,9 +200,24 @@ TORCHKILN_HD void add_aspect_gradient(const Box<T>& a, const Box<T>& b, const Pa
   grad.y2 += dh;
 }
 
-// Adds `gradient` times d element(a, b) / d a. Every mode is symmetric, so swapping the boxes gives the other one.
+// The mode with the boxes exchanged: all are symmetric but one.
+constexpr int exchanged(int mode) { return mode == kIof ? kIofOther : mode; }
+
+// The share of a, or of b with kIofOther.
+template <int kMode, class T>
+TORCHKILN_HD void add_iof_gradient(const Box<T>& a, const Box<T>& b, T gradient, Box<T>& grad) {
+  const T whole = kMode == kIof ? area(a) : area(b);
+  if (whole == T(0)) return;
+  if constexpr (kMode == kIof)
+    add_area_gradient(a, -gradient * intersection(a, b) / (whole * whole), grad);
+  add_intersection_gradient(a, b, gradient / whole, grad);
+}
+
+// Adds `gradient` times d element(a, b) / d a; exchanged(kMode) and exchanged boxes give the other one.
 template <int kMode, class T>
 TORCHKILN_HD void add_gradient(const Box<T>& a, const Box<T>& b, T eps, T gradient, Box<T>& grad) {
+  if constexpr (kMode == kIof || kMode == kIofOther)
+    return add_iof_gradient<kMode>(a, b, gradient, grad);
   const Parts<T> p = parts_of(a, b);
   T grad_inter = T(0), grad_union = T(0);
   if (p.united != T(0)) {

@@ -28,7 +28,8 @@ struct Pooled : sampled_roi::Operator {
     p.rows = sampled_roi::sample_count(args, bin_h);
     p.columns = sampled_roi::sample_count(args, bin_w);
     const T step_h = bin_h / T(max_of(p.rows, 1)), step_w = bin_w / T(max_of(p.columns, 1));
-    const T cosine = cos_of(angle), sine = sin_of(angle);
+    T sine, cosine;
+    sin_cos_of(angle, sine, cosine);
     const i64 row_bin = bin / args.pooled_w;
     // The first sample, from the centre.
     const T down = T(row_bin) * bin_h - height / T(2) + step_h / T(2);

@@ -28,7 +28,8 @@ struct Pooled : sampled_roi::Operator {
     p.share = T(1);
     if (args.samples == 1) return p;
     const T half_w = at(2) * scale / T(2), half_h = at(3) * scale / T(2);
-    const T cosine = cos_of(at(4)), sine = sin_of(at(4));
+    T sine, cosine;
+    sin_cos_of(at(4), sine, cosine);
     p.column_x = half_w * cosine;
     p.column_y = half_w * sine;
     p.row_x = -half_h * sine;

@@ -345,7 +345,7 @@ __device__ __forceinline__ bool touches(const Patch<T>& p, i32 tile_y, i32 tile_
   const auto along = [&](T begin, T row, T column, i32 tile) {
     T low = begin, high = begin;
     if constexpr (Op::kIdentity) {  // the patch is a centre and two half sides
-      const T reach = (row < T(0) ? -row : row) + (column < T(0) ? -column : column);
+      const T reach = abs_of(row) + abs_of(column);
       low -= reach;
       high += reach;
     } else {

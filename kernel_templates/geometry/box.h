@@ -17,6 +17,15 @@ TORCHKILN_HD Box<Acc<Scalar>> load_box(const Scalar* boxes, i64 index) {
   return {load(row[0]), load(row[1]), load(row[2]), load(row[3])};
 }
 
+template <class Scalar>
+TORCHKILN_HD void store_box(Scalar* boxes, i64 index, const Box<Acc<Scalar>>& box) {
+  Scalar* row = boxes + 4 * index;
+  store(row[0], box.x1);
+  store(row[1], box.y1);
+  store(row[2], box.x2);
+  store(row[3], box.y2);
+}
+
 // The greater and the lesser one; a NaN in either operand is the result.
 template <class T>
 TORCHKILN_HD T nan_max(T a, T b) {

@@ -89,7 +89,7 @@ _TABLE = """
 - function BallQuery | min_radius, max_radius, sample_num, xyz, center_xyz, xyz_batch_cnt=None, center_xyz_batch_cnt=None
 + apply ball_query | min_radius, max_radius, sample_num, xyz, center_xyz, xyz_batch_cnt=None, center_xyz_batch_cnt=None
 [bbox]
-+ def bbox_overlaps | bboxes1, bboxes2, mode="iou", aligned=False, offset=0 |  | torch
++ def bbox_overlaps | bboxes1, bboxes2, mode="iou", aligned=False, offset=0 |  | box_iou
 [bezier_align]
 - function BezierAlignFunction | input, beziers, output_size, spatial_scale=1.0, sampling_ratio=0, aligned=True
 + apply bezier_align | input, beziers, output_size, spatial_scale=1.0, sampling_ratio=0, aligned=True

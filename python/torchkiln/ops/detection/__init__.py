@@ -7,6 +7,7 @@ from torchkiln.ops.detection.border_align import *  # noqa: F403
 from torchkiln.ops.detection.box_area import *  # noqa: F403
 from torchkiln.ops.detection.box_convert import *  # noqa: F403
 from torchkiln.ops.detection.box_iou import *  # noqa: F403
+from torchkiln.ops.detection.box_iou_rotated import *  # noqa: F403
 from torchkiln.ops.detection.box_losses import *  # noqa: F403
 from torchkiln.ops.detection.clip_boxes_to_image import *  # noqa: F403
 from torchkiln.ops.detection.masks_to_boxes import *  # noqa: F403

@@ -1,4 +1,4 @@
-"""Overlap of every pair of boxes: IoU, its generalized, distance and complete forms, one schema."""
+"""Overlap of boxes, pair by pair or row by row: IoU and its other forms, one schema."""
 
 # SPDX-License-Identifier: Apache-2.0
 
@@ -10,31 +10,46 @@ import torch
 from torch import Tensor
 
 from torchkiln._frame import operator
+from torchkiln.ops._arguments import require_choice
 
 __all__ = ["box_iou", "complete_box_iou", "distance_box_iou", "generalized_box_iou"]
 
-# Values of the schema's `mode`.
-_IOU, _GIOU, _DIOU, _CIOU = range(4)
+# Values of the schema's `mode`; 5 and 6 are IoU and IoF as mmcv computes them.
+_MODES = {"iou": 0, "giou": 1, "diou": 2, "ciou": 3, "iof": 4}
 
 
-def _fake(boxes1: Tensor, boxes2: Tensor, mode: int = 0, eps: float = 1e-7) -> Tensor:
-    return boxes1.new_empty((boxes1.shape[0], boxes2.shape[0]))
+def _fake(
+    boxes1: Tensor,
+    boxes2: Tensor,
+    mode: int = 0,
+    eps: float = 1e-7,
+    aligned: bool = False,
+    offset: float = 0.0,
+) -> Tensor:
+    rows = boxes1.shape[0]
+    return boxes1.new_empty((rows,) if aligned else (rows, boxes2.shape[0]))
 
 
 def _fake_backward(
-    grad_output: Tensor, boxes1: Tensor, boxes2: Tensor, mode: int, eps: float
+    grad_output: Tensor,
+    boxes1: Tensor,
+    boxes2: Tensor,
+    mode: int,
+    eps: float,
+    aligned: bool,
+    offset: float,
 ) -> tuple[Tensor, Tensor]:
     return boxes1.new_empty(boxes1.shape), boxes2.new_empty(boxes2.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    boxes1, boxes2, ctx.mode, ctx.eps = inputs
+    boxes1, boxes2, *ctx.options = inputs
     ctx.save_for_backward(boxes1, boxes2)
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
     boxes1, boxes2 = ctx.saved_tensors
-    return _box_iou_backward(grad_output, boxes1, boxes2, ctx.mode, ctx.eps)
+    return _box_iou_backward(grad_output, boxes1, boxes2, *ctx.options)
 
 
 _box_iou_backward = operator("_box_iou_backward", fake=_fake_backward)
@@ -48,25 +63,37 @@ _box_iou = operator(
 )
 
 
-def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """Intersection over union of every pair of boxes.
+def box_iou(
+    boxes1: Tensor,
+    boxes2: Tensor,
+    *,
+    mode: str = "iou",
+    aligned: bool = False,
+    offset: float = 0.0,
+) -> Tensor:
+    """Intersection over union of boxes: of every pair or, with `aligned`, of equal rows.
 
     Args:
         boxes1: (N, 4), float16, bfloat16, float32 or float64; x1, y1, x2, y2 in any unit.
-        boxes2: (M, 4), dtype and device of `boxes1`.
+        boxes2: (M, 4), dtype and device of `boxes1`; M = N with `aligned`.
+        mode: "iou"; "iof", over the area of the first box; or "giou", "diou", "ciou", which are
+            the functions `generalized_box_iou`, `distance_box_iou` and `complete_box_iou`.
+        aligned: compares row i with row i.
+        offset: added to x2 and y2: 1 for boxes whose last pixel belongs to them.
 
     Returns:
-        (N, M), dtype of `boxes1`; from 0 to 1.
+        (N, M), or (N,) with `aligned`; dtype of `boxes1`; from 0 to 1 for "iou" and "iof".
 
     Raises:
         TypeError: for another dtype, or two different ones.
-        ValueError: for another shape, or two different devices.
+        ValueError: for another shape or mode, two different devices, or an offset below 0.
 
     Differentiable: boxes1, boxes2. Deterministic: yes. Autocast: float32.
 
     Note:
         A box with x2 < x1 or y2 < y1 is empty, and a pair with an empty union has IoU 0, where
-        torchvision gives NaN. NaN coordinates give NaN. Integer boxes are refused.
+        torchvision gives NaN; likewise IoF for an empty first box. NaN coordinates give NaN.
+        Integer boxes are refused.
 
     Example:
         >>> import torch
@@ -75,7 +102,8 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         >>> box_iou(boxes[:1], boxes)
         tensor([[1.0000, 0.3333]])
     """
-    return _box_iou(boxes1, boxes2, _IOU, 0.0)
+    require_choice("box_iou", "mode", mode, _MODES)
+    return _box_iou(boxes1, boxes2, _MODES[mode], 1e-7, aligned, offset)
 
 
 def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -107,7 +135,7 @@ def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         >>> generalized_box_iou(boxes[:1], boxes)
         tensor([[ 1.0000, -0.5000]])
     """
-    return _box_iou(boxes1, boxes2, _GIOU, 0.0)
+    return _box_iou(boxes1, boxes2, _MODES["giou"], 0.0, False, 0.0)
 
 
 def distance_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tensor:
@@ -140,7 +168,7 @@ def distance_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tenso
         >>> distance_box_iou(boxes[:1], boxes)
         tensor([[ 1.0000, -0.5294]])
     """
-    return _box_iou(boxes1, boxes2, _DIOU, eps)
+    return _box_iou(boxes1, boxes2, _MODES["diou"], eps, False, 0.0)
 
 
 def complete_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tensor:
@@ -174,4 +202,4 @@ def complete_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tenso
         >>> complete_box_iou(boxes[:1], boxes)
         tensor([[1.0000, 0.2371]])
     """
-    return _box_iou(boxes1, boxes2, _CIOU, eps)
+    return _box_iou(boxes1, boxes2, _MODES["ciou"], eps, False, 0.0)

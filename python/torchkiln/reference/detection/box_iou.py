@@ -1,4 +1,4 @@
-"""box_iou and its generalized, distance and complete forms in plain PyTorch, from the papers.
+"""box_iou in all its modes in plain PyTorch, from the papers.
 
 Sources: GIoU, Rezatofighi et al. 2019, algorithm 1; DIoU and CIoU, Zheng et al. 2020, equations 7
 to 11.
@@ -9,6 +9,7 @@ to 11.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,21 +40,42 @@ def _aspect_angle(boxes: Tensor) -> Tensor:
     return torch.where(is_point, torch.zeros_like(angle), angle)
 
 
-def box_iou(boxes1: Tensor, boxes2: Tensor, mode: int = 0, eps: float = 1e-7) -> Tensor:
-    """Overlap of every pair of boxes.
+def box_iou(
+    boxes1: Tensor,
+    boxes2: Tensor,
+    mode: int = 0,
+    eps: float = 1e-7,
+    aligned: bool = False,
+    offset: float = 0.0,
+) -> Tensor:
+    """Overlap of boxes, pair by pair or row by row.
 
     Args:
         boxes1: (N, 4) x1, y1, x2, y2.
         boxes2: (M, 4).
-        mode: 0 IoU, 1 generalized, 2 distance, 3 complete.
+        mode: 0 IoU, 1 generalized, 2 distance, 3 complete, 4 over the first box; 5 and 6 are 0 and
+            4 as mmcv has them.
         eps: added to the squared diagonal and to the denominator of the aspect term's weight.
+        aligned: row by row.
+        offset: added to the upper corners.
 
     Returns:
-        (N, M). A pair with an empty union has IoU 0.
+        (N, M), or (N,). A pair with an empty union has IoU 0.
     """
-    a, b = boxes1[:, None], boxes2[None]
+    grown = torch.tensor([0, 0, offset, offset], dtype=boxes1.dtype, device=boxes1.device)
+    a, b = boxes1 + grown, boxes2 + grown
+    if not aligned:
+        a, b = a[:, None], b[None]
     (a_min, a_max), (b_min, b_max) = a.split(2, -1), b.split(2, -1)
     intersection = _sides(torch.maximum(a_min, b_min), torch.minimum(a_max, b_max)).prod(-1)
+    if mode in (5, 6):
+        base = (a_max - a_min).prod(-1)
+        if mode == 5:
+            base = base + (b_max - b_min).prod(-1) - intersection
+        over: Tensor = intersection / base.clamp(min=offset)
+        return over
+    if mode == 4:
+        return _ratio(intersection, _sides(a_min, a_max).prod(-1).expand_as(intersection))
     union = _sides(a_min, a_max).prod(-1) + _sides(b_min, b_max).prod(-1) - intersection
     iou = _ratio(intersection, union)
     if mode == 0:
@@ -93,6 +115,14 @@ def parity() -> Parity:
             Case("not_finite", lambda new: _pair(_not_finite(), new.boxes(3)), gradient=False),
             # Squares of the coordinates are beyond float16.
             Case("large", lambda new: _pair(new.boxes(9, 6e4), new.boxes(8, 6e4))),
+            *(_form(mode, row) for mode in ("iof", "giou", "ciou") for row in (False, True)),
+            _form("iou", aligned=True, offset=1.0),
+            _form("iof", aligned=False, offset=1.0),
+            Case(
+                "iof_degenerate",
+                lambda new: _pair(_degenerate(), _degenerate()) | {"mode": "iof"},
+                functions=("box_iou",),
+            ),
         ),
         workloads=(
             # RetinaNet's anchors on an image of 800 x 1344, against its objects.
@@ -109,11 +139,22 @@ def parity() -> Parity:
     )
 
 
-def _pair(boxes1: Tensor, boxes2: Tensor) -> dict[str, Tensor]:
+def _pair(boxes1: Tensor, boxes2: Tensor) -> dict[str, Any]:
     return {"boxes1": boxes1, "boxes2": boxes2}
 
 
-def _boxes(sizes: Sizes) -> dict[str, Tensor]:
+def _form(mode: str, aligned: bool, offset: float = 0.0) -> Case:
+    """More rows than a block of threads."""
+    options = {"mode": mode, "aligned": aligned, "offset": offset}
+    name = f"{mode}{'_aligned' * aligned}{'_offset' * (offset > 0)}"
+    return Case(
+        name,
+        lambda new: _pair(new.boxes(130), new.boxes(130 if aligned else 9)) | options,
+        functions=("box_iou",),
+    )
+
+
+def _boxes(sizes: Sizes) -> dict[str, Any]:
     seed = scenes.SEED
     return _pair(scenes.uniform_boxes(sizes["n"], seed), scenes.uniform_boxes(sizes["m"], seed + 1))
 
