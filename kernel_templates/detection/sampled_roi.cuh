@@ -339,7 +339,8 @@ __device__ __forceinline__ void scatter(const Args& args) {
   }
 }
 
-// Whether a sample of the patch may touch a tile; with a pixel to spare for rounding.
+// Whether a sample of the patch may touch a tile, with a pixel to spare for rounding. One that is not a number may be
+// beside others that are, so comparisons let it pass.
 template <class Op, class T>
 __device__ __forceinline__ bool touches(const Patch<T>& p, i32 tile_y, i32 tile_x) {
   const auto along = [&](T begin, T row, T column, i32 tile) {
@@ -353,7 +354,7 @@ __device__ __forceinline__ bool touches(const Patch<T>& p, i32 tile_y, i32 tile_
       low += (down < T(0) ? down : T(0)) + (across < T(0) ? across : T(0));
       high += (down > T(0) ? down : T(0)) + (across > T(0) ? across : T(0));
     }
-    return high + T(2) >= T(tile) && low - T(1) <= T(tile + kTileSide);
+    return !(high + T(2) < T(tile)) && !(low - T(1) > T(tile + kTileSide));
   };
   return p.count() > 0 && along(p.y, p.row_y, p.column_y, tile_y) &&
          along(p.x, p.row_x, p.column_x, tile_x);
