@@ -163,6 +163,8 @@ TORCHKILN_HD float floor_of(float x) { return TORCHKILN_MATH(floorf)(x); }
 TORCHKILN_HD double floor_of(double x) { return TORCHKILN_MATH(floor)(x); }
 TORCHKILN_HD float ceil_of(float x) { return TORCHKILN_MATH(ceilf)(x); }
 TORCHKILN_HD double ceil_of(double x) { return TORCHKILN_MATH(ceil)(x); }
+TORCHKILN_HD float exp_of(float x) { return TORCHKILN_MATH(expf)(x); }
+TORCHKILN_HD double exp_of(double x) { return TORCHKILN_MATH(exp)(x); }
 TORCHKILN_HD float atan2_of(float y, float x) { return TORCHKILN_MATH(atan2f)(y, x); }
 TORCHKILN_HD double atan2_of(double y, double x) { return TORCHKILN_MATH(atan2)(y, x); }
 TORCHKILN_HD float sqrt_of(float x) { return TORCHKILN_MATH(sqrtf)(x); }

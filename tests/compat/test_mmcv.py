@@ -180,11 +180,8 @@ def soft_reference(boxes, scores, threshold, sigma, min_score, method, offset):
 
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("method", ["naive", "linear", "gaussian"])
-@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
-def test_soft_nms_equals_the_loop(method, offset, ties):
+def test_soft_nms_equals_the_loop(method, offset):
     boxes, scores = boxes_of(50), scores_of(50)
-    if ties:
-        scores = (scores * 4).round() / 4
     dets, inds = ops.soft_nms(boxes, scores, 0.3, 0.5, 0.05, method, offset)
     expected, rows = soft_reference(boxes, scores, 0.3, 0.5, 0.05, method, offset)
     assert inds.tolist() == rows
@@ -600,6 +597,35 @@ def test_quirk_batched_nms_agnostic_above_the_split():
     config = {"iou_threshold": 0.3, "split_thr": 10}
     keep = ops.batched_nms(boxes, scores, labels, config, class_agnostic=True)[1]
     assert keep.tolist() == greedy(boxes.tolist(), scores.tolist(), 0.3)
+
+
+def test_quirk_batched_soft_nms():
+    """Classes whose shift would let them meet; their best boxes below min_score."""
+    boxes = torch.tensor([[-8.0, 0, 0, 8], [-7.0, 0, 1, 8], [-8.0, 0, 0, 8]])
+    scores, labels = torch.tensor([0.9, 0.8, 0.05]), torch.tensor([0, 1, 2])
+    config = {"type": "soft_nms", "min_score": 0.1}
+    for split_thr in (10000, 1):
+        dets, keep = ops.batched_nms(boxes, scores, labels, {**config, "split_thr": split_thr})
+        assert keep.tolist() == [0, 1]
+        assert torch.equal(dets[:, 4], scores[:2])
+    assert ops.batched_nms(boxes, scores / 10, labels, config)[1].tolist() == [0]
+
+
+def test_quirk_soft_nms_ties():
+    # The loop moves row 0 to the place of row 2, behind row 1.
+    boxes = torch.tensor([[0.0, 0, 1, 1], [5.0, 0, 6, 1], [9.0, 0, 10, 1]])
+    scores = torch.tensor([0.5, 0.5, 0.9])
+    assert soft_reference(boxes, scores, 0.3, 0.5, 0.05, "linear", 0)[1] == [2, 1, 0]
+    assert ops.soft_nms(boxes, scores)[1].tolist() == [2, 0, 1]
+    assert native.soft_nms(boxes, scores)[0].tolist() == [2, 0, 1]
+
+
+def test_quirk_soft_nms_best_below_min_score():
+    boxes, scores = torch.tensor([[0.0, 0, 1, 1], [5.0, 5, 6, 6]]), torch.tensor([0.25, 0.5])
+    dets, inds = ops.soft_nms(boxes, scores, min_score=0.75)
+    assert inds.tolist() == [1]
+    assert dets.tolist() == [[5, 5, 6, 6, 0.5]]
+    assert native.soft_nms(boxes, scores, min_score=0.75)[0].tolist() == []
 
 
 def test_quirk_batched_nms_empty():

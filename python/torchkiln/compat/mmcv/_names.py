@@ -126,7 +126,7 @@ _TABLE = """
 + def convex_giou | pointsets, polygons
 + def convex_iou | pointsets, polygons
 [corner_pool]
-+ class CornerPool | mode | x
++ class CornerPool | mode | x | corner_pool
 [correlation]
 - function CorrelationFunction | input1, input2, kernel_size=1, max_displacement=1, stride=1, padding=1, dilation=1, dilation_patch=1
 + class Correlation | kernel_size=1, max_displacement=1, stride=1, padding=0, dilation=1, dilation_patch=1 | input1, input2
@@ -224,9 +224,9 @@ _TABLE = """
 + class MultiScaleDeformableAttention @ MultiScaleDeformableAttention | embed_dims=256, num_heads=8, num_levels=4, num_points=4, im2col_step=64, dropout=0.1, batch_first=False, norm_cfg=None, init_cfg=None, value_proj_ratio=1.0 | query, key=None, value=None, identity=None, query_pos=None, key_padding_mask=None, reference_points=None, spatial_shapes=None, level_start_index=None, **kwargs
 [nms]
 - function NMSop | bboxes, scores, iou_threshold, offset, score_threshold, max_num |  | nms
-- function SoftNMSop | boxes, scores, iou_threshold, sigma, min_score, method, offset |  | torch
+- function SoftNMSop | boxes, scores, iou_threshold, sigma, min_score, method, offset |  | soft_nms
 + def nms | boxes, scores, iou_threshold, offset=0, score_threshold=0, max_num=-1 |  | nms
-+ def soft_nms | boxes, scores, iou_threshold=0.3, sigma=0.5, min_score=0.001, method="linear", offset=0 |  | torch
++ def soft_nms | boxes, scores, iou_threshold=0.3, sigma=0.5, min_score=0.001, method="linear", offset=0 |  | soft_nms
 + def batched_nms | boxes, scores, idxs, nms_cfg, class_agnostic=False |  | nms
 + def nms_match | dets, iou_threshold |  | torch
 + def nms_rotated | dets, scores, iou_threshold, labels=None, clockwise=True
