@@ -2,6 +2,8 @@
 
 # SPDX-License-Identifier: Apache-2.0
 
+from torchkiln.ops.detection.bezier_align import *  # noqa: F403
+from torchkiln.ops.detection.border_align import *  # noqa: F403
 from torchkiln.ops.detection.box_area import *  # noqa: F403
 from torchkiln.ops.detection.box_convert import *  # noqa: F403
 from torchkiln.ops.detection.box_iou import *  # noqa: F403
@@ -18,8 +20,11 @@ from torchkiln.ops.detection.point_sample import *  # noqa: F403
 from torchkiln.ops.detection.points_in_polygons import *  # noqa: F403
 from torchkiln.ops.detection.ps_roi_pool import *  # noqa: F403
 from torchkiln.ops.detection.remove_small_boxes import *  # noqa: F403
+from torchkiln.ops.detection.riroi_align_rotated import *  # noqa: F403
 from torchkiln.ops.detection.roi_align import *  # noqa: F403
+from torchkiln.ops.detection.roi_align_rotated import *  # noqa: F403
 from torchkiln.ops.detection.roi_pool import *  # noqa: F403
+from torchkiln.ops.detection.rotated_feature_align import *  # noqa: F403
 from torchkiln.ops.detection.sigmoid_focal_loss import *  # noqa: F403
 from torchkiln.ops.detection.soft_nms import *  # noqa: F403
 from torchkiln.ops.detection.softmax_focal_loss import *  # noqa: F403
