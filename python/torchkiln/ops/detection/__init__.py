@@ -10,6 +10,9 @@ from torchkiln.ops.detection.box_losses import *  # noqa: F403
 from torchkiln.ops.detection.clip_boxes_to_image import *  # noqa: F403
 from torchkiln.ops.detection.masks_to_boxes import *  # noqa: F403
 from torchkiln.ops.detection.nms import *  # noqa: F403
+from torchkiln.ops.detection.nms3d import *  # noqa: F403
+from torchkiln.ops.detection.nms_match import *  # noqa: F403
+from torchkiln.ops.detection.nms_rotated import *  # noqa: F403
 from torchkiln.ops.detection.point_sample import *  # noqa: F403
 from torchkiln.ops.detection.points_in_polygons import *  # noqa: F403
 from torchkiln.ops.detection.remove_small_boxes import *  # noqa: F403
