@@ -70,13 +70,12 @@ def corners(boxes: Tensor, turn: int = 1) -> Tensor:
     local = unit * size[..., None, :]
     cos, sin = angle.cos()[..., None], angle.sin()[..., None]
     x, y = local.unbind(-1)
-    vertices: Tensor = center + torch.stack([x * cos - y * sin, x * sin + y * cos], -1)
-    return vertices
+    return center + torch.stack([x * cos - y * sin, x * sin + y * cos], -1)
 
 
 def _polygons(boxes: Tensor, form: int, turn: int) -> Tensor:
     if form == _QUAD:
-        return boxes.unflatten(-1, (4, 2))
+        return boxes.reshape(*boxes.shape[:-1], 4, 2)
     if form == _CORNERS:
         first, last = boxes[..., :2], boxes[..., 2:4]
         boxes = torch.cat([(first + last) / 2, last - first, boxes[..., 4:]], -1)
