@@ -191,9 +191,9 @@ std::tuple<Tensor, Tensor> soft_nms_cpu(const Tensor& boxes, const Tensor& score
 }
 
 std::tuple<Tensor, Tensor, Tensor> soft_nms_padded_cpu(const Tensor& boxes, const Tensor& scores,
+                                                       std::int64_t max_output,
                                                        double iou_threshold, double sigma,
                                                        double min_score, std::int64_t method,
-                                                       std::int64_t max_output,
                                                        const std::optional<Tensor>& idxs) {
   constexpr const char* kOp = "soft_nms_padded";
   const SoftPlan p =
