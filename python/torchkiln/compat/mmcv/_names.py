@@ -101,9 +101,9 @@ _TABLE = """
 + apply border_align | input, boxes, pool_size
 + class BorderAlign | pool_size | input, boxes
 [box_iou_quadri]
-+ def box_iou_quadri | bboxes1, bboxes2, mode="iou", aligned=False
++ def box_iou_quadri | bboxes1, bboxes2, mode="iou", aligned=False |  | box_iou_quadri
 [box_iou_rotated]
-+ def box_iou_rotated | bboxes1, bboxes2, mode="iou", aligned=False, clockwise=True
++ def box_iou_rotated | bboxes1, bboxes2, mode="iou", aligned=False, clockwise=True |  | box_iou_rotated
 [carafe]
 - function CARAFENaiveFunction | features, masks, kernel_size, group_size, scale_factor
 + apply carafe_naive | features, masks, kernel_size, group_size, scale_factor
@@ -160,8 +160,8 @@ _TABLE = """
 - def calculate_area | idx_sorted, vertices
 - def oriented_box_intersection_2d | corners1, corners2
 - def box2corners | box
-+ def diff_iou_rotated_2d | box1, box2
-+ def diff_iou_rotated_3d | box3d1, box3d2
++ def diff_iou_rotated_2d | box1, box2 |  | diff_iou_rotated_2d
++ def diff_iou_rotated_3d | box3d1, box3d2 |  | diff_iou_rotated_3d
 [filtered_lrelu]
 + def filtered_lrelu | input, filter_up=None, filter_down=None, bias=None, up=1, down=1, padding=0, gain=2**0.5, slope=0.2, clamp=None, flip_filter=False, use_custom_op=True
 [focal_loss]
@@ -192,11 +192,11 @@ _TABLE = """
 + def get_compiler_version
 + def get_compiling_cuda_version
 [iou3d]
-+ def boxes_overlap_bev | boxes_a, boxes_b
-+ def boxes_iou3d | boxes_a, boxes_b
++ def boxes_overlap_bev | boxes_a, boxes_b |  | boxes_overlap_bev
++ def boxes_iou3d | boxes_a, boxes_b |  | boxes_iou3d
 + def nms3d | boxes, scores, iou_threshold
 + def nms3d_normal | boxes, scores, iou_threshold
-+ def boxes_iou_bev | boxes_a, boxes_b
++ def boxes_iou_bev | boxes_a, boxes_b |  | boxes_iou_bev
 + def nms_bev | boxes, scores, thresh, pre_max_size=None, post_max_size=None
 + def nms_normal_bev | boxes, scores, thresh
 [knn]
