@@ -666,7 +666,7 @@ GPU_TABLES: Sequence[Callable[[], Iterator[Case]]] = (
     box_iou_rows,
 )
 # Other files of rows; each has GPU_TABLES, cpu_rows(threads) and tiny_rows().
-SUBJECTS = ("benchmarks.cases_rotated",)
+SUBJECTS = ("benchmarks.cases_rotated", "benchmarks.cases_suppression")
 
 
 def subjects() -> list[Any]:

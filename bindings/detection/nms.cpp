@@ -15,6 +15,8 @@ constexpr BoxForm kTurned = {nms::kRotated, 5, "labels"};
 constexpr BoxForm kFourVertices = {nms::kQuads, 8, "labels"};
 constexpr BoxForm kUpright = {nms::kRotated, 7, "labels"};
 constexpr BoxForm kUprightNormal = {nms::kNormal, 7, "labels"};
+// mmcv's rules, for its drop-in; by number.
+constexpr BoxForm kPeers[] = {{nms::kPeerRotated, 7, "labels"}, {nms::kPeerQuads, 8, "labels"}};
 constexpr BoxForm kMatched = {nms::kInclusive, 4, "idxs"};
 
 NmsPlan plan_turned(const char* op, const Tensor& boxes, const Tensor& scores, double iou_threshold,
@@ -49,6 +51,14 @@ struct Operators {
   static Tensor nms3d_normal(const Tensor& boxes, const Tensor& scores, double iou_threshold,
                              const Classes& labels) {
     return sized(plan_nms("nms3d_normal", boxes, scores, labels, iou_threshold, kUprightNormal));
+  }
+
+  static Tensor nms_by_peer(const Tensor& boxes, const Tensor& scores, double iou_threshold,
+                            std::int64_t form, const Classes& labels) {
+    constexpr const char* kOp = "_nms_by_peer";
+    if (form < 0 || form > 1)
+      fail(TORCHKILN_ERROR_VALUE, kOp, "form", "be 0 or 1", std::to_string(form));
+    return sized(plan_nms(kOp, boxes, scores, labels, iou_threshold, kPeers[form]));
   }
 
   using Pair = std::tuple<Tensor, Tensor>;
@@ -168,6 +178,7 @@ void check_max_output(const char* op, std::int64_t max_output) {
   m.impl("nms3d_padded", TORCH_BOX(&Device::nms3d_padded));               \
   m.impl("nms3d_normal", TORCH_BOX(&Device::nms3d_normal));               \
   m.impl("nms3d_normal_padded", TORCH_BOX(&Device::nms3d_normal_padded)); \
+  m.impl("_nms_by_peer", TORCH_BOX(&Device::nms_by_peer));                \
   m.impl("nms_groups", TORCH_BOX(&Device::nms_groups))
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torchkiln, m) {
@@ -189,6 +200,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torchkiln, m) {
     m.def((start + "_padded" + inputs + "int max_output, Tensor? labels=None) -> (Tensor, Tensor)")
               .c_str());
   }
+  m.def(
+      "_nms_by_peer(Tensor boxes, Tensor scores, float iou_threshold, int form, "
+      "Tensor? labels=None) -> Tensor");
   m.def("nms_groups(Tensor boxes, Tensor scores, float iou_threshold) -> (Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(torchkiln, CUDA, m) { TORCHKILN_NMS_IMPL(m, OnCuda); }

@@ -107,19 +107,27 @@ class Stages {
 
 const std::vector<const char*> kBoxOperators = {"nms", "batched_nms", "nms_padded"};
 const std::vector<const char*> kShapeOperators = {
-    "nms_rotated",  "nms_rotated_padded", "nms_quadri",          "nms_quadri_padded", "nms3d",
-    "nms3d_padded", "nms3d_normal",       "nms3d_normal_padded", "nms_groups"};
+    "nms_rotated", "nms_rotated_padded", "nms_quadri",   "nms_quadri_padded",
+    "nms3d",       "nms3d_padded",       "nms3d_normal", "nms3d_normal_padded",
+    "nms_groups",  "_nms_by_peer"};
 
 // soft_nms finds its classes by the order, too.
 const Stages<BoxStatics> box_stages(
     "detection/nms.cuh", {"nms", "batched_nms", "nms_padded", "soft_nms", "soft_nms_padded"},
     kBoxOperators, {types("scalar", kFloatTypes), bools("classes")}, {64, 256});
 // Tests are long: more threads share those of a box.
-const Stages<ShapeStatics> shape_stages(
-    "detection/nms_shapes.cuh", kShapeOperators, kShapeOperators,
-    {types("scalar", kFloatTypes),
-     ints("kind", {nms::kRotated, nms::kQuads, nms::kNormal, nms::kInclusive}), bools("classes")},
-    {64, 512}, [](const ShapeStatics& s) { return s.kind != nms::kInclusive || s.classes == 0; });
+const Stages<ShapeStatics> shape_stages("detection/nms_shapes.cuh", kShapeOperators,
+                                        kShapeOperators,
+                                        {types("scalar", kFloatTypes),
+                                         ints("kind", {nms::kRotated, nms::kQuads, nms::kNormal,
+                                                       nms::kInclusive, nms::kPeerRotated,
+                                                       nms::kPeerQuads}),
+                                         bools("classes")},
+                                        {64, 512}, [](const ShapeStatics& s) {
+                                          if (s.kind >= nms::kPeerRotated)
+                                            return s.scalar == TORCHKILN_FLOAT;
+                                          return s.kind != nms::kInclusive || s.classes == 0;
+                                        });
 
 using Compact = Kernel<Args, CompactStatics, Sizes, SortTunables>;
 const Compact compact_kernel({
@@ -127,7 +135,7 @@ const Compact compact_kernel({
     .entry = "compact",
     .operators = {"batched_nms", "nms_padded", "nms_rotated", "nms_rotated_padded", "nms_quadri",
                   "nms_quadri_padded", "nms3d", "nms3d_padded", "nms3d_normal",
-                  "nms3d_normal_padded"},
+                  "nms3d_normal_padded", "_nms_by_peer"},
     .statics = {},
     .sizes = {{"n", TORCHKILN_BUCKET_POW2}},
     .tunables = {ints("block_size", {128, 256, 512, 1024})},
@@ -162,8 +170,8 @@ std::int64_t count_words(std::int64_t n) { return ceil_div(n, kWidestPanel) * (k
 // Numbers that the tests need of a box: sizes of the kinds' shapes.
 std::int64_t shape_numbers(std::int64_t kind) {
   constexpr std::size_t kNumber = sizeof(float);
-  if (kind == nms::kRotated) return sizeof(Rotated<float>) / kNumber;
-  if (kind == nms::kQuads) return sizeof(Quad<float>) / kNumber;
+  if (kind == nms::kRotated || kind == nms::kPeerRotated) return sizeof(Rotated<float>) / kNumber;
+  if (kind == nms::kQuads || kind == nms::kPeerQuads) return sizeof(Quad<float>) / kNumber;
   return sizeof(Box<float>) / kNumber;
 }
 

@@ -3,12 +3,20 @@
 #pragma once
 
 #include "detection/nms.h"
+#include "geometry/peer_overlap.h"
 #include "geometry/quad.h"
 #include "geometry/rotated.h"
 
 namespace torchkiln::nms {
 
-enum KindNumber : int { kRotated = 0, kQuads = 1, kNormal = 2, kInclusive = 3 };
+enum KindNumber : int {
+  kRotated = 0,
+  kQuads = 1,
+  kNormal = 2,
+  kInclusive = 3,
+  kPeerRotated = 4,  // by the rules of geometry/peer_overlap.h
+  kPeerQuads = 5
+};
 
 // A test of shapes whose shared area is found by geometry/: false for NaN.
 template <class Shape, class T>
@@ -98,6 +106,30 @@ struct InclusiveBoxes : Boxes<Type> {
   }
 };
 
+template <class T>
+TORCHKILN_HD PeerRotated<T> as_peer(const Rotated<T>& box) {
+  return peer_rotated(box);
+}
+template <class T>
+TORCHKILN_HD PeerQuad<T> as_peer(const Quad<T>& quad) {
+  return PeerQuad<T>{quad};
+}
+
+// A shape by another rule: `Plain` with shapes that are made into `Peer<T>`.
+template <class Plain, template <class> class Peer>
+struct PeerShapes : Plain {
+  using typename Plain::T;
+  using Shape = Peer<T>;
+
+  static TORCHKILN_HD Shape load(const Args& args, i64 row) {
+    return as_peer(Plain::load(args, row));
+  }
+  static TORCHKILN_HD Shape absent() { return as_peer(Plain::absent()); }
+  static TORCHKILN_HD bool exceeds(const Shape& a, T area_a, const Shape& b, T area_b,
+                                   T threshold) {
+    return shape_exceeds(a, area_a, b, area_b, threshold);
+  }
+};
 template <class Scalar, int kKind>
 struct KindOf;
 template <class Scalar>
@@ -115,6 +147,14 @@ struct KindOf<Scalar, kNormal> {
 template <class Scalar>
 struct KindOf<Scalar, kInclusive> {
   using Type = InclusiveBoxes<Scalar>;
+};
+template <class Scalar>
+struct KindOf<Scalar, kPeerRotated> {
+  using Type = PeerShapes<RotatedBoxes<Scalar>, PeerRotated>;
+};
+template <class Scalar>
+struct KindOf<Scalar, kPeerQuads> {
+  using Type = PeerShapes<Quads<Scalar>, PeerQuad>;
 };
 template <class Scalar, int kKind>
 using ShapeKind = typename KindOf<Scalar, kKind>::Type;

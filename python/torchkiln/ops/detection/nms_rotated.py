@@ -51,6 +51,19 @@ def _fake_nms_quadri_padded(
     return _fake_nms_rotated_padded(boxes, scores, iou_threshold, max_output, labels)
 
 
+def _fake_nms_by_peer(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    form: int,
+    labels: Tensor | None = None,
+) -> Tensor:
+    return _fake_nms_rotated(boxes, scores, iou_threshold, labels)
+
+
+# Forms that follow mmcv's rules, for its drop-in: boxes in space, and quadrilaterals.
+PEER_UPRIGHT, PEER_QUADRI = range(2)
+
 _nms_rotated = operator("nms_rotated", fake=_fake_nms_rotated, autocast=torch.float32)
 _nms_rotated_padded = operator(
     "nms_rotated_padded", fake=_fake_nms_rotated_padded, autocast=torch.float32
@@ -59,6 +72,19 @@ _nms_quadri = operator("nms_quadri", fake=_fake_nms_quadri, autocast=torch.float
 _nms_quadri_padded = operator(
     "nms_quadri_padded", fake=_fake_nms_quadri_padded, autocast=torch.float32
 )
+_nms_by_peer = operator("_nms_by_peer", fake=_fake_nms_by_peer)
+
+
+def suppress_by_peer(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    form: int,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """Rows that stay by mmcv's overlaps of a form, computed in float32."""
+    boxes, scores = boxes.detach().float(), scores.detach().float()
+    return _nms_by_peer(boxes, scores, float(iou_threshold), form, labels)
 
 
 def nms_rotated(
