@@ -670,6 +670,7 @@ SUBJECTS = (
     "benchmarks.cases_rotated",
     "benchmarks.cases_rotated_roi",
     "benchmarks.cases_segmentation",
+    "benchmarks.cases_suppression",
 )
 
 

@@ -194,11 +194,11 @@ _TABLE = """
 [iou3d]
 + def boxes_overlap_bev | boxes_a, boxes_b |  | boxes_overlap_bev
 + def boxes_iou3d | boxes_a, boxes_b |  | boxes_iou3d
-+ def nms3d | boxes, scores, iou_threshold
-+ def nms3d_normal | boxes, scores, iou_threshold
++ def nms3d | boxes, scores, iou_threshold |  | nms3d
++ def nms3d_normal | boxes, scores, iou_threshold |  | nms3d_normal
 + def boxes_iou_bev | boxes_a, boxes_b |  | boxes_iou_bev
-+ def nms_bev | boxes, scores, thresh, pre_max_size=None, post_max_size=None
-+ def nms_normal_bev | boxes, scores, thresh
++ def nms_bev | boxes, scores, thresh, pre_max_size=None, post_max_size=None |  | nms_rotated
++ def nms_normal_bev | boxes, scores, thresh |  | nms
 [knn]
 - function KNN | k, xyz, center_xyz=None, transposed=False
 + apply knn | k, xyz, center_xyz=None, transposed=False
@@ -228,9 +228,9 @@ _TABLE = """
 + def nms | boxes, scores, iou_threshold, offset=0, score_threshold=0, max_num=-1 |  | nms
 + def soft_nms | boxes, scores, iou_threshold=0.3, sigma=0.5, min_score=0.001, method="linear", offset=0 |  | soft_nms
 + def batched_nms | boxes, scores, idxs, nms_cfg, class_agnostic=False |  | nms
-+ def nms_match | dets, iou_threshold |  | torch
-+ def nms_rotated | dets, scores, iou_threshold, labels=None, clockwise=True
-+ def nms_quadri | dets, scores, iou_threshold, labels=None
++ def nms_match | dets, iou_threshold |  | nms_groups
++ def nms_rotated | dets, scores, iou_threshold, labels=None, clockwise=True |  | nms_rotated
++ def nms_quadri | dets, scores, iou_threshold, labels=None |  | nms_quadri
 [pixel_group]
 + def pixel_group | score, mask, embedding, kernel_label, kernel_contour, kernel_region_num, distance_threshold
 [point_sample]
