@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchkiln.testing import Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["batched_nms", "nms", "nms_padded"]
@@ -106,6 +106,7 @@ def parity() -> Parity:
         op="nms",
         functions=("nms_padded", "nms", "batched_nms"),
         tier="X",
+        fuzz=_fuzz,
         cases=tuple(
             Case(f"{name}_{function}", _make(boxes, function), functions=(function,))
             for function in ("nms_padded", "nms", "batched_nms")
@@ -184,3 +185,15 @@ _CANDIDATES = {
     # Areas beyond float16.
     "large": _random(50, 6e4),
 }
+
+
+def _fuzz(draw: Draw) -> dict[str, Any]:
+    boxes = draw.boxes(draw.size(60), draw.pick(100.0, 40.0))
+    arguments: dict[str, Any] = {"boxes": boxes, "scores": draw.scores(len(boxes))}
+    arguments["iou_threshold"] = draw.threshold(boxes)
+    if draw.function == "nms_padded":
+        arguments["max_output"] = draw.size(30)
+    has_classes = draw.function == "nms_padded" and draw.option("classes", False, True)
+    if has_classes or draw.function == "batched_nms":
+        arguments["idxs"] = draw.labels(len(boxes), 3)
+    return arguments
