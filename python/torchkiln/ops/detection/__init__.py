@@ -7,11 +7,13 @@ from torchkiln.ops.detection.box_convert import *  # noqa: F403
 from torchkiln.ops.detection.box_iou import *  # noqa: F403
 from torchkiln.ops.detection.box_losses import *  # noqa: F403
 from torchkiln.ops.detection.clip_boxes_to_image import *  # noqa: F403
+from torchkiln.ops.detection.contour_expand import *  # noqa: F403
 from torchkiln.ops.detection.convex_iou import *  # noqa: F403
 from torchkiln.ops.detection.corner_pool import *  # noqa: F403
 from torchkiln.ops.detection.masks_to_boxes import *  # noqa: F403
 from torchkiln.ops.detection.min_area_polygons import *  # noqa: F403
 from torchkiln.ops.detection.nms import *  # noqa: F403
+from torchkiln.ops.detection.pixel_group import *  # noqa: F403
 from torchkiln.ops.detection.point_sample import *  # noqa: F403
 from torchkiln.ops.detection.points_in_polygons import *  # noqa: F403
 from torchkiln.ops.detection.remove_small_boxes import *  # noqa: F403
