@@ -118,7 +118,7 @@ _TABLE = """
 - function ChamferDistanceFunction | xyz1, xyz2
 + apply chamfer_distance | xyz1, xyz2
 [contour_expand]
-+ def contour_expand | kernel_mask, internal_kernel_label, min_kernel_area, kernel_num
++ def contour_expand | kernel_mask, internal_kernel_label, min_kernel_area, kernel_num |  | contour_expand
 [conv2d_gradfix]
 + def conv2d | input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1 |  | torch
 + def conv_transpose2d | input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1 |  | torch
@@ -232,7 +232,7 @@ _TABLE = """
 + def nms_rotated | dets, scores, iou_threshold, labels=None, clockwise=True |  | nms_rotated
 + def nms_quadri | dets, scores, iou_threshold, labels=None |  | nms_quadri
 [pixel_group]
-+ def pixel_group | score, mask, embedding, kernel_label, kernel_contour, kernel_region_num, distance_threshold
++ def pixel_group | score, mask, embedding, kernel_label, kernel_contour, kernel_region_num, distance_threshold |  | pixel_group
 [point_sample]
 - def bilinear_grid_sample | im, grid, align_corners=False |  | torch
 - def normalize | grid |  | torch
