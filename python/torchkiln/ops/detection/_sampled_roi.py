@@ -11,22 +11,17 @@ import torch
 from torch import Tensor
 
 from torchkiln._frame import operator
-from torchkiln.ops.detection.roi_align import _is_channels_last, _like
+from torchkiln.ops.detection._regions import is_channels_last, like
 
-__all__ = ["BEZIER", "BORDER", "FEATURE", "ORIENTED", "ROTATED", "fake_rois", "gradient", "pair"]
+__all__ = ["BEZIER", "BORDER", "FEATURE", "ORIENTED", "ROTATED", "fake_rois", "gradient"]
 
 # Values of the schema's `kind`.
 ROTATED, ORIENTED, BEZIER, BORDER, FEATURE = range(5)
 
 
-def pair(output_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width, for one number both the same."""
-    return (output_size, output_size) if isinstance(output_size, int) else output_size
-
-
 def fake_rois(input: Tensor, boxes: Tensor, pooled_height: int, pooled_width: int) -> Tensor:
     """The output of a region a row."""
-    return _like(input, (boxes.shape[0], input.shape[1], pooled_height, pooled_width))
+    return like(input, (boxes.shape[0], input.shape[1], pooled_height, pooled_width))
 
 
 def _fake_backward(
@@ -69,7 +64,7 @@ def gradient(
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         input, boxes, *others = inputs
         ctx.settings = settings(*others)
-        ctx.shape, ctx.channels_last = input.shape, _is_channels_last(input)
+        ctx.shape, ctx.channels_last = input.shape, is_channels_last(input)
         if kind != BORDER:
             ctx.save_for_backward(boxes)
             return

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from torchkiln._frame import deterministic_default, operator
+from torchkiln.ops.detection._regions import like
 from torchkiln.ops.detection._sampled_roi import BORDER, gradient
-from torchkiln.ops.detection.roi_align import _like
 
 __all__ = ["border_align"]
 
@@ -24,10 +24,8 @@ def _fake(
     with_argmax: bool = True,
 ) -> tuple[Tensor, Tensor]:
     shape = (input.shape[0], input.shape[1] // 4, boxes.shape[1], 4)
-    winners = _like(input, shape, torch.int32) if with_argmax else None
-    return _like(input, shape), input.new_empty(
-        0, dtype=torch.int32
-    ) if winners is None else winners
+    winners = like(input, shape, torch.int32) if with_argmax else None
+    return like(input, shape), input.new_empty(0, dtype=torch.int32) if winners is None else winners
 
 
 def _settings(pool_size: int, deterministic: bool, with_argmax: bool) -> tuple[Any, ...]:

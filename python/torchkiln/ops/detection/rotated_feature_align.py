@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from torchkiln._frame import deterministic_default, operator
+from torchkiln.ops.detection._regions import like
 from torchkiln.ops.detection._sampled_roi import FEATURE, gradient
-from torchkiln.ops.detection.roi_align import _like
 
 __all__ = ["rotated_feature_align"]
 
@@ -22,7 +22,7 @@ def _fake(
     points: int = 1,
     deterministic: bool = False,
 ) -> Tensor:
-    return _like(input, input.shape)
+    return like(input, input.shape)
 
 
 def _settings(scale: float, points: int, deterministic: bool) -> tuple[Any, ...]:

@@ -65,9 +65,7 @@ class RiRoIAlignRotated(nn.Module):
     def forward(self, features: Tensor, rois: Tensor) -> Tensor:
         """Returns (K, C * num_orientations, height, width) for regions `rois` (K, 6)."""
         settings = (self.out_size, self.spatial_scale, self.num_samples)
-        return riroi_align_rotated(
-            features, rois, *settings, self.num_orientations, self.clockwise
-        )
+        return riroi_align_rotated(features, rois, *settings, self.num_orientations, self.clockwise)
 
     def extra_repr(self) -> str:
         """The settings."""
