@@ -138,7 +138,8 @@ def test_quirk_roi_align_rotated_negative_size():
 
 def test_quirk_riroi_align_rotated_turns():
     """mmcv reads beside the features from a turn on."""
-    input, turn = numbers(1, 8, 8, 8), torch.tensor([0, 0, 0, 0, 0, 6.283185307179586]).double()
+    input = numbers(1, 8, 8, 8)
+    turn = torch.tensor([0, 0, 0, 0, 0, 6.283185307179586], dtype=torch.float64)
     expected = ops.riroi_align_rotated(input, ROTATED, 2, 1.0)
     for turns in (-3, 1, 5):
         result = ops.riroi_align_rotated(input, ROTATED + turns * turn, 2, 1.0)
