@@ -10,6 +10,7 @@
 #include <string>
 
 #include "tests/emulated/emulator/cubin.h"
+#include "tests/emulated/emulator/faults.h"
 #include "tests/emulated/emulator/grid.h"
 #include "tests/emulated/emulator/memory.h"
 #include "tests/jit/support/fake_driver.h"
@@ -96,6 +97,9 @@ extern "C" __attribute__((visibility("default"))) void fake_cuda_release(void* m
 extern "C" __attribute__((visibility("default"))) void fake_cuda_schedule(unsigned seed) {
   emulator::set_schedule(seed);
   emulator::guard(seed % 2 == 0 ? emulator::Guarded::kEnd : emulator::Guarded::kBegin);
+}
+extern "C" __attribute__((visibility("default"))) void fake_cuda_patience(long milliseconds) {
+  emulator::set_patience(milliseconds);
 }
 
 extern "C" __attribute__((visibility("default"))) CudaResult cuGetProcAddress_v2(const char* name,

@@ -12,6 +12,10 @@ namespace torchkiln::emulator {
 // Whether the code that runs is the kernel's own.
 extern thread_local volatile bool in_kernel;
 
+// How long a launch may take before it fails; a minute unless set.
+void set_patience(long milliseconds);
+bool has_lasted_too_long();
+
 // A guard page below a stack.
 void watch_stack(const void* page, std::size_t bytes);
 

@@ -310,9 +310,12 @@ bool Runner::run_block(Block& block) {
     for (const unsigned warp : warps_) run_warp(block, warp, ran);
   }
   if (block.live == 0) return false;
-  const bool sleeps = std::any_of(block.fibers.begin(), block.fibers.end(),
-                                  [](const Fiber* f) { return f->state == State::kAsleep; });
-  if (!sleeps) throw std::runtime_error(deadlock(block));
+  const auto sleeper = std::find_if(block.fibers.begin(), block.fibers.end(),
+                                    [](const Fiber* f) { return f->state == State::kAsleep; });
+  if (sleeper == block.fibers.end()) throw std::runtime_error(deadlock(block));
+  if (has_lasted_too_long()) {
+    throw std::runtime_error(text(**sleeper) + " runs without end, or waits for what never comes");
+  }
   return true;
 }
 

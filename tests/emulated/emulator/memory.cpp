@@ -1,4 +1,4 @@
-// Buffers between guard pages.
+// Buffers between pages that may not be touched.
 // SPDX-License-Identifier: Apache-2.0
 #include "tests/emulated/emulator/memory.h"
 
@@ -17,9 +17,11 @@ namespace {
 
 constexpr std::size_t kAlignment = 16;
 constexpr unsigned char kBeside = 0xa5;
+// On either side of a buffer: what a wrong stride steps over must not be another buffer.
+constexpr std::size_t kGuard = std::size_t{1} << 20;
 
 struct Buffer {
-  char* region;  // with a guard page at each end
+  char* region;  // with the guards
   std::size_t region_bytes;
   char* data;
   std::size_t bytes;
@@ -73,11 +75,11 @@ void guard(Guarded end) {
 
 void* allocate(std::size_t bytes, const char* what) {
   const std::size_t inner = round_up(std::max<std::size_t>(bytes, 1), page());
-  const std::size_t all = inner + 2 * page();
+  const std::size_t all = inner + 2 * kGuard;
   void* mapped = ::mmap(nullptr, all, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) throw std::bad_alloc();
   char* region = static_cast<char*>(mapped);
-  char* first = region + page();
+  char* first = region + kGuard;
   if (::mprotect(first, inner, PROT_READ | PROT_WRITE) != 0) {
     ::munmap(region, all);
     throw std::bad_alloc();
@@ -128,8 +130,8 @@ std::string describe(const void* address) {
 std::optional<std::string> unseen_writes() {
   const std::scoped_lock lock(memory().mutex);
   for (const auto& [region, buffer] : memory().buffers) {
-    const char* first = region + page();
-    const char* last = region + buffer.region_bytes - page();
+    const char* first = region + kGuard;
+    const char* last = region + buffer.region_bytes - kGuard;
     const char* found = changed(first, buffer.data);
     if (found == nullptr) found = changed(buffer.data + buffer.bytes, last);
     if (found == nullptr) continue;

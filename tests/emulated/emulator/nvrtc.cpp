@@ -129,6 +129,8 @@ std::vector<std::string> command_for(const fs::path& folder, const fs::path& sou
   return {
       TORCHKILN_EMULATOR_CXX, "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-nostartfiles",
       "-fno-exceptions", "-fno-rtti", "-fno-strict-aliasing", "-ffp-contract=off",
+      // A large frame must not step over the page below the stack.
+      "-fstack-clash-protection",
       // Flexible arrays apart, an index beyond an array traps, and so does a pointer that is not aligned.
       "-fsanitize=bounds,alignment",
 #if defined(__clang__)

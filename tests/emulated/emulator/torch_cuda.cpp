@@ -17,6 +17,7 @@
 #include <dlfcn.h>
 #include <torch/library.h>
 
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -42,6 +43,7 @@ struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::kCUDA> {
   void block(void*, const c10::Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
   void synchronizeDevice(const c10::DeviceIndex) const override {}
+  void* getStreamNativeHandle(const c10::Stream) const override { return nullptr; }
 
  private:
   static c10::Stream stream() { return c10::Stream(c10::Stream::DEFAULT, gpu()); }
@@ -246,6 +248,9 @@ class HostCall {
 };
 
 void run_on_host(const c10::OperatorHandle& op, Stack* stack) {
+  const std::string& name = op.schema().name();
+  // Ours must have a CUDA version: its CPU version would prove nothing.
+  TORCH_CHECK_NOT_IMPLEMENTED(name.starts_with("aten::"), name, " has no kernel for CUDA");
   const at::AutoDispatchBelowADInplaceOrView below;
   HostCall call;
   const auto count = op.schema().arguments().size();
