@@ -1,5 +1,7 @@
 // Overlaps of rotated shapes on the GPU. Of a model's pairs few touch, and those cost twenty times the others: each warp
 // writes the others at once and collects those that touch until it has one for every lane.
+// spills: on sm_75 one register under mmcv's rules, whose candidates lie in local memory in any case
+// compile time: mmcv's rules sort 24 candidates, and float64 has its sines by tables
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
