@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "detection/box_iou_rotated.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <vector>
 
@@ -186,25 +187,32 @@ void with_variant(ScalarType dtype, std::int64_t form, std::int64_t mode, const 
   });
 }
 
+// Elements [begin, end) of the result, row after row.
 template <class Scalar, int kForm, int kMode>
-void pair_rows(const Args& args, const std::vector<ShapeOf<kForm, Scalar>>& others,
-               std::int64_t begin, std::int64_t end) {
-  for (std::int64_t i = begin; i < end; ++i) {
+void pair_elements(const Args& args, const std::vector<ShapeOf<kForm, Scalar>>& others,
+                   std::int64_t begin, std::int64_t end) {
+  Scalar* out = static_cast<Scalar*>(args.out);
+  for (std::int64_t i = begin / args.m; i * args.m < end; ++i) {
     const auto shape = load_shape<kForm>(static_cast<const Scalar*>(args.boxes1), i, args.turn);
-    Scalar* out = static_cast<Scalar*>(args.out) + i * args.m;
-    for (const auto& other : others)
-      store(*out++, value_of<kMode>(shape, other, shared_area(shape, other)));
+    const std::int64_t row = i * args.m;
+    for (std::int64_t at = std::max<std::int64_t>(begin, row);
+         at < std::min<std::int64_t>(end, row + args.m); ++at) {
+      const auto& other = others[static_cast<std::size_t>(at - row)];
+      store(out[at], value_of<kMode>(shape, other, shared_area(shape, other)));
+    }
   }
 }
 
 template <class Scalar, int kForm, int kMode>
 void pairs_cpu(const Args& args) {
   std::vector<ShapeOf<kForm, Scalar>> others(static_cast<std::size_t>(args.m));
-  for (std::int64_t j = 0; j < args.m; ++j)
-    others[static_cast<std::size_t>(j)] =
-        load_shape<kForm>(static_cast<const Scalar*>(args.boxes2), j, args.turn);
-  parallel_for(args.n, args.m * kPairNanoseconds, [&](std::int64_t begin, std::int64_t end) {
-    pair_rows<Scalar, kForm, kMode>(args, others, begin, end);
+  parallel_for(args.m, kPairNanoseconds, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t j = begin; j < end; ++j)
+      others[static_cast<std::size_t>(j)] =
+          load_shape<kForm>(static_cast<const Scalar*>(args.boxes2), j, args.turn);
+  });
+  parallel_for(args.n * args.m, kPairNanoseconds, [&](std::int64_t begin, std::int64_t end) {
+    pair_elements<Scalar, kForm, kMode>(args, others, begin, end);
   });
 }
 

@@ -1,5 +1,7 @@
 // Overlaps of rotated shapes on the GPU. Of a model's pairs few touch, and those cost twenty times the others: each warp
 // writes the others at once and collects those that touch until it has one for every lane.
+// spills: on sm_75 one register under mmcv's rules, whose candidates lie in local memory in any case
+// compile time: mmcv's rules sort 24 candidates, and float64 has its sines by tables
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -15,7 +17,7 @@ __global__ void __launch_bounds__(kBlockSize) pairs(const Args args) {
   using Shape = ShapeOf<kForm, Scalar>;
   static_assert(kRows <= kBlockSize && kRows * kBlockSize <= 65536);
   constexpr u32 kAll = 0xffffffffu;
-  __shared__ Shape rows[kRows], columns[kBlockSize];
+  __shared__ Shape shapes[kRows + kBlockSize];
   // A pair is its row and column in the tile; less than a warp of them is left when the next ones come.
   __shared__ u16 queues[kBlockSize / kWarpSize][2 * kWarpSize];
 
@@ -25,13 +27,14 @@ __global__ void __launch_bounds__(kBlockSize) pairs(const Args args) {
   const int height = int(min_of(args.n - first_row, i64(kRows)));
   const int thread = int(threadIdx.x), lane = thread % kWarpSize;
   const bool inside = first_column + thread < args.m;
-  if (inside) {
-    columns[thread] = load_shape<kForm>(static_cast<const Scalar*>(args.boxes2),
-                                        first_column + thread, args.turn);
-  }
-  if (thread < height) {
-    rows[thread] =
-        load_shape<kForm>(static_cast<const Scalar*>(args.boxes1), first_row + thread, args.turn);
+  const Shape *rows = shapes, *columns = shapes + kRows;
+#pragma unroll 1
+  for (int i = thread; i < kRows + kBlockSize; i += kBlockSize) {
+    const bool is_row = i < kRows;
+    const i64 index = is_row ? first_row + i : first_column + (i - kRows);
+    if (index >= (is_row ? args.n : args.m)) continue;
+    const void* boxes = is_row ? args.boxes1 : args.boxes2;
+    shapes[i] = load_shape<kForm>(static_cast<const Scalar*>(boxes), index, args.turn);
   }
   __syncthreads();
 

@@ -1,4 +1,5 @@
 // The differentiable overlap of rotated boxes on the GPU: one thread for each pair, forward and backward.
+// compile time: float64 has its sines by tables
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

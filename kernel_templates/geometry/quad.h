@@ -86,7 +86,7 @@ template <class T>
 TORCHKILN_HD T shared_with_triangle(const Quad<T>& q, T dx, T dy, T ax, T ay, T bx, T by) {
   const T twice = cross(ax, ay, bx, by);
   if (!(abs_of(twice) > T(1e-30))) return T(0);
-  const T inverse = T(1) / twice;
+  const T inverse = fast_quotient(T(1), twice);
   T x[5], y[5], sum = T(0);
   for (int i = 0; i < 4; ++i) {
     const T px = q.px[i] + dx, py = q.py[i] + dy;

@@ -18,7 +18,7 @@ import ctypes
 import importlib.util
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,3 +115,12 @@ def differing(op: str, function: str, seeds: Sequence[int]) -> list[str]:
         for name in first
         if not torch.equal(first[name], other[name])
     ]
+
+
+def on_gpu(function: Callable[..., torch.Tensor], *rows: list[Any]) -> list[Any]:
+    """The result of a function of tensors, for their numbers."""
+    import torch
+
+    schedule(0)
+    tensors = [torch.tensor(numbers, dtype=torch.float32).cuda() for numbers in rows]
+    return function(*tensors).cpu().tolist()  # type: ignore[no-any-return]
