@@ -6,6 +6,7 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from benchmarks.cases import (
     FLOOR,
     FORWARD,
     OURS,
+    PARITIES,
     PLAIN,
     SEED,
     Case,
@@ -97,6 +99,104 @@ def corner_pool_rows() -> Iterator[Case]:
         yield corner_pool((1, 64, 512, 512), mode)
 
 
+# --- polygons and regions: no peer runs them beside ours ------------------------------------------
+
+
+def of_workload(
+    operator: str,
+    name: str,
+    names: tuple[str, ...],
+    size: str,
+    written: int,
+    sizes: dict[str, int] | None = None,
+    dtype: torch.dtype = F32,
+    **options: Any,
+) -> Case:
+    """The arguments of a workload; `names` are its tensors, `written` the bytes of the result."""
+
+    def make(device: torch.device) -> Work:
+        (found,) = (w for w in PARITIES[operator].workloads if w.name == name)
+        arguments = found.arguments({**found.sizes, **(sizes or {})}, dtype, "contiguous", device)
+        rest = {key: value for key, value in arguments.items() if key not in names}
+        inputs: Inputs = {key: arguments[key] for key in names}
+        read = sum(value.numel() * value.element_size() for value in inputs.values())
+
+        def bind(i: Inputs) -> Any:
+            return partial(ours(operator), **{key: i[key] for key in names}, **rest)
+
+        return Work(inputs, [side(OURS, lambda: bind)], floor_bytes=read + written)
+
+    return Case(operator, size, name_of(dtype), FORWARD, make, **options)
+
+
+def convex_iou(n: int, m: int, dtype: torch.dtype = F32, **options: Any) -> Case:
+    """Points of a dense detector against the objects of an image."""
+    return of_workload(
+        "convex_iou",
+        "dense",
+        ("pointsets", "polygons"),
+        f"{n}x{m}",
+        nbytes(dtype) * n * m,
+        {"n": n, "m": m},
+        dtype,
+        **options,
+    )
+
+
+def convex_giou(n: int, **options: Any) -> Case:
+    """Value and gradient of pairs that overlap."""
+    names = ("pointsets", "polygons")
+    written = 4 * 19 * n
+    return of_workload(
+        "convex_giou", "positives", names, f"{n} pairs", written, {"n": n}, **options
+    )
+
+
+def min_area_polygons(n: int, **options: Any) -> Case:
+    """Nine points each."""
+    names = ("pointsets",)
+    return of_workload(
+        "min_area_polygons", "dense", names, f"{n} pointsets", 4 * 8 * n, {"n": n}, **options
+    )
+
+
+def contour_expand(side: int, masks: int, **options: Any) -> Case:
+    """PSENet's maps."""
+    sizes = {"masks": masks, "height": side, "width": side}
+    size = f"{side}x{side}, {masks} masks"
+    written = 4 * side * side
+    return of_workload(
+        "contour_expand", "psenet", ("masks", "labels"), size, written, sizes, **options
+    )
+
+
+def pixel_group(side: int, **options: Any) -> Case:
+    """PAN's maps."""
+    names = ("scores", "mask", "embeddings", "labels", "contour")
+    sizes = {"height": side, "width": side}
+    written = 4 * side * side
+    return of_workload("pixel_group", "pan", names, f"{side}x{side}", written, sizes, **options)
+
+
+def polygon_rows() -> Iterator[Case]:
+    """Dense detectors of rotated objects, then others."""
+    yield convex_iou(21_824, 100, quick=True)
+    yield convex_iou(21_824, 100, F16)
+    yield convex_iou(2000, 37)
+    yield convex_giou(4096, quick=True)
+    yield convex_giou(100)
+    yield min_area_polygons(21_824, quick=True)
+    yield min_area_polygons(1000)
+
+
+def region_rows() -> Iterator[Case]:
+    """Detectors of text, then others."""
+    yield contour_expand(736, 7, quick=True)
+    yield contour_expand(184, 7)
+    yield pixel_group(184, quick=True)
+    yield pixel_group(736)
+
+
 # --- the tables ---------------------------------------------------------------------------------
 
 
@@ -106,6 +206,11 @@ def cpu_rows(threads: int) -> Iterator[Case]:
     for mode in ("top", "left"):
         for direction in (FORWARD, BACKWARD):
             yield corner_pool((2, 64, 128, 128), mode, direction, **options)
+    yield convex_iou(2000, 100, **options)
+    yield convex_giou(4096, **options)
+    yield min_area_polygons(21_824, **options)
+    yield contour_expand(736, 7, **options)
+    yield pixel_group(184, **options)
 
 
 def tiny_rows() -> Iterator[Case]:
@@ -113,6 +218,11 @@ def tiny_rows() -> Iterator[Case]:
     options: dict[str, Any] = {"device": "cpu", "quick": True}
     for direction in (FORWARD, BACKWARD):
         yield corner_pool((1, 2, 9, 11), "left", direction, **options)
+    yield convex_iou(20, 6, **options)
+    yield convex_giou(9, **options)
+    yield min_area_polygons(20, **options)
+    yield contour_expand(130, 3, **options)
+    yield pixel_group(130, **options)
 
 
-GPU_TABLES = (corner_pool_rows,)
+GPU_TABLES = (corner_pool_rows, polygon_rows, region_rows)

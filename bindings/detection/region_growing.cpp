@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "detection/region_growing.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <limits>
 #include <optional>
@@ -243,11 +244,11 @@ template <class IsNear>
 void grow_cpu(const Args& args, const u8* plane, std::vector<i32>& queue, const IsNear& is_near) {
   for (std::size_t i = 0; i < queue.size(); ++i) {
     const i32 label = args.labels[queue[i]];
-    region_growing::for_neighbours(queue[i], args.height, args.width, [&](i32 other) {
-      if (args.labels[other] != 0 || plane[other] == 0 || !is_near(label, other)) return;
+    for (const i32 other : region_growing::neighbours(queue[i], args.height, args.width).at) {
+      if (args.labels[other] != 0 || plane[other] == 0 || !is_near(label, other)) continue;
       args.labels[other] = label;
       queue.push_back(other);
-    });
+    }
   }
 }
 
@@ -262,11 +263,17 @@ Tensor expand_cpu(const Tensor& masks, const Tensor& labels, std::int64_t min_ar
   }
   args.areas = areas.data();
   for (i32 i = 0; i < pixels; ++i) args.labels[i] = region_growing::kept(args, i);
+  for (i32 i = 0; i < pixels; ++i) {
+    if (args.labels[i] != 0) queue.push_back(i);
+  }
+  // Only these have something to do in a round; they start in row-major order.
+  const auto has_no_free = [&](i32 pixel) {
+    const auto around = region_growing::neighbours(pixel, args.height, args.width);
+    return std::ranges::none_of(around.at, [&](i32 other) { return args.labels[other] == 0; });
+  };
   for (i64 round = args.rounds - 1; round >= 0; --round) {
-    queue.clear();
-    for (i32 i = 0; i < pixels; ++i) {
-      if (args.labels[i] != 0) queue.push_back(i);
-    }
+    std::erase_if(queue, has_no_free);
+    std::ranges::sort(queue);
     grow_cpu(args, args.planes + round * pixels, queue, [](i32, i32) { return true; });
   }
   return p.labels;

@@ -37,8 +37,9 @@ __global__ void __launch_bounds__(kBlockSize) seed(const Args args) {
     args.labels[pixel] = label;
     args.claims[pixel] = kFree;
     if (label > 0 && (args.contour == nullptr || args.contour[pixel] != 0)) {
-      for_neighbours(i32(pixel), args.height, args.width,
-                     [&](i32 other) { is_source = is_source || kept(args, other) == 0; });
+      const Neighbours around = neighbours(i32(pixel), args.height, args.width);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) is_source |= kept(args, around.at[k]) == 0;
     }
   }
   const u32 sources = __ballot_sync(0xffffffffu, is_source);
@@ -52,18 +53,47 @@ __global__ void __launch_bounds__(kBlockSize) seed(const Args args) {
     args.lists[place] = i32(pixel);  // a counter that began at 0 fits
 }
 
-// Claims the free neighbours of a pixel for its source, and appends those that nobody had claimed.
+// A loop that looks at the first one and rotates needs its body once, and no array in memory.
+__device__ __forceinline__ void rotate(Neighbours& around, bool* may) {
+  const i32 at = around.at[0];
+  const bool first = may[0];
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    around.at[k] = around.at[k + 1];
+    may[k] = may[k + 1];
+  }
+  around.at[3] = at;
+  may[3] = first;
+}
+
+// Claims the free neighbours of a pixel for its source, and appends those that nobody had claimed. What comes from
+// memory is asked for all four at a time.
 template <class Scalar, bool kGroup>
 __device__ __forceinline__ void visit(const Args& args, const u8* plane, i32 pixel, i32 source,
                                       i32* list, i32* end) {
-  const i32 label = args.labels[pixel];
-  for_neighbours(pixel, args.height, args.width, [&](i32 other) {
-    if (args.labels[other] != 0 || plane[other] == 0) return;
-    if constexpr (kGroup) {
-      if (!is_near<Scalar>(args, label, other)) return;
+  Neighbours around = neighbours(pixel, args.height, args.width);
+  bool may[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    may[k] = (args.labels[around.at[k]] == 0) & (plane[around.at[k]] != 0);
+  }
+  if constexpr (kGroup) {
+    const i32 label = args.labels[pixel];
+#pragma unroll 1
+    for (int k = 0; k < 4; ++k) {
+      if (may[0] && !is_near<Scalar>(args, label, around.at[0])) may[0] = false;
+      rotate(around, may);
     }
-    if (atomicMin(args.claims + other, source) == kFree) list[atomicAdd(end, 1)] = other;
-  });
+  }
+  i32 before[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    before[k] = may[k] ? atomicMin(args.claims + around.at[k], source) : 0;
+  }
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if (before[k] == kFree) list[atomicAdd(end, 1)] = around.at[k];
+  }
 }
 
 // Grid: one block.
@@ -101,9 +131,10 @@ __global__ void __launch_bounds__(kBlockSize) grow(const Args args) {
 #pragma unroll 1
     for (i32 i = i32(threadIdx.x); i < stop; i += kBlockSize) {
       const i32 pixel = list[i];
+      const Neighbours around = neighbours(pixel, args.height, args.width);
       bool has_free = false;
-      for_neighbours(pixel, args.height, args.width,
-                     [&](i32 at) { has_free = has_free || args.labels[at] == 0; });
+#pragma unroll
+      for (int k = 0; k < 4; ++k) has_free |= args.labels[around.at[k]] == 0;
       if (has_free) other[atomicAdd(&end, 1)] = pixel;
     }
     __syncthreads();

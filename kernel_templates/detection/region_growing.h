@@ -69,14 +69,15 @@ TORCHKILN_HD bool is_near(const Args& args, i32 label, i64 pixel) {
   return squared < T(args.threshold);
 }
 
-// Calls f(neighbour) for those inside the image, in the order up, down, left, right.
-template <class F>
-TORCHKILN_HD void for_neighbours(i32 pixel, i32 height, i32 width, const F& f) {
+// The pixels above, below, to the left and to the right; the pixel itself in place of those outside the image: it is
+// labelled wherever this is asked, so nothing else needs to know of borders.
+struct Neighbours {
+  i32 at[4];
+};
+TORCHKILN_HD Neighbours neighbours(i32 pixel, i32 height, i32 width) {
   const i32 y = pixel / width, x = pixel - y * width;
-  if (y > 0) f(pixel - width);
-  if (y + 1 < height) f(pixel + width);
-  if (x > 0) f(pixel - 1);
-  if (x + 1 < width) f(pixel + 1);
+  return {{y > 0 ? pixel - width : pixel, y + 1 < height ? pixel + width : pixel,
+           x > 0 ? pixel - 1 : pixel, x + 1 < width ? pixel + 1 : pixel}};
 }
 
 }  // namespace torchkiln::region_growing
