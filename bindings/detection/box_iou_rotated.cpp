@@ -34,8 +34,17 @@ struct RowTunables {
 
 // What a form can be asked for.
 bool has_mode(std::int64_t form, std::int64_t mode) {
-  if (form == kRectangle || form == kQuad) return mode == kIou || mode == kIof;
-  return mode == (form == kGround ? kArea : kIou);
+  if (form == kRectangle || form == kQuad || form == kPeerQuad) return mode == kIou || mode == kIof;
+  return mode == (form == kGround || form == kPeerGround ? kArea : kIou);
+}
+
+bool has_rows(std::int64_t form) {
+  return form == kRectangle || form == kQuad || form == kPeerQuad;
+}
+
+// mmcv has its rules in float32 only.
+bool has_type(std::int64_t form, std::int64_t scalar) {
+  return form < kPeerQuad || scalar == TORCHKILN_FLOAT;
 }
 
 using Pairs = Kernel<Args, Statics, Sizes, PairTunables>;
@@ -49,12 +58,13 @@ const Pairs pairs_kernel({
     .path = "detection/box_iou_rotated.cuh",
     .entry = "pairs",
     .operators = {kOp},
-    .statics = {types("scalar", kFloatTypes), ints("form", {0, 1, 2, 3, 4}),
+    .statics = {types("scalar", kFloatTypes), ints("form", {0, 1, 2, 3, 4, 5, 6, 7}),
                 ints("mode", {0, 1, 2})},
     .sizes = {{"n", TORCHKILN_BUCKET_POW2}, {"m", TORCHKILN_BUCKET_POW2}},
     .tunables = {ints("block_size", {64, 128, 256}), ints("rows", {4, 8, 16, 32, 64})},
     .defaults = {{128, 32}, {64, 8}},
-    .valid = [](const Statics& s) { return has_mode(s.form, s.mode); },
+    .valid =
+        [](const Statics& s) { return has_mode(s.form, s.mode) && has_type(s.form, s.scalar); },
     // Tall tiles, where there are enough of them, load each column less often.
     .choose =
         [](const Pairs::Problem& p) {
@@ -68,12 +78,15 @@ const Rows aligned_kernel({
     .path = "detection/box_iou_rotated.cuh",
     .entry = "aligned",
     .operators = {kOp},
-    .statics = {types("scalar", kFloatTypes), ints("form", {0, 1, 2, 3, 4}),
+    .statics = {types("scalar", kFloatTypes), ints("form", {0, 1, 2, 3, 4, 5, 6, 7}),
                 ints("mode", {0, 1, 2})},
     .sizes = {{"n", TORCHKILN_BUCKET_POW2}, {"m", TORCHKILN_BUCKET_NONE}},
     .tunables = {ints("block_size", {32, 64, 128, 256})},
     .defaults = {{128}},
-    .valid = [](const Statics& s) { return has_mode(s.form, s.mode) && s.form <= kQuad; },
+    .valid =
+        [](const Statics& s) {
+          return has_mode(s.form, s.mode) && has_type(s.form, s.scalar) && has_rows(s.form);
+        },
     .geometry =
         [](const Rows::Problem& p, const RowTunables& t) {
           return linear(ceil_div(p.sizes.n, t.block_size), t.block_size);
@@ -89,12 +102,15 @@ struct Plan {
 const char* name_of(std::int64_t form) {
   switch (form) {
     case kQuad:
+    case kPeerQuad:
       return "box_iou_quadri";
     case kCorners:
       return "boxes_iou_bev";
     case kGround:
+    case kPeerGround:
       return "boxes_overlap_bev";
     case kPrism:
+    case kPeerPrism:
       return "boxes_iou3d";
     default:
       return kOp;
@@ -103,8 +119,8 @@ const char* name_of(std::int64_t form) {
 
 void check(const Tensor& boxes1, const Tensor& boxes2, std::int64_t form, std::int64_t mode,
            bool aligned) {
-  if (form < kRectangle || form > kPrism)
-    fail(TORCHKILN_ERROR_VALUE, kOp, "form", "be from 0 to 4", std::to_string(form));
+  if (form < kRectangle || form > kPeerPrism)
+    fail(TORCHKILN_ERROR_VALUE, kOp, "form", "be from 0 to 7", std::to_string(form));
   const char* op = name_of(form);
   if (!has_mode(form, mode))
     fail(TORCHKILN_ERROR_VALUE, op, "mode", "be one that the form has", std::to_string(mode));
@@ -112,8 +128,12 @@ void check(const Tensor& boxes1, const Tensor& boxes2, std::int64_t form, std::i
   check_rows(op, "boxes2", boxes2, columns_of(static_cast<int>(form)));
   check_same_dtype(op, "boxes2", boxes2, "boxes1", boxes1);
   check_same_device(op, "boxes2", boxes2, "boxes1", boxes1);
+  if (!has_type(form, kernel_type(boxes1.scalar_type()))) {
+    fail(TORCHKILN_ERROR_TYPE, op, "boxes1", "be float32 by mmcv's rules",
+         text(boxes1.scalar_type()));
+  }
   if (!aligned) return;
-  if (form > kQuad) fail(TORCHKILN_ERROR_VALUE, op, "aligned", "be False", "True");
+  if (!has_rows(form)) fail(TORCHKILN_ERROR_VALUE, op, "aligned", "be False", "True");
   if (boxes1.size(0) != boxes2.size(0)) {
     fail(TORCHKILN_ERROR_VALUE, op, "boxes2",
          "have as many rows as boxes1 (" + std::to_string(boxes1.size(0)) + ")",
@@ -142,6 +162,12 @@ Plan plan(const Tensor& boxes1, const Tensor& boxes2, std::int64_t form, std::in
 // Calls f.operator()<Scalar, kForm, kMode>().
 template <class F>
 void with_variant(ScalarType dtype, std::int64_t form, std::int64_t mode, const F& f) {
+  if (form == kPeerQuad) {
+    return mode == kIof ? f.template operator()<float, kPeerQuad, kIof>()
+                        : f.template operator()<float, kPeerQuad, kIou>();
+  }
+  if (form == kPeerGround) return f.template operator()<float, kPeerGround, kArea>();
+  if (form == kPeerPrism) return f.template operator()<float, kPeerPrism, kIou>();
   with_float(dtype, [&]<class Scalar>() {
     switch (form) {
       case kQuad:

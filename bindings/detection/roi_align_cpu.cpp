@@ -66,9 +66,9 @@ void maximum_region(const Args& args, bool channels_last, std::int64_t region) {
 
 RoiAlignPlan run_cpu(RoiAlignPlan p) {
   const Regions& r = p.args.regions;
-  if (p.bins.numel() == 0) return p;
   with_float(p.maps.scalar_type(), [&]<class Scalar>() {
     check_batches<Acc<Scalar>>("roi_align", r);
+    if (p.bins.numel() == 0) return;
     const std::int64_t cost = 20 * r.c * r.pooled_h * r.pooled_w;
     if (p.maps.numel() == 0) {  // no pixel, no sample
       torch::stable::zero_(p.bins);

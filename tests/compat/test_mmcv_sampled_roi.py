@@ -36,7 +36,7 @@ def test_roi_align_rotated(clockwise):
 
 
 def test_old_keywords_of_roi_align_rotated():
-    with pytest.warns(DeprecationWarning) as warned:
+    with pytest.warns(DeprecationWarning, match="RoIAlignRotated") as warned:
         module = ops.RoIAlignRotated(out_size=2, spatial_scale=0.5, sample_num=2)
     assert [str(w.message) for w in warned] == [
         "RoIAlignRotated: out_size is deprecated; use output_size",
@@ -137,7 +137,7 @@ def test_quirk_roi_align_rotated_negative_size():
 
 
 def test_quirk_riroi_align_rotated_turns():
-    """mmcv reads beside the features from a turn on."""
+    """Mmcv reads beside the features from a turn on."""
     input = numbers(1, 8, 8, 8)
     turn = torch.tensor([0, 0, 0, 0, 0, 6.283185307179586], dtype=torch.float64)
     expected = ops.riroi_align_rotated(input, ROTATED, 2, 1.0)
@@ -147,7 +147,7 @@ def test_quirk_riroi_align_rotated_turns():
 
 
 def test_quirk_border_align_gradient_outside():
-    """mmcv adds zeros beside the gradient where the winner is outside."""
+    """Mmcv adds zeros beside the gradient where the winner is outside."""
     input = torch.full((1, 4, 4, 4), -1.0, requires_grad=True)
     boxes = torch.tensor([[[-9.0, -9, 9, 9]]])
     ops.border_align(input, boxes, 2).sum().backward()

@@ -20,6 +20,7 @@ from torchkiln.testing._checks import (
     assert_outputs_whole,
     assert_thread_safe,
 )
+from torchkiln.testing._draw import Draw
 from torchkiln.testing._graphs import (
     assert_autocast,
     assert_capturable,
@@ -45,6 +46,7 @@ __all__ = [
     "TIERS",
     "Case",
     "Difference",
+    "Draw",
     "Failure",
     "Inputs",
     "Parity",

@@ -10,6 +10,7 @@ import pkgutil
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from torchkiln._backend import backend
 Arguments = Mapping[str, Any]
 
 if TYPE_CHECKING:
+    from torchkiln.testing._draw import Draw
     from torchkiln.testing._workloads import Workload
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -124,6 +126,7 @@ class Parity:
             any device.
         devices: types of devices that it runs on.
         workloads: calls of realistic sizes, for tuning and benchmarks.
+        fuzz: draws arguments of `draw.function` for a random call, also strange ones.
 
     Example:
         >>> import torch
@@ -149,6 +152,7 @@ class Parity:
     function: Callable[..., Any] | str | None = None
     reference: Callable[..., Any] | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
+    fuzz: Callable[[Draw], Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         if not self.functions:
@@ -241,9 +245,13 @@ def find() -> dict[str, Parity]:
 
     found: dict[str, Parity] = {}
     for info in pkgutil.walk_packages(reference.__path__, f"{reference.__name__}."):
-        module = importlib.import_module(info.name)
-        declared = module.parities() if hasattr(module, "parities") else ()
-        if hasattr(module, "parity"):
-            declared = (module.parity(),)
-        found |= {parity.op: parity for parity in declared}
+        found |= declared(importlib.import_module(info.name))
     return found | registered()
+
+
+def declared(module: ModuleType) -> dict[str, Parity]:
+    """Returns what one module declares by `parity()` or `parities()`."""
+    parities = module.parities() if hasattr(module, "parities") else ()
+    if hasattr(module, "parity"):
+        parities = (module.parity(),)
+    return {parity.op: parity for parity in parities}

@@ -87,7 +87,9 @@ def evaluate(
         if not curved:
             raise AssertionError(f"no output has a gradient of {', '.join(leaves)}")
         along = directions_of(curved) if directions is None else directions
-        grads = torch.autograd.grad(curved, list(leaves.values()), along)
+        grads = torch.autograd.grad(
+            curved, list(leaves.values()), along, allow_unused=True, materialize_grads=True
+        )
         values |= {f"gradient {name}": g for name, g in zip(leaves, grads, strict=True)}
     return values
 

@@ -350,6 +350,7 @@ TORCHKILN_MATH_2(copysign)
 #undef TORCHKILN_MATH_2
 extern "C" double fma(double, double, double) noexcept;
 extern "C" float fmaf(float, float, float) noexcept;
+extern "C" double remainder(double, double) noexcept;
 extern "C" double ldexp(double, int) noexcept;
 extern "C" float ldexpf(float, int) noexcept;
 inline float fma(float a, float b, float c) { return fmaf(a, b, c); }
@@ -362,6 +363,12 @@ inline double abs(double x) { return fabs(x); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline double rsqrt(double x) { return 1.0 / sqrt(x); }
 inline float rsqrt(float x) { return rsqrtf(x); }
+// Of pi * x: exact where the GPU's are, at multiples of a half.
+inline void sincospif(float x, float* s, float* c) {
+  const double angle = 3.141592653589793 * remainder(double(x), 2.0);
+  *s = float(sin(angle));
+  *c = float(cos(angle));
+}
 inline void sincosf(float x, float* s, float* c) {
   *s = sinf(x);
   *c = cosf(x);

@@ -18,8 +18,9 @@ __all__ = [
     "boxes_overlap_bev",
 ]
 
-# Values of the schema's `form` and `mode`.
+# Values of the schema's `form` and `mode`; the last forms follow mmcv's rules, for its drop-in.
 _RECTANGLE, _QUAD, _CORNERS, _GROUND, _PRISM = range(5)
+PEER_QUAD, PEER_GROUND, PEER_PRISM = range(5, 8)
 _MODES = {"iou": 0, "iof": 1}
 _IOU, _AREA = 0, 2
 
@@ -212,3 +213,10 @@ def boxes_iou3d(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         tensor([[0.3333]])
     """
     return _box_iou_rotated(boxes1, boxes2, _PRISM, _IOU, False, True)
+
+
+def by_peer(boxes1: Tensor, boxes2: Tensor, form: int, mode: str, aligned: bool = False) -> Tensor:
+    """An overlap by mmcv's rules: in float32, without a gradient, in the dtype of `boxes1`."""
+    number = _AREA if mode == "area" else _MODES[mode]
+    a, b = boxes1.detach().float(), boxes2.detach().float()
+    return _box_iou_rotated(a, b, form, number, aligned, True).to(boxes1.dtype)

@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from torchkiln.testing import Case, Inputs, Parity
+from torchkiln.testing import Case, Draw, Inputs, Parity
 
 __all__ = ["box_convert"]
 
@@ -71,6 +71,7 @@ def parity() -> Parity:
         differentiable=("boxes",),
         function="box_convert",
         reference=box_convert,
+        fuzz=_fuzz,
         cases=(
             Case("typical", lambda new: _problem("xywhr", "xyxyxyxy", 9, new)),
             *(Case(f"{a}_to_{b}", functools.partial(_problem, a, b, 7)) for a, b in pairs),
@@ -107,3 +108,13 @@ def _points(new: Inputs) -> dict[str, object]:
     """Boxes of no size."""
     boxes = new.uniform(3, 1, high=9).expand(3, 8)
     return {"boxes": boxes, "in_fmt": "xyxyxyxy", "out_fmt": "xywhr"}
+
+
+def _fuzz(draw: Draw) -> dict[str, object]:
+    draw.undefined("special")  # complex corners mix x and y
+    forms = draw.option("kind of boxes", _UPRIGHT, _ROTATED)
+    in_fmt, out_fmt = draw.option("in_fmt", *forms), draw.option("out_fmt", *forms)
+    columns = {"xyxyxyxy": 8, "xywhr": 5, "cxcywhr": 5}.get(in_fmt, 4)
+    boxes = draw.boxes(draw.size())
+    rest = draw.values(boxes.shape[0], columns - 4) * 30
+    return {"boxes": torch.cat([boxes, rest], 1), "in_fmt": in_fmt, "out_fmt": out_fmt}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchkiln.testing import Case, Parity, Sizes, Workload
+from torchkiln.testing import Case, Draw, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["box_iou"]
@@ -103,6 +103,7 @@ def parity() -> Parity:
         functions=("box_iou", "generalized_box_iou", "distance_box_iou", "complete_box_iou"),
         tier="A",
         differentiable=("boxes1", "boxes2"),
+        fuzz=_fuzz,
         cases=(
             Case("typical", lambda new: _pair(new.boxes(64), new.boxes(37))),
             Case("empty_rows", lambda new: _pair(new.boxes(0), new.boxes(5))),
@@ -169,3 +170,15 @@ def _not_finite() -> Tensor:
     nan, inf = math.nan, math.inf
     rows = [[nan, 0, 50, 50], [0, 0, 50, nan], [-inf, 0, 50, 50], [0, 0, inf, inf]]
     return torch.tensor(rows, dtype=torch.float64)
+
+
+def _fuzz(draw: Draw) -> dict[str, Any]:
+    aligned = draw.function == "box_iou" and draw.option("aligned", False, True)
+    boxes1 = draw.boxes(draw.size(40))
+    boxes2 = draw.boxes(len(boxes1) if aligned else draw.size(40), like=boxes1)
+    arguments = _pair(boxes1, boxes2)
+    if draw.function == "box_iou":
+        mode = draw.option("mode", "iou", "iof", "giou", "diou", "ciou")
+        return {**arguments, "mode": mode, "aligned": aligned, "offset": draw.pick(0.0, 1.0, 0.5)}
+    has_eps = draw.function != "generalized_box_iou"
+    return {**arguments, "eps": draw.pick(1e-7, 0.0, 1.0)} if has_eps else arguments

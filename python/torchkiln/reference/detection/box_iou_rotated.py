@@ -70,13 +70,12 @@ def corners(boxes: Tensor, turn: int = 1) -> Tensor:
     local = unit * size[..., None, :]
     cos, sin = angle.cos()[..., None], angle.sin()[..., None]
     x, y = local.unbind(-1)
-    vertices: Tensor = center + torch.stack([x * cos - y * sin, x * sin + y * cos], -1)
-    return vertices
+    return center + torch.stack([x * cos - y * sin, x * sin + y * cos], -1)
 
 
 def _polygons(boxes: Tensor, form: int, turn: int) -> Tensor:
     if form == _QUAD:
-        return boxes.unflatten(-1, (4, 2))
+        return boxes.reshape(*boxes.shape[:-1], 4, 2)
     if form == _CORNERS:
         first, last = boxes[..., :2], boxes[..., 2:4]
         boxes = torch.cat([(first + last) / 2, last - first, boxes[..., 4:]], -1)
@@ -113,7 +112,8 @@ def box_iou_rotated(
         boxes1: (N, 5), (N, 8) or (N, 7), as the form has it.
         boxes2: (M, same).
         form: 0 x, y, w, h, angle; 1 convex quadrilateral; 2 x1, y1, x2, y2, angle; 3 and 4 x, y, z,
-            dx, dy, dz, angle: the ground, and the box.
+            dx, dy, dz, angle: the ground, and the box. 5 to 7 are 1, 3 and 4, where the operator
+            itself follows mmcv's rules.
         mode: 0 intersection over union, 1 over the first one, 2 the intersection.
         aligned: compares row with row.
         clockwise: angles turn x towards y.
@@ -121,6 +121,7 @@ def box_iou_rotated(
     Returns:
         (N, M) or (N,), dtype of `boxes1`.
     """
+    form = {5: _QUAD, 6: _GROUND, 7: _PRISM}.get(form, form)
     wide = torch.promote_types(boxes1.dtype, torch.float32)
     a, b, turn = boxes1.to(wide), boxes2.to(wide), 1 if clockwise else -1
     a = a if aligned else a[:, None]

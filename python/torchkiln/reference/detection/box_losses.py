@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchkiln.testing import Case, Inputs, Parity
+from torchkiln.testing import Case, Draw, Inputs, Parity
 
 __all__ = ["complete_box_iou_loss", "distance_box_iou_loss", "generalized_box_iou_loss"]
 
@@ -54,8 +54,9 @@ def _parts(boxes1: Tensor, boxes2: Tensor, eps: float) -> tuple[_Axis, _Axis, Te
 
 
 def _distance(x: _Axis, y: _Axis, eps: float) -> Tensor:
-    squared = x.between_centres**2 + y.between_centres**2
-    return squared / (x.span**2 + y.span**2 + eps)
+    squared, diagonal = x.between_centres**2 + y.between_centres**2, x.span**2 + y.span**2
+    # Around two empty boxes there may be nothing, and their centres mean nothing.
+    return torch.where(diagonal == 0, 0.0, squared / (diagonal + eps))
 
 
 def _angle(width: Tensor, height: Tensor) -> Tensor:
@@ -124,6 +125,7 @@ def _parity(reference: Callable[..., Tensor]) -> Parity:
         differentiable=("boxes1", "boxes2"),
         function=reference.__name__,
         reference=reference,
+        fuzz=_fuzz,
         cases=(
             Case("typical", functools.partial(_problem, 33)),
             Case("mean", functools.partial(_problem, 65, reduction="mean")),
@@ -164,3 +166,11 @@ def _degenerate(new: Inputs) -> dict[str, object]:
         "boxes1": torch.tensor(rows, dtype=torch.float64),
         "boxes2": torch.tensor(others, dtype=torch.float64),
     }
+
+
+def _fuzz(draw: Draw) -> dict[str, object]:
+    boxes1 = draw.boxes(draw.size(40))
+    boxes2 = draw.boxes(len(boxes1), like=boxes1)
+    reduction = draw.option("reduction", "none", "mean", "sum")
+    # Above 0, as the reference has it.
+    return {"boxes1": boxes1, "boxes2": boxes2, "reduction": reduction, "eps": draw.pick(1e-7, 0.5)}

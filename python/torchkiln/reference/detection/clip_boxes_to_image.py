@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from torchkiln.testing import Case, Inputs, Parity
+from torchkiln.testing import Case, Draw, Inputs, Parity
 
 __all__ = ["clip_boxes_to_image"]
 
@@ -40,6 +40,7 @@ def parity() -> Parity:
         differentiable=("boxes",),
         function="clip_boxes_to_image",
         reference=clip_boxes_to_image,
+        fuzz=_fuzz,
         cases=(
             Case("typical", lambda new: _problem(2 * new.boxes(33) - 40, (48, 64))),
             Case("inside", lambda new: _problem(new.boxes(9), (200, 100))),
@@ -60,3 +61,7 @@ def _not_finite(new: Inputs) -> dict[str, object]:
     boxes = new.boxes(4)
     boxes[0, 1], boxes[1, 2], boxes[2, 0] = math.nan, math.inf, -math.inf
     return _problem(boxes, (20, 30))
+
+
+def _fuzz(draw: Draw) -> dict[str, object]:
+    return _problem(draw.boxes(draw.size()) - 20, (draw.size(60), draw.size(60)))

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from torchkiln.testing import Case, Inputs, Parity
+from torchkiln.testing import Case, Draw, Inputs, Parity
 
 __all__ = ["masks_to_boxes"]
 
@@ -39,6 +39,7 @@ def parity() -> Parity:
         tier="X",
         function="masks_to_boxes",
         reference=masks_to_boxes,
+        fuzz=_fuzz,
         cases=(
             Case("typical", lambda new: {"masks": new.uniform(12, 9, 14) > 0.97}),
             Case("floating", lambda new: {"masks": new.uniform(3, 9, 14).sub(0.9).clamp(min=0)}),
@@ -58,3 +59,9 @@ def _nan(new: Inputs) -> dict[str, object]:
     masks = torch.zeros(2, 6, 7, dtype=torch.float64)
     masks[1, 3, 4] = math.nan
     return {"masks": masks}
+
+
+def _fuzz(draw: Draw) -> dict[str, object]:
+    masks = draw.values(draw.size(6), draw.size(), draw.size())
+    masks = torch.where(draw.uniform(*masks.shape) < draw.number(0.5, 1), 0.0, masks)
+    return {"masks": masks.bool() if draw.option("bool", False, True) else masks}

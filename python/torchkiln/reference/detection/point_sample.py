@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from torchkiln.testing import Case, Inputs, Parity
+from torchkiln.testing import Case, Draw, Inputs, Parity
 
 __all__ = [
     "abs_img_point_to_rel_img_point",
@@ -109,6 +109,7 @@ def parities() -> tuple[Parity, ...]:
             differentiable=("input", "points"),
             function="point_sample",
             reference=point_sample,
+            fuzz=_fuzz_sample,
             cases=(
                 Case("typical", functools.partial(_sample, 2, 3, 7, 9, 11)),
                 Case("aligned", functools.partial(_sample, 2, 3, 7, 9, 11, align_corners=True)),
@@ -127,6 +128,7 @@ def parities() -> tuple[Parity, ...]:
             differentiable=("rois", "rel_roi_points"),
             function="rel_roi_point_to_abs_img_point",
             reference=rel_roi_point_to_abs_img_point,
+            fuzz=_fuzz_regions,
             cases=_region_cases(),
         ),
         Parity(
@@ -135,6 +137,7 @@ def parities() -> tuple[Parity, ...]:
             differentiable=("abs_img_points",),
             function="abs_img_point_to_rel_img_point",
             reference=abs_img_point_to_rel_img_point,
+            fuzz=_fuzz_positions,
             cases=(
                 Case("typical", lambda new: _positions(new, 5, (30, 40))),
                 Case("tensor", lambda new: _positions(new, 5, new.normal(1, 1, 30, 40))),
@@ -147,6 +150,7 @@ def parities() -> tuple[Parity, ...]:
             differentiable=("rois", "rel_roi_points"),
             function="rel_roi_point_to_rel_img_point",
             reference=rel_roi_point_to_rel_img_point,
+            fuzz=lambda draw: {**_fuzz_regions(draw), "img": (60, 100), "spatial_scale": 0.25},
             cases=_region_cases(img=(60, 100), spatial_scale=0.25),
         ),
     )
@@ -195,3 +199,28 @@ def _region_cases(**settings: object) -> tuple[Case, ...]:
 
 def _positions(new: Inputs, count: int, img: tuple[int, int] | Tensor) -> dict[str, object]:
     return {"abs_img_points": new.uniform(count, 1, 2, high=40), "img": img, "spatial_scale": 0.5}
+
+
+def _fuzz_sample(draw: Draw) -> dict[str, object]:
+    images, channels = draw.size(3), draw.option("channels", 0, 1, 3)
+    mode = draw.option("mode", "bilinear", "nearest")
+    return {
+        "input": draw.values(images, channels, draw.size(), draw.size(), special=False),
+        "points": draw.values(images, draw.size(20), 2) * 0.5 + 0.5,
+        "align_corners": draw.option("align_corners", False, True),
+        "mode": mode,
+        "padding_mode": draw.option("padding_mode", "zeros", "border"),
+    }
+
+
+def _fuzz_regions(draw: Draw) -> dict[str, object]:
+    draw.undefined("special")  # 0 times infinity
+    count, columns = draw.size(), draw.option("columns", 4, 5)
+    rois = torch.cat([draw.integers(count, 1, high=3), draw.boxes(count)], 1)[:, -columns:]
+    return {"rois": rois, "rel_roi_points": draw.values(count, draw.size(), 2)}
+
+
+def _fuzz_positions(draw: Draw) -> dict[str, object]:
+    points = draw.values(draw.size(), draw.size(), 2) * 20
+    sizes = (draw.size(60, 1), draw.size(60, 1))
+    return {"abs_img_points": points, "img": sizes, "spatial_scale": draw.pick(0.5, 1.0, 2.0)}

@@ -12,7 +12,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from torchkiln.testing import Case, Inputs, Parity
+from torchkiln.testing import Case, Draw, Inputs, Parity
 
 __all__ = ["points_in_polygons"]
 
@@ -52,6 +52,7 @@ def parity() -> Parity:
         tier="X",
         function="points_in_polygons",
         reference=points_in_polygons,
+        fuzz=_fuzz,
         cases=(
             Case("typical", functools.partial(_problem, 33, 9)),
             Case("grid", _grid),
@@ -79,3 +80,7 @@ def _not_finite(new: Inputs) -> dict[str, Tensor]:
     problem["points"][0, 0], problem["points"][1, 1] = math.nan, math.inf
     problem["polygons"][0, 3], problem["polygons"][1, 6] = -math.inf, math.nan
     return problem
+
+
+def _fuzz(draw: Draw) -> dict[str, Tensor]:
+    return {"points": draw.values(draw.size(), 2), "polygons": draw.values(draw.size(8), 8)}

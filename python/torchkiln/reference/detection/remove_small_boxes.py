@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from torchkiln.testing import Case, Inputs, Parity
+from torchkiln.testing import Case, Draw, Inputs, Parity
 
 __all__ = ["remove_small_boxes"]
 
@@ -39,6 +39,7 @@ def parity() -> Parity:
         tier="X",
         function="remove_small_boxes",
         reference=remove_small_boxes,
+        fuzz=_fuzz,
         cases=(
             Case("typical", lambda new: _problem(new, 65, 6.0)),
             Case("all", lambda new: _problem(new, 9, 0)),
@@ -63,3 +64,8 @@ def _nan(new: Inputs) -> dict[str, object]:
     assert isinstance(boxes, Tensor)
     boxes[2, 1], boxes[5, 2], boxes[6, 0] = math.nan, math.nan, 20
     return problem
+
+
+def _fuzz(draw: Draw) -> dict[str, object]:
+    sizes = (0.0, -1.0, 12.5, 25.0, draw.number(0, 60))
+    return {"boxes": draw.boxes(draw.size(40)), "min_size": draw.pick(*sizes)}

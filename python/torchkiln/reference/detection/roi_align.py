@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchkiln.testing import FORMATS, Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import FORMATS, Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["roi_align"]
@@ -118,6 +118,7 @@ def parity() -> Parity:
         op="roi_align",
         tier="B",
         differentiable=("input",),
+        fuzz=_fuzz,
         cases=(
             Case("typical", lambda new: _arguments(new, 12, sampling_ratio=2)),
             Case("aligned", lambda new: _arguments(new, 12, aligned=True)),
@@ -221,4 +222,21 @@ def _degenerate(new: Inputs) -> dict[str, Any]:
         "boxes": torch.tensor(rows, dtype=torch.float64),
         "output_size": 2,
         "aligned": True,
+    }
+
+
+def _fuzz(draw: Draw) -> dict[str, Any]:
+    shape = (draw.size(3), draw.option("channels", 0, 1, 3, 8, 40), draw.size(16), draw.size(16))
+    output_size = draw.option("output_size", 1, 2, (3, 1), 7)
+    ratio = draw.option("sampling_ratio", 0, 1, 2, 3)
+    if ratio == 0:
+        draw.undefined("scaled")  # the reference would take all samples of a region of any size
+    return {
+        "input": draw.values(*shape, special=False),
+        "boxes": draw.regions(draw.size(8), shape[0], 60.0),
+        "output_size": output_size,
+        "spatial_scale": draw.pick(0.25, 1.0, 0.1),
+        "sampling_ratio": ratio,
+        "aligned": draw.option("aligned", False, True),
+        "pool_mode": draw.option("pool_mode", "avg", "max"),
     }

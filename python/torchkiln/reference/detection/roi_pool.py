@@ -11,7 +11,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from torchkiln.testing import FORMATS, Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import FORMATS, Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["roi_pool"]
@@ -107,6 +107,7 @@ def parity() -> Parity:
         op="roi_pool",
         tier="A",
         differentiable=("input",),
+        fuzz=_fuzz,
         cases=(
             Case("typical", lambda new: _problem(new, 2, 5, 17, 23, 9, 3)),
             Case("not_rounded", lambda new: _problem(new, 2, 5, 17, 23, 9, 3, rounding=False)),
@@ -204,3 +205,15 @@ def _nan(new: Inputs) -> dict[str, object]:
     input[0, 1, 4:6, 3:8] = math.nan
     input[0, 2] = -math.inf
     return {**problem, "input": input}
+
+
+def _fuzz(draw: Draw) -> dict[str, object]:
+    shape = (draw.size(3), draw.option("channels", 0, 1, 3, 8, 40), draw.size(16), draw.size(16))
+    return {
+        "input": draw.values(*shape),
+        "boxes": draw.regions(draw.size(6), shape[0], 60.0),
+        "output_size": draw.option("output_size", 1, 2, (3, 1), 4),
+        "spatial_scale": draw.pick(0.25, 1.0, 0.1),
+        "rounding": draw.option("rounding", True, False),
+        "deterministic": draw.option("deterministic", True, False),
+    }

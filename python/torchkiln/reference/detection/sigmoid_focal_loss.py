@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from torchkiln.testing import Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["sigmoid_focal_loss"]
@@ -98,6 +98,7 @@ def parity() -> Parity:
         op="sigmoid_focal_loss",
         tier="A",
         differentiable=("inputs",),
+        fuzz=_fuzz,
         cases=(
             Case("typical", lambda new: _labels(new, 37, 8, reduction="sum")),
             Case("labels_none", lambda new: _labels(new, 37, 8)),
@@ -174,3 +175,21 @@ def _hard(new: Inputs, *shape: int) -> dict[str, object]:
 def _saturated(size: float) -> dict[str, object]:
     inputs = torch.tensor([[size, -size], [-size, size], [size, size]], dtype=torch.float64)
     return {"inputs": inputs, "targets": torch.tensor([0, 0, 2])}
+
+
+def _fuzz(draw: Draw) -> dict[str, object]:
+    rows, classes = draw.size(40), draw.size(20)
+    arguments: dict[str, object] = {"inputs": draw.values(rows, classes) * draw.pick(1, 3, 30)}
+    if draw.option("targets", "labels", "soft") == "soft":
+        targets = draw.uniform(rows, classes)
+        arguments["targets"] = targets.round() if draw.chance(0.5) else targets
+    else:
+        arguments["targets"] = draw.labels(rows, classes)
+        if draw.option("weight", False, True):
+            arguments["weight"] = draw.uniform(classes, high=2)
+    return {
+        **arguments,
+        "alpha": draw.pick(0.25, 1.0, 0.0, -1.0),
+        "gamma": draw.option("gamma", 2.0, 0.0, 1.5),
+        "reduction": draw.option("reduction", "none", "mean", "sum"),
+    }

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from torchkiln.testing import Case, Inputs, Parity
+from torchkiln.testing import Case, Draw, Inputs, Parity
 
 __all__ = ["softmax_focal_loss"]
 
@@ -66,6 +66,7 @@ def parity() -> Parity:
         differentiable=("inputs",),
         function="softmax_focal_loss",
         reference=softmax_focal_loss,
+        fuzz=_fuzz,
         cases=(
             Case("typical", functools.partial(_problem, 37, 8)),
             Case("sum", functools.partial(_problem, 37, 8, reduction="sum")),
@@ -109,3 +110,17 @@ def _saturated(size: float) -> dict[str, object]:
     """Right, wrong, and far from a third class."""
     inputs = torch.tensor([[0, -size, -size], [-1, 0, -size], [0, -size, 1]], dtype=torch.float64)
     return {"inputs": inputs, "targets": torch.tensor([0, 0, 2])}
+
+
+def _fuzz(draw: Draw) -> dict[str, object]:
+    rows, classes = draw.size(), draw.size()
+    weight = {"weight": draw.uniform(classes, high=2)} if draw.option("weight", False, True) else {}
+    return {
+        # Infinity is no logit; its negative excludes a class.
+        "inputs": draw.values(rows, classes).clamp(max=1e4) * draw.pick(1, 3, 30),
+        "targets": draw.labels(rows, classes),
+        "alpha": draw.pick(0.25, 1.0, 0.0),
+        "gamma": draw.option("gamma", 2.0, 0.0, 1.5),
+        "reduction": draw.option("reduction", "none", "mean", "sum"),
+        **weight,
+    }
