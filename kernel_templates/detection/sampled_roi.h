@@ -77,14 +77,16 @@ template <class T>
 TORCHKILN_HD_CALLED Patch<T> clipped(Patch<T> p, i32 h, i32 w) {
   const double row_y = double(p.row_y), row_x = double(p.row_x);
   const double column_y = double(p.column_y), column_x = double(p.column_x);
-  const double y = double(p.y), x = double(p.x), det = row_y * column_x - row_x * column_y;
-  if (!(det > 0) && !(det < 0)) return p;
+  const double y = double(p.y), x = double(p.x);
+  const double det = row_y * column_x - row_x * column_y;
+  const double inverse = 1 / det;
+  if (!(inverse - inverse == 0)) return p;
   double low_i = 1e30, high_i = -1e30, low_j = 1e30, high_j = -1e30;
   for (int corner = 0; corner < 4; ++corner) {
     const double dy = (corner & 1 ? double(h) : -1.0) - y;
     const double dx = (corner & 2 ? double(w) : -1.0) - x;
-    const double i = (dy * column_x - dx * column_y) / det;
-    const double j = (dx * row_y - dy * row_x) / det;
+    const double i = (dy * column_x - dx * column_y) * inverse;
+    const double j = (dx * row_y - dy * row_x) * inverse;
     low_i = min_of(i, low_i);
     high_i = max_of(i, high_i);
     low_j = min_of(j, low_j);
