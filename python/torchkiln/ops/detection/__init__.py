@@ -8,6 +8,7 @@ from torchkiln.ops.detection.box_iou import *  # noqa: F403
 from torchkiln.ops.detection.box_losses import *  # noqa: F403
 from torchkiln.ops.detection.clip_boxes_to_image import *  # noqa: F403
 from torchkiln.ops.detection.masks_to_boxes import *  # noqa: F403
+from torchkiln.ops.detection.multi_scale_roi_align import *  # noqa: F403
 from torchkiln.ops.detection.nms import *  # noqa: F403
 from torchkiln.ops.detection.point_sample import *  # noqa: F403
 from torchkiln.ops.detection.points_in_polygons import *  # noqa: F403
