@@ -9,8 +9,8 @@
 #include <limits>
 #include <tuple>
 
+#include "bindings/detection/roi_staged.h"
 #include "bindings/detection/roi_taps.h"
-#include "bindings/support/bands.h"
 #include "bindings/support/cuda.h"
 
 namespace torchkiln::bindings {
@@ -163,7 +163,7 @@ const Staged staged_kernel({
 const Transpose transpose_kernel({
     .path = "detection/roi_align.cuh",
     .entry = "transpose",
-    .operators = kForward,
+    .operators = {"roi_align", "multi_scale_roi_align", "prroi_pool"},
     .statics = {types("scalar", kFloatTypes)},
     .sizes = {{"k", TORCHKILN_BUCKET_NONE},
               {"c", TORCHKILN_BUCKET_POW2},
@@ -178,11 +178,6 @@ const Transpose transpose_kernel({
           return g;
         },
 });
-
-// Elements that one thread of `last` handles: 16 bytes, or 1 when the channels do not divide.
-std::int64_t vector_width(std::int64_t scalar) {
-  return scalar == TORCHKILN_DOUBLE ? 2 : (scalar == TORCHKILN_FLOAT ? 4 : 8);
-}
 
 const Last last_kernel({
     .path = "detection/roi_align.cuh",
@@ -296,87 +291,41 @@ void launch_direct(const CudaPlace& place, const RoiAlignPlan& p) {
        writes(offsetof(Args, bins), p.bins), argmax});
 }
 
-// How `staged` works; no bands where it cannot serve.
-struct StagedCut {
-  Bands bands;
-  std::int64_t maps;
-};
-
-StagedCut cut_maps(const CudaPlace& place, const RoiAlignPlan& p) {
+void launch_staged(const CudaPlace& place, const RoiAlignPlan& p, const Bands& bands,
+                   std::int64_t maps_at_once) {
   const roi_align::Regions& r = p.args.regions;
-  const bool few_samples = r.sampling_ratio >= 1 && r.sampling_ratio <= roi_align::kQuadSamples;
-  if (!few_samples || std::max(r.h, r.w) > roi_align::kMostQuadPixels ||
-      r.k * std::max(r.pooled_h, r.n) > std::numeric_limits<std::int32_t>::max()) {
-    return {};
-  }
-  const auto bytes = static_cast<std::int64_t>(element_size(p.maps.scalar_type()));
-  const std::int64_t maps = r.c % 2 == 0 ? 2 : 1, row_bytes = r.w * bytes * maps;
-  // Half of a multiprocessor's memory, so that one block loads while another computes; all of it where a half would
-  // hold too few rows.
-  const std::int64_t half = 112 * 1024;
-  return {.bands = cut_into_bands(
-              place.facts(),
-              {.maps = r.n * r.c / maps,
-               .height = r.h,
-               .row_bytes = row_bytes,
-               // Samples of a bin lie half of its height apart; most bins are lower than 0.6 times
-               // those of a region as high as the map.
-               .reach = 2 + r.h * 3 / (10 * r.pooled_h),
-               .budget = half / row_bytes < 64 && half / row_bytes < r.h ? 2 * half : half,
-               .most_rows = r.h}),
-          .maps = maps};
-}
-
-void launch_staged(const CudaPlace& place, const RoiAlignPlan& p, const StagedCut& cut) {
-  const Bands& bands = cut.bands;
-  const roi_align::Regions& r = p.args.regions;
-  const bool wide = p.maps.scalar_type() == ScalarType::Double;
-  const std::int64_t axis_bins = r.k * (r.pooled_h + r.pooled_w);
-  const std::int64_t weight_bytes =
-      axis_bins * static_cast<std::int64_t>(wide ? sizeof(roi_align::QuadWeights<double>)
-                                                 : sizeof(roi_align::QuadWeights<float>));
-  const std::int64_t pixel_bytes = axis_bins * std::int64_t{sizeof(roi_align::QuadPixels)};
-  const std::int64_t entry_bytes = r.k * r.pooled_h * std::int64_t{sizeof(BandEntry)};
-  const std::int64_t part_bytes = r.n * bands.count * std::int64_t{sizeof(Range)};
-  const Tensor memory =
-      empty(p.maps, ScalarType::Byte, {weight_bytes + pixel_bytes + entry_bytes + part_bytes});
-  auto* at = mutable_data<std::uint8_t>(memory);
-  const StagedArgs args = {
-      .regions = r,
-      .maps = p.maps.const_data_ptr(),
-      .bins = p.bins.mutable_data_ptr(),
-      .table = {.weights = at,
-                .pixels = reinterpret_cast<roi_align::QuadPixels*>(at + weight_bytes),
-                .list = {.bands = bands,
-                         .entries = reinterpret_cast<BandEntry*>(at + weight_bytes + pixel_bytes),
-                         .parts = reinterpret_cast<Range*>(at + weight_bytes + pixel_bytes +
-                                                           entry_bytes)}}};
-  constexpr std::size_t table_at = offsetof(StagedArgs, table);
-  constexpr std::size_t weights_at = table_at + offsetof(roi_align::StagedTable, weights);
-  constexpr std::size_t pixels_at = table_at + offsetof(roi_align::StagedTable, pixels);
-  constexpr std::size_t list_at = table_at + offsetof(roi_align::StagedTable, list);
-  constexpr std::size_t entries_at = list_at + offsetof(BandList, entries);
-  constexpr std::size_t parts_at = list_at + offsetof(BandList, parts);
-  const std::int64_t band_bytes = cut.maps *
+  const StagedMemory memory = allocate_staged(p.maps, r, r.n, bands);
+  const StagedArgs args = {.regions = r,
+                           .maps = p.maps.const_data_ptr(),
+                           .bins = p.bins.mutable_data_ptr(),
+                           .table = memory.table};
+  const std::int64_t band_bytes = maps_at_once *
                                   roi_align::band_pitch(bands.height, static_cast<i32>(r.w)) *
                                   static_cast<std::int64_t>(element_size(p.maps.scalar_type()));
-  const StagedSizes sizes = {r.n * r.c / cut.maps, r.k, r.n, bands.count, band_bytes, axis_bins};
-  quads_kernel.run(place, {wide ? TORCHKILN_DOUBLE : TORCHKILN_FLOAT}, sizes, args,
-                   {reads(offsetof(StagedArgs, regions), p.boxes), writes(weights_at, weight_bytes),
-                    writes(pixels_at, pixel_bytes), writes(entries_at, entry_bytes),
-                    writes(parts_at, part_bytes), unused(offsetof(StagedArgs, maps)),
-                    unused(offsetof(StagedArgs, bins))});
+  const StagedSizes sizes = {r.n * r.c / maps_at_once,       r.k, r.n, bands.count, band_bytes,
+                             r.k * (r.pooled_h + r.pooled_w)};
+  const bool wide = p.maps.scalar_type() == ScalarType::Double;
+  constexpr std::size_t table_at = offsetof(StagedArgs, table);
+  const auto made = memory.buffers(table_at, TORCHKILN_WRITE);
+  quads_kernel.run(
+      place, {wide ? TORCHKILN_DOUBLE : TORCHKILN_FLOAT}, sizes, args,
+      {reads(offsetof(StagedArgs, regions), p.boxes), made[0], made[1], made[2], made[3],
+       unused(offsetof(StagedArgs, maps)), unused(offsetof(StagedArgs, bins))});
+  const auto read = memory.buffers(table_at, TORCHKILN_READ);
   staged_kernel.run(
-      place, {kernel_type(p.maps.scalar_type()), index_type(p.maps, p.bins), cut.maps}, sizes, args,
+      place, {kernel_type(p.maps.scalar_type()), index_type(p.maps, p.bins), maps_at_once}, sizes,
+      args,
       {reads(offsetof(StagedArgs, maps), p.maps), writes(offsetof(StagedArgs, bins), p.bins),
-       reads(weights_at, weight_bytes), reads(pixels_at, pixel_bytes),
-       reads(entries_at, entry_bytes), reads(parts_at, part_bytes),
-       unused(offsetof(StagedArgs, regions))});
+       read[0], read[1], read[2], read[3], unused(offsetof(StagedArgs, regions))});
 }
 
 void launch_average(const CudaPlace& place, RoiAlignPlan& p) {
-  const StagedCut cut = p.channels_last ? StagedCut{} : cut_maps(place, p);
-  if (cut.bands.count > 0) return launch_staged(place, p, cut);
+  if (!p.channels_last) {
+    const std::int64_t maps_at_once = p.args.regions.c % 2 == 0 ? 2 : 1;
+    const auto element = static_cast<std::int64_t>(element_size(p.maps.scalar_type()));
+    const Bands bands = cut_regions(place.facts(), p.args.regions, element, maps_at_once);
+    if (bands.count > 0) return launch_staged(place, p, bands, maps_at_once);
+  }
   const TapTable<Args> table = make_table(place, p);
   const auto [taps, ranges, spans] = table.read();
   const Buffer maps = reads(offsetof(Args, maps), p.maps);
@@ -427,20 +376,6 @@ std::tuple<Tensor, Tensor> max_cuda(const Tensor& input, const Tensor& boxes,
   return {p.bins, p.argmax};
 }
 
-// The gradient of bins by channel.
-Tensor by_channel(const CudaPlace& place, const Tensor& bins) {
-  if (has_layout(bins, true) || !bins.is_contiguous()) return as_layout(bins, true);
-  const std::int64_t k = bins.size(0), c = bins.size(1), n = bins.size(2) * bins.size(3);
-  const Tensor copy =
-      empty_layout(bins, bins.scalar_type(), {k, c, bins.size(2), bins.size(3)}, true);
-  const TransposeArgs args = {
-      .from = bins.const_data_ptr(), .to = copy.mutable_data_ptr(), .k = k, .c = c, .bins = n};
-  transpose_kernel.run(
-      place, {kernel_type(bins.scalar_type())}, {k, c, n}, args,
-      {reads(offsetof(TransposeArgs, from), bins), writes(offsetof(TransposeArgs, to), copy)});
-  return copy;
-}
-
 Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes,
                      const std::optional<Tensor>& argmax, std::int64_t n, std::int64_t c,
                      std::int64_t h, std::int64_t w, double spatial_scale,
@@ -478,6 +413,19 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes,
 }
 
 }  // namespace
+
+Tensor by_channel(const CudaPlace& place, const Tensor& bins) {
+  if (has_layout(bins, true) || !bins.is_contiguous()) return as_layout(bins, true);
+  const std::int64_t k = bins.size(0), c = bins.size(1), n = bins.size(2) * bins.size(3);
+  const Tensor copy =
+      empty_layout(bins, bins.scalar_type(), {k, c, bins.size(2), bins.size(3)}, true);
+  const TransposeArgs args = {
+      .from = bins.const_data_ptr(), .to = copy.mutable_data_ptr(), .k = k, .c = c, .bins = n};
+  transpose_kernel.run(
+      place, {kernel_type(bins.scalar_type())}, {k, c, n}, args,
+      {reads(offsetof(TransposeArgs, from), bins), writes(offsetof(TransposeArgs, to), copy)});
+  return copy;
+}
 
 void check_regions(const char* op, const Tensor& boxes, const RoiAlignOptions& options) {
   check_rows(op, "boxes", boxes, 5);

@@ -28,6 +28,14 @@ struct TapTable {
   }
 };
 
+// Elements that one thread of `last` handles: 16 bytes, or 1 when the channels do not divide.
+inline std::int64_t vector_width(std::int64_t scalar) {
+  return scalar == TORCHKILN_DOUBLE ? 2 : (scalar == TORCHKILN_FLOAT ? 4 : 8);
+}
+
+// The gradient of bins with channels innermost, as the backwards read it.
+Tensor by_channel(const CudaPlace& place, const Tensor& bins);
+
 inline std::int64_t index_type(const Tensor& maps, const Tensor& bins) {
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
   return std::max(maps.numel(), bins.numel()) <= kMost ? TORCHKILN_I32 : TORCHKILN_I64;

@@ -16,6 +16,7 @@ from torchkiln.ops.detection.corner_pool import *  # noqa: F403
 from torchkiln.ops.detection.diff_iou_rotated import *  # noqa: F403
 from torchkiln.ops.detection.masks_to_boxes import *  # noqa: F403
 from torchkiln.ops.detection.min_area_polygons import *  # noqa: F403
+from torchkiln.ops.detection.multi_scale_roi_align import *  # noqa: F403
 from torchkiln.ops.detection.nms import *  # noqa: F403
 from torchkiln.ops.detection.nms3d import *  # noqa: F403
 from torchkiln.ops.detection.nms_match import *  # noqa: F403
