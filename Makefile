@@ -21,7 +21,8 @@ WHEEL_LIMIT := 2000000
 
 # Pinned: installed only where the environment has none. Whatever pins a torch of its own goes without dependencies.
 TORCH := torch==2.13.0
-NO_DEPS := torchvision==0.28.0 facenet-pytorch==2.6.0 scikit-image==0.26.0
+NO_DEPS := torchvision==0.28.0 facenet-pytorch==2.6.0 scikit-image==0.26.0 \
+           mmcv-lite==2.1.0 mmdet==3.3.0 mmengine==0.10.7
 CLANG_TIDY := clang-tidy==23.1.4
 BUILD_TOOLS := scikit-build-core>=0.11 pybind11>=3.0 cmake>=3.24 ninja>=1.11
 
@@ -184,7 +185,7 @@ $(INSTALLED): $(REQUIREMENTS) $(NATIVE_SOURCES)
 	@$(has_package)
 	$(MAKE) --no-print-directory packages
 	echo "Building torchkiln"
-	$(PIP) install --quiet --no-build-isolation --editable '.[compiler,demo,lint,test]' \
+	$(PIP) install --quiet --no-build-isolation --editable '.[compiler,demo,lint,mmdet,test]' \
 	  --config-settings cmake.define.TORCHKILN_BUILD_TESTS=ON \
 	  --config-settings cmake.define.TORCHKILN_WERROR=$(WERROR)
 	for package in $(NO_DEPS); do

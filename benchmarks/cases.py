@@ -10,6 +10,7 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -664,14 +665,33 @@ GPU_TABLES: Sequence[Callable[[], Iterator[Case]]] = (
     focal_rows,
     box_iou_rows,
 )
+# Other files of rows; each has GPU_TABLES, cpu_rows(threads) and tiny_rows().
+SUBJECTS = (
+    "benchmarks.cases_rotated",
+    "benchmarks.cases_segmentation",
+)
+
+
+def subjects() -> list[Any]:
+    """The other files; not imported above, because they are built from the pieces of this one."""
+    return [importlib.import_module(name) for name in SUBJECTS]
 
 
 def gpu_cases(quick: bool) -> list[Case]:
     """All rows of the GPU, or those of the issue; rows with targets come first."""
-    rows = [case for table in GPU_TABLES for case in table() if case.quick or not quick]
+    tables = [*GPU_TABLES, *(table for subject in subjects() for table in subject.GPU_TABLES)]
+    rows = [case for table in tables for case in table() if case.quick or not quick]
     return sorted(rows, key=lambda case: not case.quick)
 
 
 def cpu_cases(quick: bool) -> list[Case]:
     """The rows of the CPU; `quick` has the tiny ones instead."""
-    return list(tiny_rows()) if quick else [*cpu_rows(1), *cpu_rows(0)]
+    others = subjects()
+    if quick:
+        return [*tiny_rows(), *(case for subject in others for case in subject.tiny_rows())]
+    return [
+        case
+        for threads in (1, 0)
+        for table in (cpu_rows, *(subject.cpu_rows for subject in others))
+        for case in table(threads)
+    ]

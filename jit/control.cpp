@@ -238,6 +238,18 @@ json site_directories(Engine&, const json& request) {
   return json::object();
 }
 
+// What this library was built with, such as "GCC 12.2".
+json build(Engine&, const json&) {
+#if defined(__clang__)
+  const std::string name = "Clang";
+  const int major = __clang_major__, minor = __clang_minor__;
+#else
+  const std::string name = "GCC";
+  const int major = __GNUC__, minor = __GNUC_MINOR__;
+#endif
+  return {{"compiler", name + " " + std::to_string(major) + "." + std::to_string(minor)}};
+}
+
 json stop_for_exit(Engine& engine, const json&) {
   engine.objects().stop_for_exit();
   return json::object();
@@ -259,6 +271,7 @@ const std::map<std::string, Command>& commands() {
       {"settings", &settings},
       {"nvrtc", &nvrtc},
       {"driver", &driver},
+      {"build", &build},
       {"set_site_directories", &site_directories},
       {"selftest.store", &selftest_store},
       {"manifest.expand", &expand_manifests},

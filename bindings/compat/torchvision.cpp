@@ -82,6 +82,51 @@ void roi_align_backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
   stack[0] = ours[0];
 }
 
+// One of our pooling operators that returns two results.
+void mapped(std::array<StableIValue, 8> ours, StableIValue* stack) {
+  redispatch("torchkiln::_ps_roi_pool_mapped", ours.data());
+  stack[0] = ours[0];
+  stack[1] = ours[1];
+}
+
+constexpr std::int64_t kSamples = 0, kCells = 1;
+constexpr bool kAsTorchvision = true, kChannelsFirst = false;
+
+// ps_roi_align(input, rois, spatial_scale, pooled_height, pooled_width, sampling_ratio)
+void ps_roi_align(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  mapped({stack[0], stack[1], stack[3], stack[4], stack[2], stack[5], from(kSamples),
+          from(kAsTorchvision)},
+         stack);
+}
+
+// ps_roi_pool(input, rois, spatial_scale, pooled_height, pooled_width)
+void ps_roi_pool(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  mapped({stack[0], stack[1], stack[3], stack[4], stack[2], from(std::int64_t{-1}), from(kCells),
+          from(kAsTorchvision)},
+         stack);
+}
+
+// The gradient of both; `at` is where batch_size stands. We know the channels of bins without being told.
+void ps_backward(StableIValue* stack, std::size_t at, StableIValue ratio, std::int64_t pooling) {
+  aoti_torch_delete_tensor_object(to<AtenTensorHandle>(stack[2]));
+  std::array ours{stack[0],      stack[1], stack[at], stack[at + 1], stack[at + 2],
+                  stack[at + 3], stack[3], ratio,     from(pooling), from(kChannelsFirst)};
+  redispatch("torchkiln::_ps_roi_pool_backward", ours.data());
+  stack[0] = ours[0];
+}
+
+// _ps_roi_align_backward(grad, rois, channel_mapping, spatial_scale, pooled_height, pooled_width, sampling_ratio,
+// batch_size, channels, height, width)
+void ps_roi_align_backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  ps_backward(stack, 7, stack[6], kSamples);
+}
+
+// _ps_roi_pool_backward(grad, rois, channel_mapping, spatial_scale, pooled_height, pooled_width, batch_size, channels,
+// height, width)
+void ps_roi_pool_backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  ps_backward(stack, 6, from(std::int64_t{-1}), kCells);
+}
+
 // _cuda_version(): built without CUDA, as torchvision's CPU builds say.
 void cuda_version(StableIValue* stack, std::uint64_t, std::uint64_t) {
   stack[0] = from(std::int64_t{-1});
@@ -116,21 +161,21 @@ constexpr std::array kOperators{
     Operator{"ps_roi_align",
              "ps_roi_align(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, "
              "SymInt pooled_width, int sampling_ratio) -> (Tensor, Tensor)",
-             nullptr},
+             ps_roi_align},
     Operator{"_ps_roi_align_backward",
              "_ps_roi_align_backward(Tensor grad, Tensor rois, Tensor channel_mapping, "
              "float spatial_scale, SymInt pooled_height, SymInt pooled_width, int sampling_ratio, "
              "SymInt batch_size, SymInt channels, SymInt height, SymInt width) -> Tensor",
-             nullptr},
+             ps_roi_align_backward},
     Operator{"ps_roi_pool",
              "ps_roi_pool(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, "
              "SymInt pooled_width) -> (Tensor, Tensor)",
-             nullptr},
+             ps_roi_pool},
     Operator{"_ps_roi_pool_backward",
              "_ps_roi_pool_backward(Tensor grad, Tensor rois, Tensor channel_mapping, "
              "float spatial_scale, SymInt pooled_height, SymInt pooled_width, SymInt batch_size, "
              "SymInt channels, SymInt height, SymInt width) -> Tensor",
-             nullptr},
+             ps_roi_pool_backward},
     Operator{"deform_conv2d",
              "deform_conv2d(Tensor input, Tensor weight, Tensor offset, Tensor mask, Tensor bias, "
              "SymInt stride_h, SymInt stride_w, SymInt pad_h, SymInt pad_w, SymInt dilation_h, "

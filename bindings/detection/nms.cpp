@@ -37,6 +37,9 @@ using Suppress = Kernel<Args, Statics, Sizes, SuppressTunables>;
 using Compact = Kernel<Args, CompactStatics, Sizes, SortTunables>;
 
 const std::vector<const char*> kOperators = {"nms", "batched_nms", "nms_padded"};
+// soft_nms finds the classes so, too.
+const std::vector<const char*> kOrderOperators = {"nms", "batched_nms", "nms_padded", "soft_nms",
+                                                  "soft_nms_padded"};
 const std::vector<Parameter> kStatics = {types("scalar", kFloatTypes), bools("classes")};
 
 // With classes there are two orders to make: by score, and by class and score.
@@ -48,7 +51,7 @@ Geometry over_orders(std::int64_t classes, Geometry g) {
 const Sort sort_kernel({
     .path = "detection/nms.cuh",
     .entry = "sort",
-    .operators = kOperators,
+    .operators = kOrderOperators,
     .statics = kStatics,
     .sizes = {{"n", TORCHKILN_BUCKET_POW2}},
     .tunables = {ints("block_size", {64, 128, 256, 512})},
@@ -63,7 +66,7 @@ const Sort sort_kernel({
 const Merge merge_kernel({
     .path = "detection/nms.cuh",
     .entry = "merge",
-    .operators = kOperators,
+    .operators = kOrderOperators,
     .statics = kStatics,
     .sizes = {{"n", TORCHKILN_BUCKET_POW2}},
     .tunables = {ints("lanes", {1, 4, 8, 16, 32}), ints("block_size", {128, 256})},
@@ -112,6 +115,8 @@ struct Workspace {
   std::int64_t keys, sorted_boxes, sorted_rows, first, score_rows, score_ranks, kept, words,
       counters;  // bytes
 
+  explicit Workspace(const NmsPlan& p)
+      : Workspace(p.args.n, p.args.idxs != nullptr, p.boxes.scalar_type() == ScalarType::Double) {}
   Workspace(std::int64_t n, bool classes, bool wide)
       : keys(n > nms::kTile ? (classes ? 2 : 1) * n * 8 * ((classes ? 1 : 0) + (wide ? 2 : 1)) : 0),
         sorted_boxes(n * 4 * (wide ? 8 : 4)),
@@ -156,76 +161,48 @@ void place(const Workspace& sizes, std::uint8_t* memory, Args& args) {
   take(args.counters, sizes.counters);
 }
 
-// Sort, merge where there are several tiles, suppress, compact where there are classes: nothing waits for the host.
-// Results go to `indices` (max_output of them) and `count`, which may lie in host memory that the device can write.
-void launch(const CudaPlace& cuda_place, const NmsPlan& p, const Tensor& indices,
-            std::int64_t* count) {
-  const bool classes = p.args.idxs != nullptr;
-  const Workspace sizes(p.args.n, classes, p.boxes.scalar_type() == ScalarType::Double);
-  const Tensor workspace = empty(p.boxes, ScalarType::Byte, {sizes.total()});
-  Args args = p.args;
-  place(sizes, mutable_data<std::uint8_t>(workspace), args);
-  args.n_words = count_words(args.n);
-  args.indices = reinterpret_cast<i64*>(indices.mutable_data_ptr());
-  args.count = reinterpret_cast<i64*>(count);
-  args.max_output = indices.numel();
+Buffer part(std::size_t offset, torchkiln_access access, std::int64_t bytes) {
+  return buffer(offset, access, bytes);
+}
+constexpr auto kRead = TORCHKILN_READ, kWrite = TORCHKILN_WRITE, kUpdate = TORCHKILN_READ_WRITE;
 
-  const Buffer boxes = reads(offsetof(Args, boxes), p.boxes);
-  const Buffer scores = reads(offsetof(Args, scores), p.scores);
-  const Buffer idxs = reads(offsetof(Args, idxs), args.n * args.idx_bytes);
-  const auto part = [](std::size_t offset, std::int64_t bytes) {
-    return [=](torchkiln_access access) { return buffer(offset, access, bytes); };
-  };
-  const auto keys = part(offsetof(Args, keys), sizes.keys);
-  const auto sorted_boxes = part(offsetof(Args, sorted_boxes), sizes.sorted_boxes);
-  const auto sorted_rows = part(offsetof(Args, sorted_rows), sizes.sorted_rows);
-  const auto first = part(offsetof(Args, first), sizes.first);
-  const auto score_rows = part(offsetof(Args, score_rows), sizes.score_rows);
-  const auto score_ranks = part(offsetof(Args, score_ranks), sizes.score_ranks);
-  const auto kept = part(offsetof(Args, kept), sizes.kept);
-  const auto words = part(offsetof(Args, words), sizes.words);
-  const auto counters = part(offsetof(Args, counters), sizes.counters);
-  const auto out = part(offsetof(Args, indices), args.max_output * 8);
-  const auto counted = part(offsetof(Args, count), 8);
-  constexpr auto kRead = TORCHKILN_READ, kWrite = TORCHKILN_WRITE, kUpdate = TORCHKILN_READ_WRITE;
-
+// Suppress, and compact where there are classes.
+void suppress(const CudaPlace& cuda_place, const NmsPlan& p, const Ordered& ordered) {
+  const Args& args = ordered.args;
+  const bool classes = args.idxs != nullptr;
+  const Workspace sizes(p);
+  const std::int64_t out = args.max_output * 8;
   const Statics statics{kernel_type(p.boxes.scalar_type()), classes ? 1 : 0};
-  sort_kernel.run(cuda_place, statics, {args.n}, args,
-                  {boxes, scores, idxs, keys(kWrite), sorted_boxes(kWrite), sorted_rows(kWrite),
-                   first(kWrite), score_rows(kWrite), score_ranks(kWrite), kept(kWrite),
-                   words(kWrite), counters(kWrite), out(kWrite), unused(offsetof(Args, count))});
-  if (args.n > nms::kTile) {
-    merge_kernel.run(cuda_place, statics, {args.n}, args,
-                     {boxes, scores, keys(kRead), sorted_boxes(kWrite), sorted_rows(kWrite),
-                      first(kWrite), score_rows(kWrite), score_ranks(kWrite),
-                      unused(offsetof(Args, idxs)), unused(offsetof(Args, kept)),
-                      unused(offsetof(Args, words)), unused(offsetof(Args, counters)),
-                      unused(offsetof(Args, indices)), unused(offsetof(Args, count))});
-  }
   suppress_kernel.run(
       cuda_place, statics, {args.n}, args,
-      {sorted_boxes(kRead), sorted_rows(kRead), first(kRead), score_ranks(kRead), kept(kUpdate),
-       words(kUpdate), counters(kUpdate), out(kUpdate), counted(kWrite),
+      {part(offsetof(Args, sorted_boxes), kRead, sizes.sorted_boxes),
+       part(offsetof(Args, sorted_rows), kRead, sizes.sorted_rows),
+       part(offsetof(Args, first), kRead, sizes.first),
+       part(offsetof(Args, score_ranks), kRead, sizes.score_ranks),
+       part(offsetof(Args, kept), kUpdate, sizes.kept),
+       part(offsetof(Args, words), kUpdate, sizes.words),
+       part(offsetof(Args, counters), kUpdate, sizes.counters),
+       part(offsetof(Args, indices), kUpdate, out), part(offsetof(Args, count), kWrite, 8),
        unused(offsetof(Args, boxes)), unused(offsetof(Args, scores)), unused(offsetof(Args, idxs)),
        unused(offsetof(Args, keys)), unused(offsetof(Args, score_rows))});
   if (classes) {
-    compact_kernel.run(cuda_place, CompactStatics{}, {args.n}, args,
-                       {score_rows(kRead), kept(kRead), out(kUpdate), counted(kWrite),
-                        unused(offsetof(Args, boxes)), unused(offsetof(Args, scores)),
-                        unused(offsetof(Args, idxs)), unused(offsetof(Args, keys)),
-                        unused(offsetof(Args, sorted_boxes)), unused(offsetof(Args, sorted_rows)),
-                        unused(offsetof(Args, first)), unused(offsetof(Args, score_ranks)),
-                        unused(offsetof(Args, words)), unused(offsetof(Args, counters))});
+    compact_kernel.run(
+        cuda_place, CompactStatics{}, {args.n}, args,
+        {part(offsetof(Args, score_rows), kRead, sizes.score_rows),
+         part(offsetof(Args, kept), kRead, sizes.kept), part(offsetof(Args, indices), kUpdate, out),
+         part(offsetof(Args, count), kWrite, 8), unused(offsetof(Args, boxes)),
+         unused(offsetof(Args, scores)), unused(offsetof(Args, idxs)), unused(offsetof(Args, keys)),
+         unused(offsetof(Args, sorted_boxes)), unused(offsetof(Args, sorted_rows)),
+         unused(offsetof(Args, first)), unused(offsetof(Args, score_ranks)),
+         unused(offsetof(Args, words)), unused(offsetof(Args, counters))});
   }
 }
 
-// A number in page-locked memory that the device writes directly: no copy is queued to read a result's size. One per
-// thread, never given back: a call has read its number before the thread can make another.
-std::int64_t* host_number() {
-  thread_local const Tensor* const number = new Tensor(
-      torch::stable::empty({1}, ScalarType::Long, std::nullopt,
-                           torch::stable::Device(torch::headeronly::DeviceType::CPU), true));
-  return mutable_data<std::int64_t>(*number);
+// Nothing waits for the host. Results go to `indices` (max_output of them) and `count`, which may lie in host memory that
+// the device can write.
+void launch(const CudaPlace& cuda_place, const NmsPlan& p, const Tensor& indices,
+            std::int64_t* count) {
+  suppress(cuda_place, p, order(cuda_place, p, indices, count));
 }
 
 // The one place that waits: the size of the result depends on the data.
@@ -254,7 +231,7 @@ std::tuple<Tensor, Tensor> nms_padded_cuda(const Tensor& boxes, const Tensor& sc
                                            double iou_threshold, std::int64_t max_output,
                                            const std::optional<Tensor>& idxs) {
   const NmsPlan p = plan_nms("nms_padded", boxes, scores, idxs, iou_threshold);
-  check_max_output(max_output);
+  check_max_output("nms_padded", max_output);
   Tensor indices = empty(boxes, ScalarType::Long, {max_output});
   if (p.args.n == 0) {
     torch::stable::fill_(indices, -1);
@@ -266,6 +243,53 @@ std::tuple<Tensor, Tensor> nms_padded_cuda(const Tensor& boxes, const Tensor& sc
 }
 
 }  // namespace
+
+// Sort, and merge where there are several tiles.
+Ordered order(const CudaPlace& cuda_place, const NmsPlan& p, const Tensor& indices,
+              std::int64_t* count) {
+  const Workspace sizes(p);
+  Ordered ordered{.workspace = empty(p.boxes, ScalarType::Byte, {sizes.total()}), .args = p.args};
+  Args& args = ordered.args;
+  place(sizes, mutable_data<std::uint8_t>(ordered.workspace), args);
+  args.n_words = count_words(args.n);
+  args.indices = reinterpret_cast<i64*>(indices.mutable_data_ptr());
+  args.count = reinterpret_cast<i64*>(count);
+  args.max_output = indices.numel();
+
+  const Buffer boxes = reads(offsetof(Args, boxes), p.boxes);
+  const Buffer scores = reads(offsetof(Args, scores), p.scores);
+  const Buffer sorted_boxes = part(offsetof(Args, sorted_boxes), kWrite, sizes.sorted_boxes);
+  const Buffer sorted_rows = part(offsetof(Args, sorted_rows), kWrite, sizes.sorted_rows);
+  const Buffer first = part(offsetof(Args, first), kWrite, sizes.first);
+  const Buffer score_rows = part(offsetof(Args, score_rows), kWrite, sizes.score_rows);
+  const Buffer score_ranks = part(offsetof(Args, score_ranks), kWrite, sizes.score_ranks);
+  const Statics statics{kernel_type(p.boxes.scalar_type()), args.idxs != nullptr ? 1 : 0};
+  sort_kernel.run(
+      cuda_place, statics, {args.n}, args,
+      {boxes, scores, reads(offsetof(Args, idxs), args.n * args.idx_bytes),
+       part(offsetof(Args, keys), kWrite, sizes.keys), sorted_boxes, sorted_rows, first, score_rows,
+       score_ranks, part(offsetof(Args, kept), kWrite, sizes.kept),
+       part(offsetof(Args, words), kWrite, sizes.words),
+       part(offsetof(Args, counters), kWrite, sizes.counters),
+       part(offsetof(Args, indices), kWrite, args.max_output * 8), unused(offsetof(Args, count))});
+  if (args.n > nms::kTile) {
+    merge_kernel.run(
+        cuda_place, statics, {args.n}, args,
+        {boxes, scores, part(offsetof(Args, keys), kRead, sizes.keys), sorted_boxes, sorted_rows,
+         first, score_rows, score_ranks, unused(offsetof(Args, idxs)), unused(offsetof(Args, kept)),
+         unused(offsetof(Args, words)), unused(offsetof(Args, counters)),
+         unused(offsetof(Args, indices)), unused(offsetof(Args, count))});
+  }
+  return ordered;
+}
+
+// One per thread, never given back: a call has read its number before the thread can make another.
+std::int64_t* host_number() {
+  thread_local const Tensor* const number = new Tensor(
+      torch::stable::empty({1}, ScalarType::Long, std::nullopt,
+                           torch::stable::Device(torch::headeronly::DeviceType::CPU), true));
+  return mutable_data<std::int64_t>(*number);
+}
 
 NmsPlan plan_nms(const char* op, const Tensor& boxes, const Tensor& scores,
                  const std::optional<Tensor>& idxs, double iou_threshold) {
@@ -315,10 +339,9 @@ std::int64_t class_bytes(const char* op, const Tensor& idxs) {
   }
 }
 
-void check_max_output(std::int64_t max_output) {
+void check_max_output(const char* op, std::int64_t max_output) {
   if (max_output >= 0) return;
-  fail(TORCHKILN_ERROR_VALUE, "nms_padded", "max_output", "be at least 0",
-       std::to_string(max_output));
+  fail(TORCHKILN_ERROR_VALUE, op, "max_output", "be at least 0", std::to_string(max_output));
 }
 
 }  // namespace torchkiln::bindings

@@ -3,8 +3,11 @@
 #pragma once
 
 #include <optional>
+#include <span>
+#include <vector>
 
 #include "bindings/support/check.h"
+#include "bindings/support/cuda.h"
 #include "bindings/support/tensor.h"
 #include "detection/nms.h"
 
@@ -23,6 +26,22 @@ NmsPlan plan_nms(const char* op, const Tensor& boxes, const Tensor& scores,
                  const std::optional<Tensor>& idxs, double iou_threshold);
 // Size of one class; fails unless it is an integer.
 std::int64_t class_bytes(const char* op, const Tensor& idxs);
-void check_max_output(std::int64_t max_output);
+void check_max_output(const char* op, std::int64_t max_output);
+
+// Boxes on the device in the order of suppression: arguments for the kernels that follow, and the memory behind them.
+struct Ordered {
+  Tensor workspace;
+  nms::Args args;
+};
+// Launches that put boxes in order and fill `indices` with -1; `count` is only noted in the arguments.
+Ordered order(const CudaPlace& cuda_place, const NmsPlan& p, const Tensor& indices,
+              std::int64_t* count);
+
+// A number in page-locked memory that the device writes directly: no copy is queued to read a result's size.
+std::int64_t* host_number();
+
+// The classes of the CPU version, as ranges of `rows`, which is sorted by class and keeps its order inside each.
+std::vector<std::span<const std::int64_t>> split(const nms::Args& args,
+                                                 std::vector<std::int64_t>& rows);
 
 }  // namespace torchkiln::bindings

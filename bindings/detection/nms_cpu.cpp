@@ -138,20 +138,6 @@ std::int64_t class_of(const nms::Args& args, std::int64_t row) {
   }
 }
 
-// The classes as ranges of `rows`, which is first sorted by class and keeps its order inside each.
-std::vector<std::span<const std::int64_t>> split(const nms::Args& args,
-                                                 std::vector<std::int64_t>& rows) {
-  std::stable_sort(rows.begin(), rows.end(), [&](std::int64_t a, std::int64_t b) {
-    return class_of(args, a) < class_of(args, b);
-  });
-  std::vector<std::span<const std::int64_t>> ranges;
-  for (std::size_t begin = 0, end = 0; begin < rows.size(); begin = end) {
-    while (end < rows.size() && class_of(args, rows[end]) == class_of(args, rows[begin])) ++end;
-    ranges.emplace_back(rows.data() + begin, end - begin);
-  }
-  return ranges;
-}
-
 // The kept rows by descending score.
 template <class Scalar>
 std::vector<std::int64_t> kept_rows(const nms::Args& args) {
@@ -198,7 +184,7 @@ std::tuple<Tensor, Tensor> nms_padded_cpu(const Tensor& boxes, const Tensor& sco
                                           double iou_threshold, std::int64_t max_output,
                                           const std::optional<Tensor>& idxs) {
   const NmsPlan p = plan_nms("nms_padded", boxes, scores, idxs, iou_threshold);
-  check_max_output(max_output);
+  check_max_output("nms_padded", max_output);
   const std::vector<std::int64_t> rows = kept_rows(p);
   const std::int64_t kept = std::min(max_output, static_cast<std::int64_t>(rows.size()));
   Tensor indices = empty(boxes, ScalarType::Long, {max_output});
@@ -211,6 +197,19 @@ std::tuple<Tensor, Tensor> nms_padded_cpu(const Tensor& boxes, const Tensor& sco
 }
 
 }  // namespace
+
+std::vector<std::span<const std::int64_t>> split(const nms::Args& args,
+                                                 std::vector<std::int64_t>& rows) {
+  std::stable_sort(rows.begin(), rows.end(), [&](std::int64_t a, std::int64_t b) {
+    return class_of(args, a) < class_of(args, b);
+  });
+  std::vector<std::span<const std::int64_t>> ranges;
+  for (std::size_t begin = 0, end = 0; begin < rows.size(); begin = end) {
+    while (end < rows.size() && class_of(args, rows[end]) == class_of(args, rows[begin])) ++end;
+    ranges.emplace_back(rows.data() + begin, end - begin);
+  }
+  return ranges;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(torchkiln, CPU, m) {
   m.impl("nms", TORCH_BOX(&nms_cpu));

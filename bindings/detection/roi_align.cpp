@@ -9,6 +9,7 @@
 #include <limits>
 #include <tuple>
 
+#include "bindings/detection/roi_taps.h"
 #include "bindings/support/bands.h"
 #include "bindings/support/cuda.h"
 
@@ -16,7 +17,6 @@ namespace torchkiln::bindings {
 namespace {
 
 using roi_align::Args;
-using roi_align::Span;
 using roi_align::StagedArgs;
 using roi_align::TransposeArgs;
 
@@ -250,33 +250,7 @@ const Backward backward_kernel({
                    const TileTunables& t) { return linear(tile_blocks(p.sizes, t), t.block_size); },
 });
 
-// ---- checks and shapes ----
-
-void check_options(const Tensor& boxes, const RoiAlignOptions& options) {
-  check_rows(kOp, "boxes", boxes, 5);
-  const auto check_pooled = [](const char* argument, std::int64_t value) {
-    check_positive(kOp, argument, value);
-    if (value <= kMostPooled) return;
-    fail(TORCHKILN_ERROR_VALUE, kOp, argument, "be at most 4096", std::to_string(value));
-  };
-  check_pooled("pooled_height", options.pooled_height);
-  check_pooled("pooled_width", options.pooled_width);
-  if (!(options.spatial_scale > 0 && std::isfinite(options.spatial_scale))) {
-    fail(TORCHKILN_ERROR_VALUE, kOp, "spatial_scale", "be a finite number above 0",
-         std::to_string(options.spatial_scale));
-  }
-  if (options.sampling_ratio > roi_align::kMostSamples) {
-    fail(TORCHKILN_ERROR_VALUE, kOp, "sampling_ratio", "be at most 32768",
-         std::to_string(options.sampling_ratio));
-  }
-}
-
-void check_shape_of_maps(const RoiAlignShape& s) {
-  constexpr std::int64_t kMost = std::int64_t{1} << 30;
-  if (s.h < kMost && s.w < kMost) return;
-  fail(TORCHKILN_ERROR_VALUE, kOp, "input", "have fewer than 2^30 rows and columns",
-       std::to_string(s.h) + " x " + std::to_string(s.w));
-}
+// ---- launches ----
 
 std::int64_t box_type(ScalarType dtype) {
   switch (dtype) {
@@ -291,72 +265,21 @@ std::int64_t box_type(ScalarType dtype) {
   }
 }
 
-roi_align::Regions regions_of(const Tensor& boxes, const RoiAlignShape& s,
-                              const RoiAlignOptions& o) {
-  return {.boxes = boxes.const_data_ptr(),
-          .box_type = box_type(boxes.scalar_type()),
-          .n = s.n,
-          .c = s.c,
-          .h = s.h,
-          .w = s.w,
-          .k = boxes.size(0),
-          .pooled_h = o.pooled_height,
-          .pooled_w = o.pooled_width,
-          .sampling_ratio = o.sampling_ratio,
-          .aligned = o.aligned ? 1 : 0,
-          .spatial_scale = o.spatial_scale};
-}
-
-// ---- launches ----
-
-std::int64_t index_type(const RoiAlignPlan& p) {
-  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
-  return std::max(p.maps.numel(), p.bins.numel()) <= kMost ? TORCHKILN_I32 : TORCHKILN_I64;
-}
-
 Sizes sizes_of(const RoiAlignPlan& p) {
   const roi_align::Regions& r = p.args.regions;
   return {p.bins.numel(), r.n, r.c, r.h, r.w, r.k, r.pooled_h, r.k * (r.pooled_h + r.pooled_w)};
 }
 
-// The taps of all regions, made once for all channels; they live until the launch that reads them is queued.
-struct TapTable {
-  Tensor memory;
-  std::int64_t tap_bytes, range_bytes, span_bytes;
-
-  std::array<Buffer, 3> read() const {
-    return {reads(offsetof(Args, taps), tap_bytes), reads(offsetof(Args, ranges), range_bytes),
-            reads(offsetof(Args, spans), span_bytes)};
-  }
-};
-
-TapTable make_table(const CudaPlace& place, RoiAlignPlan& p) {
+TapTable<Args> make_table(const CudaPlace& place, RoiAlignPlan& p) {
   const roi_align::Regions& r = p.args.regions;
-  const auto capacity = [&](std::int64_t size, std::int64_t pooled) {
-    const std::int64_t touched = size + 3 * pooled;
-    return r.sampling_ratio > 0 ? std::min<std::int64_t>(touched, 2 * r.sampling_ratio * pooled)
-                                : touched;
-  };
-  p.args.row_capacity = capacity(r.h, r.pooled_h);
-  p.args.column_capacity = capacity(r.w, r.pooled_w);
-  constexpr std::int64_t kTapBytes = 16;
-  TapTable table{
-      .memory = Tensor(),
-      .tap_bytes = r.k * (p.args.row_capacity + p.args.column_capacity) * kTapBytes,
-      .range_bytes = r.k * (r.pooled_h + r.pooled_w) * static_cast<std::int64_t>(sizeof(Range)),
-      .span_bytes = r.k * static_cast<std::int64_t>(sizeof(Span))};
-  table.memory =
-      empty(p.maps, ScalarType::Byte, {table.tap_bytes + table.range_bytes + table.span_bytes});
-  auto* memory = mutable_data<std::uint8_t>(table.memory);
-  p.args.taps = memory;
-  p.args.ranges = reinterpret_cast<Range*>(memory + table.tap_bytes);
-  p.args.spans = memory + table.tap_bytes + table.range_bytes;
+  p.args.row_capacity = tap_capacity(r.h, r.pooled_h, r.sampling_ratio);
+  p.args.column_capacity = tap_capacity(r.w, r.pooled_w, r.sampling_ratio);
+  TapTable<Args> table = allocate_table(p.maps, p.args);
+  const auto [taps, ranges, spans] = table.written();
   const bool wide = p.maps.scalar_type() == ScalarType::Double;
   tables_kernel.run(
       place, {wide ? TORCHKILN_DOUBLE : TORCHKILN_FLOAT}, sizes_of(p), p.args,
-      {reads(offsetof(Args, regions), p.boxes), writes(offsetof(Args, taps), table.tap_bytes),
-       writes(offsetof(Args, ranges), table.range_bytes),
-       writes(offsetof(Args, spans), table.span_bytes), unused(offsetof(Args, maps)),
+      {reads(offsetof(Args, regions), p.boxes), taps, ranges, spans, unused(offsetof(Args, maps)),
        unused(offsetof(Args, bins)), unused(offsetof(Args, argmax))});
   return table;
 }
@@ -365,11 +288,12 @@ void launch_direct(const CudaPlace& place, const RoiAlignPlan& p) {
   const Buffer argmax =
       p.maximum ? writes(offsetof(Args, argmax), p.argmax) : writes(offsetof(Args, argmax), 0);
   const std::int64_t pooling = p.maximum ? roi_align::kMax : roi_align::kAverage;
-  direct_kernel.run(place,
-                    {kernel_type(p.maps.scalar_type()), index_type(p), pooling, p.channels_last},
-                    sizes_of(p), p.args,
-                    {reads(offsetof(Args, regions), p.boxes), reads(offsetof(Args, maps), p.maps),
-                     writes(offsetof(Args, bins), p.bins), argmax});
+  direct_kernel.run(
+      place,
+      {kernel_type(p.maps.scalar_type()), index_type(p.maps, p.bins), pooling, p.channels_last},
+      sizes_of(p), p.args,
+      {reads(offsetof(Args, regions), p.boxes), reads(offsetof(Args, maps), p.maps),
+       writes(offsetof(Args, bins), p.bins), argmax});
 }
 
 // How `staged` works; no bands where it cannot serve.
@@ -421,12 +345,16 @@ void launch_staged(const CudaPlace& place, const RoiAlignPlan& p, const StagedCu
       .regions = r,
       .maps = p.maps.const_data_ptr(),
       .bins = p.bins.mutable_data_ptr(),
-      .weights = at,
-      .pixels = reinterpret_cast<roi_align::QuadPixels*>(at + weight_bytes),
-      .list = {.bands = bands,
-               .entries = reinterpret_cast<BandEntry*>(at + weight_bytes + pixel_bytes),
-               .parts = reinterpret_cast<Range*>(at + weight_bytes + pixel_bytes + entry_bytes)}};
-  constexpr std::size_t list_at = offsetof(StagedArgs, list);
+      .table = {.weights = at,
+                .pixels = reinterpret_cast<roi_align::QuadPixels*>(at + weight_bytes),
+                .list = {.bands = bands,
+                         .entries = reinterpret_cast<BandEntry*>(at + weight_bytes + pixel_bytes),
+                         .parts = reinterpret_cast<Range*>(at + weight_bytes + pixel_bytes +
+                                                           entry_bytes)}}};
+  constexpr std::size_t table_at = offsetof(StagedArgs, table);
+  constexpr std::size_t weights_at = table_at + offsetof(roi_align::StagedTable, weights);
+  constexpr std::size_t pixels_at = table_at + offsetof(roi_align::StagedTable, pixels);
+  constexpr std::size_t list_at = table_at + offsetof(roi_align::StagedTable, list);
   constexpr std::size_t entries_at = list_at + offsetof(BandList, entries);
   constexpr std::size_t parts_at = list_at + offsetof(BandList, parts);
   const std::int64_t band_bytes = cut.maps *
@@ -434,37 +362,36 @@ void launch_staged(const CudaPlace& place, const RoiAlignPlan& p, const StagedCu
                                   static_cast<std::int64_t>(element_size(p.maps.scalar_type()));
   const StagedSizes sizes = {r.n * r.c / cut.maps, r.k, r.n, bands.count, band_bytes, axis_bins};
   quads_kernel.run(place, {wide ? TORCHKILN_DOUBLE : TORCHKILN_FLOAT}, sizes, args,
-                   {reads(offsetof(StagedArgs, regions), p.boxes),
-                    writes(offsetof(StagedArgs, weights), weight_bytes),
-                    writes(offsetof(StagedArgs, pixels), pixel_bytes),
-                    writes(entries_at, entry_bytes), writes(parts_at, part_bytes),
-                    unused(offsetof(StagedArgs, maps)), unused(offsetof(StagedArgs, bins))});
+                   {reads(offsetof(StagedArgs, regions), p.boxes), writes(weights_at, weight_bytes),
+                    writes(pixels_at, pixel_bytes), writes(entries_at, entry_bytes),
+                    writes(parts_at, part_bytes), unused(offsetof(StagedArgs, maps)),
+                    unused(offsetof(StagedArgs, bins))});
   staged_kernel.run(
-      place, {kernel_type(p.maps.scalar_type()), index_type(p), cut.maps}, sizes, args,
+      place, {kernel_type(p.maps.scalar_type()), index_type(p.maps, p.bins), cut.maps}, sizes, args,
       {reads(offsetof(StagedArgs, maps), p.maps), writes(offsetof(StagedArgs, bins), p.bins),
-       reads(offsetof(StagedArgs, weights), weight_bytes),
-       reads(offsetof(StagedArgs, pixels), pixel_bytes), reads(entries_at, entry_bytes),
-       reads(parts_at, part_bytes), unused(offsetof(StagedArgs, regions))});
+       reads(weights_at, weight_bytes), reads(pixels_at, pixel_bytes),
+       reads(entries_at, entry_bytes), reads(parts_at, part_bytes),
+       unused(offsetof(StagedArgs, regions))});
 }
 
 void launch_average(const CudaPlace& place, RoiAlignPlan& p) {
   const StagedCut cut = p.channels_last ? StagedCut{} : cut_maps(place, p);
   if (cut.bands.count > 0) return launch_staged(place, p, cut);
-  const TapTable table = make_table(place, p);
+  const TapTable<Args> table = make_table(place, p);
   const auto [taps, ranges, spans] = table.read();
   const Buffer maps = reads(offsetof(Args, maps), p.maps);
   const Buffer bins = writes(offsetof(Args, bins), p.bins);
   const std::int64_t scalar = kernel_type(p.maps.scalar_type());
   if (!p.channels_last) {
-    planes_kernel.run(place, {scalar, index_type(p)}, sizes_of(p), p.args,
+    planes_kernel.run(place, {scalar, index_type(p.maps, p.bins)}, sizes_of(p), p.args,
                       {maps, bins, taps, ranges, spans, unused(offsetof(Args, regions))});
     return;
   }
   const std::int64_t wide = vector_width(scalar);
   const bool vectorised =
       p.args.regions.c % wide == 0 && aligned_to_16(p.args.maps) && aligned_to_16(p.args.bins);
-  last_kernel.run(place, {scalar, index_type(p), vectorised ? wide : 1}, sizes_of(p), p.args,
-                  {maps, bins, taps, ranges, spans, unused(offsetof(Args, regions))});
+  last_kernel.run(place, {scalar, index_type(p.maps, p.bins), vectorised ? wide : 1}, sizes_of(p),
+                  p.args, {maps, bins, taps, ranges, spans, unused(offsetof(Args, regions))});
 }
 
 RoiAlignPlan run_cuda(RoiAlignPlan p) {
@@ -536,20 +463,63 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes,
     p.argmax = as_layout(p.argmax, true);
     p.args.argmax = const_cast<i32*>(static_cast<const i32*>(p.argmax.const_data_ptr()));
   }
-  const TapTable table = make_table(place, p);
+  const TapTable<Args> table = make_table(place, p);
   const auto [taps, ranges, spans] = table.read();
   const Buffer winners =
       p.maximum ? reads(offsetof(Args, argmax), p.argmax) : reads(offsetof(Args, argmax), 0);
   const std::int64_t pooling = p.maximum ? roi_align::kMax : roi_align::kAverage;
-  backward_kernel.run(place,
-                      {kernel_type(p.maps.scalar_type()), index_type(p), pooling, channels_last},
-                      sizes_of(p), p.args,
-                      {reads(offsetof(Args, regions), p.boxes), reads(offsetof(Args, bins), p.bins),
-                       winners, taps, ranges, spans, writes(offsetof(Args, maps), p.maps)});
+  backward_kernel.run(
+      place,
+      {kernel_type(p.maps.scalar_type()), index_type(p.maps, p.bins), pooling, channels_last},
+      sizes_of(p), p.args,
+      {reads(offsetof(Args, regions), p.boxes), reads(offsetof(Args, bins), p.bins), winners, taps,
+       ranges, spans, writes(offsetof(Args, maps), p.maps)});
   return p.maps;
 }
 
 }  // namespace
+
+void check_regions(const char* op, const Tensor& boxes, const RoiAlignOptions& options) {
+  check_rows(op, "boxes", boxes, 5);
+  const auto check_pooled = [op](const char* argument, std::int64_t value) {
+    check_positive(op, argument, value);
+    if (value <= kMostPooled) return;
+    fail(TORCHKILN_ERROR_VALUE, op, argument, "be at most 4096", std::to_string(value));
+  };
+  check_pooled("pooled_height", options.pooled_height);
+  check_pooled("pooled_width", options.pooled_width);
+  if (!(options.spatial_scale > 0 && std::isfinite(options.spatial_scale))) {
+    fail(TORCHKILN_ERROR_VALUE, op, "spatial_scale", "be a finite number above 0",
+         std::to_string(options.spatial_scale));
+  }
+  if (options.sampling_ratio > roi_align::kMostSamples) {
+    fail(TORCHKILN_ERROR_VALUE, op, "sampling_ratio", "be at most 32768",
+         std::to_string(options.sampling_ratio));
+  }
+}
+
+void check_shape_of_maps(const char* op, const RoiAlignShape& s) {
+  constexpr std::int64_t kMost = std::int64_t{1} << 30;
+  if (s.h < kMost && s.w < kMost) return;
+  fail(TORCHKILN_ERROR_VALUE, op, "input", "have fewer than 2^30 rows and columns",
+       std::to_string(s.h) + " x " + std::to_string(s.w));
+}
+
+roi_align::Regions regions_of(const Tensor& boxes, const RoiAlignShape& s,
+                              const RoiAlignOptions& o) {
+  return {.boxes = boxes.const_data_ptr(),
+          .box_type = box_type(boxes.scalar_type()),
+          .n = s.n,
+          .c = s.c,
+          .h = s.h,
+          .w = s.w,
+          .k = boxes.size(0),
+          .pooled_h = o.pooled_height,
+          .pooled_w = o.pooled_width,
+          .sampling_ratio = o.sampling_ratio,
+          .aligned = o.aligned ? 1 : 0,
+          .spatial_scale = o.spatial_scale};
+}
 
 void check_pooling(std::int64_t pooling) {
   if (pooling == roi_align::kAverage || pooling == roi_align::kMax) return;
@@ -560,10 +530,10 @@ RoiAlignPlan plan_roi_align(const Tensor& input, const Tensor& boxes,
                             const RoiAlignOptions& options, bool maximum) {
   check_floating(kOp, "input", input);
   check_dim(kOp, "input", input, 4, "(N, C, H, W)");
-  check_options(boxes, options);
+  check_regions(kOp, boxes, options);
   check_same_device(kOp, "boxes", boxes, "input", input);
   const RoiAlignShape shape{input.size(0), input.size(1), input.size(2), input.size(3)};
-  check_shape_of_maps(shape);
+  check_shape_of_maps(kOp, shape);
   const bool channels_last = is_channels_last(input);
   const std::array<std::int64_t, 4> out = {boxes.size(0), shape.c, options.pooled_height,
                                            options.pooled_width};
@@ -588,11 +558,11 @@ RoiAlignPlan plan_roi_align_backward(const Tensor& grad_output, const Tensor& bo
                                      bool channels_last) {
   check_floating(kOp, "grad_output", grad_output);
   check_dim(kOp, "grad_output", grad_output, 4, "(K, C, pooled_height, pooled_width)");
-  check_options(boxes, options);
+  check_regions(kOp, boxes, options);
   check_same_device(kOp, "boxes", boxes, "grad_output", grad_output);
   check_shape(kOp, "grad_output", grad_output,
               {boxes.size(0), shape.c, options.pooled_height, options.pooled_width});
-  check_shape_of_maps(shape);
+  check_shape_of_maps(kOp, shape);
   if (argmax.has_value()) {
     check_same_device(kOp, "argmax", *argmax, "grad_output", grad_output);
     check_shape(kOp, "argmax", *argmax,

@@ -39,4 +39,10 @@ RoiAlignPlan plan_roi_align_backward(const Tensor& grad_output, const Tensor& bo
                                      bool channels_last);
 void check_pooling(std::int64_t pooling);
 
+// For every operator that pools regions: boxes, bins and options; the sizes of maps.
+void check_regions(const char* op, const Tensor& boxes, const RoiAlignOptions& options);
+void check_shape_of_maps(const char* op, const RoiAlignShape& shape);
+roi_align::Regions regions_of(const Tensor& boxes, const RoiAlignShape& shape,
+                              const RoiAlignOptions& options);
+
 }  // namespace torchkiln::bindings

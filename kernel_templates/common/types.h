@@ -7,7 +7,10 @@
 #define TORCHKILN_HD __device__ __forceinline__
 // For rare or long code that is called in several places: compiled once instead of once per call.
 #define TORCHKILN_HD_CALLED __device__ __noinline__
+// Before a loop whose body is long: compiled once instead of once per turn.
+#define TORCHKILN_ROLLED _Pragma("unroll 1")
 #else
+#define TORCHKILN_ROLLED
 #define TORCHKILN_HD inline
 #define TORCHKILN_HD_CALLED inline
 #endif
@@ -160,8 +163,37 @@ TORCHKILN_HD float floor_of(float x) { return TORCHKILN_MATH(floorf)(x); }
 TORCHKILN_HD double floor_of(double x) { return TORCHKILN_MATH(floor)(x); }
 TORCHKILN_HD float ceil_of(float x) { return TORCHKILN_MATH(ceilf)(x); }
 TORCHKILN_HD double ceil_of(double x) { return TORCHKILN_MATH(ceil)(x); }
+TORCHKILN_HD float exp_of(float x) { return TORCHKILN_MATH(expf)(x); }
+TORCHKILN_HD double exp_of(double x) { return TORCHKILN_MATH(exp)(x); }
 TORCHKILN_HD float atan2_of(float y, float x) { return TORCHKILN_MATH(atan2f)(y, x); }
 TORCHKILN_HD double atan2_of(double y, double x) { return TORCHKILN_MATH(atan2)(y, x); }
+TORCHKILN_HD float sqrt_of(float x) { return TORCHKILN_MATH(sqrtf)(x); }
+TORCHKILN_HD double sqrt_of(double x) { return TORCHKILN_MATH(sqrt)(x); }
+TORCHKILN_HD float abs_of(float x) { return TORCHKILN_MATH(fabsf)(x); }
+TORCHKILN_HD double abs_of(double x) { return TORCHKILN_MATH(fabs)(x); }
+TORCHKILN_HD void sin_cos_of(float x, float& sine, float& cosine) {
+#if defined(__CUDACC_RTC__)
+  // In half turns, which need no reduction by tables; what x / pi loses turns the result afterwards.
+  const float turns = x * 0.318309886f;
+  const float lost = __fmaf_rn(x, 0.318309886f, -turns) + x * 1.28412766e-8f;
+  float s, c;
+  ::sincospif(turns, &s, &c);
+  const float angle = 3.14159265f * lost;
+  sine = s + c * angle;
+  cosine = c - s * angle;
+#else
+  sine = TORCHKILN_MATH(sinf)(x);
+  cosine = TORCHKILN_MATH(cosf)(x);
+#endif
+}
+TORCHKILN_HD void sin_cos_of(double x, double& sine, double& cosine) {
+#if defined(__CUDACC_RTC__)
+  ::sincos(x, &sine, &cosine);
+#else
+  sine = TORCHKILN_MATH(sin)(x);
+  cosine = TORCHKILN_MATH(cos)(x);
+#endif
+}
 #undef TORCHKILN_MATH
 
 }  // namespace torchkiln

@@ -26,49 +26,65 @@ namespace torchkiln::roi_align {
 
 // ---- tables --------------------------------------------------------------------------------------------------------
 
+// One bin of an axis of a region.
+struct AxisBin {
+  i64 region, bin;
+  bool columns;
+};
+
+// A thread's own; region is r.k or more for those that have none.
+template <int kBlockSize>
+__device__ __forceinline__ AxisBin own_bin(const Regions& r, u32 block) {
+  const i64 item = i64(block) * kBlockSize + threadIdx.x;
+  const i64 axes = r.pooled_h + r.pooled_w, region = item / axes, bin = item - region * axes;
+  const bool columns = bin >= r.pooled_h;
+  return {region, columns ? bin - r.pooled_h : bin, columns};
+}
+
+// Writes the taps of a bin, and with the first one where its region lies. `image` as in Span; the axis of a region of no
+// map is empty. The functions of AnyAxis are those of roi_align::Axis.
+template <class T, class AnyArgs, class AnyAxis>
+__device__ __forceinline__ void write_taps(const AnyArgs& args, const Regions& r, const AxisBin& at,
+                                           const AnyAxis& axis, i32 image) {
+  const i64 pooled = at.columns ? r.pooled_w : r.pooled_h, size = at.columns ? r.w : r.h;
+  const i64 capacity = at.columns ? args.column_capacity : args.row_capacity;
+  Tap<T>* taps = static_cast<Tap<T>*>(args.taps) +
+                 at.region * (args.row_capacity + args.column_capacity) +
+                 (at.columns ? args.row_capacity : 0);
+  const bool empty = is_empty(axis);
+  const i32 begin = empty ? 0 : first_tap(axis, at.bin, pooled, size, capacity);
+  const i32 n = make_taps(axis, at.bin, size, taps + begin);
+  args.ranges[at.region * (r.pooled_h + r.pooled_w) + (at.columns ? r.pooled_h : 0) + at.bin] = {
+      begin, begin + n};
+  // Places up to the next bin's stay empty.
+  const i32 next = !empty && at.bin + 1 < pooled
+                       ? first_tap(axis, at.bin + 1, pooled, size, capacity)
+                       : begin + n;
+  for (i32 i = begin + n; i < next; ++i) taps[i] = {T(0), -1, i32(at.bin)};
+  if (at.bin != 0) return;
+  Span& span = static_cast<Span*>(args.spans)[at.region];
+  const i32 low = empty ? 0 : first_pixel(axis, 0, size);
+  const i32 high = empty ? -1 : last_pixel(axis, pooled, size);
+  if (at.columns) {
+    span.x_first = low;
+    span.x_last = high;
+  } else {
+    span.image = image;
+    span.y_first = low;
+    span.y_last = high;
+  }
+}
+
 // One thread per bin of an axis of a region.
 template <class Scalar, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) tables(const Args args) {
   using T = Acc<Scalar>;
-  const Regions& r = args.regions;
-  const i64 item = i64(blockIdx.x) * kBlockSize + threadIdx.x;
-  const i64 axes = r.pooled_h + r.pooled_w, region = item / axes;
-  if (region >= r.k) return;
-  const i64 in_region = item - region * axes;
-  const bool columns = in_region >= r.pooled_h;
-  const i64 bin = columns ? in_region - r.pooled_h : in_region;
-  const i64 pooled = columns ? r.pooled_w : r.pooled_h, size = columns ? r.w : r.h;
-  const i64 capacity = columns ? args.column_capacity : args.row_capacity;
-  const T batch = coordinate<T>(r, region, 0);
-  const bool known = batch > T(-1) && batch < T(r.n);
-  Axis<T> axis = axis_at<T>(r, region, columns);
-  if (!known) axis.count = 0;
-  Tap<T>* taps = static_cast<Tap<T>*>(args.taps) +
-                 region * (args.row_capacity + args.column_capacity) +
-                 (columns ? args.row_capacity : 0);
-  const i32 begin = axis.count > 0 ? first_tap(axis, bin, pooled, size, capacity) : 0;
-  const i32 n = make_taps(axis, bin, size, taps + begin);
-  args.ranges[item] = {begin, begin + n};
-  // Places up to the next bin's stay empty.
-  const i32 next = axis.count > 0 && bin + 1 < pooled
-                       ? first_tap(axis, bin + 1, pooled, size, capacity)
-                       : begin + n;
-  for (i32 i = begin + n; i < next; ++i) taps[i] = {T(0), -1, i32(bin)};
-  if (bin != 0) return;
-  // From the first sample to the last one: no tap lies further out.
-  Span& span = static_cast<Span*>(args.spans)[region];
-  const T last = axis.start + T(pooled) * axis.bin;
-  const bool empty = axis.count == 0;
-  const i32 low = empty ? 0 : first_pixel(axis, 0, size);
-  const i32 high = empty ? -1 : i32(max_of(T(0), min_of(last + T(1), T(size - 1))));
-  if (columns) {
-    span.x_first = low;
-    span.x_last = high;
-  } else {
-    span.batch = known ? i32(batch) : -1;
-    span.y_first = low;
-    span.y_last = high;
-  }
+  const AxisBin at = own_bin<kBlockSize>(args.regions, blockIdx.x);
+  if (at.region >= args.regions.k) return;
+  const i32 image = image_of<T>(args.regions, at.region);
+  Axis<T> axis = axis_at<T>(args.regions, at.region, at.columns);
+  if (image < 0) clear(axis);
+  write_taps<T>(args, args.regions, at, axis, image);
 }
 
 // The taps of one region.
@@ -80,8 +96,8 @@ struct Table {
   const Range* column_bins;
 };
 
-template <class T>
-__device__ __forceinline__ Table<T> table_of(const Args& args, i64 region) {
+template <class T, class AnyArgs>
+__device__ __forceinline__ Table<T> table_of(const AnyArgs& args, i64 region) {
   const Regions& r = args.regions;
   Table<T> table;
   table.rows =
@@ -96,26 +112,28 @@ __device__ __forceinline__ Table<T> table_of(const Args& args, i64 region) {
 
 constexpr int kLanesPerBin = 4;  // ratio 2: a bin takes at most 4 columns
 
-template <class Scalar, class Index, int kPlanes, int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize) planes(const Args args) {
+// Block number `block` of those that work on the maps of r, whose first image has the number `first_image`.
+template <class Scalar, class Index, int kPlanes, int kBlockSize, class AnyArgs>
+__device__ __forceinline__ void average_planes(const AnyArgs& args, const Regions& r,
+                                               const void* maps, u32 block, i32 first_image) {
   using T = Acc<Scalar>;
-  const Regions& r = args.regions;
   constexpr int kWarps = kBlockSize / kWarpSize;
   constexpr int kBinsPerWarp = kWarpSize / kLanesPerBin;
   const i32 pooled_h = i32(r.pooled_h), pooled_w = i32(r.pooled_w), width = i32(r.w);
   const i32 groups = i32((r.c + kPlanes - 1) / kPlanes);
-  const i32 batch = blockIdx.x / groups, channel = blockIdx.x % groups * kPlanes;
+  const i32 of_level = i32(block / groups), channel = i32(block % groups) * kPlanes;
+  const i32 image = first_image + of_level;
   const Index plane_size = Index(r.h) * Index(r.w);
   const Scalar* plane =
-      static_cast<const Scalar*>(args.maps) + (Index(batch) * Index(r.c) + channel) * plane_size;
+      static_cast<const Scalar*>(maps) + (Index(of_level) * Index(r.c) + channel) * plane_size;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int sub = lane % kLanesPerBin;
 #pragma unroll 1
   for (i64 region = i64(blockIdx.y) * kWarps + warp; region < r.k;
        region += i64(gridDim.y) * kWarps) {
-    const i32 home = static_cast<const Span*>(args.spans)[region].batch;
+    const i32 home = static_cast<const Span*>(args.spans)[region].image;
     // A region of no image has no taps; the blocks of the first image write its zeros.
-    if (home != batch && !(home < 0 && batch == 0)) continue;
+    if (home != image && !(home < 0 && image == 0)) continue;
     const Table<T> table = table_of<T>(args, region);
     Scalar* out = static_cast<Scalar*>(args.bins) +
                   (Index(region) * Index(r.c) + channel) * Index(pooled_h * pooled_w);
@@ -166,6 +184,11 @@ __global__ void __launch_bounds__(kBlockSize) planes(const Args args) {
   }
 }
 
+template <class Scalar, class Index, int kPlanes, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) planes(const Args args) {
+  average_planes<Scalar, Index, kPlanes, kBlockSize>(args, args.regions, args.maps, blockIdx.x, 0);
+}
+
 // Where the bands of channels first begin for a region's rows of bins.
 template <class T>
 struct RowsOfBins {
@@ -179,42 +202,19 @@ struct RowsOfBins {
   }
 };
 
-// Grid: one block per band of each image, then one thread per bin of an axis of a region.
-template <class Scalar, int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize) quads(const StagedArgs args) {
-  using T = Acc<Scalar>;
-  const Regions& r = args.regions;
-  const i32 bands = args.list.bands.count, lists = bands * i32(r.n);
-  if (i32(blockIdx.x) < lists) {
-    const auto rows_of = [&](i64 region) {
-      const T batch = coordinate<T>(r, region, 0);
-      const bool known = batch > T(-1) && batch < T(r.n);
-      // The bins of a region of no image are zeros; somebody has to write them.
-      RowsOfBins<T> rows = {known ? i32(batch) : 0, i32(r.h), axis_at<T>(r, region, false),
-                            args.list.bands};
-      if (!known) rows.axis.count = 0;
-      return rows;
-    };
-    list_band<kBlockSize>(args.list, r.k, i32(r.pooled_h), blockIdx.x / bands, blockIdx.x % bands,
-                          rows_of);
-    return;
-  }
-  const i64 item = i64(blockIdx.x - lists) * kBlockSize + threadIdx.x;
-  const i64 axes = r.pooled_h + r.pooled_w, region = item / axes;
-  if (region >= r.k) return;
-  const i64 bin = item - region * axes;
-  const bool columns = bin >= r.pooled_h;
-  const T batch = coordinate<T>(r, region, 0);
-  const Axis<T> axis = axis_at<T>(r, region, columns);
+// The taps of a bin, all in their places. `known`: the region has a map.
+template <class T>
+__device__ __forceinline__ void write_quad(const StagedTable& to, const Regions& r,
+                                           const AxisBin& at, bool known) {
+  const Axis<T> axis = axis_at<T>(r, at.region, at.columns);
   const T share = axis.count > 0 ? T(1) / T(axis.count) : T(0);
   QuadWeights<T> weights = {};
   u16 pixels[2 * kQuadSamples];
   u16 some = kNoPixel;  // what stands in for a pixel that is not there, with the weight 0
 #pragma unroll
   for (int i = 0; i < kQuadSamples; ++i) {
-    const T position = sample_position(axis, columns ? bin - r.pooled_h : bin, i);
-    const Taps<T> t = taps_at(position, i32(columns ? r.w : r.h));
-    const bool exists = t.inside && i < axis.count && batch > T(-1) && batch < T(r.n);
+    const Taps<T> t = taps_at(sample_position(axis, at.bin, i), i32(at.columns ? r.w : r.h));
+    const bool exists = t.inside && i < axis.count && known;
     weights.at[2 * i] = exists ? t.weight_low * share : T(0);
     weights.at[2 * i + 1] = exists ? t.weight_high * share : T(0);
     if (exists) some = u16(t.low);
@@ -226,8 +226,33 @@ __global__ void __launch_bounds__(kBlockSize) quads(const StagedArgs args) {
   for (int i = 0; i < 2 * kQuadSamples; ++i) {
     result.at[i] = pixels[i] == kNoPixel ? some : pixels[i];
   }
-  static_cast<QuadWeights<T>*>(args.weights)[item] = weights;
-  args.pixels[item] = result;
+  const i64 item = at.region * (r.pooled_h + r.pooled_w) + (at.columns ? r.pooled_h : 0) + at.bin;
+  static_cast<QuadWeights<T>*>(to.weights)[item] = weights;
+  to.pixels[item] = result;
+}
+
+// Grid: one block per band of each image, then one thread per bin of an axis of a region.
+template <class Scalar, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) quads(const StagedArgs args) {
+  using T = Acc<Scalar>;
+  const Regions& r = args.regions;
+  const BandList& list = args.table.list;
+  const i32 bands = list.bands.count, lists = bands * i32(r.n);
+  if (i32(blockIdx.x) < lists) {
+    const auto rows_of = [&](i64 region) {
+      const i32 image = image_of<T>(r, region);
+      // The bins of a region of no image are zeros; somebody has to write them.
+      RowsOfBins<T> rows = {max_of(image, 0), i32(r.h), axis_at<T>(r, region, false), list.bands};
+      if (image < 0) clear(rows.axis);
+      return rows;
+    };
+    list_band<kBlockSize>(list, r.k, i32(r.pooled_h), blockIdx.x / bands, blockIdx.x % bands,
+                          rows_of);
+    return;
+  }
+  const AxisBin at = own_bin<kBlockSize>(r, blockIdx.x - lists);
+  if (at.region >= r.k) return;
+  write_quad<T>(args.table, r, at, image_of<T>(r, at.region) >= 0);
 }
 
 // Copies `count` elements to shared memory, 16 bytes at a time where both sides allow it.
@@ -269,22 +294,24 @@ __device__ __noinline__ T average_of_map(const Scalar* map, Index width, const Q
 // Grid: one block per band of kMaps maps, which share the geometry. Dynamic shared memory: their bands. One thread, one
 // bin: its 16 reads meet those of the other lanes in four places of a bank on average, which is what holds float32.
 // Four lanes a bin have a quarter of these conflicts, but 2.6 times the instructions, and are slower.
+// Block number `block` of those that work on the maps of r; first_image as elsewhere.
 template <class Scalar, class Index, int kMaps, int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize) staged(const StagedArgs args) {
+__device__ __forceinline__ void average_staged(const StagedTable& table_of_all, const Regions& r,
+                                               const Bands& bands, const void* maps, void* all_bins,
+                                               u32 block, i32 first_image) {
   using T = Acc<Scalar>;
   extern __shared__ uint4 memory[];
   Scalar* cells = reinterpret_cast<Scalar*>(memory);
-  const Regions& r = args.regions;
-  const Bands& bands = args.list.bands;
-  const i32 band = blockIdx.x % bands.count, plane = blockIdx.x / bands.count * kMaps;
-  const i32 image = plane / i32(r.c), channel = plane % i32(r.c);
-  const Range part = args.list.parts[image * bands.count + band];
+  const BandList& list = table_of_all.list;
+  const i32 band = i32(block) % bands.count, plane = i32(block) / bands.count * kMaps;
+  const i32 image = first_image + plane / i32(r.c), channel = plane % i32(r.c);
+  const Range part = list.parts[image * list.bands.count + band];
   if (part.is_empty()) return;
   const i32 width = i32(r.w), top = band * bands.step;
   const i32 pitch = band_pitch(bands.height, width);
   const i32 height = min_of(bands.height, i32(r.h) - top);
   const Index map_size = Index(r.h) * width;
-  const Scalar* map = static_cast<const Scalar*>(args.maps) + plane * map_size;
+  const Scalar* map = static_cast<const Scalar*>(maps) + plane * map_size;
 #pragma unroll
   for (int m = 0; m < kMaps; ++m) {
     stage<kBlockSize>(map + m * map_size + Index(top) * width, height * width, cells + m * pitch);
@@ -293,17 +320,18 @@ __global__ void __launch_bounds__(kBlockSize) staged(const StagedArgs args) {
 
   const i32 pooled_w = i32(r.pooled_w), axes = i32(r.pooled_h) + pooled_w;
   const Index bins = Index(r.pooled_h) * pooled_w, region_size = Index(r.c) * bins;
-  Scalar* out = static_cast<Scalar*>(args.bins) + channel * bins;
+  Scalar* out = static_cast<Scalar*>(all_bins) + channel * bins;
   const i32 across = min_of(pooled_w, kBlockSize);
   const i32 first = threadIdx.x / across, step = kBlockSize / across;
   if (first >= step) return;
-  const auto* all_weights = static_cast<const QuadWeights<T>*>(args.weights);
+  const auto* all_weights = static_cast<const QuadWeights<T>*>(table_of_all.weights);
+  const QuadPixels* all_pixels = table_of_all.pixels;
 #pragma unroll 1
   for (i32 i = part.begin + first; i < part.end; i += step) {
-    const BandEntry entry = args.list.entries[i];
+    const BandEntry entry = list.entries[i];
     const Index table = Index(entry.region) * axes, row_at = table + entry.row;
     const QuadWeights<T> row_weights = all_weights[row_at];
-    const QuadPixels rows = args.pixels[row_at];
+    const QuadPixels rows = all_pixels[row_at];
     i32 row[2 * kQuadSamples], lowest = 0;
 #pragma unroll
     for (int y = 0; y < 2 * kQuadSamples; ++y) {
@@ -315,7 +343,7 @@ __global__ void __launch_bounds__(kBlockSize) staged(const StagedArgs args) {
     for (i32 bin = threadIdx.x - first * across; bin < pooled_w; bin += across) {
       const Index column_at = table + i32(r.pooled_h) + bin;
       const QuadWeights<T> column_weights = all_weights[column_at];
-      const QuadPixels columns = args.pixels[column_at];
+      const QuadPixels columns = all_pixels[column_at];
       T sum[kMaps] = {};
       if (!has_rows || columns.at[0] == kNoPixel) {
         // No sample: 0.
@@ -338,8 +366,8 @@ __global__ void __launch_bounds__(kBlockSize) staged(const StagedArgs args) {
 #pragma unroll
         for (int m = 0; m < kMaps; ++m) {
           sum[m] = average_of_map<Scalar, Index>(map + m * map_size, Index(width),
-                                                 all_weights + row_at, args.pixels + row_at,
-                                                 all_weights + column_at, args.pixels + column_at);
+                                                 all_weights + row_at, all_pixels + row_at,
+                                                 all_weights + column_at, all_pixels + column_at);
         }
       }
       Scalar* to = out + entry.region * region_size + entry.row * pooled_w + bin;
@@ -349,8 +377,27 @@ __global__ void __launch_bounds__(kBlockSize) staged(const StagedArgs args) {
   }
 }
 
-template <class Scalar, class Index, int kVector, int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize) last(const Args args) {
+template <class Scalar, class Index, int kMaps, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) staged(const StagedArgs args) {
+  average_staged<Scalar, Index, kMaps, kBlockSize>(args.table, args.regions, args.table.list.bands,
+                                                   args.maps, args.bins, blockIdx.x, 0);
+}
+
+// One image of channels last.
+template <class Scalar>
+struct Picture {
+  const Scalar* pixels;
+  i64 width;
+};
+template <class Scalar, class Index>
+__device__ __forceinline__ Picture<Scalar> picture_of(const Args& args, i32 image) {
+  const Regions& r = args.regions;
+  const Index size = Index(r.h) * Index(r.w) * Index(r.c);
+  return {static_cast<const Scalar*>(args.maps) + Index(image) * size, r.w};
+}
+
+template <class Scalar, class Index, int kVector, int kBlockSize, class AnyArgs>
+__device__ __forceinline__ void average_last(const AnyArgs& args) {
   using T = Acc<Scalar>;
   const Regions& r = args.regions;
   const u32 vectors = u32(r.c / kVector), pooled_h = u32(r.pooled_h), pooled_w = u32(r.pooled_w);
@@ -360,9 +407,9 @@ __global__ void __launch_bounds__(kBlockSize) last(const Args args) {
   const u32 row_bin = u32(item / vectors % pooled_h);
   const i64 region = item / vectors / pooled_h;
   const Table<T> table = table_of<T>(args, region);
-  const i32 batch = static_cast<const Span*>(args.spans)[region].batch;
-  const Scalar* map = static_cast<const Scalar*>(args.maps) + channel +
-                      Index(max_of(batch, 0)) * Index(r.h) * Index(r.w) * Index(r.c);
+  const i32 image = static_cast<const Span*>(args.spans)[region].image;
+  const Picture<Scalar> picture = picture_of<Scalar, Index>(args, max_of(image, 0));
+  const Scalar* map = picture.pixels + channel;
   Scalar* out = static_cast<Scalar*>(args.bins) + channel +
                 (Index(region) * pooled_h + row_bin) * pooled_w * Index(r.c);
   const Range rows = table.row_bins[row_bin];
@@ -377,8 +424,8 @@ __global__ void __launch_bounds__(kBlockSize) last(const Args args) {
       for (i32 y = rows.begin; y < rows.end; ++y) {
         const Tap<T> row = table.rows[y];
         const T weight = row.weight * column.weight;
-        const Pack<Scalar, kVector> pixel =
-            load_pack<kVector>(map + (Index(row.pixel) * Index(r.w) + column.pixel) * Index(r.c));
+        const Pack<Scalar, kVector> pixel = load_pack<kVector>(
+            map + (Index(row.pixel) * Index(picture.width) + column.pixel) * Index(r.c));
 #pragma unroll
         for (int i = 0; i < kVector; ++i) sum[i] += weight * load(pixel.at[i]);
       }
@@ -388,6 +435,11 @@ __global__ void __launch_bounds__(kBlockSize) last(const Args args) {
     for (int i = 0; i < kVector; ++i) store(result.at[i], sum[i]);
     store_pack<kVector>(out + Index(bin) * Index(r.c), result);
   }
+}
+
+template <class Scalar, class Index, int kVector, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) last(const Args args) {
+  average_last<Scalar, Index, kVector, kBlockSize>(args);
 }
 
 // One sample of a map whose pixels lie `stride` apart; 0 outside.
@@ -426,10 +478,11 @@ __global__ void __launch_bounds__(kBlockSize) direct(const Args args) {
                       (kLast ? channel : channel * plane_size) +
                       Index(window.batch < 0 ? 0 : window.batch) * Index(r.c) * plane_size;
 
-  i32 y_first = 0, y_last = rows, x_first = 0, x_last = window.x.count;
-  if (kPooling == kAverage && rows > 0) {
-    sample_range(window.y, row_bin, r.h, y_first, y_last);
-    sample_range(window.x, column_bin, r.w, x_first, x_last);
+  i32 y_first = 0, y_last = 0, x_first = 0, x_last = 0;
+  if (rows > 0) {
+    constexpr i32 kSpare = kPooling == kMax ? 1 : 0;
+    sample_range(window.y, row_bin, r.h, y_first, y_last, kSpare);
+    sample_range(window.x, column_bin, r.w, x_first, x_last, kSpare);
   }
   T result = T(0);
   i32 winner = -1;
@@ -502,23 +555,23 @@ struct Tile {
 };
 
 struct TileAt {
-  i32 batch, y, x;
+  i32 image, y, x;
   i64 channel;
 };
 
 __device__ __forceinline__ bool touches(const Span& span, const TileAt& at, int tile_h,
                                         int tile_w) {
-  return span.batch == at.batch && span.y_first < at.y + tile_h && span.y_last >= at.y &&
+  return span.image == at.image && span.y_first < at.y + tile_h && span.y_last >= at.y &&
          span.x_first < at.x + tile_w && span.x_last >= at.x;
 }
 
 // Adds the average of one region to the rows of the tile that this warp owns: every kWarps-th.
 template <class Scalar, class Index, int kTileH, int kTileW, int kLaneChannels, int kWarps,
-          class T = Acc<Scalar>>
-__device__ __forceinline__ void add_average(const Args& args, i64 region, const TileAt& at,
+          class AnyArgs, class T = Acc<Scalar>>
+__device__ __forceinline__ void add_average(const AnyArgs& args, i64 region, const TileAt& at,
                                             Tile<T, kTileH, kTileW, kLaneChannels>& tile) {
   constexpr u32 kAll = 0xffffffffu;
-  const Regions& r = args.regions;
+  const Regions& r = args.regions;  // sizes of maps apart, which are not asked for
   const Table<T> table = table_of<T>(args, region);
   const i32 n_rows = table.row_bins[r.pooled_h - 1].end;
   const i32 n_columns = table.column_bins[r.pooled_w - 1].end;
@@ -637,11 +690,10 @@ __device__ __forceinline__ void add_maximum(const Args& args, i64 region, const 
 
 template <class Scalar, class Index, bool kLast, int kTileH, int kTileW, int kLaneChannels,
           int kBlockSize, class T = Acc<Scalar>>
-__device__ __forceinline__ void write_tile(const Args& args, const TileAt& at,
+__device__ __forceinline__ void write_tile(const Regions& r, void* to, i32 image, const TileAt& at,
                                            const Tile<T, kTileH, kTileW, kLaneChannels>& tile) {
-  const Regions& r = args.regions;
   constexpr int kChannels = kWarpSize * kLaneChannels;
-  Scalar* maps = static_cast<Scalar*>(args.maps);
+  Scalar* maps = static_cast<Scalar*>(to);
 #pragma unroll 1
   for (int i = threadIdx.x; i < kTileH * kTileW * kChannels; i += kBlockSize) {
     const int channel = kLast ? i % kChannels : i / (kTileH * kTileW);
@@ -649,32 +701,34 @@ __device__ __forceinline__ void write_tile(const Args& args, const TileAt& at,
     const i64 y = at.y + pixel / kTileW, x = at.x + pixel % kTileW, c = at.channel + channel;
     if (y >= r.h || x >= r.w || c >= r.c) continue;
     const Index offset =
-        kLast ? ((Index(at.batch) * Index(r.h) + Index(y)) * Index(r.w) + Index(x)) * Index(r.c) +
+        kLast ? ((Index(image) * Index(r.h) + Index(y)) * Index(r.w) + Index(x)) * Index(r.c) +
                     Index(c)
-              : ((Index(at.batch) * Index(r.c) + Index(c)) * Index(r.h) + Index(y)) * Index(r.w) +
+              : ((Index(image) * Index(r.c) + Index(c)) * Index(r.h) + Index(y)) * Index(r.w) +
                     Index(x);
     store(maps[offset], tile.sums[pixel * tile.kPitch + channel]);
   }
 }
 
-template <class Scalar, class Index, int kPooling, bool kLast, int kTileH, int kTileW,
-          int kLaneChannels, int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize) backward(const Args args) {
+// Block number `block` of those that own tiles of the gradient of r's maps; first_image as elsewhere. `add` is called by
+// all threads with each region that touches the tile, in order.
+template <class Scalar, class Index, bool kLast, int kTileH, int kTileW, int kLaneChannels,
+          int kBlockSize, class AnyArgs, class Add>
+__device__ __forceinline__ void gather_tile(const AnyArgs& args, const Regions& r, void* maps,
+                                            u32 block, i32 first_image, const Add& add) {
   using T = Acc<Scalar>;
   using Sums = Tile<T, kTileH, kTileW, kLaneChannels>;
-  constexpr int kWarps = kBlockSize / kWarpSize;
   __shared__ Sums tile;
-  const Regions& r = args.regions;
   const u32 tiles_x = u32((r.w + kTileW - 1) / kTileW), tiles_y = u32((r.h + kTileH - 1) / kTileH);
   const u32 chunks = u32((r.c + Sums::kChannels - 1) / Sums::kChannels);
-  u32 rest = blockIdx.x;
+  u32 rest = block;
   TileAt at;
   at.channel = i64(rest % chunks) * Sums::kChannels;
   rest /= chunks;
   at.x = i32(rest % tiles_x) * kTileW;
   rest /= tiles_x;
   at.y = i32(rest % tiles_y) * kTileH;
-  at.batch = i32(rest / tiles_y);
+  const i32 of_level = i32(rest / tiles_y);
+  at.image = first_image + of_level;
 #pragma unroll 1
   for (int i = threadIdx.x; i < kTileH * kTileW * Sums::kPitch; i += kBlockSize) {
     tile.sums[i] = T(0);
@@ -689,17 +743,26 @@ __global__ void __launch_bounds__(kBlockSize) backward(const Args args) {
     if (listed) tile.list[slot] = i32(candidate - begin);
     __syncthreads();
 #pragma unroll 1
-    for (int i = 0; i < total; ++i) {
-      const i64 region = begin + tile.list[i];
-      if constexpr (kPooling == kAverage) {
-        add_average<Scalar, Index, kTileH, kTileW, kLaneChannels, kWarps>(args, region, at, tile);
-      } else {
-        add_maximum<Scalar, Index, kTileH, kTileW, kLaneChannels, kWarps>(args, region, at, tile);
-      }
-    }
+    for (int i = 0; i < total; ++i) add(begin + tile.list[i], at, tile);
   }
   __syncthreads();
-  write_tile<Scalar, Index, kLast, kTileH, kTileW, kLaneChannels, kBlockSize>(args, at, tile);
+  write_tile<Scalar, Index, kLast, kTileH, kTileW, kLaneChannels, kBlockSize>(r, maps, of_level, at,
+                                                                              tile);
+}
+
+template <class Scalar, class Index, int kPooling, bool kLast, int kTileH, int kTileW,
+          int kLaneChannels, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) backward(const Args args) {
+  constexpr int kWarps = kBlockSize / kWarpSize;
+  const auto add = [&](i64 region, const TileAt& at, auto& tile) {
+    if constexpr (kPooling == kAverage) {
+      add_average<Scalar, Index, kTileH, kTileW, kLaneChannels, kWarps>(args, region, at, tile);
+    } else {
+      add_maximum<Scalar, Index, kTileH, kTileW, kLaneChannels, kWarps>(args, region, at, tile);
+    }
+  };
+  gather_tile<Scalar, Index, kLast, kTileH, kTileW, kLaneChannels, kBlockSize>(
+      args, args.regions, args.maps, blockIdx.x, 0, add);
 }
 
 }  // namespace torchkiln::roi_align

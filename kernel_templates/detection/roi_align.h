@@ -47,13 +47,16 @@ struct alignas(16) QuadWeights {
 struct alignas(8) QuadPixels {
   u16 at[2 * kQuadSamples];  // kNoPixel: the bin has no sample
 };
+struct StagedTable {
+  void* weights;       // (k, pooled_h + pooled_w) QuadWeights, rows before columns
+  QuadPixels* pixels;  // the same shape
+  BandList list;
+};
 struct StagedArgs {
   Regions regions;
   const void* maps;
   void* bins;
-  void* weights;       // (k, pooled_h + pooled_w) QuadWeights, rows before columns
-  QuadPixels* pixels;  // the same shape
-  BandList list;
+  StagedTable table;
 };
 
 // Elements from the band of one map to that of the next; each begins at 16 bytes.
@@ -97,7 +100,8 @@ TORCHKILN_HD T sample_position(const Axis<T>& axis, i64 bin, i32 i) {
   return axis.start + T(bin) * axis.bin + (T(i) + T(0.5)) * axis.step;
 }
 
-// The samples [first, last) of a bin outside of which none can lie in the map; few samples are not worth the divisions.
+// The samples [first, last) of a bin outside of which none can lie in the map, and `spare` more on both sides; few samples
+// are not worth the divisions. For a maximum one to spare, which is 0, stands for all on its side.
 TORCHKILN_HD i32 clamp_count(double value, i32 count) {
   return value > 0 ? (value < double(count) ? i32(value) : count) : 0;
 }
@@ -105,14 +109,16 @@ TORCHKILN_HD_CALLED i32 samples_before(double position, double begin, double ste
   return clamp_count((position - begin) / step, count);
 }
 template <class T>
-TORCHKILN_HD void sample_range(const Axis<T>& axis, i64 bin, i64 size, i32& first, i32& last) {
+TORCHKILN_HD void sample_range(const Axis<T>& axis, i64 bin, i64 size, i32& first, i32& last,
+                               i32 spare = 0) {
   first = 0;
   last = axis.count;
   if (axis.count <= 8 || !(axis.step > T(0))) return;
   const double step = double(axis.step);
   const double begin = double(axis.start) + double(bin) * double(axis.bin);
-  first = samples_before(-1.0 - 2.0 * step, begin, step, axis.count);
+  first = max_of(samples_before(-1.0 - 2.0 * step, begin, step, axis.count) - spare, 0);
   last = samples_before(double(size) + 2.0 * step, begin, step, axis.count);
+  last = min_of(last + spare, axis.count);
 }
 
 // Called by value: a reference would put the kernel's arguments on the stack.
@@ -148,11 +154,17 @@ struct Window {
   Axis<T> y, x;
 };
 
+// The image of a region, or -1.
+template <class T>
+TORCHKILN_HD i32 image_of(const Regions& r, i64 region) {
+  const T batch = coordinate<T>(r, region, 0);
+  return batch > T(-1) && batch < T(r.n) ? i32(batch) : -1;
+}
+
 template <class T>
 TORCHKILN_HD Window<T> window_of(const Regions& r, i64 region) {
   Window<T> window;
-  const T batch = coordinate<T>(r, region, 0);
-  window.batch = batch > T(-1) && batch < T(r.n) ? i64(batch) : -1;
+  window.batch = image_of<T>(r, region);
   window.y = axis_at<T>(r, region, false);
   window.x = axis_at<T>(r, region, true);
   // Either axis without samples leaves the region without any.
@@ -168,9 +180,10 @@ struct alignas(16) Tap {
   i32 bin;
 };
 
-// The pixels that a region touches, both ends included; empty when y_last < y_first. batch as in Window.
+// The pixels that a region touches, both ends included; empty when y_last < y_first. image: the number of its maps among
+// those of all images (and of all levels, level by level), -1 for none.
 struct Span {
-  i32 batch, y_first, y_last, x_first, x_last;
+  i32 image, y_first, y_last, x_first, x_last;
 };
 
 // Writes the taps of one bin, those that fall on the same pixel as one, and returns their number: at most 2 * count, and
@@ -200,6 +213,22 @@ template <class T>
 TORCHKILN_HD i32 first_pixel(const Axis<T>& axis, i64 bin, i64 size) {
   const T position = sample_position(axis, bin, 0);
   return position > T(0) ? i32(min_of(position, T(size - 1))) : 0;
+}
+
+// No tap lies behind the pixel of the last sample.
+template <class T>
+TORCHKILN_HD i32 last_pixel(const Axis<T>& axis, i64 pooled, i64 size) {
+  const T last = axis.start + T(pooled) * axis.bin;
+  return i32(max_of(T(0), min_of(last + T(1), T(size - 1))));
+}
+
+template <class T>
+TORCHKILN_HD bool is_empty(const Axis<T>& axis) {
+  return axis.count == 0;
+}
+template <class T>
+TORCHKILN_HD void clear(Axis<T>& axis) {
+  axis.count = 0;
 }
 
 // Where the taps of a bin begin: a fixed number of places each where the capacity was made for it; else after as many

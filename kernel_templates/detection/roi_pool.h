@@ -128,19 +128,25 @@ struct Axis {
   TORCHKILN_HD i32 to_cell(T x) const { return i32(min_of(T(limit), x > T(0) ? x : T(0))); }
 };
 
+// Cuts the whole cells from `low` to `high`, both included and at least one, into bins.
+template <class T>
+TORCHKILN_HD void cut_cells(Axis<T>& axis, T low, T high) {
+  constexpr T kFarAway = T(1 << 29);  // sums of two stay inside of 32 bits
+  const T first = max_of(-kFarAway, min_of(kFarAway, low));
+  const T last = max_of(-kFarAway, min_of(kFarAway, high));
+  axis.first = i32(first);
+  const i32 size = last < first ? 1 : i32(last) - axis.first + 1;
+  axis.whole = i32(u32(size) / u32(axis.pooled));
+  axis.rest = size - axis.whole * axis.pooled;
+}
+
 template <class T>
 TORCHKILN_HD Axis<T> make_axis(T low, T high, T scale, bool rounding, i64 pooled, float inverse,
                                i64 limit) {
-  constexpr T kFarAway = T(1 << 29);  // sums of two stay inside of 32 bits
   Axis<T> axis = {i32(pooled), i32(limit), inverse, rounding, false, 0, 0, 0, T(0), T(0)};
   axis.start = low * scale;
   if (rounding) {
-    const T first = max_of(-kFarAway, min_of(kFarAway, round_away(axis.start)));
-    const T last = max_of(-kFarAway, min_of(kFarAway, round_away(high * scale)));
-    axis.first = i32(first);
-    const i32 size = last < first ? 1 : i32(last) - axis.first + 1;
-    axis.whole = i32(u32(size) / u32(axis.pooled));
-    axis.rest = size - axis.whole * axis.pooled;
+    cut_cells(axis, round_away(axis.start), round_away(high * scale));
   } else {
     const T size = (high + T(1)) * scale - axis.start;
     axis.is_empty = !(size > T(0));

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from torchkiln import nn
 from torchkiln import ops as native
 from torchkiln.compat.mmcv import ops
 
@@ -180,11 +181,8 @@ def soft_reference(boxes, scores, threshold, sigma, min_score, method, offset):
 
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("method", ["naive", "linear", "gaussian"])
-@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
-def test_soft_nms_equals_the_loop(method, offset, ties):
+def test_soft_nms_equals_the_loop(method, offset):
     boxes, scores = boxes_of(50), scores_of(50)
-    if ties:
-        scores = (scores * 4).round() / 4
     dets, inds = ops.soft_nms(boxes, scores, 0.3, 0.5, 0.05, method, offset)
     expected, rows = soft_reference(boxes, scores, 0.3, 0.5, 0.05, method, offset)
     assert inds.tolist() == rows
@@ -602,6 +600,35 @@ def test_quirk_batched_nms_agnostic_above_the_split():
     assert keep.tolist() == greedy(boxes.tolist(), scores.tolist(), 0.3)
 
 
+def test_quirk_batched_soft_nms():
+    """Classes whose shift would let them meet; their best boxes below min_score."""
+    boxes = torch.tensor([[-8.0, 0, 0, 8], [-7.0, 0, 1, 8], [-8.0, 0, 0, 8]])
+    scores, labels = torch.tensor([0.9, 0.8, 0.05]), torch.tensor([0, 1, 2])
+    config = {"type": "soft_nms", "min_score": 0.1}
+    for split_thr in (10000, 1):
+        dets, keep = ops.batched_nms(boxes, scores, labels, {**config, "split_thr": split_thr})
+        assert keep.tolist() == [0, 1]
+        assert torch.equal(dets[:, 4], scores[:2])
+    assert ops.batched_nms(boxes, scores / 10, labels, config)[1].tolist() == [0]
+
+
+def test_quirk_soft_nms_ties():
+    # The loop moves row 0 to the place of row 2, behind row 1.
+    boxes = torch.tensor([[0.0, 0, 1, 1], [5.0, 0, 6, 1], [9.0, 0, 10, 1]])
+    scores = torch.tensor([0.5, 0.5, 0.9])
+    assert soft_reference(boxes, scores, 0.3, 0.5, 0.05, "linear", 0)[1] == [2, 1, 0]
+    assert ops.soft_nms(boxes, scores)[1].tolist() == [2, 0, 1]
+    assert native.soft_nms(boxes, scores)[0].tolist() == [2, 0, 1]
+
+
+def test_quirk_soft_nms_best_below_min_score():
+    boxes, scores = torch.tensor([[0.0, 0, 1, 1], [5.0, 5, 6, 6]]), torch.tensor([0.25, 0.5])
+    dets, inds = ops.soft_nms(boxes, scores, min_score=0.75)
+    assert inds.tolist() == [1]
+    assert dets.tolist() == [[5, 5, 6, 6, 0.5]]
+    assert native.soft_nms(boxes, scores, min_score=0.75)[0].tolist() == []
+
+
 def test_quirk_batched_nms_empty():
     arguments = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64)
     dets, keep = ops.batched_nms(*arguments, {"iou_threshold": 0.3})
@@ -625,3 +652,75 @@ def test_quirk_nms_match_at_the_threshold():
     dets = torch.tensor([[0.0, 0, 2, 2, 0.9], [0, 0, 1, 2, 0.8]])  # IoU exactly 0.5
     assert [group.tolist() for group in ops.nms_match(dets, 0.5)] == [[0, 1]]
     assert ops.nms(dets[:, :4], dets[:, 4], 0.5)[1].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_softmax_focal_loss(reduction):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(5, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    labels = torch.tensor([0, 3, 4, -1, 2])  # -1 costs nothing
+    weight = torch.tensor([1.0, 2, 0.5, 3, 1.5], dtype=torch.float64)
+    p = logits.softmax(1)[torch.arange(5), labels.clamp(min=0)]
+    expected = -0.3 * (1 - p) ** 1.5 * p.log() * weight[labels.clamp(min=0)] * (labels >= 0)
+    if reduction != "none":
+        expected = expected.sum() / (5 if reduction == "mean" else 1)
+    result = ops.softmax_focal_loss(logits, labels, 1.5, 0.3, weight, reduction)
+    assert_close(result, expected)
+    along = torch.arange(1.0, 1 + result.numel(), dtype=torch.float64).reshape(result.shape)
+    assert_close(
+        torch.autograd.grad(result, logits, along), torch.autograd.grad(expected, logits, along)
+    )
+    module = ops.SoftmaxFocalLoss(1.5, 0.3, weight, reduction)
+    assert_close(module(logits, labels), expected)
+    with pytest.raises(AssertionError):
+        ops.softmax_focal_loss(logits, labels.float())
+
+
+def test_points_in_polygons():
+    square = torch.tensor([[0.0, 0, 4, 0, 4, 4, 0, 4]])
+    points = torch.tensor([[1.0, 1], [5, 1], [3, 3.5]])
+    inside = ops.points_in_polygons(points, square)
+    assert inside.dtype == torch.float32
+    assert inside.tolist() == [[1], [0], [1]]
+    for bad in ((points[:, :1], square), (points, square[:, :6])):
+        with pytest.raises(AssertionError, match="dimension should be"):
+            ops.points_in_polygons(*bad)
+
+
+def test_point_sample_and_its_helpers():
+    module = ops.point_sample
+    from torchkiln.compat.mmcv._ops import point_sample as helpers
+
+    images = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(1))
+    points = torch.rand(2, 4, 2, generator=torch.Generator().manual_seed(2))
+    expected = torch.nn.functional.grid_sample(
+        images, helpers.denormalize(points)[:, :, None], align_corners=True
+    )
+    assert_close(module(images, points, align_corners=True), expected.squeeze(3))
+    grid = helpers.denormalize(points)[:, :, None]
+    assert_close(helpers.bilinear_grid_sample(images, grid, True), expected)
+    assert_close(helpers.normalize(helpers.denormalize(points)), points)
+    assert helpers.get_shape_from_feature_map(images).tolist() == [[[7, 5]]]
+    assert helpers.generate_grid(2, (1, 2), "cpu").tolist() == [[[0.25, 0.5], [0.75, 0.5]]] * 2
+    rois = torch.tensor([[0.0, 1, 1, 3, 5], [1, 0, 2, 6, 4]], requires_grad=True)
+    inside = helpers.rel_roi_point_to_abs_img_point(rois, points)
+    corner, size = rois[:, None, 1:3], rois[:, None, 3:] - rois[:, None, 1:3]
+    assert_close(inside, (corner + points * size).detach())
+    shares = ops.rel_roi_point_to_rel_img_point(rois, points, (5, 7), 0.5)
+    assert_close(shares, inside * 0.5 / torch.tensor([7.0, 5]))
+    assert not shares.requires_grad
+    with pytest.raises(AssertionError):
+        ops.rel_roi_point_to_rel_img_point(rois, points, 5)
+
+
+def test_versions():
+    assert ops.get_compiler_version().split()[0] in ("GCC", "Clang")
+    assert ops.get_compiling_cuda_version().split(".")[0].isdigit()
+
+
+def test_quirk_simple_roi_align_order():
+    images = torch.arange(2.0)[:, None, None, None].expand(2, 1, 4, 4)
+    rois = torch.tensor([[1.0, 0, 0, 4, 4], [0, 0, 0, 4, 4], [1, 1, 1, 3, 3]])
+    assert ops.SimpleRoIAlign(1, 1.0)(images, rois).flatten().tolist() == [0, 1, 1]
+    assert nn.SimpleRoIAlign(1, 1.0)(images, rois).flatten().tolist() == [1, 0, 1]
+    assert ops.SimpleRoIAlign(2, 1.0)(images, rois[:0]).shape == (0, 1, 2, 2)

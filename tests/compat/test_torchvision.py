@@ -96,7 +96,8 @@ def test_importing_torchkiln_changes_nothing():
 
 def test_importing_the_drop_in_changes_nothing():
     run("""
-        assert drop_in.provided() == ("nms", "roi_align", "_roi_align_backward")
+        pooling = ("ps_roi_align", "_ps_roi_align_backward", "ps_roi_pool", "_ps_roi_pool_backward")
+        assert drop_in.provided() == ("nms", "roi_align", "_roi_align_backward", *pooling)
         assert not hasattr(torch.ops.torchvision, "nms")
     """)
 
@@ -222,6 +223,37 @@ class TestBroken:
             assert torch.autograd.gradcheck(crops, image)
         """)
 
+    def test_gradient_of_position_sensitive_pooling(self):
+        run("""
+            drop_in.install()
+            import torchvision
+            image = torch.rand(1, 8, 9, 9, dtype=torch.float64, requires_grad=True)
+            regions = rois.double()
+            for name, rest in (("ps_roi_align", (2, 1.0, 2)), ("ps_roi_pool", (2, 1.0))):
+                def pool(image):
+                    return getattr(torchvision.ops, name)(image, regions, *rest)
+                if name == "ps_roi_align":
+                    assert torch.autograd.gradcheck(pool, image)
+                else:  # its forward and backward disagree at the border
+                    torch.autograd.grad(pool(image).sum(), image)
+                assert drop_in.calls()[f"_{name}_backward"] > 0
+        """)
+
+    def test_position_sensitive_pooling_has_their_quirks(self):
+        run("""
+            drop_in.install()
+            image = torch.ones(1, 4, 4, 4)
+            image[..., 3, :] = 100
+            whole = torch.tensor([[0.0, 0, 0, 4, 4]])
+            pooled, channels = torch.ops.torchvision.ps_roi_pool(image, whole, 1.0, 2, 2)
+            assert pooled.flatten().tolist() == [1, 1, 1, 1]
+            assert channels.flatten().tolist() == [0, 1, 2, 3]
+            point = torch.tensor([[0.0, 1, 1, 1, 1]])
+            align = torch.ops.torchvision.ps_roi_align
+            assert align(image, point, 1.0, 2, 2, -1)[0].isnan().all()
+            assert align(image, point, 1.0, 2, 2, 2)[0].isfinite().all()
+        """)
+
     def test_autocast_runs_in_float32_and_gives_the_dtype_back(self):
         run("""
             drop_in.install()
@@ -342,6 +374,28 @@ class TestHealthy:
             drop_in.install()
             import torchvision
             assert torchvision.ops.roi_pool(torch.ones(1, 2, 8, 8), rois, 2).shape == (2, 2, 2, 2)
+        """)
+
+    def test_position_sensitive_pooling_equals_theirs(self):
+        run("""
+            import torchvision
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            torch.manual_seed(0)
+            image = torch.randn(1, 18, 12, 14, device=device, requires_grad=True)
+            corner = torch.rand(30, 2, device=device) * 10 - 1
+            far = corner + torch.rand(30, 2, device=device) * 9
+            regions = torch.cat([torch.zeros(30, 1, device=device), corner, far], 1)
+            def results():
+                found = []
+                for name, rest in (("ps_roi_align", (3, 1.0, -1)), ("ps_roi_pool", (3, 1.0))):
+                    pooled = getattr(torchvision.ops, name)(image, regions, *rest)
+                    found += [pooled, *torch.autograd.grad(pooled.square().sum(), image)]
+                return found
+            theirs = results()
+            drop_in.install()
+            for ours, expected in zip(results(), theirs, strict=True):
+                torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+            assert drop_in.calls()["_ps_roi_pool_backward"] == 1
         """)
 
     def test_gradient_goes_through_our_kernels(self):

@@ -23,13 +23,18 @@ def register() -> None:
     torch.library.register_autograd(
         "torchvision::roi_align", _roi_align_backward, setup_context=_roi_align_context
     )
+    for name in ("ps_roi_align", "ps_roi_pool"):
+        torch.library.register_autograd(
+            f"torchvision::{name}",
+            functools.partial(_ps_backward, getattr(torch.ops.torchvision, f"_{name}_backward")),
+            setup_context=_ps_context,
+        )
     library = torch.library.Library("torchvision", "IMPL")
     _libraries.append(library)
     for key in _AUTOCAST_KEYS:
-        library.impl("nms", functools.partial(_in_float32, torch.ops.torchvision.nms), key)
-        library.impl(
-            "roi_align", functools.partial(_in_float32, torch.ops.torchvision.roi_align), key
-        )
+        for name in ("nms", "roi_align", "ps_roi_align", "ps_roi_pool"):
+            op = getattr(torch.ops.torchvision, name)
+            library.impl(name, functools.partial(_in_float32, op), key)
 
 
 def _roi_align_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -44,7 +49,19 @@ def _roi_align_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (grad_input, *[None] * 6)
 
 
-def _in_float32(op: Callable[..., Tensor], first: Tensor, *arguments: Any) -> Tensor:
+def _ps_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    image, rois, *options = inputs
+    ctx.save_for_backward(rois, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.arguments = (*options, *image.shape)
+
+
+def _ps_backward(op: Callable[..., Tensor], ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    options = len(ctx.arguments) - 4
+    return (op(grad, *ctx.saved_tensors, *ctx.arguments), *[None] * (options + 1))
+
+
+def _in_float32(op: Callable[..., Any], first: Tensor, *arguments: Any) -> Any:
     """Runs an operator in float32, as torchvision does, and casts floating results back."""
     keys = functools.reduce(
         lambda a, b: a | b,
@@ -52,7 +69,13 @@ def _in_float32(op: Callable[..., Tensor], first: Tensor, *arguments: Any) -> Te
     )
     with torch._C._ExcludeDispatchKeyGuard(keys):
         result = op(*map(_float32, (first, *arguments)))
-    return result.to(first.dtype) if result.is_floating_point() else result
+    if isinstance(result, tuple):
+        return tuple(_as(first.dtype, value) for value in result)
+    return _as(first.dtype, result)
+
+
+def _as(dtype: torch.dtype, value: Tensor) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
 
 
 def _float32(value: Any) -> Any:

@@ -66,6 +66,33 @@ def uniform_boxes(
     return boxes_from_centers(center, torch.stack([side * aspect, side / aspect], 1), image)
 
 
+def rotated_boxes(n: int, seed: int, side: float = 1024) -> Tensor:
+    """(N, 5) x, y, w, h, angle on an aerial image: long, small, half of them in groups."""
+    g = generator(seed)
+    groups = torch.rand(max(n // 20, 1), 2, generator=g)
+    near = groups[torch.randint(len(groups), (n,), generator=g)]
+    near = near + 0.05 * torch.randn(n, 2, generator=g)
+    anywhere = torch.rand(n, 2, generator=g)
+    center = side * torch.where(torch.rand(n, 1, generator=g) < 0.5, near, anywhere)
+    width = log_uniform(n, 8, 200, g)
+    height = width / log_uniform(n, 1, 6, g)
+    angle = math.pi * (torch.rand(n, generator=g) - 0.5)
+    return torch.cat([center, torch.stack([width, height, angle], 1)], 1)
+
+
+def cars(n: int, seed: int, side: float = 100) -> Tensor:
+    """(N, 7) x, y, z, dx, dy, dz, angle in metres: proposals around cars along two streets."""
+    g = generator(seed)
+    true = side * torch.rand(max(n // 20, 1), 2, generator=g)
+    center = true[torch.randint(len(true), (n,), generator=g)]
+    center = center + 0.5 * torch.randn(n, 2, generator=g)
+    size = torch.tensor([4.2, 1.8, 1.6]) * torch.exp(0.1 * torch.randn(n, 3, generator=g))
+    z = 0.2 * torch.randn(n, 1, generator=g)
+    street = math.pi / 2 * torch.randint(4, (n, 1), generator=g)
+    angle = street + 0.1 * torch.randn(n, 1, generator=g)
+    return torch.cat([center, z, size, angle], 1)
+
+
 def quantized(scores: Tensor) -> Tensor:
     """Rounded, so that ties occur as they do after a half-precision network."""
     return (scores * SCORE_STEPS).round() / SCORE_STEPS

@@ -101,9 +101,9 @@ _TABLE = """
 + apply border_align | input, boxes, pool_size
 + class BorderAlign | pool_size | input, boxes
 [box_iou_quadri]
-+ def box_iou_quadri | bboxes1, bboxes2, mode="iou", aligned=False
++ def box_iou_quadri | bboxes1, bboxes2, mode="iou", aligned=False |  | box_iou_quadri
 [box_iou_rotated]
-+ def box_iou_rotated | bboxes1, bboxes2, mode="iou", aligned=False, clockwise=True
++ def box_iou_rotated | bboxes1, bboxes2, mode="iou", aligned=False, clockwise=True |  | box_iou_rotated
 [carafe]
 - function CARAFENaiveFunction | features, masks, kernel_size, group_size, scale_factor
 + apply carafe_naive | features, masks, kernel_size, group_size, scale_factor
@@ -123,10 +123,10 @@ _TABLE = """
 + def conv2d | input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1 |  | torch
 + def conv_transpose2d | input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1 |  | torch
 [convex_iou]
-+ def convex_giou | pointsets, polygons
-+ def convex_iou | pointsets, polygons
++ def convex_giou | pointsets, polygons |  | convex_giou
++ def convex_iou | pointsets, polygons |  | convex_iou
 [corner_pool]
-+ class CornerPool | mode | x
++ class CornerPool | mode | x | corner_pool
 [correlation]
 - function CorrelationFunction | input1, input2, kernel_size=1, max_displacement=1, stride=1, padding=1, dilation=1, dilation_patch=1
 + class Correlation | kernel_size=1, max_displacement=1, stride=1, padding=0, dilation=1, dilation_patch=1 | input1, input2
@@ -160,17 +160,17 @@ _TABLE = """
 - def calculate_area | idx_sorted, vertices
 - def oriented_box_intersection_2d | corners1, corners2
 - def box2corners | box
-+ def diff_iou_rotated_2d | box1, box2
-+ def diff_iou_rotated_3d | box3d1, box3d2
++ def diff_iou_rotated_2d | box1, box2 |  | diff_iou_rotated_2d
++ def diff_iou_rotated_3d | box3d1, box3d2 |  | diff_iou_rotated_3d
 [filtered_lrelu]
 + def filtered_lrelu | input, filter_up=None, filter_down=None, bias=None, up=1, down=1, padding=0, gain=2**0.5, slope=0.2, clamp=None, flip_filter=False, use_custom_op=True
 [focal_loss]
 - function SigmoidFocalLossFunction | input, target, gamma=2.0, alpha=0.25, weight=None, reduction="mean" |  | sigmoid_focal_loss
 + apply sigmoid_focal_loss | input, target, gamma=2.0, alpha=0.25, weight=None, reduction="mean" |  | sigmoid_focal_loss
 + class SigmoidFocalLoss | gamma, alpha, weight=None, reduction="mean" | input, target | sigmoid_focal_loss
-- function SoftmaxFocalLossFunction | input, target, gamma=2.0, alpha=0.25, weight=None, reduction="mean"
-+ apply softmax_focal_loss | input, target, gamma=2.0, alpha=0.25, weight=None, reduction="mean"
-+ class SoftmaxFocalLoss | gamma, alpha, weight=None, reduction="mean" | input, target
+- function SoftmaxFocalLossFunction | input, target, gamma=2.0, alpha=0.25, weight=None, reduction="mean" |  | softmax_focal_loss
++ apply softmax_focal_loss | input, target, gamma=2.0, alpha=0.25, weight=None, reduction="mean" |  | softmax_focal_loss
++ class SoftmaxFocalLoss | gamma, alpha, weight=None, reduction="mean" | input, target | softmax_focal_loss
 [furthest_point_sample]
 - function FurthestPointSampling | points_xyz, num_points
 - function FurthestPointSamplingWithDist | points_dist, num_points
@@ -189,14 +189,14 @@ _TABLE = """
 - function GroupingOperation | features, indices, features_batch_cnt=None, indices_batch_cnt=None
 + apply grouping_operation | features, indices, features_batch_cnt=None, indices_batch_cnt=None
 [info]
-+ def get_compiler_version
-+ def get_compiling_cuda_version
++ def get_compiler_version |  |  | torch
++ def get_compiling_cuda_version |  |  | torch
 [iou3d]
-+ def boxes_overlap_bev | boxes_a, boxes_b
-+ def boxes_iou3d | boxes_a, boxes_b
++ def boxes_overlap_bev | boxes_a, boxes_b |  | boxes_overlap_bev
++ def boxes_iou3d | boxes_a, boxes_b |  | boxes_iou3d
 + def nms3d | boxes, scores, iou_threshold
 + def nms3d_normal | boxes, scores, iou_threshold
-+ def boxes_iou_bev | boxes_a, boxes_b
++ def boxes_iou_bev | boxes_a, boxes_b |  | boxes_iou_bev
 + def nms_bev | boxes, scores, thresh, pre_max_size=None, post_max_size=None
 + def nms_normal_bev | boxes, scores, thresh
 [knn]
@@ -212,7 +212,7 @@ _TABLE = """
 - class ConcatCell < BaseMergeCell | in_channels, out_channels, **kwargs
 - class GlobalPoolingCell < BaseMergeCell | in_channels=None, out_channels=None, **kwargs
 [min_area_polygons]
-+ def min_area_polygons | pointsets
++ def min_area_polygons | pointsets |  | min_area_polygons
 [modulated_deform_conv]
 - function ModulatedDeformConv2dFunction | input, offset, mask, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, deform_groups=1
 + apply modulated_deform_conv2d | input, offset, mask, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, deform_groups=1
@@ -224,9 +224,9 @@ _TABLE = """
 + class MultiScaleDeformableAttention @ MultiScaleDeformableAttention | embed_dims=256, num_heads=8, num_levels=4, num_points=4, im2col_step=64, dropout=0.1, batch_first=False, norm_cfg=None, init_cfg=None, value_proj_ratio=1.0 | query, key=None, value=None, identity=None, query_pos=None, key_padding_mask=None, reference_points=None, spatial_shapes=None, level_start_index=None, **kwargs
 [nms]
 - function NMSop | bboxes, scores, iou_threshold, offset, score_threshold, max_num |  | nms
-- function SoftNMSop | boxes, scores, iou_threshold, sigma, min_score, method, offset |  | torch
+- function SoftNMSop | boxes, scores, iou_threshold, sigma, min_score, method, offset |  | soft_nms
 + def nms | boxes, scores, iou_threshold, offset=0, score_threshold=0, max_num=-1 |  | nms
-+ def soft_nms | boxes, scores, iou_threshold=0.3, sigma=0.5, min_score=0.001, method="linear", offset=0 |  | torch
++ def soft_nms | boxes, scores, iou_threshold=0.3, sigma=0.5, min_score=0.001, method="linear", offset=0 |  | soft_nms
 + def batched_nms | boxes, scores, idxs, nms_cfg, class_agnostic=False |  | nms
 + def nms_match | dets, iou_threshold |  | torch
 + def nms_rotated | dets, scores, iou_threshold, labels=None, clockwise=True
@@ -234,22 +234,22 @@ _TABLE = """
 [pixel_group]
 + def pixel_group | score, mask, embedding, kernel_label, kernel_contour, kernel_region_num, distance_threshold
 [point_sample]
-- def bilinear_grid_sample | im, grid, align_corners=False
-- def normalize | grid
-- def denormalize | grid
-- def generate_grid | num_grid, size, device
-- def rel_roi_point_to_abs_img_point | rois, rel_roi_points
-- def get_shape_from_feature_map | x
-- def abs_img_point_to_rel_img_point | abs_img_points, img, spatial_scale=1.0
-+ def rel_roi_point_to_rel_img_point | rois, rel_roi_points, img, spatial_scale=1.0
-+ def point_sample | input, points, align_corners=False, **kwargs
-+ class SimpleRoIAlign | output_size, spatial_scale, aligned=True | features, rois
+- def bilinear_grid_sample | im, grid, align_corners=False |  | torch
+- def normalize | grid |  | torch
+- def denormalize | grid |  | torch
+- def generate_grid | num_grid, size, device |  | generate_grid
+- def rel_roi_point_to_abs_img_point | rois, rel_roi_points |  | rel_roi_point_to_abs_img_point
+- def get_shape_from_feature_map | x |  | torch
+- def abs_img_point_to_rel_img_point | abs_img_points, img, spatial_scale=1.0 |  | abs_img_point_to_rel_img_point
++ def rel_roi_point_to_rel_img_point | rois, rel_roi_points, img, spatial_scale=1.0 |  | rel_roi_point_to_rel_img_point
++ def point_sample | input, points, align_corners=False, **kwargs |  | point_sample
++ class SimpleRoIAlign | output_size, spatial_scale, aligned=True | features, rois | point_sample
 [points_in_boxes]
 + def points_in_boxes_part | points, boxes
 + def points_in_boxes_cpu | points, boxes
 + def points_in_boxes_all | points, boxes
 [points_in_polygons]
-+ def points_in_polygons | points, polygons
++ def points_in_polygons | points, polygons |  | points_in_polygons
 [points_sampler]
 - def calc_square_dist | point_feat_a, point_feat_b, norm=True
 - def get_sampler_cls | sampler_type

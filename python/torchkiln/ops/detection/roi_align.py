@@ -11,21 +11,12 @@ import torch
 from torch import Tensor
 
 from torchkiln._frame import operator
+from torchkiln.ops.detection._regions import as_rows, bins_of, is_channels_last, like
 
 __all__ = ["roi_align"]
 
 # Values of the schema's `pooling`.
 _POOLING = {"avg": 0, "max": 1}
-
-
-def _is_channels_last(input: Tensor) -> bool:
-    """The layout that output and gradient take; the same rule as in C++."""
-    return not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
-
-
-def _like(input: Tensor, shape: tuple[Any, ...], dtype: torch.dtype | None = None) -> Tensor:
-    layout = torch.channels_last if _is_channels_last(input) else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype or input.dtype, device=input.device, memory_format=layout)
 
 
 def _fake(
@@ -38,7 +29,7 @@ def _fake(
     aligned: bool = False,
     pooling: int = 0,
 ) -> Tensor:
-    return _like(input, (boxes.shape[0], input.shape[1], pooled_height, pooled_width))
+    return like(input, (boxes.shape[0], input.shape[1], pooled_height, pooled_width))
 
 
 def _fake_max(
@@ -51,7 +42,7 @@ def _fake_max(
     aligned: bool,
 ) -> tuple[Tensor, Tensor]:
     shape = (boxes.shape[0], input.shape[1], pooled_height, pooled_width)
-    return _like(input, shape), _like(input, shape, torch.int32)
+    return like(input, shape), like(input, shape, torch.int32)
 
 
 def _fake_backward(
@@ -75,7 +66,7 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, boxes, *ctx.size_and_options, pooling = inputs
-    ctx.shape, ctx.channels_last = input.shape, _is_channels_last(input)
+    ctx.shape, ctx.channels_last = input.shape, is_channels_last(input)
     # The winners of a maximum are found again: the input lives longer than this anyway, and a
     # winner's number takes as much memory as the output.
     ctx.save_for_backward(boxes, *([input] if pooling == _POOLING["max"] else []))
@@ -91,19 +82,6 @@ def _backward(ctx: Any, grad_output: Tensor) -> Tensor:
 _roi_align_backward = operator("_roi_align_backward", fake=_fake_backward)
 _roi_align_max = operator("_roi_align_max", fake=_fake_max)
 _roi_align = operator("roi_align", fake=_fake, setup_context=_setup_context, backward=_backward)
-
-
-def _as_rows(boxes: Sequence[Tensor]) -> Tensor:
-    """(K, 5) of one (L, 4) tensor for each image."""
-    for i, rows in enumerate(boxes):
-        if rows.dim() != 2 or rows.shape[1] != 4:
-            raise ValueError(
-                f"roi_align: boxes[{i}] must have shape (L, 4); got {tuple(rows.shape)}"
-            )
-    if not boxes:
-        raise ValueError("roi_align: boxes must have a tensor for each image; got an empty list")
-    images = [torch.full_like(rows[:, :1], i) for i, rows in enumerate(boxes)]
-    return torch.cat([torch.cat(images), torch.cat(list(boxes))], dim=1)
 
 
 def roi_align(
@@ -160,9 +138,8 @@ def roi_align(
         tensor([[[[ 2.5000,  4.5000],
                   [10.5000, 12.5000]]]])
     """
-    if isinstance(boxes, (list, tuple)):
-        boxes = _as_rows(boxes)
-    height, width = (output_size, output_size) if isinstance(output_size, int) else output_size
+    boxes = as_rows("roi_align", boxes)
+    height, width = bins_of(output_size)
     pooling = _POOLING.get(pool_mode)
     if pooling is None:
         raise ValueError(f"roi_align: pool_mode must be 'avg' or 'max'; got {pool_mode!r}")

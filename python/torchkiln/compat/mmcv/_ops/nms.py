@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchkiln import ops
 from torchkiln.compat.mmcv._common import function_class, renamed
-from torchkiln.compat.mmcv._ops._soft_nms import match, soften
+from torchkiln.compat.mmcv._ops._soft_nms import match
 
 __all__ = ["NMSop", "SoftNMSop", "batched_nms", "nms", "nms_match", "soft_nms"]
 
@@ -38,6 +38,16 @@ def _check(boxes: Tensor, scores: Tensor, offset: int) -> None:
     assert offset in (0, 1), f"offset must be 0 or 1; got {offset}"
 
 
+def _wide(tensor: Tensor, offset: int) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if offset else tensor
+
+
+def _shifted(boxes: Tensor, offset: int) -> Tensor:
+    """A box of width x2 - x1 + 1 is one whose x2 lies one pixel further."""
+    wide = _wide(boxes, offset)
+    return torch.cat([wide[:, :2], wide[:, 2:] + offset], 1) if offset else wide
+
+
 def _kept(
     bboxes: Tensor,
     scores: Tensor,
@@ -45,24 +55,36 @@ def _kept(
     offset: int,
     score_threshold: float,
     max_num: int,
+    idxs: Tensor | None = None,
 ) -> Tensor:
     boxes, candidates = bboxes.detach(), scores.detach()
     rows = None
     if score_threshold > 0:
         rows = (candidates > score_threshold).nonzero().squeeze(1)
         boxes, candidates = boxes[rows], candidates[rows]
-    if offset:
-        # A box of width x2 - x1 + 1 is one whose x2 lies one pixel further.
-        wide = torch.promote_types(boxes.dtype, torch.float32)
-        boxes, candidates = boxes.to(wide), candidates.to(wide)
-        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] + offset], 1)
-    kept = ops.nms(boxes, candidates, float(iou_threshold))
+        idxs = None if idxs is None else idxs[rows]
+    boxes, candidates = _shifted(boxes, offset), _wide(candidates, offset)
+    if idxs is None:
+        kept = ops.nms(boxes, candidates, float(iou_threshold))
+    else:
+        kept = ops.batched_nms(boxes, candidates, idxs, float(iou_threshold))
     if max_num > 0:
         kept = kept[:max_num]
     return kept if rows is None else rows[kept]
 
 
-NMSop = function_class("NMSop", _kept)
+def _kept_of_all(
+    bboxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    offset: int,
+    score_threshold: float,
+    max_num: int,
+) -> Tensor:
+    return _kept(bboxes, scores, iou_threshold, offset, score_threshold, max_num)
+
+
+NMSop = function_class("NMSop", _kept_of_all)
 
 
 @renamed(iou_thr="iou_threshold")
@@ -99,6 +121,15 @@ def nms(
     return torch.cat([boxes[inds], scores[inds, None]], 1), inds
 
 
+_SOFT_METHODS = ("naive", "linear", "gaussian")
+
+
+def _soft_method(method: str) -> int:
+    listed = ", ".join(_SOFT_METHODS)
+    assert method in _SOFT_METHODS, f"method must be one of {listed}; got {method!r}"
+    return _SOFT_METHODS.index(method)
+
+
 def _softened(
     boxes: Tensor,
     scores: Tensor,
@@ -107,8 +138,23 @@ def _softened(
     min_score: float,
     method: int,
     offset: int,
+    idxs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return soften(boxes, scores, float(iou_threshold), sigma, min_score, method, offset)
+    name = _SOFT_METHODS[method]
+    inds, softened = ops.soft_nms(
+        _shifted(boxes.detach(), offset),
+        _wide(scores.detach(), offset),
+        float(iou_threshold),
+        sigma,
+        min_score,
+        name,
+        idxs,
+    )
+    if inds.shape[0] == 0 and boxes.shape[0] > 0:
+        # The best box of all is never tried against min_score.
+        inds = scores.detach().argmax(keepdim=True)
+        softened = scores.detach()[inds]
+    return torch.cat([boxes.detach()[inds], softened.to(boxes)[:, None]], 1), inds
 
 
 def _soft_inds(
@@ -150,20 +196,19 @@ def soft_nms(
 
     Returns:
         dets: (K, 5), boxes and their new scores, descending.
-        inds: (K,), int64; their rows.
+        inds: (K,), int64; their rows. Of equal scores the lower row comes first.
 
     Raises:
         AssertionError: for another shape, method or offset.
 
-    Differentiable: no. Computed on the CPU.
+    Differentiable: no.
 
     Source:
         Bodla et al., "Soft-NMS", 2017, equations 2 and 3.
     """
     _check(boxes, scores, offset)
-    methods = {"naive": 0, "linear": 1, "gaussian": 2}
-    assert method in methods, f"method must be one of {', '.join(methods)}; got {method!r}"
-    return _softened(boxes, scores, iou_threshold, sigma, min_score, methods[method], offset)
+    number = _soft_method(method)
+    return _softened(boxes, scores, iou_threshold, sigma, min_score, number, offset)
 
 
 def nms_match(dets: Any, iou_threshold: float) -> list[Any]:
@@ -220,9 +265,17 @@ def batched_nms(
         return torch.cat([boxes[keep], scores[:, None]], 1), keep
     settings = dict(nms_cfg)
     class_agnostic = settings.pop("class_agnostic", class_agnostic)
-    function = _function(settings.pop("type", "nms"))
-    split_thr = settings.pop("split_thr", 10000)
-    if class_agnostic or boxes.size(0) < split_thr:
+    kind = settings.pop("type", "nms")
+    is_whole = boxes.size(0) < settings.pop("split_thr", 10000)
+    by_class = _BY_CLASS.get(kind) if isinstance(kind, str) else None
+    if not class_agnostic and by_class and not (is_whole and kind in _MOVED):
+        max_num = settings.pop("max_num", -1)
+        dets, keep = by_class(boxes, scores, _integers(idxs), **settings)
+        if max_num > 0:
+            dets, keep = dets[:max_num], keep[:max_num]
+        return torch.cat([boxes[keep], dets[:, -1:]], 1), keep
+    function = _function(kind)
+    if class_agnostic or is_whole:
         apart = boxes if class_agnostic else _moved_apart(boxes, idxs)
         dets, keep = function(apart, scores, **settings)
         return torch.cat([boxes[keep], dets[:, -1:]], 1), keep
@@ -240,6 +293,50 @@ def batched_nms(
     if max_num > 0:
         keep, scores = keep[:max_num], scores[:max_num]
     return torch.cat([boxes[keep], scores[:, None]], 1), keep
+
+
+@renamed(iou_thr="iou_threshold")
+def _nms_by_class(
+    boxes: Tensor,
+    scores: Tensor,
+    idxs: Tensor,
+    iou_threshold: float,
+    offset: int = 0,
+    score_threshold: float = 0,
+) -> tuple[Tensor, Tensor]:
+    _check(boxes, scores, offset)
+    inds = _kept(boxes, scores, iou_threshold, offset, score_threshold, -1, idxs)
+    return scores[inds, None], inds
+
+
+@renamed(iou_thr="iou_threshold")
+def _soft_nms_by_class(
+    boxes: Tensor,
+    scores: Tensor,
+    idxs: Tensor,
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    min_score: float = 1e-3,
+    method: str = "linear",
+    offset: int = 0,
+) -> tuple[Tensor, Tensor]:
+    _check(boxes, scores, offset)
+    number = _soft_method(method)
+    return _softened(boxes, scores, iou_threshold, sigma, min_score, number, offset, idxs)
+
+
+# Types with classes of their own: one call instead of one for each class.
+_BY_CLASS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "nms": _nms_by_class,
+    "soft_nms": _soft_nms_by_class,
+}
+# Those that keep mmcv's shift, and what follows of it, below `split_thr`.
+_MOVED = {"nms"}
+
+
+def _integers(idxs: Tensor) -> Tensor:
+    """Integer classes for those of any dtype."""
+    return idxs.unique(return_inverse=True)[1] if idxs.is_floating_point() else idxs
 
 
 def _function(kind: str | Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,62 @@
+// Tables of taps for the kernels that pool regions (roi_align.h): their sizes and memory.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <limits>
+
+#include "bindings/support/cuda.h"
+#include "detection/roi_align.h"
+
+namespace torchkiln::bindings {
+
+// The taps of all regions, made once for all channels; they live until the launch that reads them is queued.
+template <class Args>
+struct TapTable {
+  Tensor memory;
+  std::int64_t tap_bytes, range_bytes, span_bytes;
+
+  std::array<Buffer, 3> read() const {
+    return {reads(offsetof(Args, taps), tap_bytes), reads(offsetof(Args, ranges), range_bytes),
+            reads(offsetof(Args, spans), span_bytes)};
+  }
+  std::array<Buffer, 3> written() const {
+    return {writes(offsetof(Args, taps), tap_bytes), writes(offsetof(Args, ranges), range_bytes),
+            writes(offsetof(Args, spans), span_bytes)};
+  }
+};
+
+inline std::int64_t index_type(const Tensor& maps, const Tensor& bins) {
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  return std::max(maps.numel(), bins.numel()) <= kMost ? TORCHKILN_I32 : TORCHKILN_I64;
+}
+
+// Places for the taps of an axis of `size` pixels: those that it can touch, or two for each sample if these are fewer and
+// their number (0 for none) is known.
+inline std::int64_t tap_capacity(std::int64_t size, std::int64_t pooled, std::int64_t samples) {
+  const std::int64_t touched = size + 3 * pooled;
+  return samples > 0 ? std::min<std::int64_t>(touched, 2 * samples * pooled) : touched;
+}
+
+// Allocates a table and points args to it; args.row_capacity and args.column_capacity are set.
+template <class Args>
+TapTable<Args> allocate_table(const Tensor& like, Args& args) {
+  const roi_align::Regions& r = args.regions;
+  constexpr std::int64_t kTapBytes = 16;
+  TapTable<Args> table{
+      .memory = Tensor(),
+      .tap_bytes = r.k * (args.row_capacity + args.column_capacity) * kTapBytes,
+      .range_bytes = r.k * (r.pooled_h + r.pooled_w) * static_cast<std::int64_t>(sizeof(Range)),
+      .span_bytes = r.k * static_cast<std::int64_t>(sizeof(roi_align::Span))};
+  table.memory =
+      empty(like, ScalarType::Byte, {table.tap_bytes + table.range_bytes + table.span_bytes});
+  auto* memory = mutable_data<std::uint8_t>(table.memory);
+  args.taps = memory;
+  args.ranges = reinterpret_cast<Range*>(memory + table.tap_bytes);
+  args.spans = memory + table.tap_bytes + table.range_bytes;
+  return table;
+}
+
+}  // namespace torchkiln::bindings

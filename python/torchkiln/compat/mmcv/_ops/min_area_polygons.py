@@ -1,0 +1,15 @@
+"""`mmcv.ops.min_area_polygons`."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from torchkiln import ops
+
+__all__ = ["min_area_polygons"]
+
+
+def min_area_polygons(pointsets: Tensor) -> Tensor:
+    """`torchkiln.ops.min_area_polygons`: (N, 8) of pointsets (N, 18)."""
+    return ops.min_area_polygons(pointsets)

@@ -1,0 +1,84 @@
+"""Running maxima along one side of a feature map."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchkiln._frame import operator
+
+__all__ = ["corner_pool"]
+
+# Values of the schema's `mode`.
+_MODES = {"top": 0, "bottom": 1, "left": 2, "right": 3}
+
+
+def _fake(input: Tensor, mode: int) -> Tensor:
+    last = not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(
+        input.shape, dtype=input.dtype, device=input.device, memory_format=memory_format
+    )
+
+
+def _fake_backward(grad_output: Tensor, input: Tensor, pooled: Tensor, mode: int) -> Tensor:
+    return _fake(input, mode)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, ctx.mode = inputs
+    ctx.save_for_backward(input, output)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> Tensor:
+    return _corner_pool_backward(grad_output, *ctx.saved_tensors, ctx.mode)
+
+
+_corner_pool_backward = operator("_corner_pool_backward", fake=_fake_backward)
+# Features stay in their dtype: a maximum loses nothing.
+_corner_pool = operator("corner_pool", fake=_fake, setup_context=_setup_context, backward=_backward)
+
+
+def corner_pool(input: Tensor, mode: str) -> Tensor:
+    """The largest value from each cell on in one direction, to the border of the map.
+
+    Args:
+        input: (N, C, H, W), float16, bfloat16, float32 or float64; contiguous or channels_last,
+            whatever else is copied.
+        mode: "top" (of this cell and those below it: top corners see what lies under them),
+            "bottom" (those above it), "left" (those to the right) or "right" (those to the left).
+
+    Returns:
+        (N, C, H, W), dtype and layout of `input`.
+
+    Raises:
+        TypeError: for another dtype.
+        ValueError: for another shape or mode.
+
+    Differentiable: input. Deterministic: yes. Autocast: as without.
+
+    Note:
+        A cell gets the sum of the gradients of all cells that took its value. Of equal values the
+        last one that the running maximum meets gets it, as with `torch.cummax`. From a NaN on, all
+        is NaN.
+
+    Source:
+        Law and Deng, "CornerNet: Detecting Objects as Paired Keypoints", 2018, equations 6 and 7.
+
+    Example:
+        >>> import torch
+        >>> from torchkiln.ops import corner_pool
+        >>> row = torch.tensor([1.0, 3.0, 2.0, 0.0]).reshape(1, 1, 1, 4)
+        >>> corner_pool(row, "left").flatten()
+        tensor([3., 3., 2., 0.])
+        >>> corner_pool(row, "right").flatten()
+        tensor([1., 3., 3., 3.])
+    """
+    if mode not in _MODES:
+        listed = ", ".join(f'"{name}"' for name in _MODES)
+        raise ValueError(f"corner_pool: mode must be one of {listed}; got {mode!r}")
+    return _corner_pool(input, _MODES[mode])

@@ -1,0 +1,85 @@
+"""Polygons, corner pooling and segmentation through the drop-in for mmcv.ops."""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from torchkiln import ops as native
+from torchkiln.compat.mmcv import ops
+
+
+@pytest.mark.parametrize(
+    ("mode", "shape", "expected", "grad"),
+    [
+        ("top", (1, 1, 5, 1), [3, 3, 3, 3, 1], [0, 0, 7, 8, 16]),
+        ("bottom", (1, 1, 5, 1), [2, 2, 3, 3, 3], [3, 0, 4, 24, 0]),
+        ("left", (1, 1, 1, 5), [3, 3, 3, 3, 1], [0, 0, 7, 8, 16]),
+        ("right", (1, 1, 1, 5), [2, 2, 3, 3, 3], [3, 0, 4, 24, 0]),
+    ],
+)
+def test_corner_pool(mode, shape, expected, grad):
+    """Of two equal maxima the one further on in the pool's direction gets the gradient."""
+    line = torch.tensor([2.0, 0, 3, 3, 1], requires_grad=True)
+    module = ops.CornerPool(mode)
+    assert module.mode == mode
+    pooled = module(line.reshape(shape))
+    assert pooled.flatten().tolist() == expected
+    pooled.flatten().backward(torch.tensor([1.0, 2, 4, 8, 16]))
+    assert line.grad.tolist() == grad
+
+
+def test_corner_pool_refuses_other_modes():
+    with pytest.raises(AssertionError, match="mode must be one of"):
+        ops.CornerPool("corner")
+
+
+SQUARE = torch.tensor([[0.0, 0, 2, 0, 2, 2, 0, 2]])
+
+
+def points_of(*corners):
+    """Nine points, the last corner several times."""
+    rows = torch.tensor(corners).reshape(-1, 2)
+    return torch.cat([rows, rows[-1:].expand(9 - len(rows), 2)]).reshape(1, 18)
+
+
+def test_convex_iou_by_hand():
+    triangle = points_of(0.0, 0, 4, 0, 0, 2)
+    far = SQUARE + 9
+    assert_close(ops.convex_iou(triangle, torch.cat([SQUARE, far])), torch.tensor([[3 / 5, 0.0]]))
+
+
+def test_quirk_convex_giou_returns_its_gradient():
+    points = points_of(5.0, 0, 7, 0, 7, 2, 5, 2).requires_grad_()
+    giou, gradient = ops.convex_giou(points, SQUARE)
+    assert not giou.requires_grad
+    assert not gradient.requires_grad
+    value = native.convex_giou(points, SQUARE)
+    assert_close(giou, value.detach())
+    assert_close(gradient, torch.autograd.grad(value.sum(), points)[0])
+    assert giou.item() == pytest.approx(-6 / 14)
+    assert gradient.shape == (1, 18)
+
+
+def test_min_area_polygons_by_hand():
+    """Around a square on its corner, and around one along the axes."""
+    points = torch.cat([points_of(1.0, 0, 2, 1, 1, 2, 0, 1), points_of(0.0, 0, 4, 0, 4, 2, 0, 2)])
+    expected = torch.tensor([[2.0, 1, 1, 0, 0, 1, 1, 2], [4, 0, 0, 0, 0, 2, 4, 2]])
+    assert_close(ops.min_area_polygons(points), expected)
+
+
+def test_quirk_min_area_polygons_of_one_point():
+    assert_close(ops.min_area_polygons(torch.full((1, 18), 3.0)), torch.full((1, 8), 3.0))
+
+
+def test_points_in_polygons():
+    points = torch.tensor([[1.0, 1], [3, 1]])
+    inside = ops.points_in_polygons(points, torch.cat([SQUARE, SQUARE + 2]))
+    assert inside.dtype == torch.float32
+    assert inside.tolist() == [[1, 0], [0, 0]]
+    with pytest.raises(AssertionError, match="points dimension should be 2"):
+        ops.points_in_polygons(torch.zeros(3, 3), SQUARE)
+    with pytest.raises(AssertionError, match="polygons dimension should be 8"):
+        ops.points_in_polygons(points, torch.zeros(3, 4))

@@ -1,0 +1,101 @@
+"""corner_pool: four directions, ties, layouts, the module."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from support.op_suite import Failure, OpSuite
+from support.strategies import counts, tensors
+from torchkiln import nn, reference
+from torchkiln.ops import corner_pool
+from torchkiln.reference.detection.corner_pool import parity
+from torchkiln.testing import Inputs
+
+_MODES = ("top", "bottom", "left", "right")
+
+
+class TestCornerPool(OpSuite):
+    parity = parity()
+    dynamic: ClassVar = {"input": 2}
+    failures = (
+        Failure(
+            "integers",
+            {"input": lambda x: x.long()},
+            TypeError,
+            r"^corner_pool: input must be a floating-point tensor; got int64",
+        ),
+        Failure(
+            "three_dimensions",
+            {"input": lambda x: x[0]},
+            ValueError,
+            r"^corner_pool: input must have shape \(N, C, H, W\); got \(3, 9, 12\)",
+        ),
+        Failure(
+            "mode",
+            {"mode": "up"},
+            ValueError,
+            r'^corner_pool: mode must be one of "top", "bottom", "left", "right"; got \'up\'',
+        ),
+    )
+
+    def sized(self, new: Inputs, n: int) -> Mapping[str, Any]:
+        return {"input": new.normal(1, 2, n, 5), "mode": "top"}
+
+
+def test_reference_by_hand() -> None:
+    column = torch.tensor([2.0, 0.0, 3.0, 3.0, 1.0], dtype=torch.float64, requires_grad=True)
+    pooled = reference.corner_pool(column.reshape(1, 1, 5, 1), 1).flatten()
+    assert pooled.tolist() == [2, 2, 3, 3, 3]
+    # The second 3 takes over from the first one.
+    (grad,) = torch.autograd.grad(pooled, column, torch.tensor([1.0, 2, 4, 8, 16]).double())
+    assert grad.tolist() == [3, 0, 4, 24, 0]
+
+
+@pytest.mark.parametrize("mode", _MODES)
+def test_channels_last_stays(mode: str, device: str) -> None:
+    image = Inputs().normal(2, 6, 9, 70).to(device, torch.float32)
+    last = image.to(memory_format=torch.channels_last).requires_grad_()
+    outputs = [corner_pool(x, mode) for x in (last, image.requires_grad_())]
+    assert outputs[0].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(outputs[0], outputs[1])
+    (grad_last,) = torch.autograd.grad(outputs[0].square().sum(), last)
+    (grad,) = torch.autograd.grad(outputs[1].square().sum(), image)
+    assert grad_last.is_contiguous(memory_format=torch.channels_last)
+    # Both sum along the same line, in runs of other lengths.
+    torch.testing.assert_close(grad_last, grad)
+
+
+@given(tensors(counts, counts))
+def test_is_a_running_maximum(rows: Tensor) -> None:
+    image = rows[None, None]
+    for mode, dim in (("top", 2), ("bottom", 2), ("left", 3), ("right", 3)):
+        pooled = corner_pool(image, mode)
+        assert bool((pooled >= image).all())
+        assert torch.equal(corner_pool(pooled, mode), pooled)
+        if image.numel():
+            end = 0 if mode in ("top", "left") else -1
+            assert torch.equal(pooled.select(dim, end), image.amax(dim))
+
+
+@given(tensors(counts, counts))
+def test_gradients_keep_their_sum(rows: Tensor) -> None:
+    image = rows.round()[None, None].requires_grad_()
+    for mode in _MODES:
+        pooled = corner_pool(image, mode)
+        (grad,) = torch.autograd.grad(pooled.sum(), image)
+        assert grad.sum().item() == image.numel()
+
+
+def test_module() -> None:
+    image = Inputs().normal(1, 2, 4, 5)
+    module = nn.CornerPool("left")
+    assert torch.equal(module(image), corner_pool(image, "left"))
+    assert repr(module) == "CornerPool(mode='left')"
