@@ -16,16 +16,27 @@ namespace torchkiln::bindings {
 // Rows are numbered with 32 bits in the kernels.
 inline constexpr std::int64_t kMaxBoxes = std::int64_t{1} << 30;
 
+// What the rows of `boxes` are. (nms_shapes.h has the other kinds.)
+inline constexpr std::int64_t kBoxKind = -1;
+struct BoxForm {
+  std::int64_t kind, columns;
+  const char* classes;  // name of the argument
+};
+inline constexpr BoxForm kCorners = {kBoxKind, 4, "idxs"};
+
 // The arguments that are inputs, and the tensors that keep their pointers alive.
 struct NmsPlan {
+  const char* op;
   Tensor boxes, scores, idxs;
+  std::int64_t kind;
   nms::Args args;
 };
 
 NmsPlan plan_nms(const char* op, const Tensor& boxes, const Tensor& scores,
-                 const std::optional<Tensor>& idxs, double iou_threshold);
+                 const std::optional<Tensor>& classes, double iou_threshold,
+                 const BoxForm& form = kCorners);
 // Size of one class; fails unless it is an integer.
-std::int64_t class_bytes(const char* op, const Tensor& idxs);
+std::int64_t class_bytes(const char* op, const char* argument, const Tensor& idxs);
 void check_max_output(const char* op, std::int64_t max_output);
 
 // Boxes on the device in the order of suppression: arguments for the kernels that follow, and the memory behind them.
@@ -36,6 +47,25 @@ struct Ordered {
 // Launches that put boxes in order and fill `indices` with -1; `count` is only noted in the arguments.
 Ordered order(const CudaPlace& cuda_place, const NmsPlan& p, const Tensor& indices,
               std::int64_t* count);
+
+// Launches that follow: results go to what `order` was given.
+void suppress(const CudaPlace& cuda_place, const NmsPlan& p, const Ordered& ordered);
+
+// Rows of the kept boxes, as many as there are, or the first `max_output` and their number.
+struct Padded {
+  Tensor indices, count;
+};
+Tensor sized_cuda(const NmsPlan& p);
+Padded padded_cuda(const NmsPlan& p, std::int64_t max_output);
+Tensor sized_cpu(const NmsPlan& p);
+Padded padded_cpu(const NmsPlan& p, std::int64_t max_output);
+
+// Every row by descending score, the number of its group, and how many groups there are.
+struct Groups {
+  Tensor rows, groups, count;
+};
+Groups groups_cuda(const NmsPlan& p);
+Groups groups_cpu(const NmsPlan& p);
 
 // A number in page-locked memory that the device writes directly: no copy is queued to read a result's size.
 std::int64_t* host_number();

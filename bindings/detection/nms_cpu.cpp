@@ -1,15 +1,16 @@
-// nms, batched_nms and nms_padded on the CPU. Boxes are walked by descending score; each is tested against the boxes
-// kept so far, which lie as separate coordinate arrays, so a suppressed box stops at its first suppressor and never
-// meets another suppressed one. Classes are independent of each other and run in parallel; inside a class, the tests of
+// nms and its relatives on the CPU. Boxes are walked by descending score; each is tested against the boxes kept so far
+// (those given by two corners lie as separate coordinate arrays), so a suppressed box stops at its first suppressor and
+// never meets another suppressed one. Classes are independent of each other and run in parallel; inside a class, the tests of
 // a panel of boxes against the boxes kept before it do.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <numeric>
-#include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "bindings/detection/nms.h"
 #include "bindings/support/parallel.h"
+#include "detection/nms_shapes.h"
 
 // One body per instruction set, chosen at load. Without contraction, so that every set keeps the same boxes.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -23,12 +24,16 @@ namespace torchkiln::bindings {
 namespace {
 
 constexpr std::int64_t kLane = 32;  // kept boxes tested between two looks at the result
-constexpr std::int64_t kPanel = 512;
-constexpr double kPairNanoseconds = 0.4;
+
+// What a panel of boxes and a test cost.
+template <class Kind>
+constexpr std::int64_t kPanel = Kind::kIsCheap ? 512 : 64;
+template <class Kind>
+constexpr double kPairNanoseconds = Kind::kIsCheap ? 0.4 : 8;
 
 // Kept boxes by coordinate, padded to whole lanes with boxes that overlap nothing (their area is NaN).
 template <class T>
-struct Kept {
+struct KeptBoxes {
   std::vector<T> x1, y1, x2, y2, area;
   std::int64_t n = 0;
 
@@ -69,45 +74,80 @@ TORCHKILN_ANY_EXCEEDS(double)
 #undef TORCHKILN_ANY_EXCEEDS
 
 template <class T>
-bool any_exceeds(const Kept<T>& kept, std::int64_t begin, std::int64_t end, const Box<T>& box,
+bool any_exceeds(const KeptBoxes<T>& kept, std::int64_t begin, std::int64_t end, const Box<T>& box,
                  T area, T threshold) {
   end = (end + kLane - 1) / kLane * kLane;
   return any_exceeds(kept.x1.data(), kept.y1.data(), kept.x2.data(), kept.y2.data(),
                      kept.area.data(), begin / kLane * kLane, end, box, area, threshold);
 }
 
+// Kept boxes of any other kind.
+template <class Kind>
+struct KeptShapes {
+  using T = typename Kind::T;
+  using Shape = typename Kind::Shape;
+  std::vector<Shape> shapes;
+  std::vector<T> areas;
+  std::int64_t n = 0;
+
+  void add(const Shape& shape, T area) {
+    shapes.push_back(shape), areas.push_back(area);
+    ++n;
+  }
+  // The first of [begin, end) that exceeds, or `end`.
+  std::int64_t first(std::int64_t begin, std::int64_t end, const Shape& shape, T area,
+                     T threshold) const {
+    for (; begin < end; ++begin) {
+      const auto at = static_cast<std::size_t>(begin);
+      if (Kind::exceeds(shapes[at], areas[at], shape, area, threshold)) break;
+    }
+    return begin;
+  }
+};
+
+template <class Kind>
+bool any_exceeds(const KeptShapes<Kind>& kept, std::int64_t begin, std::int64_t end,
+                 const typename Kind::Shape& shape, typename Kind::T area,
+                 typename Kind::T threshold) {
+  return kept.first(begin, end, shape, area, threshold) < end;
+}
+
+template <class Kind>
+using Kept = std::conditional_t<std::is_same_v<Kind, nms::Boxes<typename Kind::Scalar>> ||
+                                    std::is_same_v<Kind, nms::NormalBoxes<typename Kind::Scalar>>,
+                                KeptBoxes<typename Kind::T>, KeptShapes<Kind>>;
+
+template <class Kind>
+typename Kind::Shape load_part(const nms::Args& args, std::int64_t row) {
+  const auto* scores = static_cast<const typename Kind::Scalar*>(args.scores);
+  return nms::participant<Kind>(Kind::load(args, row), load(scores[row]));
+}
+
 // Marks in `keep` (by row) the boxes of one class; `rows` are its rows by descending score.
-template <class Scalar>
+template <class Kind>
 void suppress(const nms::Args& args, std::span<const std::int64_t> rows,
               std::vector<std::uint8_t>& keep) {
-  using T = Acc<Scalar>;
-  const auto* boxes = static_cast<const Scalar*>(args.boxes);
-  const auto* scores = static_cast<const Scalar*>(args.scores);
-  const T threshold = static_cast<T>(args.iou_threshold);
+  const auto threshold = static_cast<typename Kind::T>(args.iou_threshold);
   const auto n = static_cast<std::int64_t>(rows.size());
-  const auto load_row = [&](std::int64_t i) {
-    const std::int64_t row = rows[static_cast<std::size_t>(i)];
-    return nms::participant(load_box(boxes, row), load(scores[row]));
-  };
-  Kept<T> kept;
-  std::vector<std::uint8_t> dead(static_cast<std::size_t>(std::min(n, kPanel)));
-  for (std::int64_t begin = 0; begin < n; begin += kPanel) {
-    const std::int64_t size = std::min(kPanel, n - begin), before = kept.n;
-    const auto cost = static_cast<std::int64_t>(kPairNanoseconds * static_cast<double>(before));
-    parallel_for(size, cost, [&](std::int64_t from, std::int64_t to) {
-      for (std::int64_t i = from; i < to; ++i) {
-        const Box<T> box = load_row(begin + i);
-        dead[static_cast<std::size_t>(i)] =
-            any_exceeds(kept, 0, before, box, guarded_area(box), threshold);
+  Kept<Kind> kept;
+  const std::int64_t most = std::min(n, kPanel<Kind>);
+  std::vector<typename Kind::Shape> shapes(static_cast<std::size_t>(most));
+  std::vector<std::uint8_t> dead(static_cast<std::size_t>(most));
+  for (std::int64_t begin = 0; begin < n; begin += kPanel<Kind>) {
+    const std::int64_t size = std::min(kPanel<Kind>, n - begin), before = kept.n;
+    const double cost = kPairNanoseconds<Kind> * static_cast<double>(before);
+    parallel_for(size, static_cast<std::int64_t>(cost), [&](std::int64_t from, std::int64_t to) {
+      for (auto i = static_cast<std::size_t>(from); i < static_cast<std::size_t>(to); ++i) {
+        shapes[i] = load_part<Kind>(args, rows[static_cast<std::size_t>(begin) + i]);
+        dead[i] = any_exceeds(kept, 0, before, shapes[i], Kind::area(shapes[i]), threshold);
       }
     });
-    for (std::int64_t i = 0; i < size; ++i) {
-      if (dead[static_cast<std::size_t>(i)] != 0) continue;
-      const Box<T> box = load_row(begin + i);
-      const T area = guarded_area(box);
-      if (any_exceeds(kept, before, kept.n, box, area, threshold)) continue;
-      kept.add(box, area);
-      keep[static_cast<std::size_t>(rows[static_cast<std::size_t>(begin + i)])] = 1;
+    for (std::size_t i = 0; i < static_cast<std::size_t>(size); ++i) {
+      if (dead[i] != 0) continue;
+      const auto area = Kind::area(shapes[i]);
+      if (any_exceeds(kept, before, kept.n, shapes[i], area, threshold)) continue;
+      kept.add(shapes[i], area);
+      keep[static_cast<std::size_t>(rows[static_cast<std::size_t>(begin) + i])] = 1;
     }
   }
 }
@@ -139,12 +179,12 @@ std::int64_t class_of(const nms::Args& args, std::int64_t row) {
 }
 
 // The kept rows by descending score.
-template <class Scalar>
+template <class Kind>
 std::vector<std::int64_t> kept_rows(const nms::Args& args) {
-  std::vector<std::int64_t> rows = by_score<Scalar>(args);
+  std::vector<std::int64_t> rows = by_score<typename Kind::Scalar>(args);
   std::vector<std::uint8_t> keep(rows.size());
   if (args.idxs == nullptr) {
-    suppress<Scalar>(args, rows, keep);
+    suppress<Kind>(args, rows, keep);
   } else {
     std::vector<std::int64_t> grouped = rows;
     const auto classes = split(args, grouped);
@@ -152,7 +192,7 @@ std::vector<std::int64_t> kept_rows(const nms::Args& args) {
     const std::int64_t size = args.n / std::max<std::int64_t>(1, n_classes);
     parallel_for(n_classes, 20 * size, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t c = begin; c < end; ++c)
-        suppress<Scalar>(args, classes[static_cast<std::size_t>(c)], keep);
+        suppress<Kind>(args, classes[static_cast<std::size_t>(c)], keep);
     });
   }
   std::erase_if(rows, [&](std::int64_t row) { return keep[static_cast<std::size_t>(row)] == 0; });
@@ -160,40 +200,22 @@ std::vector<std::int64_t> kept_rows(const nms::Args& args) {
 }
 
 std::vector<std::int64_t> kept_rows(const NmsPlan& p) {
-  return with_float(p.boxes.scalar_type(),
-                    [&]<class Scalar>() { return kept_rows<Scalar>(p.args); });
-}
-
-Tensor cpu_sized(const NmsPlan& p) {
-  const std::vector<std::int64_t> rows = kept_rows(p);
-  Tensor indices = empty(p.boxes, ScalarType::Long, {static_cast<std::int64_t>(rows.size())});
-  std::copy(rows.begin(), rows.end(), mutable_data<std::int64_t>(indices));
-  return indices;
-}
-
-Tensor nms_cpu(const Tensor& boxes, const Tensor& scores, double iou_threshold) {
-  return cpu_sized(plan_nms("nms", boxes, scores, std::nullopt, iou_threshold));
-}
-
-Tensor batched_nms_cpu(const Tensor& boxes, const Tensor& scores, const Tensor& idxs,
-                       double iou_threshold) {
-  return cpu_sized(plan_nms("batched_nms", boxes, scores, idxs, iou_threshold));
-}
-
-std::tuple<Tensor, Tensor> nms_padded_cpu(const Tensor& boxes, const Tensor& scores,
-                                          double iou_threshold, std::int64_t max_output,
-                                          const std::optional<Tensor>& idxs) {
-  const NmsPlan p = plan_nms("nms_padded", boxes, scores, idxs, iou_threshold);
-  check_max_output("nms_padded", max_output);
-  const std::vector<std::int64_t> rows = kept_rows(p);
-  const std::int64_t kept = std::min(max_output, static_cast<std::int64_t>(rows.size()));
-  Tensor indices = empty(boxes, ScalarType::Long, {max_output});
-  auto* out = mutable_data<std::int64_t>(indices);
-  std::copy_n(rows.begin(), kept, out);
-  std::fill(out + kept, out + max_output, std::int64_t{-1});
-  Tensor count = empty(boxes, ScalarType::Long, {});
-  *mutable_data<std::int64_t>(count) = kept;
-  return {indices, count};
+  return with_float(p.boxes.scalar_type(), [&]<class Scalar>() {
+    switch (p.kind) {
+      case nms::kRotated:
+        return kept_rows<nms::RotatedBoxes<Scalar>>(p.args);
+      case nms::kQuads:
+        return kept_rows<nms::Quads<Scalar>>(p.args);
+      case nms::kNormal:
+        return kept_rows<nms::NormalBoxes<Scalar>>(p.args);
+      case nms::kPeerRotated:
+        return kept_rows<nms::ShapeKind<Scalar, nms::kPeerRotated>>(p.args);
+      case nms::kPeerQuads:
+        return kept_rows<nms::ShapeKind<Scalar, nms::kPeerQuads>>(p.args);
+      default:
+        return kept_rows<nms::Boxes<Scalar>>(p.args);
+    }
+  });
 }
 
 }  // namespace
@@ -211,10 +233,46 @@ std::vector<std::span<const std::int64_t>> split(const nms::Args& args,
   return ranges;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(torchkiln, CPU, m) {
-  m.impl("nms", TORCH_BOX(&nms_cpu));
-  m.impl("batched_nms", TORCH_BOX(&batched_nms_cpu));
-  m.impl("nms_padded", TORCH_BOX(&nms_padded_cpu));
+Tensor sized_cpu(const NmsPlan& p) {
+  const std::vector<std::int64_t> rows = kept_rows(p);
+  Tensor indices = empty(p.boxes, ScalarType::Long, {static_cast<std::int64_t>(rows.size())});
+  std::copy(rows.begin(), rows.end(), mutable_data<std::int64_t>(indices));
+  return indices;
+}
+
+Padded padded_cpu(const NmsPlan& p, std::int64_t max_output) {
+  const std::vector<std::int64_t> rows = kept_rows(p);
+  const std::int64_t kept = std::min(max_output, static_cast<std::int64_t>(rows.size()));
+  const Padded out{.indices = empty(p.boxes, ScalarType::Long, {max_output}),
+                   .count = empty(p.boxes, ScalarType::Long, {})};
+  auto* indices = mutable_data<std::int64_t>(out.indices);
+  std::copy_n(rows.begin(), kept, indices);
+  std::fill(indices + kept, indices + max_output, std::int64_t{-1});
+  *mutable_data<std::int64_t>(out.count) = kept;
+  return out;
+}
+
+Groups groups_cpu(const NmsPlan& p) {
+  const Groups out{.rows = empty(p.boxes, ScalarType::Long, {p.args.n}),
+                   .groups = empty(p.boxes, ScalarType::Long, {p.args.n}),
+                   .count = empty(p.boxes, ScalarType::Long, {})};
+  with_float(p.boxes.scalar_type(), [&]<class Scalar>() {
+    using Kind = nms::InclusiveBoxes<Scalar>;
+    const auto threshold = static_cast<typename Kind::T>(p.args.iou_threshold);
+    KeptShapes<Kind> kept;
+    auto* rows = mutable_data<std::int64_t>(out.rows);
+    auto* groups = mutable_data<std::int64_t>(out.groups);
+    for (const std::int64_t row : by_score<Scalar>(p.args)) {
+      const auto box = load_part<Kind>(p.args, row);
+      const auto area = Kind::area(box);
+      const std::int64_t group = kept.first(0, kept.n, box, area, threshold);
+      if (group == kept.n) kept.add(box, area);
+      *rows++ = row;
+      *groups++ = group;
+    }
+    *mutable_data<std::int64_t>(out.count) = kept.n;
+  });
+  return out;
 }
 
 }  // namespace torchkiln::bindings

@@ -219,9 +219,9 @@ std::tuple<Tensor, Tensor> soft_nms_cuda(const Tensor& boxes, const Tensor& scor
 }
 
 std::tuple<Tensor, Tensor, Tensor> soft_nms_padded_cuda(const Tensor& boxes, const Tensor& scores,
+                                                        std::int64_t max_output,
                                                         double iou_threshold, double sigma,
                                                         double min_score, std::int64_t method,
-                                                        std::int64_t max_output,
                                                         const std::optional<Tensor>& idxs) {
   constexpr const char* kOp = "soft_nms_padded";
   const SoftPlan p =
@@ -266,11 +266,11 @@ SoftPlan plan_soft_nms(const char* op, const Tensor& boxes, const Tensor& scores
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torchkiln, m) {
   m.def(
-      "soft_nms(Tensor boxes, Tensor scores, float iou_threshold, float sigma, float min_score, "
-      "int method, Tensor? idxs=None) -> (Tensor, Tensor)");
+      "soft_nms(Tensor boxes, Tensor scores, float iou_threshold=0.3, float sigma=0.5, "
+      "float min_score=0.001, int method=1, Tensor? idxs=None) -> (Tensor, Tensor)");
   m.def(
-      "soft_nms_padded(Tensor boxes, Tensor scores, float iou_threshold, float sigma, "
-      "float min_score, int method, int max_output, Tensor? idxs=None) -> "
+      "soft_nms_padded(Tensor boxes, Tensor scores, int max_output, float iou_threshold=0.3, "
+      "float sigma=0.5, float min_score=0.001, int method=1, Tensor? idxs=None) -> "
       "(Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(torchkiln, CUDA, m) {

@@ -73,8 +73,8 @@ class Left {
     for (const std::int64_t row : rows) {
       const T score = load(static_cast<const Scalar*>(args.scores)[row]);
       if (score < static_cast<T>(args.min_score)) continue;
-      const Box<T> box =
-          nms::participant(load_box(static_cast<const Scalar*>(args.boxes), row), score);
+      const Box<T> box = nms::participant<nms::Boxes<Scalar>>(
+          load_box(static_cast<const Scalar*>(args.boxes), row), score);
       x1_.push_back(box.x1), y1_.push_back(box.y1), x2_.push_back(box.x2), y2_.push_back(box.y2);
       area_.push_back(guarded_area(box)), score_.push_back(score), rows_.push_back(row);
     }
@@ -191,9 +191,9 @@ std::tuple<Tensor, Tensor> soft_nms_cpu(const Tensor& boxes, const Tensor& score
 }
 
 std::tuple<Tensor, Tensor, Tensor> soft_nms_padded_cpu(const Tensor& boxes, const Tensor& scores,
+                                                       std::int64_t max_output,
                                                        double iou_threshold, double sigma,
                                                        double min_score, std::int64_t method,
-                                                       std::int64_t max_output,
                                                        const std::optional<Tensor>& idxs) {
   constexpr const char* kOp = "soft_nms_padded";
   const SoftPlan p =

@@ -296,12 +296,6 @@ def test_batched_nms_takes_a_function_and_moves_rotated_boxes_by_their_centres()
     assert torch.equal(dets[:, :5], boxes)
 
 
-def test_batched_nms_names_a_type_that_is_not_there():
-    arguments = (torch.rand(3, 5), scores_of(3), torch.zeros(3), {"type": "nms_quadri"})
-    with pytest.raises(NotImplementedError, match=r"^mmcv\.ops\.nms_quadri"):
-        ops.batched_nms(*arguments)
-
-
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("mode", ["iou", "iof"])
 def test_bbox_overlaps(mode, offset):

@@ -83,3 +83,42 @@ def test_points_in_polygons():
         ops.points_in_polygons(torch.zeros(3, 3), SQUARE)
     with pytest.raises(AssertionError, match="polygons dimension should be 8"):
         ops.points_in_polygons(points, torch.zeros(3, 4))
+
+
+def test_contour_expand_takes_tensors_and_arrays():
+    masks = torch.tensor([[[1, 1, 1, 0, 1]], [[1, 0, 0, 0, 1]]], dtype=torch.uint8)
+    labels = torch.tensor([[2, 0, 0, 0, 1]], dtype=torch.int32)
+    expected = [[2, 2, 2, 0, 1]]
+    assert ops.contour_expand(masks, labels, 0, 2) == expected
+    assert ops.contour_expand(masks.numpy(), labels.numpy(), 0, 2) == expected
+    assert ops.contour_expand(masks, labels, 2, 2) == [[0, 0, 0, 0, 0]]
+    with pytest.raises(AssertionError):
+        ops.contour_expand(masks.tolist(), labels, 0, 2)
+
+
+def test_quirk_contour_expand_floods_the_first_mask():
+    masks = torch.ones(3, 1, 6, dtype=torch.uint8)
+    masks[1, 0, 1:5] = torch.tensor([0, 1, 1, 1])
+    labels = torch.tensor([[1, 0, 0, 0, 0, 2]], dtype=torch.int32)
+    assert ops.contour_expand(masks, labels, 0, 2) == [[1, 1, 1, 2, 2, 2]]
+    assert native.contour_expand(masks, labels, 0, 2).tolist() == [[1, 1, 2, 2, 2, 2]]
+    assert ops.contour_expand(masks[:1], labels, 0, 2) == labels.tolist()
+
+
+def test_quirk_pixel_group_takes_maps():
+    """Any map: builds of mmcv that check their arguments stop the process for each."""
+    labels = torch.tensor([[1, 0, 0, 2], [0, 0, 0, 2]], dtype=torch.int32)
+    embedding = torch.tensor([[0.0, 0.5, 3, 3], [0, 9, 3, 3]])[..., None]
+    score = torch.tensor([[0.2, 0.4, 0.5, 0.5], [0.6, 0.1, 0.8, 0.2]])
+    arguments = (score, torch.ones(2, 4).bool(), embedding, labels, (labels > 0).to(torch.uint8))
+    expected = [
+        [0, 0],
+        [0.4, 3, 0, 0, 1, 0, 0, 1],
+        [0.5, 4, 2, 0, 3, 0, 2, 1, 3, 1],
+    ]
+    for given in (arguments, tuple(value.numpy() for value in arguments)):
+        result = ops.pixel_group(*given, 3, 1.0)
+        assert [row[1:] for row in result] == [row[1:] for row in expected]
+        assert [row[0] for row in result] == pytest.approx([0, 0.4, 0.5], abs=1e-6)
+    with pytest.raises(AssertionError, match="distance_threshold must be a float"):
+        ops.pixel_group(*arguments, 3, 1)

@@ -2,9 +2,13 @@
 
 # SPDX-License-Identifier: Apache-2.0
 
+from torchkiln.nn.bezier_align import *  # noqa: F403
+from torchkiln.nn.border_align import *  # noqa: F403
 from torchkiln.nn.corner_pool import *  # noqa: F403
 from torchkiln.nn.ps_roi_pool import *  # noqa: F403
+from torchkiln.nn.riroi_align_rotated import *  # noqa: F403
 from torchkiln.nn.roi_align import *  # noqa: F403
+from torchkiln.nn.roi_align_rotated import *  # noqa: F403
 from torchkiln.nn.roi_pool import *  # noqa: F403
 from torchkiln.nn.sigmoid_focal_loss import *  # noqa: F403
 from torchkiln.nn.simple_roi_align import *  # noqa: F403

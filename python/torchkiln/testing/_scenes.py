@@ -158,6 +158,13 @@ def pooling(sizes: Mapping[str, int]) -> dict[str, Tensor]:
     return {"input": normal(shape, SEED), "boxes": boxes}
 
 
+def rotated(regions: Tensor, seed: int = SEED) -> Tensor:
+    """(N, 6) the same regions at any angle: centre, size, and up to half a turn either way."""
+    batch, x1, y1, x2, y2 = regions.unbind(1)
+    angle = math.pi * (torch.rand(len(regions), generator=generator(seed)) - 0.5)
+    return torch.stack([batch, (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, angle], 1)
+
+
 def detector_targets(rows: int, classes: int, soft: bool = False) -> Tensor:
     """One positive row in a hundred, as in a dense detector.
 

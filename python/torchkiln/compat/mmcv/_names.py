@@ -91,15 +91,15 @@ _TABLE = """
 [bbox]
 + def bbox_overlaps | bboxes1, bboxes2, mode="iou", aligned=False, offset=0 |  | box_iou
 [bezier_align]
-- function BezierAlignFunction | input, beziers, output_size, spatial_scale=1.0, sampling_ratio=0, aligned=True
-+ apply bezier_align | input, beziers, output_size, spatial_scale=1.0, sampling_ratio=0, aligned=True
-+ class BezierAlign | output_size, spatial_scale, sampling_ratio, aligned=True | input, beziers
+- function BezierAlignFunction | input, beziers, output_size, spatial_scale=1.0, sampling_ratio=0, aligned=True |  | bezier_align
++ apply bezier_align | input, beziers, output_size, spatial_scale=1.0, sampling_ratio=0, aligned=True |  | bezier_align
++ class BezierAlign | output_size, spatial_scale, sampling_ratio, aligned=True | input, beziers | bezier_align
 [bias_act]
 + def bias_act | input, bias=None, dim=1, act="linear", alpha=None, gain=None, clamp=None, use_custom_op=True
 [border_align]
-- function BorderAlignFunction | input, boxes, pool_size
-+ apply border_align | input, boxes, pool_size
-+ class BorderAlign | pool_size | input, boxes
+- function BorderAlignFunction | input, boxes, pool_size |  | border_align
++ apply border_align | input, boxes, pool_size |  | border_align
++ class BorderAlign | pool_size | input, boxes | border_align
 [box_iou_quadri]
 + def box_iou_quadri | bboxes1, bboxes2, mode="iou", aligned=False |  | box_iou_quadri
 [box_iou_rotated]
@@ -118,7 +118,7 @@ _TABLE = """
 - function ChamferDistanceFunction | xyz1, xyz2
 + apply chamfer_distance | xyz1, xyz2
 [contour_expand]
-+ def contour_expand | kernel_mask, internal_kernel_label, min_kernel_area, kernel_num
++ def contour_expand | kernel_mask, internal_kernel_label, min_kernel_area, kernel_num |  | contour_expand
 [conv2d_gradfix]
 + def conv2d | input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1 |  | torch
 + def conv_transpose2d | input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1 |  | torch
@@ -194,11 +194,11 @@ _TABLE = """
 [iou3d]
 + def boxes_overlap_bev | boxes_a, boxes_b |  | boxes_overlap_bev
 + def boxes_iou3d | boxes_a, boxes_b |  | boxes_iou3d
-+ def nms3d | boxes, scores, iou_threshold
-+ def nms3d_normal | boxes, scores, iou_threshold
++ def nms3d | boxes, scores, iou_threshold |  | nms3d
++ def nms3d_normal | boxes, scores, iou_threshold |  | nms3d_normal
 + def boxes_iou_bev | boxes_a, boxes_b |  | boxes_iou_bev
-+ def nms_bev | boxes, scores, thresh, pre_max_size=None, post_max_size=None
-+ def nms_normal_bev | boxes, scores, thresh
++ def nms_bev | boxes, scores, thresh, pre_max_size=None, post_max_size=None |  | nms_rotated
++ def nms_normal_bev | boxes, scores, thresh |  | nms
 [knn]
 - function KNN | k, xyz, center_xyz=None, transposed=False
 + apply knn | k, xyz, center_xyz=None, transposed=False
@@ -228,11 +228,11 @@ _TABLE = """
 + def nms | boxes, scores, iou_threshold, offset=0, score_threshold=0, max_num=-1 |  | nms
 + def soft_nms | boxes, scores, iou_threshold=0.3, sigma=0.5, min_score=0.001, method="linear", offset=0 |  | soft_nms
 + def batched_nms | boxes, scores, idxs, nms_cfg, class_agnostic=False |  | nms
-+ def nms_match | dets, iou_threshold |  | torch
-+ def nms_rotated | dets, scores, iou_threshold, labels=None, clockwise=True
-+ def nms_quadri | dets, scores, iou_threshold, labels=None
++ def nms_match | dets, iou_threshold |  | nms_groups
++ def nms_rotated | dets, scores, iou_threshold, labels=None, clockwise=True |  | nms_rotated
++ def nms_quadri | dets, scores, iou_threshold, labels=None |  | nms_quadri
 [pixel_group]
-+ def pixel_group | score, mask, embedding, kernel_label, kernel_contour, kernel_region_num, distance_threshold
++ def pixel_group | score, mask, embedding, kernel_label, kernel_contour, kernel_region_num, distance_threshold |  | pixel_group
 [point_sample]
 - def bilinear_grid_sample | im, grid, align_corners=False |  | torch
 - def normalize | grid |  | torch
@@ -266,17 +266,17 @@ _TABLE = """
 - apply psa_mask | input, psa_type, mask_size
 + class PSAMask | psa_type, mask_size=None | input
 [riroi_align_rotated]
-- function RiRoIAlignRotatedFunction | features, rois, out_size, spatial_scale, num_samples=0, num_orientations=8, clockwise=False
-+ apply riroi_align_rotated | features, rois, out_size, spatial_scale, num_samples=0, num_orientations=8, clockwise=False
-+ class RiRoIAlignRotated | out_size, spatial_scale, num_samples=0, num_orientations=8, clockwise=False | features, rois
+- function RiRoIAlignRotatedFunction | features, rois, out_size, spatial_scale, num_samples=0, num_orientations=8, clockwise=False |  | riroi_align_rotated
++ apply riroi_align_rotated | features, rois, out_size, spatial_scale, num_samples=0, num_orientations=8, clockwise=False |  | riroi_align_rotated
++ class RiRoIAlignRotated | out_size, spatial_scale, num_samples=0, num_orientations=8, clockwise=False | features, rois | riroi_align_rotated
 [roi_align]
 - function RoIAlignFunction | input, rois, output_size, spatial_scale=1.0, sampling_ratio=0, pool_mode="avg", aligned=True |  | roi_align
 + apply roi_align | input, rois, output_size, spatial_scale=1.0, sampling_ratio=0, pool_mode="avg", aligned=True |  | roi_align
 + class RoIAlign | output_size, spatial_scale=1.0, sampling_ratio=0, pool_mode="avg", aligned=True, use_torchvision=False | input, rois | roi_align
 [roi_align_rotated]
-- function RoIAlignRotatedFunction | input, rois, output_size, spatial_scale, sampling_ratio=0, aligned=True, clockwise=False
-+ apply roi_align_rotated | input, rois, output_size, spatial_scale, sampling_ratio=0, aligned=True, clockwise=False
-+ class RoIAlignRotated | output_size, spatial_scale, sampling_ratio=0, aligned=True, clockwise=False | input, rois
+- function RoIAlignRotatedFunction | input, rois, output_size, spatial_scale, sampling_ratio=0, aligned=True, clockwise=False |  | roi_align_rotated
++ apply roi_align_rotated | input, rois, output_size, spatial_scale, sampling_ratio=0, aligned=True, clockwise=False |  | roi_align_rotated
++ class RoIAlignRotated | output_size, spatial_scale, sampling_ratio=0, aligned=True, clockwise=False | input, rois | roi_align_rotated
 [roi_pool]
 - function RoIPoolFunction | input, rois, output_size, spatial_scale=1.0 |  | roi_pool
 + apply roi_pool | input, rois, output_size, spatial_scale=1.0 |  | roi_pool
@@ -288,8 +288,8 @@ _TABLE = """
 + class RoIPointPool3d | num_sampled_points=512 | points, point_features, boxes3d
 - function RoIPointPool3dFunction | points, point_features, boxes3d, num_sampled_points=512
 [rotated_feature_align]
-- function RotatedFeatureAlignFunction | features, best_rbboxes, spatial_scale, points
-+ def rotated_feature_align | features, best_rbboxes, spatial_scale=1 / 8, points=1
+- function RotatedFeatureAlignFunction | features, best_rbboxes, spatial_scale, points |  | rotated_feature_align
++ def rotated_feature_align | features, best_rbboxes, spatial_scale=1 / 8, points=1 |  | rotated_feature_align
 [saconv]
 + class SAConv2d < Conv2d @ SAC | in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True, use_deform=False | x
 [scatter_points]

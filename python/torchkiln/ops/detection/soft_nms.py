@@ -17,10 +17,10 @@ _METHODS = {"naive": 0, "linear": 1, "gaussian": 2}
 def _fake_soft_nms(
     boxes: Tensor,
     scores: Tensor,
-    iou_threshold: float,
-    sigma: float,
-    min_score: float,
-    method: int,
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    min_score: float = 0.001,
+    method: int = 1,
     idxs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     kept = torch.library.get_ctx().new_dynamic_size()
@@ -30,11 +30,11 @@ def _fake_soft_nms(
 def _fake_soft_nms_padded(
     boxes: Tensor,
     scores: Tensor,
-    iou_threshold: float,
-    sigma: float,
-    min_score: float,
-    method: int,
     max_output: int,
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    min_score: float = 0.001,
+    method: int = 1,
     idxs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     indices = boxes.new_empty((max_output,), dtype=torch.int64)
@@ -157,5 +157,5 @@ def soft_nms_padded(
     """
     number = _method("soft_nms_padded", method)
     return _soft_nms_padded(
-        boxes, scores, iou_threshold, sigma, min_score, number, max_output, idxs
+        boxes, scores, max_output, iou_threshold, sigma, min_score, number, idxs
     )

@@ -47,21 +47,39 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     """
     if boxes.dtype in (torch.float16, torch.bfloat16):
         boxes, scores = boxes.float(), scores.float()
+    return greedy(scores, idxs, lambda row: _suppressed_by(boxes[row], boxes, iou_threshold))
+
+
+def greedy(scores: Tensor, idxs: Tensor | None, hits: Callable[[int], Tensor]) -> Tensor:
+    """Rows that stay, by descending score, when each suppresses `hits(row)` of its class."""
     is_number = ~scores.isnan()
-    ranked = torch.where(is_number, scores, torch.full_like(scores, -math.inf))
-    # By score, then numbers before NaN: the last of two stable sorts decides first.
-    by_kind = torch.argsort((~is_number).int(), stable=True)
-    order = by_kind[torch.argsort(ranked[by_kind], descending=True, stable=True)]
     alive = torch.ones_like(scores, dtype=torch.bool)
     kept = []
-    for row in order.tolist():
+    for row in by_score(scores).tolist():
         if not alive[row]:
             continue
         kept.append(row)
         if is_number[row]:
-            hit = _suppressed_by(boxes[row], boxes, iou_threshold)
-            alive &= ~(hit & (idxs == idxs[row]) & is_number)
-    return torch.tensor(kept, dtype=torch.int64, device=boxes.device)
+            meets = is_number if idxs is None else is_number & (idxs == idxs[row])
+            alive &= ~(hits(row) & meets)
+    return torch.tensor(kept, dtype=torch.int64, device=scores.device)
+
+
+def by_score(scores: Tensor) -> Tensor:
+    """Rows by descending score, the lower one first among equals, NaN last."""
+    is_number = ~scores.isnan()
+    ranked = torch.where(is_number, scores, torch.full_like(scores, -math.inf))
+    # By score, then numbers before NaN: the last of two stable sorts decides first.
+    by_kind = torch.argsort((~is_number).int(), stable=True)
+    return by_kind[torch.argsort(ranked[by_kind], descending=True, stable=True)]
+
+
+def padded(kept: Tensor, max_output: int) -> tuple[Tensor, Tensor]:
+    """The first rows followed by -1, and how many they are."""
+    kept = kept[:max_output]
+    rows = kept.new_full((max_output,), -1)
+    rows[: kept.shape[0]] = kept
+    return rows, torch.tensor(kept.shape[0], dtype=torch.int64, device=kept.device)
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -79,10 +97,7 @@ def nms_padded(
 ) -> tuple[Tensor, Tensor]:
     """The first `max_output` rows of `batched_nms` followed by -1, and how many they are."""
     classes = torch.zeros_like(scores, dtype=torch.int64) if idxs is None else idxs
-    kept = batched_nms(boxes, scores, classes, iou_threshold)[:max_output]
-    padded = kept.new_full((max_output,), -1)
-    padded[: kept.shape[0]] = kept
-    return padded, torch.tensor(kept.shape[0], dtype=torch.int64, device=boxes.device)
+    return padded(batched_nms(boxes, scores, classes, iou_threshold), max_output)
 
 
 def parity() -> Parity:

@@ -92,10 +92,10 @@ def _found(
 def soft_nms(
     boxes: Tensor,
     scores: Tensor,
-    iou_threshold: float,
-    sigma: float,
-    min_score: float,
-    method: int,
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    min_score: float = 0.001,
+    method: int = 1,
     idxs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Greedy selection whose scores fall with the overlap.
@@ -121,11 +121,11 @@ def soft_nms(
 def soft_nms_padded(
     boxes: Tensor,
     scores: Tensor,
-    iou_threshold: float,
-    sigma: float,
-    min_score: float,
-    method: int,
     max_output: int,
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    min_score: float = 0.001,
+    method: int = 1,
     idxs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The first `max_output` of `soft_nms` followed by -1 and 0, and how many they are."""

@@ -5,12 +5,22 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 from torch import Tensor
 
 from torchkiln import ops
 from torchkiln.ops.detection.box_iou_rotated import PEER_GROUND, PEER_PRISM, by_peer
+from torchkiln.ops.detection.nms_rotated import PEER_UPRIGHT, suppress_by_peer
 
-__all__ = ["boxes_iou3d", "boxes_iou_bev", "boxes_overlap_bev"]
+__all__ = [
+    "boxes_iou3d",
+    "boxes_iou_bev",
+    "boxes_overlap_bev",
+    "nms3d",
+    "nms3d_normal",
+    "nms_bev",
+    "nms_normal_bev",
+]
 
 
 def boxes_overlap_bev(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
@@ -54,3 +64,77 @@ def boxes_iou_bev(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
         stacklevel=2,
     )
     return ops.boxes_iou_bev(boxes_a.detach(), boxes_b.detach())
+
+
+def nms3d(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Keeps the best boxes in space, by the areas of `boxes_overlap_bev`.
+
+    Args:
+        boxes: (N, 7), any floating dtype; x, y, z, dx, dy, dz, heading. Computed in float32.
+        scores: (N,).
+        iou_threshold: a box goes when its IoU from above with a kept one is greater.
+
+    Returns:
+        (K,), int64; rows of the kept boxes by descending score, the lower row first among equals.
+
+    Raises:
+        AssertionError: for another number of columns.
+    """
+    _check_columns(boxes, 7)
+    return suppress_by_peer(boxes, scores, iou_threshold, PEER_UPRIGHT)
+
+
+def nms3d_normal(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """`nms3d` of (N, 7) boxes whose headings do not count."""
+    _check_columns(boxes, 7)
+    return ops.nms3d_normal(boxes.detach(), scores.detach(), float(iou_threshold))
+
+
+def nms_bev(
+    boxes: Tensor,
+    scores: Tensor,
+    thresh: float,
+    pre_max_size: int | None = None,
+    post_max_size: int | None = None,
+) -> Tensor:
+    """Rows that `nms_rotated` keeps of (N, 5) x1, y1, x2, y2, ry; deprecated.
+
+    Args:
+        boxes: (N, 5).
+        scores: (N,).
+        thresh: a box goes when its IoU with a kept one is greater.
+        pre_max_size: how many of the best boxes are looked at; None for all.
+        post_max_size: how many are returned; None for all.
+
+    Returns:
+        (K,), int64; rows by descending score.
+
+    Raises:
+        AssertionError: for another number of columns.
+    """
+    _deprecated("nms_bev", "nms_rotated")
+    _check_columns(boxes, 5)
+    order = scores.detach().argsort(descending=True, stable=True)[:pre_max_size]
+    corners = boxes.detach()[order]
+    center, size = (corners[:, :2] + corners[:, 2:4]) / 2, corners[:, 2:4] - corners[:, :2]
+    turned = torch.cat([center, size, corners[:, 4:]], 1)
+    kept = ops.nms_rotated(turned, scores.detach()[order], float(thresh))
+    return order[kept][:post_max_size]
+
+
+def nms_normal_bev(boxes: Tensor, scores: Tensor, thresh: float) -> Tensor:
+    """Rows that `nms` keeps of the first four of (N, 5) x1, y1, x2, y2, ry; deprecated."""
+    _deprecated("nms_normal_bev", "nms")
+    _check_columns(boxes, 5)
+    return ops.nms(boxes.detach()[:, :4], scores.detach(), float(thresh))
+
+
+def _check_columns(boxes: Tensor, columns: int) -> None:
+    is_right = boxes.dim() == 2 and boxes.shape[1] == columns
+    assert is_right, f"boxes must have shape (N, {columns}); got {tuple(boxes.shape)}"
+
+
+def _deprecated(name: str, instead: str) -> None:
+    warnings.warn(
+        f"mmcv.ops.{name}: is deprecated; use mmcv.ops.{instead}", DeprecationWarning, stacklevel=3
+    )

@@ -12,9 +12,18 @@ from torch import Tensor
 
 from torchkiln import ops
 from torchkiln.compat.mmcv._common import function_class, renamed
-from torchkiln.compat.mmcv._ops._soft_nms import match
+from torchkiln.ops.detection.nms_rotated import PEER_QUADRI, suppress_by_peer
 
-__all__ = ["NMSop", "SoftNMSop", "batched_nms", "nms", "nms_match", "soft_nms"]
+__all__ = [
+    "NMSop",
+    "SoftNMSop",
+    "batched_nms",
+    "nms",
+    "nms_match",
+    "nms_quadri",
+    "nms_rotated",
+    "soft_nms",
+]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -73,7 +82,7 @@ def _kept(
     return kept if rows is None else rows[kept]
 
 
-def _kept_of_all(
+def _nms_inds(
     bboxes: Tensor,
     scores: Tensor,
     iou_threshold: float,
@@ -84,7 +93,7 @@ def _kept_of_all(
     return _kept(bboxes, scores, iou_threshold, offset, score_threshold, max_num)
 
 
-NMSop = function_class("NMSop", _kept_of_all)
+NMSop = function_class("NMSop", _nms_inds)
 
 
 @renamed(iou_thr="iou_threshold")
@@ -225,17 +234,66 @@ def nms_match(dets: Any, iou_threshold: float) -> list[Any]:
     Raises:
         AssertionError: for another shape.
 
-    Differentiable: no. Computed on the CPU.
+    Differentiable: no.
     """
     if dets.shape[0] == 0:
         return []
     assert dets.shape[-1] == 5, f"dets must be (N, 5); got {tuple(dets.shape)}"
-    if isinstance(dets, Tensor):
-        return [dets.new_tensor(group, dtype=torch.int64) for group in match(dets, iou_threshold)]
-    import numpy
+    boxes = torch.as_tensor(dets).detach()
+    groups = ops.nms_match(boxes[:, :4], boxes[:, 4], float(iou_threshold))
+    return groups if isinstance(dets, Tensor) else [group.numpy() for group in groups]
 
-    groups = match(torch.as_tensor(dets), iou_threshold)
-    return [numpy.array(group, dtype=int) for group in groups]
+
+def nms_rotated(
+    dets: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    labels: Tensor | None = None,
+    clockwise: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Keeps the best rotated boxes: each suppresses the lower ones that overlap it by too much.
+
+    Args:
+        dets: (N, 5), x, y, w, h and the angle in radians.
+        scores: (N,).
+        iou_threshold: a box goes when its IoU with a kept one is greater.
+        labels: not looked at, as in mmcv.
+        clockwise: whether a positive angle turns from x towards y.
+
+    Returns:
+        dets: (K, 6), boxes and scores of the kept ones by descending score.
+        keep: (K,), int64; their rows. None where there are no boxes.
+
+    Differentiable: dets with respect to dets and scores.
+    """
+    if dets.shape[0] == 0:
+        return dets, None
+    threshold = float(iou_threshold)
+    keep = ops.nms_rotated(dets.detach(), scores.detach(), threshold, None, clockwise)
+    return torch.cat([dets[keep], scores[keep, None]], 1), keep
+
+
+def nms_quadri(
+    dets: Tensor, scores: Tensor, iou_threshold: float, labels: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Keeps the best quadrilaterals: each suppresses the lower ones that overlap it by too much.
+
+    Args:
+        dets: (N, 8), x1, y1, ..., x4, y4. Corners are looked for as if these were rectangles.
+        scores: (N,).
+        iou_threshold: a box goes when its IoU with a kept one is greater.
+        labels: not looked at, as in mmcv.
+
+    Returns:
+        dets: (K, 9), boxes and scores of the kept ones by descending score.
+        keep: (K,), int64; their rows. None where there are no boxes.
+
+    Differentiable: dets with respect to dets and scores.
+    """
+    if dets.shape[0] == 0:
+        return dets, None
+    keep = suppress_by_peer(dets, scores, iou_threshold, PEER_QUADRI)
+    return torch.cat([dets[keep], scores[keep, None]], 1), keep
 
 
 def batched_nms(
@@ -263,6 +321,8 @@ def batched_nms(
     if nms_cfg is None:
         scores, keep = scores.sort(descending=True)
         return torch.cat([boxes[keep], scores[:, None]], 1), keep
+    if boxes.size(0) == 0:
+        return torch.cat([boxes, scores[:, None]], 1), idxs.new_empty(0, dtype=torch.int64)
     settings = dict(nms_cfg)
     class_agnostic = settings.pop("class_agnostic", class_agnostic)
     kind = settings.pop("type", "nms")
@@ -325,13 +385,39 @@ def _soft_nms_by_class(
     return _softened(boxes, scores, iou_threshold, sigma, min_score, number, offset, idxs)
 
 
+def _rotated_by_class(
+    boxes: Tensor,
+    scores: Tensor,
+    idxs: Tensor,
+    iou_threshold: float,
+    labels: Tensor | None = None,
+    clockwise: bool = True,
+) -> tuple[Tensor, Tensor]:
+    threshold = float(iou_threshold)
+    inds = ops.nms_rotated(boxes.detach(), scores.detach(), threshold, idxs, clockwise)
+    return scores[inds, None], inds
+
+
+def _quadri_by_class(
+    boxes: Tensor,
+    scores: Tensor,
+    idxs: Tensor,
+    iou_threshold: float,
+    labels: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    inds = suppress_by_peer(boxes, scores, iou_threshold, PEER_QUADRI, idxs)
+    return scores[inds, None], inds
+
+
 # Types with classes of their own: one call instead of one for each class.
 _BY_CLASS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "nms": _nms_by_class,
     "soft_nms": _soft_nms_by_class,
+    "nms_rotated": _rotated_by_class,
+    "nms_quadri": _quadri_by_class,
 }
 # Those that keep mmcv's shift, and what follows of it, below `split_thr`.
-_MOVED = {"nms"}
+_MOVED = {"nms", "nms_rotated", "nms_quadri"}
 
 
 def _integers(idxs: Tensor) -> Tensor:

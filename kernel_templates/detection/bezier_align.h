@@ -1,0 +1,59 @@
+// Samples of regions between two cubic Bezier curves: rows (image, 4 points of the upper curve from the left, 4 of the
+// lower one from the right), x before y. A bin is a box of the region's size over the number of bins, around its place
+// between the curves. Source: Liu et al., ABCNet: Real-time Scene Text Spotting with Adaptive Bezier-Curve Network,
+// 2020, section 2.2.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "detection/sampled_roi.h"
+
+namespace torchkiln::bezier_align {
+
+using sampled_roi::Args;
+
+// One coordinate of a curve at u.
+template <class T>
+TORCHKILN_HD T curve(T p0, T p1, T p2, T p3, T u) {
+  const T v = T(1) - u;
+  return v * v * v * p0 + T(3) * u * v * v * p1 + T(3) * u * u * v * p2 + u * u * u * p3;
+}
+
+template <class T>
+struct Axis {
+  T center, bin;
+};
+
+// column: of the first point; the other coordinate's columns lie between.
+template <class T>
+TORCHKILN_HD Axis<T> axis_of(const Args& args, i64 row, int column, T u, T v, i64 pooled) {
+  const T scale = T(args.spatial_scale);
+  T p[8];
+  for (int i = 0; i < 8; ++i) p[i] = sampled_roi::number<T>(args, row + column + 2 * i) * scale;
+  const T upper = curve(p[0], p[1], p[2], p[3], u);
+  const T lower = curve(p[7], p[6], p[5], p[4], u);
+  T size = max_of(abs_of(p[0] - p[3]), abs_of(p[7] - p[4]));
+  if (!args.aligned) size = size < T(1) ? T(1) : size;
+  return {lower * v + upper * (T(1) - v) - (args.aligned ? T(0.5) : T(0)), size / T(pooled)};
+}
+
+struct Pooled : sampled_roi::Operator {
+  template <class T>
+  TORCHKILN_HD static sampled_roi::Patch<T> patch(const Args& args, i64 group, i64 bin) {
+    const i64 row = group * 17, row_bin = bin / args.pooled_w;
+    const T u = T(bin - row_bin * args.pooled_w) / T(args.pooled_w);
+    const T v = T(row_bin) / T(args.pooled_h);
+    const Axis<T> x = axis_of(args, row, 1, u, v, args.pooled_w);
+    const Axis<T> y = axis_of(args, row, 2, u, v, args.pooled_h);
+    sampled_roi::Patch<T> p = {};
+    p.image = sampled_roi::image_of<T>(args, row);
+    p.rows = sampled_roi::sample_count(args, y.bin);
+    p.columns = sampled_roi::sample_count(args, x.bin);
+    p.row_y = y.bin / T(max_of(p.rows, 1));
+    p.column_x = x.bin / T(max_of(p.columns, 1));
+    p.y = y.center - (y.bin - p.row_y) / T(2);
+    p.x = x.center - (x.bin - p.column_x) / T(2);
+    return sampled_roi::average(args, p, sampled_roi::is_finite(p.y + p.x + y.bin + x.bin));
+  }
+};
+
+}  // namespace torchkiln::bezier_align

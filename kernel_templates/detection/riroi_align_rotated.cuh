@@ -1,0 +1,12 @@
+// riroi_align_rotated on the GPU: the kernels of sampled_roi.cuh on its samples.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "detection/riroi_align_rotated.h"
+#include "detection/sampled_roi.cuh"
+
+namespace torchkiln::riroi_align_rotated {
+
+TORCHKILN_SAMPLED_ROI_KERNELS(Pooled)
+
+}  // namespace torchkiln::riroi_align_rotated

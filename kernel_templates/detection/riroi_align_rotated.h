@@ -1,0 +1,29 @@
+// roi_align_rotated for channels that are orientations: (c, orientations), which are turned by a region's angle too.
+// Source: Han et al., ReDet: A Rotation-equivariant Detector for Aerial Object Detection, 2021, section 3.3.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "detection/roi_align_rotated.h"
+
+namespace torchkiln::riroi_align_rotated {
+
+using sampled_roi::Args;
+
+struct Pooled : roi_align_rotated::Pooled {
+  static constexpr bool kOriented = true;
+
+  template <class T>
+  TORCHKILN_HD static sampled_roi::Patch<T> patch(const Args& args, i64 group, i64 bin) {
+    sampled_roi::Patch<T> p = roi_align_rotated::Pooled::patch<T>(args, group, bin);
+    // Before an angle is taken the other way round.
+    const T angle = sampled_roi::number<T>(args, group * 6 + 5);
+    const T steps = angle * T(double(args.orientations) / 6.283185307179586);
+    const T whole = floor_of(steps), turns = floor_of(whole / T(args.orientations));
+    if (!sampled_roi::is_finite(steps)) return p;  // without samples
+    p.turn = i32(whole - turns * T(args.orientations));
+    p.blend = steps - whole;
+    return p;
+  }
+};
+
+}  // namespace torchkiln::riroi_align_rotated

@@ -1,0 +1,48 @@
+// Samples of rotated regions: rows (image, centre x, centre y, width, height, angle), counter-clockwise in radians.
+// Source: Ma et al., Arbitrary-Oriented Scene Text Detection via Rotation Proposals, 2018, section III-D.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "detection/sampled_roi.h"
+
+namespace torchkiln::roi_align_rotated {
+
+using sampled_roi::Args;
+
+struct Pooled : sampled_roi::Operator {
+  template <class T>
+  TORCHKILN_HD static sampled_roi::Patch<T> patch(const Args& args, i64 group, i64 bin) {
+    const i64 row = group * 6;
+    const auto at = [&](int column) { return sampled_roi::number<T>(args, row + column); };
+    const T scale = T(args.spatial_scale), offset = args.aligned ? T(0.5) : T(0);
+    const T center_x = at(1) * scale - offset, center_y = at(2) * scale - offset;
+    T width = at(3) * scale, height = at(4) * scale;
+    if (!args.aligned) {
+      width = width < T(1) ? T(1) : width;
+      height = height < T(1) ? T(1) : height;
+    }
+    const T angle = args.clockwise ? -at(5) : at(5);
+    const T bin_h = height / T(args.pooled_h), bin_w = width / T(args.pooled_w);
+    sampled_roi::Patch<T> p = {};
+    p.image = sampled_roi::image_of<T>(args, row);
+    p.rows = sampled_roi::sample_count(args, bin_h);
+    p.columns = sampled_roi::sample_count(args, bin_w);
+    const T step_h = bin_h / T(max_of(p.rows, 1)), step_w = bin_w / T(max_of(p.columns, 1));
+    T sine, cosine;
+    sin_cos_of(angle, sine, cosine);
+    const i64 row_bin = bin / args.pooled_w;
+    // The first sample, from the centre.
+    const T down = T(row_bin) * bin_h - height / T(2) + step_h / T(2);
+    const T across = T(bin - row_bin * args.pooled_w) * bin_w - width / T(2) + step_w / T(2);
+    p.y = down * cosine - across * sine + center_y;
+    p.x = down * sine + across * cosine + center_x;
+    p.row_y = step_h * cosine;
+    p.row_x = step_h * sine;
+    p.column_y = -step_w * sine;
+    p.column_x = step_w * cosine;
+    return sampled_roi::average(args, p,
+                                sampled_roi::is_finite(p.y + p.x + width + height + angle));
+  }
+};
+
+}  // namespace torchkiln::roi_align_rotated

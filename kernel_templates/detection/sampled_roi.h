@@ -1,0 +1,186 @@
+// The frame of operators that pool bilinear samples at points of any place: rotated and curved regions, borders of
+// boxes. Shared by CPU and GPU. An operator is a struct, in a header of its own, that says
+//   patch<T>(args, group, bin)   where the samples of a bin lie
+//   kMaximum                     bins are the greatest sample, not the weighted sum
+//   kIdentity                    the input is added: a bin for each of its pixels
+//   kOriented                    channels are turned: each is a blend of two neighbouring orientations
+//   kBordered                    bins take turns at `kBorders` blocks of channels
+//   kByImage                     groups are images; otherwise the first column of a box names its image
+// Floor: e (touched share of the maps + output) bytes of memory. What binds are the taps: 4 e for each sample and
+// channel through L1 and L2, and in the gradient as many additions.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "common/types.h"
+#include "detection/roi_align.h"
+#include "geometry/bilinear.h"
+
+namespace torchkiln::sampled_roi {
+
+constexpr i64 kBorders = 4;
+// Most bins that one block or task works on at once.
+constexpr i32 kMostBins = 64;
+// Pixels of a tile of the gradient that one block sums.
+constexpr i32 kTileSide = 8;
+// Up to here samples are not worth a look at which of them lie in the map.
+constexpr i32 kFewSamples = 64;
+
+struct Args {
+  const void* boxes;  // as the operator says, roi_align::BoxType
+  i64 box_type;
+  i64 n, c, h, w;              // of the maps
+  i64 groups, bins, channels;  // of the output
+  i64 pooled_h, pooled_w;
+  i64 samples;  // per bin and axis, 0 or less for one per pixel; or as the operator says
+  i64 hint;     // how many samples a bin has, where that is known; else a guess
+  i64 aligned, clockwise, orientations;
+  double spatial_scale;
+  void* maps;  // (n, c, h, w) or (n, h, w, c): the input; or its gradient, (n, h, w, c) sums
+  void*
+      output;   // (groups, channels, bins) or (groups, bins, channels): the output, or its gradient
+  i32* argmax;  // as output: the winning sample, -1 for none; kMaximum only, null if not wanted
+};
+
+// Samples of a bin: row i and column j lie at (y, x) + i * row + j * column.
+template <class T>
+struct Patch {
+  i32 image, rows, columns;
+  i32 turn;  // kOriented: output orientation o takes o - turn, and the one after it by `blend`
+  T y, x, row_y, row_x, column_y, column_x;
+  T share;  // the weight of a sample
+  T blend;
+
+  TORCHKILN_HD i32 count() const { return rows * columns; }
+};
+
+template <class T>
+TORCHKILN_HD T number(const Args& args, i64 at) {
+  return roi_align::load_as<T>(args.boxes, args.box_type, at);
+}
+
+// The image that a region names, -1 for none.
+template <class T>
+TORCHKILN_HD i32 image_of(const Args& args, i64 at) {
+  const T image = number<T>(args, at);
+  return image > T(-1) && image < T(args.n) ? i32(image) : -1;
+}
+
+// Samples on one axis of a bin; none for a size that is negative or not a number.
+template <class T>
+TORCHKILN_HD i32 sample_count(const Args& args, T bin) {
+  const T wanted = args.samples > 0 ? T(args.samples) : ceil_of(bin);
+  return bin >= T(0) ? i32(min_of(wanted, T(roi_align::kMostSamples))) : 0;
+}
+
+// Leaves out rows and columns that lie off the map: a region may be a thousand times larger than it.
+template <class T>
+TORCHKILN_HD_CALLED Patch<T> clipped(Patch<T> p, i32 h, i32 w) {
+  const double row_y = double(p.row_y), row_x = double(p.row_x);
+  const double column_y = double(p.column_y), column_x = double(p.column_x);
+  const double y = double(p.y), x = double(p.x), det = row_y * column_x - row_x * column_y;
+  if (!(det > 0) && !(det < 0)) return p;
+  double low_i = 1e30, high_i = -1e30, low_j = 1e30, high_j = -1e30;
+  for (int corner = 0; corner < 4; ++corner) {
+    const double dy = (corner & 1 ? double(h) : -1.0) - y;
+    const double dx = (corner & 2 ? double(w) : -1.0) - x;
+    const double i = (dy * column_x - dx * column_y) / det;
+    const double j = (dx * row_y - dy * row_x) / det;
+    low_i = min_of(i, low_i);
+    high_i = max_of(i, high_i);
+    low_j = min_of(j, low_j);
+    high_j = max_of(j, high_j);
+  }
+  const i32 i = roi_align::clamp_count(low_i - 1, p.rows);
+  const i32 j = roi_align::clamp_count(low_j - 1, p.columns);
+  p.rows = roi_align::clamp_count(high_i + 2, p.rows) - i;
+  p.columns = roi_align::clamp_count(high_j + 2, p.columns) - j;
+  if (p.rows <= 0 || p.columns <= 0) p.rows = p.columns = 0;
+  p.y = T(y + i * row_y + j * column_y);
+  p.x = T(x + i * row_x + j * column_x);
+  return p;
+}
+
+// A grid of samples, averaged; `finite` says whether all that it was made of is a number.
+template <class T>
+TORCHKILN_HD Patch<T> average(const Args& args, Patch<T> p, bool finite) {
+  if (!finite || p.image < 0 || p.rows == 0 || p.columns == 0) p.rows = p.columns = 0;
+  p.share = p.rows > 0 ? T(1) / (T(p.rows) * T(p.columns)) : T(0);
+  return p.count() > kFewSamples ? clipped(p, i32(args.h), i32(args.w)) : p;
+}
+
+// A number, and not infinite.
+template <class T>
+TORCHKILN_HD bool is_finite(T x) {
+  return x - x == T(0);
+}
+
+// Bins that are worked on at once: as many samples as there are entries in a table, all parts about equal.
+TORCHKILN_HD i32 bins_at_once(i64 bins, i64 hint, i32 entries) {
+  const i64 most = max_of(i64(1), min_of(i64(kMostBins), entries / max_of(hint, i64(1))));
+  const i64 parts = (bins + most - 1) / most;
+  return i32((bins + parts - 1) / parts);
+}
+
+// Where a sample lies.
+template <class T>
+struct Point {
+  T y, x;
+};
+
+// What a sample takes of the four pixels around it; pixels[0] is -1 for a sample outside.
+struct alignas(16) Pixels {
+  i32 at[4];
+};
+template <class T>
+struct alignas(16) Weights {
+  T at[4];
+};
+
+// pixel(y, x) numbers the pixels.
+template <class T, class Pixel>
+TORCHKILN_HD void take(Point<T> point, i32 h, i32 w, T share, const Pixel& pixel, Pixels& pixels,
+                       Weights<T>& weights) {
+  const Taps<T> y = taps_at(point.y, h), x = taps_at(point.x, w);
+  if (!y.inside || !x.inside) {
+    pixels = {{-1, -1, -1, -1}};
+    weights = {{T(0), T(0), T(0), T(0)}};
+    return;
+  }
+  pixels = {
+      {pixel(y.low, x.low), pixel(y.low, x.high), pixel(y.high, x.low), pixel(y.high, x.high)}};
+  const T low = y.weight_low * share, high = y.weight_high * share;
+  weights = {{low * x.weight_low, low * x.weight_high, high * x.weight_low, high * x.weight_high}};
+}
+
+// What the operators have in common.
+struct Operator {
+  static constexpr bool kMaximum = false, kIdentity = false, kOriented = false;
+  static constexpr bool kBordered = false, kByImage = false;
+
+  template <class T>
+  TORCHKILN_HD static Point<T> point(const Patch<T>& p, i32 sample) {
+    const i32 i = sample / p.columns, j = sample - i * p.columns;
+    return {p.y + T(i) * p.row_y + T(j) * p.column_y, p.x + T(i) * p.row_x + T(j) * p.column_x};
+  }
+};
+
+// A sample of the patch; outside of every map where it has not as many.
+template <class Op, class T>
+TORCHKILN_HD Point<T> point_of(const Patch<T>& p, i32 sample) {
+  return sample < p.count() ? Op::point(p, sample) : Point<T>{T(-2), T(-2)};
+}
+
+// Orientation of the input that is `steps` behind an output's (or before it, when negative).
+TORCHKILN_HD i32 turned(i32 orientation, i32 steps, i32 orientations) {
+  const i32 rest = (orientation - steps) % orientations;
+  return rest < 0 ? rest + orientations : rest;
+}
+
+// The channel, among blocks of `orientations`, whose orientation lies `steps` behind.
+template <class Index>
+TORCHKILN_HD Index turned_channel(Index channel, i32 steps, i32 orientations) {
+  const i32 own = i32(channel % Index(orientations));
+  return channel - Index(own) + Index(turned(own, steps, orientations));
+}
+
+}  // namespace torchkiln::sampled_roi
