@@ -41,7 +41,6 @@ void average_channels(const Args& args, bool channels_last, std::int64_t region,
 
 PsRoiPoolPlan run_cpu(PsRoiPoolPlan p) {
   const Regions& r = p.args.regions;
-  if (p.bins.numel() == 0) return p;
   if (p.maps.numel() == 0) {  // no pixel, no tap
     torch::stable::zero_(p.bins);
     if (p.args.channels != nullptr) torch::stable::zero_(p.channels);
@@ -49,7 +48,7 @@ PsRoiPoolPlan run_cpu(PsRoiPoolPlan p) {
   with_float(p.maps.scalar_type(), [&]<class Scalar>() {
     using T = Acc<Scalar>;
     check_batches<T>(p.kind.op(), r);
-    if (p.maps.numel() == 0) return;
+    if (p.bins.numel() == 0 || p.maps.numel() == 0) return;
     parallel_for(r.k, 20 * r.c, [&](std::int64_t begin, std::int64_t end) {
       RegionTaps<T> taps;
       for (std::int64_t region = begin; region < end; ++region) {

@@ -47,14 +47,19 @@ void maximum_region(const Args& args, bool channels_last, std::int64_t region) {
     for (std::int64_t bin = 0; bin < n_bins; ++bin) {
       const Taps<T>* y = ys.data() + bin / r.pooled_w * window.y.count;
       const Taps<T>* x = xs.data() + bin % r.pooled_w * window.x.count;
+      i32 y_first, y_last, x_first, x_last;
+      roi_align::sample_range(window.y, bin / r.pooled_w, r.h, y_first, y_last, 1);
+      roi_align::sample_range(window.x, bin % r.pooled_w, r.w, x_first, x_last, 1);
       T best = T(0);
       i32 winner = -1;
-      for (i32 i = 0; i < window.y.count * window.x.count; ++i) {
-        const T value = value_at(maps + c * strides.map_channel, y[i / window.x.count],
-                                 x[i % window.x.count], r.w, strides.map_pixel);
-        if (winner < 0 || value > best || (is_nan(value) && !is_nan(best))) {
-          best = value;
-          winner = i;
+      for (i32 iy = y_first; iy < y_last; ++iy) {
+        for (i32 ix = x_first; ix < x_last; ++ix) {
+          const T value =
+              value_at(maps + c * strides.map_channel, y[iy], x[ix], r.w, strides.map_pixel);
+          if (winner < 0 || value > best || (is_nan(value) && !is_nan(best))) {
+            best = value;
+            winner = iy * window.x.count + ix;
+          }
         }
       }
       const std::int64_t at = region * r.c * n_bins + bin * strides.bin + c * strides.bin_channel;

@@ -478,10 +478,11 @@ __global__ void __launch_bounds__(kBlockSize) direct(const Args args) {
                       (kLast ? channel : channel * plane_size) +
                       Index(window.batch < 0 ? 0 : window.batch) * Index(r.c) * plane_size;
 
-  i32 y_first = 0, y_last = rows, x_first = 0, x_last = window.x.count;
-  if (kPooling == kAverage && rows > 0) {
-    sample_range(window.y, row_bin, r.h, y_first, y_last);
-    sample_range(window.x, column_bin, r.w, x_first, x_last);
+  i32 y_first = 0, y_last = 0, x_first = 0, x_last = 0;
+  if (rows > 0) {
+    constexpr i32 kSpare = kPooling == kMax ? 1 : 0;
+    sample_range(window.y, row_bin, r.h, y_first, y_last, kSpare);
+    sample_range(window.x, column_bin, r.w, x_first, x_last, kSpare);
   }
   T result = T(0);
   i32 winner = -1;

@@ -100,7 +100,8 @@ TORCHKILN_HD T sample_position(const Axis<T>& axis, i64 bin, i32 i) {
   return axis.start + T(bin) * axis.bin + (T(i) + T(0.5)) * axis.step;
 }
 
-// The samples [first, last) of a bin outside of which none can lie in the map; few samples are not worth the divisions.
+// The samples [first, last) of a bin outside of which none can lie in the map, and `spare` more on both sides; few samples
+// are not worth the divisions. For a maximum one to spare, which is 0, stands for all on its side.
 TORCHKILN_HD i32 clamp_count(double value, i32 count) {
   return value > 0 ? (value < double(count) ? i32(value) : count) : 0;
 }
@@ -108,14 +109,16 @@ TORCHKILN_HD_CALLED i32 samples_before(double position, double begin, double ste
   return clamp_count((position - begin) / step, count);
 }
 template <class T>
-TORCHKILN_HD void sample_range(const Axis<T>& axis, i64 bin, i64 size, i32& first, i32& last) {
+TORCHKILN_HD void sample_range(const Axis<T>& axis, i64 bin, i64 size, i32& first, i32& last,
+                               i32 spare = 0) {
   first = 0;
   last = axis.count;
   if (axis.count <= 8 || !(axis.step > T(0))) return;
   const double step = double(axis.step);
   const double begin = double(axis.start) + double(bin) * double(axis.bin);
-  first = samples_before(-1.0 - 2.0 * step, begin, step, axis.count);
+  first = max_of(samples_before(-1.0 - 2.0 * step, begin, step, axis.count) - spare, 0);
   last = samples_before(double(size) + 2.0 * step, begin, step, axis.count);
+  last = min_of(last + spare, axis.count);
 }
 
 // Called by value: a reference would put the kernel's arguments on the stack.

@@ -25,8 +25,8 @@ T = TypeVar("T")
 #   beyond: up to the end of the dtype. What overflows has no right result: the call must only end.
 KINDS = {"plain": 8, "grid": 5, "special": 3, "scaled": 3, "beyond": 1}
 # Powers of two that values are multiplied by, so that a product of two stays inside the range of
-# the dtype that half types are computed in.
-_SCALES = {torch.float16: 8, torch.float64: 400}
+# the dtype that half types are computed in; for float64 a product of four.
+_SCALES = {torch.float16: 8, torch.float64: 200}
 _USUAL_SCALE = 50
 
 
@@ -149,10 +149,28 @@ class Draw(Inputs):
             corner, size = self.integers(count, 2, high=5), self.integers(count, 2, low=-1, high=5)
             boxes = torch.cat([corner, corner + size], 1) * step
         boxes = self.strange(boxes)
-        if like is not None and len(like):
-            same = self.uniform(count) < 0.3
-            boxes[same] = like[self.integers(count, high=len(like))[same]]
-        return boxes
+        return boxes if like is None else self.repeated(boxes, like)
+
+    def repeated(self, rows: Tensor, like: Tensor) -> Tensor:
+        """The rows, some of them replaced by rows of `like`."""
+        if len(like) == 0:
+            return rows
+        other = like[self.integers(len(rows), high=len(like))]
+        return torch.where(self.uniform(len(rows), 1) < 0.3, other, rows)
+
+    def rotated(self, count: int, extent: float = 100.0) -> Tensor:
+        """(count, 5) centre, size and angle in radians; on a grid in quarters of a right angle."""
+        first, last = self.boxes(count, extent).split(2, 1)
+        angle = self.uniform(count, 1, low=-7, high=7)
+        if self.kind == "grid":
+            angle = self.integers(count, 1, low=-8, high=9) * (math.pi / 8)
+        return torch.cat([(first + last) / 2, last - first, angle], 1)
+
+    def upright(self, count: int, extent: float = 100.0) -> Tensor:
+        """(count, 7) x, y, z of the centre, dx, dy, dz, and the angle in radians."""
+        x, y, dx, dy, angle = self.rotated(count, extent).unbind(1)
+        z, dz = self.boxes(count, extent)[:, 1::2].unbind(1)
+        return torch.stack([x, y, (z + dz) / 2, dx, dy, dz - z, angle], 1)
 
     def regions(self, count: int, images: int, extent: float = 100.0) -> Tensor:
         """(count, 5) batch index and box; now and then an index that only the CPU can refuse."""

@@ -114,6 +114,21 @@ class TestRoiAlign(OpSuite):
             "output_size": 3,
         }
 
+    def test_a_huge_region_costs_no_more_than_its_map(self, device: str) -> None:
+        """Its samples are beyond count, and nearly all of them are 0 outside of the map."""
+        input = torch.rand(1, 2, 9, 7, dtype=torch.float64, device=device) - 2
+        for size in (1e3, 1e12, 1e30):
+            boxes = torch.tensor([[0, -size, -size, size, size], [0, 1, 1, size, size]])
+            for sign, other in ((1, 0.0), (-1, None)):
+                output = ops.roi_align(sign * input, boxes.to(input), 2, pool_mode="max")
+                assert output.shape == (2, 2, 2, 2)
+                assert (output >= 0).all()
+                assert other is None or (output == other).all()
+
+    def test_no_channels_are_no_excuse(self) -> None:
+        with pytest.raises(IndexError, match="boxes must have batch indices from 0 to 1"):
+            ops.roi_align(torch.ones(2, 0, 4, 4), torch.tensor([[2.0, 0, 0, 3, 3]]), 2)
+
     def test_batch_index_out_of_range(self, device: str) -> None:
         input = torch.ones(2, 1, 4, 4, device=device, requires_grad=True)
         for index in (-1.0, 2.0, math.nan):

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchkiln.testing import Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["box_iou_rotated"]
@@ -232,6 +232,7 @@ def parity() -> Parity:
         op="box_iou_rotated",
         functions=_ROTATED + _QUADRI + _BEV + _SPACE,
         tier="B",
+        fuzz=_fuzz,
         cases=(
             *_cases("", _ROTATED, rectangles),
             *_modes("", _ROTATED, rectangles),
@@ -307,3 +308,29 @@ def _street(sizes: Sizes) -> dict[str, object]:
         return torch.cat([center - half, center + half, boxes[:, 6:]], 1)
 
     return {name: seen_from_above(rows) for name, rows in _street3d(sizes).items()}  # type: ignore[arg-type]
+
+
+def _fuzz(draw: Draw) -> dict[str, object]:
+    form = draw.function
+
+    def rows(count: int) -> Tensor:
+        if form in _SPACE:
+            return draw.upright(count)
+        rotated = draw.rotated(count)
+        if form in _QUADRI:
+            return corners(rotated).flatten(1)
+        if form in _BEV:
+            return torch.cat([draw.boxes(count), rotated[:, 4:]], 1)
+        return rotated
+
+    options = {}
+    if form in _ROTATED + _QUADRI:
+        options = {
+            "mode": draw.option("mode", "iou", "iof"),
+            "aligned": draw.option("aligned", False, True),
+        }
+    boxes1 = rows(draw.size(20))
+    boxes2 = rows(len(boxes1) if options.get("aligned") else draw.size(20))
+    if form in _ROTATED:
+        options["clockwise"] = draw.option("clockwise", True, False)
+    return {**_pair(boxes1, draw.repeated(boxes2, boxes1)), **options}

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchkiln.testing import Case, Inputs, Parity, Sizes, Workload
+from torchkiln.reference.detection.box_iou_rotated import corners
+from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["convex_giou", "convex_iou"]
@@ -163,6 +164,7 @@ def parities() -> tuple[Parity, ...]:
         Parity(
             op="convex_iou",
             tier="A",
+            fuzz=_fuzz,
             cases=(
                 Case("typical", functools.partial(_matrix, 17, 13)),
                 # More than one block of the GPU either way.
@@ -184,6 +186,7 @@ def parities() -> tuple[Parity, ...]:
         Parity(
             op="convex_giou",
             tier="A",
+            fuzz=_fuzz_rows,
             differentiable=("pointsets",),
             cases=(
                 Case("typical", functools.partial(_rows, 9)),
@@ -307,3 +310,21 @@ def _positives(sizes: Sizes) -> dict[str, Tensor]:
     pointsets, polygons = _boxes_and_points(sizes["n"], sizes["n"])
     off = [rows.unflatten(1, (-1, 2)).mean(1) for rows in (pointsets, polygons)]
     return {"pointsets": pointsets, "polygons": polygons + (off[0] - off[1]).tile(1, 4)}
+
+
+def _fuzz(draw: Draw) -> dict[str, Tensor]:
+    return {
+        "pointsets": draw.values(draw.size(5), 18) * 20,
+        "polygons": _drawn(draw, draw.size(5)),
+    }
+
+
+def _fuzz_rows(draw: Draw) -> dict[str, Tensor]:
+    count = draw.size(4)
+    return {"pointsets": draw.values(count, 18) * 20, "polygons": _drawn(draw, count)}
+
+
+def _drawn(draw: Draw, count: int) -> Tensor:
+    """(count, 8) turned rectangles, either way around."""
+    turned = corners(draw.rotated(count))
+    return torch.where(draw.uniform(count, 1, 1) < 0.5, turned, turned.flip(1)).flatten(1)

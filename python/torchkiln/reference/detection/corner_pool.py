@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from torchkiln.testing import Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["corner_pool"]
@@ -37,6 +37,7 @@ def parity() -> Parity:
     return Parity(
         op="corner_pool",
         tier="X",
+        fuzz=_fuzz,
         differentiable=("input",),
         cases=(
             Case("typical", functools.partial(_normal, "top", (2, 3, 9, 12))),
@@ -86,3 +87,8 @@ def _not_finite(mode: str, new: Inputs) -> dict[str, object]:
     input[0, 0, 2, 5] = input[0, 0, 5, 5] = input[0, 0, 2, 30] = math.nan
     input[0, 1, :, 3:7], input[0, 1, 3, 20] = -math.inf, math.inf
     return {"input": input, "mode": mode}
+
+
+def _fuzz(draw: Draw) -> dict[str, object]:
+    input = draw.values(draw.size(3), draw.size(5), draw.size(), draw.size(20))
+    return {"input": input, "mode": draw.option("mode", "top", "bottom", "left", "right")}

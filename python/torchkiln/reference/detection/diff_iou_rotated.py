@@ -18,7 +18,7 @@ from torchkiln.reference.detection.box_iou_rotated import (
     rectangles,
     uprights,
 )
-from torchkiln.testing import Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["diff_iou_rotated"]
@@ -96,6 +96,7 @@ def parity() -> Parity:
         op="diff_iou_rotated",
         functions=_FLAT + _SPACE,
         tier="B",
+        fuzz=_fuzz,
         differentiable=("boxes1", "boxes2"),
         cases=(
             flat("typical", lambda new: _matched(new, 37)),
@@ -130,3 +131,12 @@ def _aerial(sizes: Sizes) -> dict[str, Tensor]:
 
 def _street(sizes: Sizes) -> dict[str, Tensor]:
     return _noisy(scenes.cars(sizes["n"], scenes.SEED))
+
+
+def _fuzz(draw: Draw) -> dict[str, Tensor]:
+    count = draw.size(20)
+    boxes1, boxes2 = (
+        (draw.rotated if draw.function in _FLAT else draw.upright)(count) for _ in "12"
+    )
+    # Equal boxes have a kink.
+    return _pair(boxes1, boxes2 if draw.kind == "plain" else draw.repeated(boxes2, boxes1))

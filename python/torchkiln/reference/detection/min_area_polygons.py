@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchkiln.reference.detection.convex_iou import _pointsets, hull_of
-from torchkiln.testing import Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["min_area_polygons"]
@@ -72,6 +72,7 @@ def parity() -> Parity:
     return Parity(
         op="min_area_polygons",
         tier="A",
+        fuzz=_fuzz,
         cases=(
             Case("typical", functools.partial(_rows, 65)),
             Case("far_from_origin", functools.partial(_rows, 9, offset=2000.0)),
@@ -127,3 +128,7 @@ def _scene(sizes: Sizes) -> dict[str, Tensor]:
     share = torch.rand(sizes["n"], 9, 2, generator=scenes.generator(scenes.SEED))
     points = boxes[:, None, :2] + share * (boxes[:, 2:] - boxes[:, :2])[:, None]
     return {"pointsets": points.flatten(1)}
+
+
+def _fuzz(draw: Draw) -> dict[str, Tensor]:
+    return {"pointsets": draw.values(draw.size(20), 18) * 20}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchkiln.reference.detection.roi_align import roi_align
-from torchkiln.testing import FORMATS, Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import FORMATS, Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["ps_roi_align", "ps_roi_pool"]
@@ -114,6 +114,7 @@ def _parity(op: str, typical: dict[str, Any]) -> Parity:
     return Parity(
         op=op,
         tier="B",
+        fuzz=_fuzz,
         differentiable=("input",),
         cases=(
             Case("typical", lambda new: _arguments(new, 9, **typical)),
@@ -190,3 +191,21 @@ def _degenerate(new: Inputs) -> dict[str, Any]:
         "boxes": torch.tensor(rows, dtype=torch.float64),
         "output_size": 2,
     }
+
+
+def _fuzz(draw: Draw) -> dict[str, Any]:
+    output_size = draw.option("output_size", 1, 2, (3, 1))
+    bins = {1: 1, 2: 4, (3, 1): 3}[output_size]
+    shape = (draw.size(3), bins * draw.option("groups", 0, 1, 5), draw.size(16), draw.size(16))
+    arguments = {
+        "input": draw.values(*shape, special=False),
+        "boxes": draw.regions(draw.size(6), shape[0], 60.0),
+        "output_size": output_size,
+        "spatial_scale": draw.pick(0.25, 1.0, 0.1),
+    }
+    if draw.function == "ps_roi_pool":
+        return arguments
+    ratio = draw.option("sampling_ratio", 0, 1, 3)
+    if ratio == 0:
+        draw.undefined("scaled")  # the reference would take all samples of a region of any size
+    return {**arguments, "sampling_ratio": ratio}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchkiln.testing import Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["soft_nms", "soft_nms_padded"]
@@ -143,6 +143,7 @@ def parity() -> Parity:
         op="soft_nms",
         functions=functions,
         tier="B",
+        fuzz=_fuzz,
         cases=tuple(
             Case(f"{name}_{function}", _for(function, make), functions=(function,))
             for function in functions
@@ -226,3 +227,20 @@ _CASES = {
     # Areas beyond float16.
     "large": _random(50, 6e4),
 }
+
+
+def _fuzz(draw: Draw) -> dict[str, Any]:
+    boxes = draw.boxes(draw.size(30), 40.0)
+    arguments: dict[str, Any] = {
+        "boxes": boxes,
+        "scores": draw.scores(len(boxes)).abs(),
+        "iou_threshold": draw.threshold(boxes),
+        "sigma": draw.pick(0.5, 0.1, 3.0),
+        "min_score": draw.pick(0.0, 0.001, 0.25, 0.5),
+        "method": draw.option("method", "naive", "linear", "gaussian"),
+    }
+    if draw.function == "soft_nms_padded":
+        arguments["max_output"] = draw.size(20)
+    if draw.option("classes", False, True):
+        arguments["idxs"] = draw.labels(len(boxes), 3)
+    return arguments
