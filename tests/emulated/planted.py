@@ -155,7 +155,8 @@ SOUND = {
         """float v = 0;
         const int lane = t % 32;
         if (lane < 8) v = __shfl_down_sync(0xffu, float(lane), 3, 8);
-        else v = __popc(__match_any_sync(0xffffff00u, lane % 3)) + __reduce_max_sync(0xffffff00u, lane);
+        else v = __popc(__match_any_sync(0xffffff00u, lane % 3)) +
+                 __reduce_max_sync(0xffffff00u, lane);
         out[i] = v + __shfl_xor_sync(~0u, lane, 1) * 100;""",
         lambda b, t: (
             (float(t % 32 + 3 if t % 32 + 3 < 8 else t % 32) if t % 32 < 8 else 31.0 + 8.0)
