@@ -10,6 +10,7 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -663,6 +664,8 @@ GPU_TABLES: Sequence[Callable[[], Iterator[Case]]] = (
     roi_pool_rows,
     focal_rows,
     box_iou_rows,
+    # It takes its pieces from here.
+    lambda: importlib.import_module("benchmarks.cases_roi_family").rows(),
 )
 
 

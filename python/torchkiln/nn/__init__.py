@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from torchkiln.nn.multi_scale_roi_align import *  # noqa: F403
+from torchkiln.nn.prroi_pool import *  # noqa: F403
 from torchkiln.nn.ps_roi_pool import *  # noqa: F403
 from torchkiln.nn.roi_align import *  # noqa: F403
 from torchkiln.nn.roi_pool import *  # noqa: F403

@@ -12,6 +12,7 @@ from torchkiln.ops.detection.multi_scale_roi_align import *  # noqa: F403
 from torchkiln.ops.detection.nms import *  # noqa: F403
 from torchkiln.ops.detection.point_sample import *  # noqa: F403
 from torchkiln.ops.detection.points_in_polygons import *  # noqa: F403
+from torchkiln.ops.detection.prroi_pool import *  # noqa: F403
 from torchkiln.ops.detection.ps_roi_pool import *  # noqa: F403
 from torchkiln.ops.detection.remove_small_boxes import *  # noqa: F403
 from torchkiln.ops.detection.roi_align import *  # noqa: F403
