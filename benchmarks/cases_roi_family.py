@@ -167,7 +167,8 @@ def rows() -> Iterator[Case]:
     for operator in ("ps_roi_align", "ps_roi_pool"):
         goal = speedup(3, 5)
         for name in ("rfcn", "light_head"):
-            p = PsPooling(**workload(operator, name))
+            sizes = dict(workload(operator, name))
+            p = PsPooling(channels=sizes.pop("outputs") * sizes["bins"] ** 2, **sizes)
             for direction in (FORWARD, BACKWARD):
                 quick = name == "rfcn"
                 yield _ps(operator, p, direction, targets=goal, quick=quick)
