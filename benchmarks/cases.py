@@ -664,6 +664,8 @@ GPU_TABLES: Sequence[Callable[[], Iterator[Case]]] = (
     roi_pool_rows,
     focal_rows,
     box_iou_rows,
+    # It takes its pieces from here.
+    lambda: importlib.import_module("benchmarks.cases_roi_family").rows(),
 )
 # Other files of rows; each has GPU_TABLES, cpu_rows(threads) and tiny_rows().
 SUBJECTS = (

@@ -65,6 +65,7 @@ struct TileTunables {
 };
 
 const std::vector<const char*> kForward = {"roi_align"};
+const std::vector<const char*> kByTable = {"roi_align", "prroi_pool"};
 const std::vector<std::int64_t> kIndexTypes = {TORCHKILN_I32, TORCHKILN_I64};
 const std::vector<torchkiln_size> kSizes = {
     {"outputs", TORCHKILN_BUCKET_POW2},  {"n", TORCHKILN_BUCKET_NONE},
@@ -110,7 +111,7 @@ std::int64_t region_groups(const Device& device, const Sizes& s, const PlaneTuna
 const Planes planes_kernel({
     .path = "detection/roi_align.cuh",
     .entry = "planes",
-    .operators = kForward,
+    .operators = kByTable,
     .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes)},
     .sizes = kSizes,
     .tunables = {ints("planes", {1, 2, 4}), ints("block_size", {256, 512, 1024})},
@@ -182,7 +183,7 @@ const Transpose transpose_kernel({
 const Last last_kernel({
     .path = "detection/roi_align.cuh",
     .entry = "last",
-    .operators = kForward,
+    .operators = kByTable,
     .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes),
                 ints("vector", {1, 2, 4, 8})},
     .sizes = kSizes,
@@ -226,7 +227,7 @@ std::int64_t tile_blocks(const Sizes& s, const TileTunables& t) {
 const Backward backward_kernel({
     .path = "detection/roi_align.cuh",
     .entry = "backward",
-    .operators = kForward,
+    .operators = kByTable,
     .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes), ints("pooling", {0, 1}),
                 bools("channels_last")},
     .sizes = kSizes,
@@ -326,21 +327,7 @@ void launch_average(const CudaPlace& place, RoiAlignPlan& p) {
     const Bands bands = cut_regions(place.facts(), p.args.regions, element, maps_at_once);
     if (bands.count > 0) return launch_staged(place, p, bands, maps_at_once);
   }
-  const TapTable<Args> table = make_table(place, p);
-  const auto [taps, ranges, spans] = table.read();
-  const Buffer maps = reads(offsetof(Args, maps), p.maps);
-  const Buffer bins = writes(offsetof(Args, bins), p.bins);
-  const std::int64_t scalar = kernel_type(p.maps.scalar_type());
-  if (!p.channels_last) {
-    planes_kernel.run(place, {scalar, index_type(p.maps, p.bins)}, sizes_of(p), p.args,
-                      {maps, bins, taps, ranges, spans, unused(offsetof(Args, regions))});
-    return;
-  }
-  const std::int64_t wide = vector_width(scalar);
-  const bool vectorised =
-      p.args.regions.c % wide == 0 && aligned_to_16(p.args.maps) && aligned_to_16(p.args.bins);
-  last_kernel.run(place, {scalar, index_type(p.maps, p.bins), vectorised ? wide : 1}, sizes_of(p),
-                  p.args, {maps, bins, taps, ranges, spans, unused(offsetof(Args, regions))});
+  average_by_table(place, p, make_table(place, p));
 }
 
 RoiAlignPlan run_cuda(RoiAlignPlan p) {
@@ -364,7 +351,7 @@ Tensor forward_cuda(const Tensor& input, const Tensor& boxes, std::int64_t poole
                     bool aligned, std::int64_t pooling) {
   check_pooling(pooling);
   const RoiAlignOptions o{pooled_height, pooled_width, spatial_scale, sampling_ratio, aligned};
-  return run_cuda(plan_roi_align(input, boxes, o, pooling == roi_align::kMax)).bins;
+  return run_cuda(plan_roi_align(kOp, input, boxes, o, pooling == roi_align::kMax)).bins;
 }
 
 std::tuple<Tensor, Tensor> max_cuda(const Tensor& input, const Tensor& boxes,
@@ -372,7 +359,7 @@ std::tuple<Tensor, Tensor> max_cuda(const Tensor& input, const Tensor& boxes,
                                     double spatial_scale, std::int64_t sampling_ratio,
                                     bool aligned) {
   const RoiAlignOptions o{pooled_height, pooled_width, spatial_scale, sampling_ratio, aligned};
-  const RoiAlignPlan p = run_cuda(plan_roi_align(input, boxes, o, true));
+  const RoiAlignPlan p = run_cuda(plan_roi_align(kOp, input, boxes, o, true));
   return {p.bins, p.argmax};
 }
 
@@ -384,7 +371,7 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes,
                           grad_output.dim() == 4 ? grad_output.size(3) : 1, spatial_scale,
                           sampling_ratio, aligned};
   RoiAlignPlan p =
-      plan_roi_align_backward(grad_output, boxes, argmax, {n, c, h, w}, o, channels_last);
+      plan_roi_align_backward(kOp, grad_output, boxes, argmax, {n, c, h, w}, o, channels_last);
   if (p.maps.numel() == 0) return p.maps;
   if (p.bins.numel() == 0) {
     torch::stable::zero_(p.maps);
@@ -398,21 +385,43 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes,
     p.argmax = as_layout(p.argmax, true);
     p.args.argmax = const_cast<i32*>(static_cast<const i32*>(p.argmax.const_data_ptr()));
   }
-  const TapTable<Args> table = make_table(place, p);
+  gather_by_table(place, p, make_table(place, p));
+  return p.maps;
+}
+
+}  // namespace
+
+void average_by_table(const CudaPlace& place, const RoiAlignPlan& p,
+                      const TapTable<roi_align::Args>& table) {
+  const auto [taps, ranges, spans] = table.read();
+  const Buffer maps = reads(offsetof(Args, maps), p.maps);
+  const Buffer bins = writes(offsetof(Args, bins), p.bins);
+  const std::int64_t scalar = kernel_type(p.maps.scalar_type());
+  if (!p.channels_last) {
+    planes_kernel.run(place, {scalar, index_type(p.maps, p.bins)}, sizes_of(p), p.args,
+                      {maps, bins, taps, ranges, spans, unused(offsetof(Args, regions))});
+    return;
+  }
+  const std::int64_t wide = vector_width(scalar);
+  const bool vectorised =
+      p.args.regions.c % wide == 0 && aligned_to_16(p.args.maps) && aligned_to_16(p.args.bins);
+  last_kernel.run(place, {scalar, index_type(p.maps, p.bins), vectorised ? wide : 1}, sizes_of(p),
+                  p.args, {maps, bins, taps, ranges, spans, unused(offsetof(Args, regions))});
+}
+
+void gather_by_table(const CudaPlace& place, const RoiAlignPlan& p,
+                     const TapTable<roi_align::Args>& table) {
   const auto [taps, ranges, spans] = table.read();
   const Buffer winners =
       p.maximum ? reads(offsetof(Args, argmax), p.argmax) : reads(offsetof(Args, argmax), 0);
   const std::int64_t pooling = p.maximum ? roi_align::kMax : roi_align::kAverage;
   backward_kernel.run(
       place,
-      {kernel_type(p.maps.scalar_type()), index_type(p.maps, p.bins), pooling, channels_last},
+      {kernel_type(p.maps.scalar_type()), index_type(p.maps, p.bins), pooling, p.channels_last},
       sizes_of(p), p.args,
       {reads(offsetof(Args, regions), p.boxes), reads(offsetof(Args, bins), p.bins), winners, taps,
        ranges, spans, writes(offsetof(Args, maps), p.maps)});
-  return p.maps;
 }
-
-}  // namespace
 
 Tensor by_channel(const CudaPlace& place, const Tensor& bins) {
   if (has_layout(bins, true) || !bins.is_contiguous()) return as_layout(bins, true);
@@ -474,14 +483,14 @@ void check_pooling(std::int64_t pooling) {
   fail(TORCHKILN_ERROR_VALUE, kOp, "pooling", "be 0 (average) or 1 (max)", std::to_string(pooling));
 }
 
-RoiAlignPlan plan_roi_align(const Tensor& input, const Tensor& boxes,
+RoiAlignPlan plan_roi_align(const char* op, const Tensor& input, const Tensor& boxes,
                             const RoiAlignOptions& options, bool maximum) {
-  check_floating(kOp, "input", input);
-  check_dim(kOp, "input", input, 4, "(N, C, H, W)");
-  check_regions(kOp, boxes, options);
-  check_same_device(kOp, "boxes", boxes, "input", input);
+  check_floating(op, "input", input);
+  check_dim(op, "input", input, 4, "(N, C, H, W)");
+  check_regions(op, boxes, options);
+  check_same_device(op, "boxes", boxes, "input", input);
   const RoiAlignShape shape{input.size(0), input.size(1), input.size(2), input.size(3)};
-  check_shape_of_maps(kOp, shape);
+  check_shape_of_maps(op, shape);
   const bool channels_last = is_channels_last(input);
   const std::array<std::int64_t, 4> out = {boxes.size(0), shape.c, options.pooled_height,
                                            options.pooled_width};
@@ -500,23 +509,23 @@ RoiAlignPlan plan_roi_align(const Tensor& input, const Tensor& boxes,
   return p;
 }
 
-RoiAlignPlan plan_roi_align_backward(const Tensor& grad_output, const Tensor& boxes,
+RoiAlignPlan plan_roi_align_backward(const char* op, const Tensor& grad_output, const Tensor& boxes,
                                      const std::optional<Tensor>& argmax,
                                      const RoiAlignShape& shape, const RoiAlignOptions& options,
                                      bool channels_last) {
-  check_floating(kOp, "grad_output", grad_output);
-  check_dim(kOp, "grad_output", grad_output, 4, "(K, C, pooled_height, pooled_width)");
-  check_regions(kOp, boxes, options);
-  check_same_device(kOp, "boxes", boxes, "grad_output", grad_output);
-  check_shape(kOp, "grad_output", grad_output,
+  check_floating(op, "grad_output", grad_output);
+  check_dim(op, "grad_output", grad_output, 4, "(K, C, pooled_height, pooled_width)");
+  check_regions(op, boxes, options);
+  check_same_device(op, "boxes", boxes, "grad_output", grad_output);
+  check_shape(op, "grad_output", grad_output,
               {boxes.size(0), shape.c, options.pooled_height, options.pooled_width});
-  check_shape_of_maps(kOp, shape);
+  check_shape_of_maps(op, shape);
   if (argmax.has_value()) {
-    check_same_device(kOp, "argmax", *argmax, "grad_output", grad_output);
-    check_shape(kOp, "argmax", *argmax,
+    check_same_device(op, "argmax", *argmax, "grad_output", grad_output);
+    check_shape(op, "argmax", *argmax,
                 {boxes.size(0), shape.c, options.pooled_height, options.pooled_width});
     if (argmax->scalar_type() != ScalarType::Int) {
-      fail(TORCHKILN_ERROR_TYPE, kOp, "argmax", "be an int32 tensor", text(argmax->scalar_type()));
+      fail(TORCHKILN_ERROR_TYPE, op, "argmax", "be an int32 tensor", text(argmax->scalar_type()));
     }
   }
   RoiAlignPlan p{.channels_last = channels_last,

@@ -31,9 +31,10 @@ struct RoiAlignPlan {
   roi_align::Args args;
 };
 
-RoiAlignPlan plan_roi_align(const Tensor& input, const Tensor& boxes,
+// `op`: whose errors they are.
+RoiAlignPlan plan_roi_align(const char* op, const Tensor& input, const Tensor& boxes,
                             const RoiAlignOptions& options, bool maximum);
-RoiAlignPlan plan_roi_align_backward(const Tensor& grad_output, const Tensor& boxes,
+RoiAlignPlan plan_roi_align_backward(const char* op, const Tensor& grad_output, const Tensor& boxes,
                                      const std::optional<Tensor>& argmax,
                                      const RoiAlignShape& shape, const RoiAlignOptions& options,
                                      bool channels_last);

@@ -147,7 +147,7 @@ Tensor forward_cpu(const Tensor& input, const Tensor& boxes, std::int64_t pooled
                    bool aligned, std::int64_t pooling) {
   check_pooling(pooling);
   const RoiAlignOptions o{pooled_height, pooled_width, spatial_scale, sampling_ratio, aligned};
-  return run_cpu(plan_roi_align(input, boxes, o, pooling == roi_align::kMax)).bins;
+  return run_cpu(plan_roi_align("roi_align", input, boxes, o, pooling == roi_align::kMax)).bins;
 }
 
 std::tuple<Tensor, Tensor> max_cpu(const Tensor& input, const Tensor& boxes,
@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor> max_cpu(const Tensor& input, const Tensor& boxes,
                                    double spatial_scale, std::int64_t sampling_ratio,
                                    bool aligned) {
   const RoiAlignOptions o{pooled_height, pooled_width, spatial_scale, sampling_ratio, aligned};
-  const RoiAlignPlan p = run_cpu(plan_roi_align(input, boxes, o, true));
+  const RoiAlignPlan p = run_cpu(plan_roi_align("roi_align", input, boxes, o, true));
   return {p.bins, p.argmax};
 }
 
@@ -166,8 +166,8 @@ Tensor backward_cpu(const Tensor& grad_output, const Tensor& boxes,
   const RoiAlignOptions o{grad_output.dim() == 4 ? grad_output.size(2) : 1,
                           grad_output.dim() == 4 ? grad_output.size(3) : 1, spatial_scale,
                           sampling_ratio, aligned};
-  RoiAlignPlan p =
-      plan_roi_align_backward(grad_output, boxes, argmax, {n, c, h, w}, o, channels_last);
+  RoiAlignPlan p = plan_roi_align_backward("roi_align", grad_output, boxes, argmax, {n, c, h, w}, o,
+                                           channels_last);
   if (p.maps.numel() == 0) return p.maps;
   p.bins = as_layout(p.bins, channels_last);
   p.args.bins = const_cast<void*>(p.bins.const_data_ptr());

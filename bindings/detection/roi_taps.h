@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <limits>
 
+#include "bindings/detection/roi_align.h"
 #include "bindings/support/cuda.h"
 #include "detection/roi_align.h"
 
@@ -32,6 +33,13 @@ struct TapTable {
 inline std::int64_t vector_width(std::int64_t scalar) {
   return scalar == TORCHKILN_DOUBLE ? 2 : (scalar == TORCHKILN_FLOAT ? 4 : 8);
 }
+
+// roi_align's kernels, with whatever taps are in the table: averages, and the gradient of the maps, for which
+// the gradient of the bins has channels innermost.
+void average_by_table(const CudaPlace& place, const RoiAlignPlan& p,
+                      const TapTable<roi_align::Args>& table);
+void gather_by_table(const CudaPlace& place, const RoiAlignPlan& p,
+                     const TapTable<roi_align::Args>& table);
 
 // The gradient of bins with channels innermost, as the backwards read it.
 Tensor by_channel(const CudaPlace& place, const Tensor& bins);

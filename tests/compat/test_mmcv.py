@@ -576,6 +576,18 @@ def test_quirk_roi_pool_corners():
     assert native.roi_pool(image, rois, 1).item() == 2 * 8 + 2
 
 
+def test_quirk_prroi_pool_dtypes_and_size():
+    image = torch.arange(16.0, dtype=torch.float64).reshape(1, 1, 4, 4)
+    rois = torch.tensor([[0, 1, 1, 2, 2]], dtype=torch.float64, requires_grad=True)
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        assert ops.prroi_pool(image.to(dtype), rois, 1).item() == 7.5
+    module = ops.PrRoIPool(1)
+    assert torch.equal(module(image, rois), ops.prroi_pool(image, rois, (1, 1), 1.0))
+    assert torch.equal(ops.prroi_pool(image, rois, 2), native.prroi_pool(image, rois, 2))
+    (grad,) = torch.autograd.grad(module(image, rois).sum(), rois)
+    assert grad.tolist() == [[0, 0.5, 2, 0.5, 2]]
+
+
 def test_quirk_batched_nms_shift():
     boxes = torch.tensor([[-30.0, 0, -20, 10], [-31, -1, -21, 9]])  # moved by 11 they would touch
     labels = torch.tensor([0, 0])

@@ -6,6 +6,7 @@ from torchkiln.nn.bezier_align import *  # noqa: F403
 from torchkiln.nn.border_align import *  # noqa: F403
 from torchkiln.nn.corner_pool import *  # noqa: F403
 from torchkiln.nn.multi_scale_roi_align import *  # noqa: F403
+from torchkiln.nn.prroi_pool import *  # noqa: F403
 from torchkiln.nn.ps_roi_pool import *  # noqa: F403
 from torchkiln.nn.riroi_align_rotated import *  # noqa: F403
 from torchkiln.nn.roi_align import *  # noqa: F403

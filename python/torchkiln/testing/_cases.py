@@ -127,6 +127,8 @@ class Parity:
         devices: types of devices that it runs on.
         workloads: calls of realistic sizes, for tuning and benchmarks.
         fuzz: draws arguments of `draw.function` for a random call, also strange ones.
+        arrange: turns a case's arguments, by name, into those of the function, where tensors that
+            are differentiated stand in lists.
 
     Example:
         >>> import torch
@@ -153,6 +155,7 @@ class Parity:
     reference: Callable[..., Any] | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
     fuzz: Callable[[Draw], Mapping[str, Any]] | None = None
+    arrange: Callable[..., Arguments] | None = None
 
     def __post_init__(self) -> None:
         if not self.functions:
@@ -192,11 +195,20 @@ class Parity:
             return self.function
         from torchkiln import ops
 
-        return getattr(ops, self.function or name)  # type: ignore[no-any-return]
+        function: Callable[..., Any] = getattr(ops, self.function or name)
+        if self.arrange is None:
+            return function
+        return functools.partial(_call_arranged, function, self.arrange)
 
     def oracle(self, name: str) -> Callable[..., Any]:
         """Its reference, with the same arguments."""
         return self.reference or functools.partial(_call_reference, self.native(name))
+
+
+def _call_arranged(
+    function: Callable[..., Any], arrange: Callable[..., Arguments], **arguments: Any
+) -> Any:
+    return function(**arrange(**arguments))
 
 
 def _call_reference(function: Callable[..., Any], **arguments: Any) -> Any:

@@ -258,9 +258,9 @@ _TABLE = """
 - class FFPSSampler |  | points, features, npoint
 - class FSSampler |  | points, features, npoint
 [prroi_pool]
-- function PrRoIPoolFunction | features, rois, output_size, spatial_scale=1.0
-+ apply prroi_pool | features, rois, output_size, spatial_scale=1.0
-+ class PrRoIPool | output_size, spatial_scale=1.0 | features, rois
+- function PrRoIPoolFunction | features, rois, output_size, spatial_scale=1.0 |  | prroi_pool
++ apply prroi_pool | features, rois, output_size, spatial_scale=1.0 |  | prroi_pool
++ class PrRoIPool | output_size, spatial_scale=1.0 | features, rois | prroi_pool
 [psa_mask]
 - function PSAMaskFunction | input, psa_type, mask_size
 - apply psa_mask | input, psa_type, mask_size

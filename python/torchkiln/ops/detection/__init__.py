@@ -24,6 +24,7 @@ from torchkiln.ops.detection.nms_rotated import *  # noqa: F403
 from torchkiln.ops.detection.pixel_group import *  # noqa: F403
 from torchkiln.ops.detection.point_sample import *  # noqa: F403
 from torchkiln.ops.detection.points_in_polygons import *  # noqa: F403
+from torchkiln.ops.detection.prroi_pool import *  # noqa: F403
 from torchkiln.ops.detection.ps_roi_pool import *  # noqa: F403
 from torchkiln.ops.detection.remove_small_boxes import *  # noqa: F403
 from torchkiln.ops.detection.riroi_align_rotated import *  # noqa: F403

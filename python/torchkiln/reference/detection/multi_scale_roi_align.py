@@ -60,23 +60,9 @@ def multi_scale_roi_align(
     return pooled
 
 
-def _three(fine: Tensor, middle: Tensor, coarse: Tensor, **options: Any) -> Tensor:
+def _three(fine: Tensor, middle: Tensor, coarse: Tensor, **others: Any) -> dict[str, Any]:
     """Three levels, each a differentiable argument of its own."""
-    from torchkiln import ops
-
-    return ops.multi_scale_roi_align((fine, middle, coarse), **options)
-
-
-def _three_expected(
-    fine: Tensor,
-    middle: Tensor,
-    coarse: Tensor,
-    boxes: Tensor,
-    output_size: int | tuple[int, int],
-    **options: Any,
-) -> Tensor:
-    height, width = (output_size, output_size) if isinstance(output_size, int) else output_size
-    return multi_scale_roi_align((fine, middle, coarse), boxes, height, width, **options)
+    return {"inputs": [fine, middle, coarse], **others}
 
 
 def parity() -> Parity:
@@ -84,8 +70,7 @@ def parity() -> Parity:
     return Parity(
         op="multi_scale_roi_align",
         tier="B",
-        function=_three,
-        reference=_three_expected,
+        arrange=_three,
         differentiable=("fine", "middle", "coarse"),
         cases=(
             Case("typical", lambda new: _arguments(new, 12, sampling_ratio=2)),
@@ -175,7 +160,13 @@ def _degenerate(new: Inputs) -> dict[str, Any]:
         [0, 0, 0, 4, 16],
         [0, 8, 8, 0, 0],
     ]
-    rows += [[1, 20, 20, 3, 3], [1, 9, 3, 3, 9], [0, 5, 5, 5, 5], [0, nan, 0, 9, 9]]
+    rows += [
+        [0, 8, 8, 0, 0],
+        [1, 20, 20, 3, 3],
+        [1, 9, 3, 3, 9],
+        [0, 5, 5, 5, 5],
+        [0, nan, 0, 9, 9],
+    ]
     rows += [[0, 0, 0, inf, 9], [1, -inf, -inf, inf, inf], [1, 0, 0, 1000, 1000]]
     return {
         **_arguments(new, 0),

@@ -135,16 +135,16 @@ def _parity(op: str, typical: dict[str, Any]) -> Parity:
 
 
 _RFCN = {
-    "images": 1, "channels": 1029, "height": 38, "width": 63, "regions": 300, "bins": 7,
+    "images": 1, "outputs": 21, "height": 38, "width": 63, "regions": 300, "bins": 7,
     "stride": 16,
 }  # fmt: skip
-_LIGHT = {**_RFCN, "channels": 490, "height": 50, "width": 84, "regions": 1000}
+_LIGHT = {**_RFCN, "outputs": 10, "height": 50, "width": 84, "regions": 1000}
 
 
 def _workload(op: str, sizes: Sizes) -> dict[str, Any]:
     options = {"sampling_ratio": 2} if op == "ps_roi_align" else {}
     return {
-        **scenes.pooling(sizes),
+        **scenes.pooling({**sizes, "channels": sizes["outputs"] * sizes["bins"] ** 2}),
         "output_size": sizes["bins"],
         "spatial_scale": 1 / sizes["stride"],
         **options,
