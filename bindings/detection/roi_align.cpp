@@ -248,19 +248,6 @@ const Backward backward_kernel({
 
 // ---- launches ----
 
-std::int64_t box_type(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Half:
-      return roi_align::kHalfBoxes;
-    case ScalarType::BFloat16:
-      return roi_align::kBfloat16Boxes;
-    case ScalarType::Double:
-      return roi_align::kDoubleBoxes;
-    default:
-      return roi_align::kFloatBoxes;
-  }
-}
-
 Sizes sizes_of(const RoiAlignPlan& p) {
   const roi_align::Regions& r = p.args.regions;
   return {p.bins.numel(), r.n, r.c, r.h, r.w, r.k, r.pooled_h, r.k * (r.pooled_h + r.pooled_w)};

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "bindings/detection/roi_align.h"
 #include "bindings/support/cuda.h"
 
 namespace torchkiln::bindings {
@@ -91,19 +92,6 @@ Sizes output_shape(const SampledSettings& s, const Tensor& boxes, const Sizes& s
   }
   if (s.kind == Kind::kFeature) return shape;
   return {boxes.size(0), c, s.pooled_height, s.pooled_width};
-}
-
-std::int64_t box_type(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Half:
-      return roi_align::kHalfBoxes;
-    case ScalarType::BFloat16:
-      return roi_align::kBfloat16Boxes;
-    case ScalarType::Double:
-      return roi_align::kDoubleBoxes;
-    default:
-      return roi_align::kFloatBoxes;
-  }
 }
 
 // Samples of a bin, as far as that is known.

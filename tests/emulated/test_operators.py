@@ -86,3 +86,17 @@ def test_equals_reference(
 def test_order_of_threads_changes_nothing(gpu: ProcessPoolExecutor, op: str, function: str) -> None:
     """Bit for bit: a barrier that is missing, and sums in no fixed order, show as a difference."""
     assert gpu.submit(emulated.differing, op, function, emulated.SCHEDULES).result() == []
+
+
+def test_gradient_in_any_order(gpu: ProcessPoolExecutor, op: str, function: str) -> None:
+    """What runs where nobody asks for equal bits, in float32 and a half type."""
+    cases = [case for name, case in testing.find()[op].runs if name == function and is_small(case)]
+    cases = [case for case in cases if case.make(testing.Inputs()).get("deterministic")]
+    if not cases:
+        pytest.skip("one gradient for all")
+    for case in {case.name: case for case in (cases[0], cases[-1])}.values():
+        for dtype in (torch.float32, HALF[number_of(function) % len(HALF)]):
+            run = gpu.submit(emulated.check, op, function, case.name, dtype, 2, deterministic=False)
+            for result in run.result():
+                if not result.ok:
+                    pytest.fail(f"{case.name}, {dtype}, {result.direction}: {result.message}")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import importlib.util
 import multiprocessing
 import os
@@ -81,14 +82,17 @@ def schedule(seed: int) -> None:
 SCHEDULES = (0, 1, 2)
 
 
-def check(op: str, function: str, case_name: str, dtype: torch.dtype, seed: int) -> list[Result]:
-    """Compares one case with its reference."""
+def check(
+    op: str, function: str, case_name: str, dtype: torch.dtype, seed: int, **options: Any
+) -> list[Result]:
+    """Compares one case, with some arguments changed, with its reference."""
     from torchkiln import testing
 
     schedule(seed)
     parity = testing.find()[op]
     case = next(case for name, case in parity.runs if (name, case.name) == (function, case_name))
-    return list(testing.check(parity, function, case, dtype, "cuda"))
+    changed = dataclasses.replace(case, make=lambda new: {**case.make(new), **options})
+    return list(testing.check(parity, function, changed, dtype, "cuda"))
 
 
 def differing(op: str, function: str, seeds: Sequence[int]) -> list[str]:
