@@ -34,7 +34,7 @@ def greedy(overlaps: torch.Tensor, scores: torch.Tensor, threshold: float) -> li
 
 def golden() -> tuple[torch.Tensor, torch.Tensor]:
     """What mmcv's own test draws."""
-    numpy.random.seed(42)  # noqa: NPY002: those numbers
+    numpy.random.seed(42)
     boxes = numpy.random.rand(555, 7).astype(numpy.float32)
     scores = numpy.random.rand(555).astype(numpy.float32)
     return torch.from_numpy(boxes), torch.from_numpy(scores)
