@@ -9,6 +9,7 @@ from torchkiln.ops.detection.box_iou_rotated import *  # noqa: F403
 from torchkiln.ops.detection.box_losses import *  # noqa: F403
 from torchkiln.ops.detection.clip_boxes_to_image import *  # noqa: F403
 from torchkiln.ops.detection.diff_iou_rotated import *  # noqa: F403
+from torchkiln.ops.detection.line_nms import *  # noqa: F403
 from torchkiln.ops.detection.masks_to_boxes import *  # noqa: F403
 from torchkiln.ops.detection.nms import *  # noqa: F403
 from torchkiln.ops.detection.nms3d import *  # noqa: F403
