@@ -26,6 +26,17 @@ NmsPlan plan_turned(const char* op, const Tensor& boxes, const Tensor& scores, d
   return p;
 }
 
+NmsPlan plan_lanes(const char* op, const Tensor& boxes, const Tensor& scores, double distance) {
+  check_floating(op, "boxes", boxes);
+  constexpr std::int64_t kFewest = nms::Lanes<float>::kHead + 2;
+  if (boxes.dim() != 2 || boxes.size(1) < kFewest) {
+    fail(TORCHKILN_ERROR_VALUE, op, "boxes", "have shape (N, 5 + S) with S of at least 2",
+         text(boxes));
+  }
+  const BoxForm form = {nms::kLanes, boxes.size(1), "", "distance"};
+  return plan_nms(op, boxes, scores, std::nullopt, distance, form);
+}
+
 // The operators of one device.
 template <auto sized, auto padded, auto groups>
 struct Operators {
@@ -61,7 +72,15 @@ struct Operators {
     return sized(plan_nms(kOp, boxes, scores, labels, iou_threshold, kPeers[form]));
   }
 
+  static Tensor line_nms(const Tensor& boxes, const Tensor& scores, double distance) {
+    return sized(plan_lanes("line_nms", boxes, scores, distance));
+  }
+
   using Pair = std::tuple<Tensor, Tensor>;
+  static Pair line_nms_padded(const Tensor& boxes, const Tensor& scores, double distance,
+                              std::int64_t max_output) {
+    return pad(plan_lanes("line_nms_padded", boxes, scores, distance), max_output);
+  }
   static Pair pad(const NmsPlan& p, std::int64_t max_output) {
     check_max_output(p.op, max_output);
     Padded result = padded(p, max_output);
@@ -119,7 +138,7 @@ NmsPlan plan_nms(const char* op, const Tensor& boxes, const Tensor& scores,
     check_same_device(op, form.classes, *classes, "boxes", boxes);
     check_shape(op, form.classes, *classes, {boxes.size(0)});
   }
-  check_not_nan(op, "iou_threshold", iou_threshold);
+  check_not_nan(op, form.threshold, iou_threshold);
   if (boxes.size(0) >= kMaxBoxes)
     fail(TORCHKILN_ERROR_VALUE, op, "boxes", "have fewer than 2^30 rows", text(boxes));
   NmsPlan p{.op = op,
@@ -178,6 +197,8 @@ void check_max_output(const char* op, std::int64_t max_output) {
   m.impl("nms3d_padded", TORCH_BOX(&Device::nms3d_padded));               \
   m.impl("nms3d_normal", TORCH_BOX(&Device::nms3d_normal));               \
   m.impl("nms3d_normal_padded", TORCH_BOX(&Device::nms3d_normal_padded)); \
+  m.impl("line_nms", TORCH_BOX(&Device::line_nms));                       \
+  m.impl("line_nms_padded", TORCH_BOX(&Device::line_nms_padded));         \
   m.impl("_nms_by_peer", TORCH_BOX(&Device::nms_by_peer));                \
   m.impl("nms_groups", TORCH_BOX(&Device::nms_groups))
 
@@ -200,6 +221,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torchkiln, m) {
     m.def((start + "_padded" + inputs + "int max_output, Tensor? labels=None) -> (Tensor, Tensor)")
               .c_str());
   }
+  m.def("line_nms(Tensor boxes, Tensor scores, float distance) -> Tensor");
+  m.def(
+      "line_nms_padded(Tensor boxes, Tensor scores, float distance, int max_output) -> "
+      "(Tensor, Tensor)");
   m.def(
       "_nms_by_peer(Tensor boxes, Tensor scores, float iou_threshold, int form, "
       "Tensor? labels=None) -> Tensor");

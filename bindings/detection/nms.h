@@ -20,7 +20,8 @@ inline constexpr std::int64_t kMaxBoxes = std::int64_t{1} << 30;
 inline constexpr std::int64_t kBoxKind = -1;
 struct BoxForm {
   std::int64_t kind, columns;
-  const char* classes;  // name of the argument
+  const char* classes;  // names of arguments
+  const char* threshold = "iou_threshold";
 };
 inline constexpr BoxForm kCorners = {kBoxKind, 4, "idxs"};
 

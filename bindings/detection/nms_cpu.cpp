@@ -208,6 +208,8 @@ std::vector<std::int64_t> kept_rows(const NmsPlan& p) {
         return kept_rows<nms::Quads<Scalar>>(p.args);
       case nms::kNormal:
         return kept_rows<nms::NormalBoxes<Scalar>>(p.args);
+      case nms::kLanes:
+        return kept_rows<nms::Lanes<Scalar>>(p.args);
       case nms::kPeerRotated:
         return kept_rows<nms::ShapeKind<Scalar, nms::kPeerRotated>>(p.args);
       case nms::kPeerQuads:

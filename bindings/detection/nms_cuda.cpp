@@ -109,25 +109,23 @@ const std::vector<const char*> kBoxOperators = {"nms", "batched_nms", "nms_padde
 const std::vector<const char*> kShapeOperators = {
     "nms_rotated", "nms_rotated_padded", "nms_quadri",   "nms_quadri_padded",
     "nms3d",       "nms3d_padded",       "nms3d_normal", "nms3d_normal_padded",
-    "nms_groups",  "_nms_by_peer"};
+    "nms_groups",  "_nms_by_peer",       "line_nms",     "line_nms_padded"};
 
 // soft_nms finds its classes by the order, too.
 const Stages<BoxStatics> box_stages(
     "detection/nms.cuh", {"nms", "batched_nms", "nms_padded", "soft_nms", "soft_nms_padded"},
     kBoxOperators, {types("scalar", kFloatTypes), bools("classes")}, {64, 256});
 // Tests are long: more threads share those of a box.
-const Stages<ShapeStatics> shape_stages("detection/nms_shapes.cuh", kShapeOperators,
-                                        kShapeOperators,
-                                        {types("scalar", kFloatTypes),
-                                         ints("kind", {nms::kRotated, nms::kQuads, nms::kNormal,
-                                                       nms::kInclusive, nms::kPeerRotated,
-                                                       nms::kPeerQuads}),
-                                         bools("classes")},
-                                        {64, 512}, [](const ShapeStatics& s) {
-                                          if (s.kind >= nms::kPeerRotated)
-                                            return s.scalar == TORCHKILN_FLOAT;
-                                          return s.kind != nms::kInclusive || s.classes == 0;
-                                        });
+const Stages<ShapeStatics> shape_stages(
+    "detection/nms_shapes.cuh", kShapeOperators, kShapeOperators,
+    {types("scalar", kFloatTypes),
+     ints("kind", {nms::kRotated, nms::kQuads, nms::kNormal, nms::kInclusive, nms::kPeerRotated,
+                   nms::kPeerQuads, nms::kLanes}),
+     bools("classes")},
+    {64, 512}, [](const ShapeStatics& s) {
+      if (s.kind >= nms::kPeerRotated) return s.scalar == TORCHKILN_FLOAT;
+      return (s.kind != nms::kInclusive && s.kind != nms::kLanes) || s.classes == 0;
+    });
 
 using Compact = Kernel<Args, CompactStatics, Sizes, SortTunables>;
 const Compact compact_kernel({
@@ -252,19 +250,22 @@ void suppress(const CudaPlace& cuda_place, const NmsPlan& p, const Ordered& orde
   const bool classes = args.idxs != nullptr;
   const Workspace sizes(p);
   const std::int64_t out = args.max_output * 8;
+  // The shapes of lanes point to their rows.
+  const Buffer shape_inputs =
+      p.kind == nms::kLanes ? reads(offsetof(Args, boxes), p.boxes) : unused(offsetof(Args, boxes));
   with_stages(p, [&](const auto& stages, const auto& statics) {
-    stages.suppress.run(cuda_place, statics, {args.n}, args,
-                        {part(offsetof(Args, sorted_boxes), kRead, sizes.sorted_boxes),
-                         part(offsetof(Args, sorted_rows), kRead, sizes.sorted_rows),
-                         part(offsetof(Args, first), kRead, sizes.first),
-                         part(offsetof(Args, score_ranks), kRead, sizes.score_ranks),
-                         part(offsetof(Args, kept), kUpdate, sizes.kept),
-                         part(offsetof(Args, words), kUpdate, sizes.words),
-                         part(offsetof(Args, counters), kUpdate, sizes.counters),
-                         part(offsetof(Args, indices), kUpdate, out),
-                         part(offsetof(Args, count), kWrite, 8), unused(offsetof(Args, boxes)),
-                         unused(offsetof(Args, scores)), unused(offsetof(Args, idxs)),
-                         unused(offsetof(Args, keys)), unused(offsetof(Args, score_rows))});
+    stages.suppress.run(
+        cuda_place, statics, {args.n}, args,
+        {part(offsetof(Args, sorted_boxes), kRead, sizes.sorted_boxes),
+         part(offsetof(Args, sorted_rows), kRead, sizes.sorted_rows),
+         part(offsetof(Args, first), kRead, sizes.first),
+         part(offsetof(Args, score_ranks), kRead, sizes.score_ranks),
+         part(offsetof(Args, kept), kUpdate, sizes.kept),
+         part(offsetof(Args, words), kUpdate, sizes.words),
+         part(offsetof(Args, counters), kUpdate, sizes.counters),
+         part(offsetof(Args, indices), kUpdate, out), part(offsetof(Args, count), kWrite, 8),
+         shape_inputs, unused(offsetof(Args, scores)), unused(offsetof(Args, idxs)),
+         unused(offsetof(Args, keys)), unused(offsetof(Args, score_rows))});
   });
   if (classes) {
     compact_kernel.run(

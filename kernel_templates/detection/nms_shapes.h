@@ -15,7 +15,8 @@ enum KindNumber : int {
   kNormal = 2,
   kInclusive = 3,
   kPeerRotated = 4,  // by the rules of geometry/peer_overlap.h
-  kPeerQuads = 5
+  kPeerQuads = 5,
+  kLanes = 6
 };
 
 // A test of shapes whose shared area is found by geometry/: false for NaN.
@@ -130,6 +131,42 @@ struct PeerShapes : Plain {
     return shape_exceeds(a, area_a, b, area_b, threshold);
   }
 };
+// Lanes: rows of two numbers, start, one more, length, and x at every height of an image from one end to the other.
+// `start` is a share of the heights, `length` a number of them. Lanes that are near each other suppress.
+template <class Type>
+struct Lanes {
+  using Scalar = Type;
+  using T = Acc<Scalar>;
+  struct Shape {
+    const Scalar* x;
+    i32 begin, end;  // heights that it has; none where end < begin
+  };
+  static constexpr bool kIsCheap = false;
+  static constexpr i32 kStart = 2, kLength = 4, kHead = 5;  // columns
+
+  static TORCHKILN_HD Shape load(const Args& args, i64 row) {
+    using torchkiln::load;
+    const Scalar* at = static_cast<const Scalar*>(args.boxes) + args.columns * row;
+    const i32 heights = i32(args.columns) - kHead;
+    const T first = load(at[kStart]) * T(heights - 1) + T(0.5), length = load(at[kLength]);
+    if (!(first >= T(0) && first < T(heights) && length >= T(1))) return absent();
+    const i32 begin = i32(first), more = i32(min_of(length - T(0.5), T(heights)));
+    return {at + kHead, begin, min_of(begin + more, heights - 1)};
+  }
+  static TORCHKILN_HD Shape absent() { return {nullptr, 1, 0}; }
+  static TORCHKILN_HD T area(const Shape&) { return T(0); }
+  // Is the mean distance at common heights below the threshold?
+  static TORCHKILN_HD bool exceeds(const Shape& a, T, const Shape& b, T, T threshold) {
+    const i32 begin = max_of(a.begin, b.begin), end = min_of(a.end, b.end);
+    if (end < begin) return false;
+    T sum = T(0);
+    TORCHKILN_ROLLED
+    for (i32 i = begin; i <= end; ++i)
+      sum += abs_of(torchkiln::load(a.x[i]) - torchkiln::load(b.x[i]));
+    return sum < threshold * T(end - begin + 1);
+  }
+};
+
 template <class Scalar, int kKind>
 struct KindOf;
 template <class Scalar>
@@ -155,6 +192,10 @@ struct KindOf<Scalar, kPeerRotated> {
 template <class Scalar>
 struct KindOf<Scalar, kPeerQuads> {
   using Type = PeerShapes<Quads<Scalar>, PeerQuad>;
+};
+template <class Scalar>
+struct KindOf<Scalar, kLanes> {
+  using Type = Lanes<Scalar>;
 };
 template <class Scalar, int kKind>
 using ShapeKind = typename KindOf<Scalar, kKind>::Type;

@@ -14,6 +14,7 @@ from torchkiln.ops.detection.contour_expand import *  # noqa: F403
 from torchkiln.ops.detection.convex_iou import *  # noqa: F403
 from torchkiln.ops.detection.corner_pool import *  # noqa: F403
 from torchkiln.ops.detection.diff_iou_rotated import *  # noqa: F403
+from torchkiln.ops.detection.line_nms import *  # noqa: F403
 from torchkiln.ops.detection.masks_to_boxes import *  # noqa: F403
 from torchkiln.ops.detection.min_area_polygons import *  # noqa: F403
 from torchkiln.ops.detection.multi_scale_roi_align import *  # noqa: F403

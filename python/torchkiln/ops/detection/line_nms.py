@@ -1,0 +1,106 @@
+"""Non-maximum suppression of lanes."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchkiln._frame import operator
+
+__all__ = ["line_nms", "line_nms_padded"]
+
+
+def _fake_line_nms(boxes: Tensor, scores: Tensor, distance: float) -> Tensor:
+    kept = torch.library.get_ctx().new_dynamic_size()
+    return boxes.new_empty((kept,), dtype=torch.int64)
+
+
+def _fake_line_nms_padded(
+    boxes: Tensor, scores: Tensor, distance: float, max_output: int
+) -> tuple[Tensor, Tensor]:
+    indices = boxes.new_empty((max_output,), dtype=torch.int64)
+    return indices, boxes.new_empty((), dtype=torch.int64)
+
+
+_line_nms = operator("line_nms", fake=_fake_line_nms, autocast=torch.float32)
+_line_nms_padded = operator("line_nms_padded", fake=_fake_line_nms_padded, autocast=torch.float32)
+
+
+def line_nms(boxes: Tensor, scores: Tensor, distance: float) -> Tensor:
+    """Keeps the best lanes: each suppresses the lower ones that run close to it.
+
+    Args:
+        boxes: (N, 5 + S), float16, bfloat16, float32 or float64; lanes on S heights of an image.
+            Columns 0, 1 and 3 are not looked at. Column 2: the height where the lane starts, from 0
+            to 1. Column 4: on how many heights it runs. Then its x at each height.
+        scores: (N,), dtype and device of `boxes`.
+        distance: a lane goes when its mean distance from a kept one, over the heights that both
+            run on, is less.
+
+    Returns:
+        (K,), int64; rows of the kept lanes by descending score, the lower row first among equals.
+
+    Raises:
+        TypeError: for another dtype, or two different ones.
+        ValueError: for another shape, two different devices, or a distance that is NaN.
+        CaptureError: while a CUDA graph is captured; `line_nms_padded` can be.
+
+    Differentiable: no. Deterministic: yes. Autocast: float32.
+
+    Note:
+        Computed in float32 (float64 for float64). Starts and lengths are rounded to the nearest
+        height, halves up. A lane that starts outside or is shorter than 1 meets no other, and so
+        does one whose x is NaN where they meet. A NaN score sorts last, is kept and suppresses
+        nothing. On CUDA the call waits for the size of its result.
+
+    Source:
+        Tabelini et al., "Keep your Eyes on the Lane", 2021, section 3.5.
+
+    Example:
+        >>> import torch
+        >>> from torchkiln.ops import line_nms
+        >>> head = torch.tensor([0.0, 0, 0, 0, 3])
+        >>> lanes = torch.stack([torch.cat([head, torch.full((3,), x)]) for x in (9.0, 10, 50)])
+        >>> line_nms(lanes, torch.tensor([0.7, 0.9, 0.8]), 5.0)
+        tensor([1, 2])
+    """
+    return _line_nms(boxes, scores, distance)
+
+
+def line_nms_padded(
+    boxes: Tensor, scores: Tensor, distance: float, max_output: int
+) -> tuple[Tensor, Tensor]:
+    """`line_nms` into a result of fixed size.
+
+    Nothing waits for the GPU, and the call can be captured into a CUDA graph.
+
+    Args:
+        boxes: (N, 5 + S), float16, bfloat16, float32 or float64; lanes as in `line_nms`.
+        scores: (N,), dtype and device of `boxes`.
+        distance: a lane goes when its mean distance from a kept one is less.
+        max_output: length of the result, at least 0; the best lanes fill it.
+
+    Returns:
+        indices: (max_output,), int64; rows of the kept lanes by descending score, then -1.
+        count: (), int64, on the device of `boxes`; how many rows there are before the first -1.
+
+    Raises:
+        TypeError: for another dtype, or two different ones.
+        ValueError: for another shape, two different devices, a negative `max_output`, or a distance
+            that is NaN.
+
+    Differentiable: no. Deterministic: yes. Autocast: float32.
+
+    Note:
+        Lanes, scores and ties as in `line_nms`.
+
+    Example:
+        >>> import torch
+        >>> from torchkiln.ops import line_nms_padded
+        >>> lanes = torch.tensor([[0.0, 0, 0, 0, 2, 9, 9], [0, 0, 0, 0, 2, 8, 8]])
+        >>> line_nms_padded(lanes, torch.tensor([0.7, 0.9]), 5.0, 2)
+        (tensor([ 1, -1]), tensor(1))
+    """
+    return _line_nms_padded(boxes, scores, distance, max_output)

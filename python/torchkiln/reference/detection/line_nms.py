@@ -1,0 +1,133 @@
+"""Suppression of lanes in plain PyTorch.
+
+Source: Tabelini et al., "Keep your Eyes on the Lane", 2021, section 3.5.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchkiln.reference.detection.nms import greedy, padded
+from torchkiln.testing import Case, Inputs, Parity, Sizes, Workload
+
+__all__ = ["line_nms", "line_nms_padded"]
+
+
+def _runs(boxes: Tensor) -> Tensor:
+    """(N, S): on which heights each lane runs."""
+    heights = boxes.shape[1] - 5
+    at = torch.arange(heights, device=boxes.device, dtype=boxes.dtype)
+    first, length = (boxes[:, 2] * (heights - 1) + 0.5)[:, None], boxes[:, 4:5]
+    is_lane = (first >= 0) & (first < heights) & (length >= 1)
+    start = first.floor()
+    return is_lane & (at >= start) & (at <= start + (length - 0.5).floor())
+
+
+def line_nms(boxes: Tensor, scores: Tensor, distance: float) -> Tensor:
+    """Greedy suppression by the mean distance over common heights.
+
+    Args:
+        boxes: (N, 5 + S); columns 2 and 4 are start and length, from 5 on x.
+        scores: (N,).
+        distance: below which lanes suppress.
+
+    Returns:
+        (K,) rows of the kept lanes by descending score.
+    """
+    if boxes.dtype in (torch.float16, torch.bfloat16):
+        boxes, scores = boxes.float(), scores.float()
+    runs, x = _runs(boxes), boxes[:, 5:]
+
+    def hits(row: int) -> Tensor:
+        common = runs & runs[row]
+        apart = torch.where(common, (x - x[row]).abs(), 0.0).sum(1)
+        count = common.sum(1)
+        return (count > 0) & (apart < distance * count)
+
+    return greedy(scores, None, hits)
+
+
+def line_nms_padded(
+    boxes: Tensor, scores: Tensor, distance: float, max_output: int
+) -> tuple[Tensor, Tensor]:
+    """The first of `line_nms` followed by -1, and how many they are."""
+    return padded(line_nms(boxes, scores, distance), max_output)
+
+
+def parity() -> Parity:
+    """What both are tried on."""
+    functions = ("line_nms_padded", "line_nms")
+    made = {
+        "typical": _lanes(70),
+        "empty": _lanes(0),
+        "single": _lanes(1),
+        "panels": _lanes(257),
+        "degenerate": _degenerate,
+    }
+    return Parity(
+        op="line_nms",
+        functions=functions,
+        tier="X",
+        cases=tuple(
+            Case(f"{name}_{function}", _for(function, make), functions=(function,))
+            for function in functions
+            for name, make in made.items()
+        ),
+        workloads=(
+            Workload("lanes", {"boxes": 1000}, _scene, ("line_nms",)),
+            Workload("padded", {"boxes": 1000, "most": 10}, _scene, ("line_nms_padded",)),
+        ),
+    )
+
+
+_Make = Callable[[Inputs], dict[str, Any]]
+
+
+def _for(function: str, make: _Make) -> Callable[[Inputs], Mapping[str, Any]]:
+    cut = {"max_output": 20} if function == "line_nms_padded" else {}
+    return lambda new: {**make(new), **cut}
+
+
+def _rows(new: Inputs, count: int, heights: int = 20) -> Tensor:
+    """Straight lanes that lean a little."""
+    head = torch.cat(
+        [new.uniform(count, 2), new.uniform(count, 2), new.uniform(count, 1, high=heights)], 1
+    )
+    lean = new.normal(count, 1) * torch.arange(heights)
+    return torch.cat([head, new.uniform(count, 1, high=300) + lean], 1)
+
+
+def _lanes(count: int) -> _Make:
+    return lambda new: {
+        "boxes": _rows(new, count),
+        "scores": new.uniform(count),
+        "distance": 15.321,
+    }
+
+
+def _degenerate(new: Inputs) -> dict[str, Any]:
+    """Equal lanes and scores; starts, lengths, places and scores that are no numbers."""
+    nan, inf = math.nan, math.inf
+    boxes, scores = _rows(new, 10).repeat(2, 1), new.uniform(10).repeat(2)
+    boxes[1, 2], boxes[2, 4], boxes[3, 5:] = nan, nan, nan
+    boxes[4, 2], boxes[5, 4], boxes[6, 2] = -1.0, 0.5, inf
+    boxes[7, 4], scores[8] = inf, nan
+    return {"boxes": boxes, "scores": scores, "distance": 10.0}
+
+
+def _scene(sizes: Sizes) -> dict[str, Any]:
+    new = Inputs(20)
+    count = sizes["boxes"]
+    arguments: dict[str, Any] = {
+        "boxes": _rows(new, count, 72).float(),
+        "scores": new.uniform(count).float(),
+        "distance": 50.0,
+    }
+    return arguments | ({"max_output": sizes["most"]} if "most" in sizes else {})

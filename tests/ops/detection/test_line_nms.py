@@ -1,0 +1,61 @@
+"""line_nms and line_nms_padded."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+
+from support.op_suite import Failure, OpSuite
+from torchkiln import ops, reference
+from torchkiln.reference.detection.line_nms import parity
+from torchkiln.testing import Inputs
+
+
+class TestLineNms(OpSuite):
+    parity = parity()
+    autocast = torch.float32
+    dynamic: ClassVar = {"boxes": 0, "scores": 0}
+    without: ClassVar = {"cuda_graph[line_nms]": "waits for the number of lanes that are kept"}
+    failures = (
+        Failure(
+            "six_columns",
+            {"boxes": lambda boxes: boxes[:, :6]},
+            ValueError,
+            r"^line_nms: boxes must have shape \(N, 5 \+ S\) with S of at least 2; got \(70, 6\)$",
+            function="line_nms",
+        ),
+        Failure(
+            "distance_is_nan",
+            {"distance": math.nan},
+            ValueError,
+            "^line_nms_padded: distance must be a number; got nan$",
+        ),
+        Failure(
+            "negative_output",
+            {"max_output": -1},
+            ValueError,
+            "^line_nms_padded: max_output must be at least 0; got -1$",
+        ),
+    )
+
+    def sized(self, new: Inputs, n: int) -> dict[str, Any]:
+        lanes = torch.cat([new.uniform(n, 4), new.uniform(n, 9, high=8)], 1)
+        return {"boxes": lanes, "scores": new.uniform(n), "distance": 2.0, "max_output": 7}
+
+    def test_only_common_heights_count(self, device: str) -> None:
+        """The same x everywhere, on heights 0 to 1, 2 to 3 and 1 to 2 of four."""
+        lanes = torch.zeros(3, 9)
+        lanes[:, 2], lanes[:, 4] = torch.tensor([0.0, 2 / 3, 1 / 3]), 2
+        scores = torch.tensor([0.9, 0.8, 0.7])
+        assert ops.line_nms(lanes.to(device), scores.to(device), 1.0).tolist() == [0, 1]
+
+
+def test_reference_by_hand() -> None:
+    lanes = torch.tensor([[0.0, 0, 0, 0, 3, 1, 2, 3], [0, 0, 0, 0, 3, 3, 4, 5]])
+    scores = torch.tensor([0.8, 0.9])
+    assert reference.line_nms(lanes, scores, 2.0).tolist() == [1, 0]
+    assert reference.line_nms(lanes, scores, 2.1).tolist() == [1]
