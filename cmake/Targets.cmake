@@ -74,6 +74,31 @@ function(torchkiln_add_attack)
   target_link_libraries(torchkiln_attack_files PRIVATE ${CMAKE_DL_LIBS})
 endfunction()
 
+# What the tests in tests/emulated load in place of libraries of CUDA: a compiler whose kernels the host runs, and the
+# part of torch that knows CUDA tensors. Torch's C++ interface has no promise: this is built against the torch that is
+# there, and used with it only.
+function(torchkiln_add_emulator)
+  set(folder "${PROJECT_SOURCE_DIR}/tests/emulated/emulator")
+  add_library(torchkiln_emulated_nvrtc SHARED "${folder}/nvrtc.cpp")
+  torchkiln_configure(torchkiln_emulated_nvrtc)
+  target_compile_definitions(torchkiln_emulated_nvrtc PRIVATE TORCHKILN_EMULATOR_FOLDER="${folder}"
+                                                              TORCHKILN_EMULATOR_CXX="${CMAKE_CXX_COMPILER}")
+  set_source_files_properties("${folder}/nvrtc.cpp" PROPERTIES OBJECT_DEPENDS "${folder}/device.h;${folder}/abi.h")
+  target_link_libraries(torchkiln_emulated_nvrtc PRIVATE torchkiln_objects)
+  target_link_options(torchkiln_emulated_nvrtc PRIVATE LINKER:--build-id)
+  add_library(torchkiln_emulated_torch SHARED "${folder}/torch_cuda.cpp")
+  torchkiln_configure(torchkiln_emulated_torch)
+  torchkiln_find_torch_headers(torch_include)
+  target_include_directories(torchkiln_emulated_torch SYSTEM PRIVATE "${torch_include}"
+                                                                     "${torch_include}/torch/csrc/api/include")
+  target_link_options(torchkiln_emulated_torch PRIVATE LINKER:--no-as-needed)
+  target_link_libraries(torchkiln_emulated_torch PRIVATE $<TARGET_LINKER_FILE:torchkiln_torch_stub> ${CMAKE_DL_LIBS})
+  set_target_properties(
+    torchkiln_emulated_nvrtc torchkiln_emulated_torch PROPERTIES LIBRARY_OUTPUT_DIRECTORY "${PROJECT_BINARY_DIR}/emulator")
+  set_target_properties(torchkiln_emulated_nvrtc PROPERTIES OUTPUT_NAME nvrtc SUFFIX .so.13.0)
+  set_target_properties(torchkiln_emulated_torch PROPERTIES OUTPUT_NAME torch_cuda)
+endfunction()
+
 # Sets `result` to a generated source that holds every file of kernel_templates/ (see jit/spec/embedded.h).
 function(torchkiln_embed_templates result)
   torchkiln_glob(templates kernel_templates/*.h kernel_templates/*.cuh)

@@ -1,12 +1,18 @@
-// A libcuda.so.1 that runs nothing: the fake driver behind the one function that the engine asks for. It lets whole
-// programs go through the launch path on a machine without a GPU.
+// A libcuda.so.1 without a GPU: the fake driver behind the one function that the engine asks for. It lets whole programs go
+// through the launch path. Kernels of the emulated NVRTC (tests/emulated) run on the CPU; real ones compute nothing.
 // SPDX-License-Identifier: Apache-2.0
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "tests/emulated/emulator/cubin.h"
+#include "tests/emulated/emulator/faults.h"
+#include "tests/emulated/emulator/grid.h"
+#include "tests/emulated/emulator/memory.h"
 #include "tests/jit/support/fake_driver.h"
 
 using torchkiln::jit::CudaApi;
@@ -15,12 +21,27 @@ using torchkiln::jit::testing::FakeDriver;
 
 namespace {
 
+namespace emulator = torchkiln::emulator;
+
+// Under the driver's lock.
+void run(const FakeDriver::Launch& launch) {
+  static auto& objects = *new std::map<std::string, std::shared_ptr<emulator::Object>>;
+  std::shared_ptr<emulator::Object>& object = objects[launch.kernel];
+  if (object == nullptr) {
+    const std::string_view file = emulator::host_library_in(*launch.image);
+    if (file.empty()) return;
+    object = emulator::load(file);
+  }
+  emulator::run(*object, {launch.grid, launch.block, launch.dynamic_shared_bytes}, launch.args);
+}
+
 // FAKE_GPU=86: a device of sm_86. FAKE_GPUS=2: two of them.
 FakeDriver& driver() {
   static FakeDriver& instance = *[] {
     auto* made = new FakeDriver;
     constexpr std::size_t kAllOfThem = 4096;
     made->args_bytes = kAllOfThem;
+    made->effect = run;
     if (const char* number = std::getenv("FAKE_GPU")) {
       made->devices[0].facts.major = std::atoi(number) / 10;
       made->devices[0].facts.minor = std::atoi(number) % 10;
@@ -63,6 +84,22 @@ extern "C" __attribute__((visibility("default"))) const char* fake_cuda_launches
   }
   text = list.dump();
   return text.c_str();
+}
+
+// The emulated GPU: its memory, and in which order blocks, warps and lanes run (see grid.h). An odd schedule also guards
+// the other end of buffers.
+extern "C" __attribute__((visibility("default"))) void* fake_cuda_allocate(std::size_t bytes) {
+  return emulator::allocate(bytes);
+}
+extern "C" __attribute__((visibility("default"))) void fake_cuda_release(void* memory) {
+  emulator::release(memory);
+}
+extern "C" __attribute__((visibility("default"))) void fake_cuda_schedule(unsigned seed) {
+  emulator::set_schedule(seed);
+  emulator::guard(seed % 2 == 0 ? emulator::Guarded::kEnd : emulator::Guarded::kBegin);
+}
+extern "C" __attribute__((visibility("default"))) void fake_cuda_patience(long milliseconds) {
+  emulator::set_patience(milliseconds);
 }
 
 extern "C" __attribute__((visibility("default"))) CudaResult cuGetProcAddress_v2(const char* name,

@@ -130,7 +130,7 @@ void FakeCalls::fill_devices(CudaApi& api) {
     return *name = error_name(result), kCudaSuccess;
   };
   api.cuGetErrorString = [](CudaResult, const char** text) {
-    return *text = "the fake driver was told to fail", kCudaSuccess;
+    return *text = current->sentence_.c_str(), kCudaSuccess;
   };
   api.cuDeviceGet = [](CudaDevice* device, int ordinal) {
     return call("cuDeviceGet", [&](FakeDriver& d) {
@@ -265,7 +265,8 @@ void FakeCalls::fill_launches(CudaApi& api) {
                            stream,
                            args,
                            false,
-                           false});
+                           false,
+                           &function(handle)->library->image});
         },
         stream == nullptr);
   };
@@ -282,7 +283,8 @@ void FakeCalls::fill_launches(CudaApi& api) {
                            c->stream,
                            args,
                            false,
-                           false});
+                           false,
+                           &function(handle)->library->image});
         },
         c->stream == nullptr);
   };
@@ -421,7 +423,7 @@ void FakeCalls::fill_graphs(CudaApi& api) {
         launch.stream = stream;
         launch.captured = false;
         launch.from_graph = true;
-        d.launch(launch);
+        if (const CudaResult failed = d.launch(launch); failed != kCudaSuccess) return failed;
       }
       return kCudaSuccess;
     });
@@ -526,9 +528,14 @@ CudaResult FakeDriver::launch(Launch launch) {
     capture->second.launches.push_back(launch);
   } else {
     clock_ms_ += cost(launch);
-    if (effect) effect(launch);
   }
-  launches_.push_back(std::move(launch));
+  launches_.push_back(launch);
+  try {
+    if (effect && !launch.captured) effect(launch);
+  } catch (const std::exception& error) {
+    sentence_ = error.what();
+    return kCudaIllegalAddress;
+  }
   return kCudaSuccess;
 }
 

@@ -36,7 +36,8 @@ namespace torchkiln::jit::testing {
 // it loads lazily: cuLibraryGetKernel is what gives 209 for a cubin that no device of the list can
 // run, and 500 for a kernel that the cubin does not have.
 //
-// Memory is host memory, so copies and fills work. Launches compute nothing but `effect(launch)`.
+// Memory is host memory, so copies and fills work. Launches compute nothing but `effect(launch)`; what that throws is 700
+// with its sentence.
 //
 // Capture: between cuStreamBeginCapture and cuStreamEndCapture, or while set_capturing(stream) is
 // on, launches on that stream are recorded as captured; cuMemAlloc, cuMemFree, cuLibraryUnload,
@@ -60,6 +61,7 @@ class FakeDriver {
     std::string args;       // the first `args_bytes` bytes of the arguments
     bool captured = false;  // recorded, not run
     bool from_graph = false;
+    const std::string* image = nullptr;  // of the kernel, while its library is loaded
   };
 
   FakeDriver();
@@ -127,6 +129,7 @@ class FakeDriver {
   std::map<void*, std::unique_ptr<char[]>> memory_;
   std::map<CudaEvent, double> events_;
   std::map<std::pair<CudaFunction, CudaFunctionAttribute>, int> attributes_;
+  std::string sentence_ = "the fake driver was told to fail";
   double clock_ms_ = 0;
   std::uintptr_t next_handle_ = 0x1000;
 };
