@@ -13,15 +13,10 @@ from torch import Tensor
 from torchkiln._frame import operator
 from torchkiln.ops.detection._regions import is_channels_last, like
 
-__all__ = ["BEZIER", "BORDER", "FEATURE", "ORIENTED", "ROTATED", "fake_rois", "gradient", "pair"]
+__all__ = ["BEZIER", "BORDER", "FEATURE", "ORIENTED", "ROTATED", "fake_rois", "gradient"]
 
 # Values of the schema's `kind`.
 ROTATED, ORIENTED, BEZIER, BORDER, FEATURE = range(5)
-
-
-def pair(output_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width, for one number both the same."""
-    return (output_size, output_size) if isinstance(output_size, int) else output_size
 
 
 def fake_rois(input: Tensor, boxes: Tensor, pooled_height: int, pooled_width: int) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from torchkiln._frame import deterministic_default, operator
-from torchkiln.ops.detection._sampled_roi import BEZIER, fake_rois, gradient, pair
+from torchkiln.ops.detection._regions import bins_of
+from torchkiln.ops.detection._sampled_roi import BEZIER, fake_rois, gradient
 
 __all__ = ["bezier_align"]
 
@@ -99,7 +100,7 @@ def bezier_align(
     return _bezier_align(
         input,
         beziers,
-        *pair(output_size),
+        *bins_of("bezier_align", output_size),
         spatial_scale,
         sampling_ratio,
         aligned,

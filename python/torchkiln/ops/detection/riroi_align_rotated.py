@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from torchkiln._frame import deterministic_default, operator
-from torchkiln.ops.detection._sampled_roi import ORIENTED, fake_rois, gradient, pair
+from torchkiln.ops.detection._regions import bins_of
+from torchkiln.ops.detection._sampled_roi import ORIENTED, fake_rois, gradient
 
 __all__ = ["riroi_align_rotated"]
 
@@ -106,7 +107,7 @@ def riroi_align_rotated(
     return _riroi_align_rotated(
         input,
         boxes,
-        *pair(output_size),
+        *bins_of("riroi_align_rotated", output_size),
         spatial_scale,
         sampling_ratio,
         num_orientations,
