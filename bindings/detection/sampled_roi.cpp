@@ -137,14 +137,14 @@ template <bool kCuda>
 SampledPlan forward(const Tensor& input, const Tensor& boxes, const SampledSettings& settings,
                     bool with_argmax = false) {
   SampledPlan p = plan_sampled(input, boxes, settings, with_argmax);
-  if (p.output.numel() == 0) return p;
   if (p.maps.numel() == 0) {  // no pixel, no sample
     torch::stable::zero_(p.output);
     if (with_argmax) torch::stable::fill_(p.argmax, -1);
-  } else if constexpr (kCuda) {
-    run_sampled_cuda(p);
-  } else {
+  }
+  if constexpr (!kCuda) {
     run_sampled_cpu(p);
+  } else if (p.maps.numel() > 0 && p.output.numel() > 0) {
+    run_sampled_cuda(p);
   }
   return p;
 }

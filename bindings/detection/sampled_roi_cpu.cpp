@@ -351,6 +351,7 @@ void run_sampled_cpu(const SampledPlan& p) {
   }
   with_float(p.maps.scalar_type(), [&]<class Scalar>() {
     check_images<Acc<Scalar>>(p);
+    if (p.maps.numel() == 0 || p.output.numel() == 0) return;
     with_samples(p.kind, [&]<class Op>() { forward<Op, Scalar>(p); });
   });
 }
@@ -367,6 +368,7 @@ Tensor run_sampled_backward_cpu(SampledPlan p) {
   }
   with_float(p.maps.scalar_type(), [&]<class Scalar>() {
     check_images<Acc<Scalar>>(p);
+    if (p.maps.numel() == 0 || p.output.numel() == 0) return;
     with_samples(p.kind, [&]<class Op>() { backward<Op, Scalar>(p); });
   });
   return p.maps;

@@ -72,11 +72,12 @@ TORCHKILN_HD auto load_shape(const Scalar* boxes, i64 index, i64 turn) {
 template <int kForm, class Scalar>
 using ShapeOf = decltype(load_shape<kForm>(static_cast<const Scalar*>(nullptr), 0, 1));
 
-// What a pair gives that shares `common`; 0 where the denominator is 0.
+// What a pair gives that shares `common`; 0 where the denominator is 0, NaN where a number is not finite, of an empty box
+// too.
 template <int kMode, class Shape, class T>
 TORCHKILN_HD T value_of(const Shape& a, const Shape& b, T common) {
   if constexpr (kMode == kArea) return common;
-  if constexpr (kMode == kIof) return box_iou::ratio(common, size_of(a));
+  if constexpr (kMode == kIof) return is_nan(common) ? common : box_iou::ratio(common, size_of(a));
   return box_iou::ratio(common, size_of(a) + size_of(b) - common);
 }
 

@@ -173,12 +173,16 @@ class Draw(Inputs):
         return torch.stack([x, y, (z + dz) / 2, dx, dy, dz - z, angle], 1)
 
     def regions(self, count: int, images: int, extent: float = 100.0) -> Tensor:
-        """(count, 5) batch index and box; now and then an index that only the CPU can refuse."""
-        index = self.integers(count, 1, high=max(images, 1)).double()
-        if count and self.device == "cpu" and (images == 0 or self.chance(0.03)):
+        """(count, 5) batch index and box; see `indexed`."""
+        return self.indexed(self.boxes(count, extent) - extent / 8, images)
+
+    def indexed(self, rows: Tensor, images: int) -> Tensor:
+        """The rows behind a batch index; now and then one that only the CPU can refuse."""
+        index = self.integers(len(rows), 1, high=max(images, 1)).double()
+        if len(rows) and self.device == "cpu" and (images == 0 or self.chance(0.03)):
             self.promise(IndexError)
             index[0] = self.pick(-1, images, images + 1000)
-        return torch.cat([index, self.boxes(count, extent) - extent / 8], 1)
+        return torch.cat([index, rows], 1)
 
     def scores(self, *shape: int) -> Tensor:
         """From 0 to 1; on a grid in quarters."""
@@ -192,9 +196,9 @@ class Draw(Inputs):
         strange = self.integers(count, low=-1, high=2) * (2**33) + classes
         return torch.where(self.uniform(count) < 0.1, strange, labels)
 
-    def threshold(self, boxes: Tensor) -> float:
-        """For an overlap: any, 0, 1, beyond both, or exactly that of two of the boxes."""
-        if self.kind == "grid" and len(boxes) and self.chance(0.5):
+    def threshold(self, boxes: Tensor | None = None) -> float:
+        """For an overlap: any, 0, 1, beyond both, or exactly that of two of the upright boxes."""
+        if boxes is not None and self.kind == "grid" and len(boxes) and self.chance(0.5):
             a, b = (boxes[self._random.randrange(len(boxes))] for _ in range(2))
             common = (torch.minimum(a[2:], b[2:]) - torch.maximum(a[:2], b[:2])).clamp(min=0).prod()
             union = sum((box[2:] - box[:2]).clamp(min=0).prod() for box in (a, b)) - common

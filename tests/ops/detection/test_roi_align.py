@@ -125,9 +125,20 @@ class TestRoiAlign(OpSuite):
                 assert (output >= 0).all()
                 assert other is None or (output == other).all()
 
-    def test_no_channels_are_no_excuse(self) -> None:
-        with pytest.raises(IndexError, match="boxes must have batch indices from 0 to 1"):
-            ops.roi_align(torch.ones(2, 0, 4, 4), torch.tensor([[2.0, 0, 0, 3, 3]]), 2)
+    @pytest.mark.parametrize("size", [(), (1, 2, 3), None])
+    @pytest.mark.parametrize("op", ["roi_align", "roi_pool", "ps_roi_align", "roi_align_rotated"])
+    def test_an_output_size_of_other_than_two_numbers(self, op: str, size: Any) -> None:
+        columns = 6 if op == "roi_align_rotated" else 5
+        with pytest.raises(ValueError, match=f"^{op}: output_size must be one number or two; got"):
+            getattr(ops, op)(torch.ones(1, 4, 4, 4), torch.zeros(1, columns), size)
+
+    @pytest.mark.parametrize("op", ["roi_align", "ps_roi_pool", "roi_align_rotated"])
+    @pytest.mark.parametrize("shape", [(2, 0, 4, 4), (0, 4, 4, 4), (2, 4, 0, 4)])
+    def test_an_index_out_of_range_in_an_empty_map(self, op: str, shape: tuple[int, ...]) -> None:
+        boxes = torch.zeros(1, 6 if op == "roi_align_rotated" else 5)
+        boxes[0, 0] = 2
+        with pytest.raises(IndexError, match=f"^{op}: boxes must have batch indices from 0 to"):
+            getattr(ops, op)(torch.ones(shape), boxes, 2)
 
     def test_batch_index_out_of_range(self, device: str) -> None:
         input = torch.ones(2, 1, 4, 4, device=device, requires_grad=True)

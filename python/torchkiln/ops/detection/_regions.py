@@ -37,6 +37,11 @@ def as_rows(op: str, boxes: Tensor | Sequence[Tensor]) -> Tensor:
     return torch.cat([torch.cat(images), torch.cat(list(boxes))], dim=1)
 
 
-def bins_of(output_size: int | tuple[int, int]) -> tuple[int, int]:
+def bins_of(op: str, output_size: int | tuple[int, int]) -> tuple[int, int]:
     """Height and width of a grid of bins; one number for both."""
-    return (output_size, output_size) if isinstance(output_size, int) else output_size
+    if isinstance(output_size, int):
+        return output_size, output_size
+    if not isinstance(output_size, (tuple, list)) or len(output_size) != 2:
+        raise ValueError(f"{op}: output_size must be one number or two; got {output_size!r}")
+    height, width = output_size
+    return height, width

@@ -100,7 +100,7 @@ def bezier_align(
     return _bezier_align(
         input,
         beziers,
-        *bins_of(output_size),
+        *bins_of("bezier_align", output_size),
         spatial_scale,
         sampling_ratio,
         aligned,

@@ -142,7 +142,7 @@ def ps_roi_align(
         tensor([[[[0., 1.],
                   [2., 3.]]]])
     """
-    height, width = bins_of(output_size)
+    height, width = bins_of("ps_roi_align", output_size)
     rows = as_rows("ps_roi_align", boxes)
     return _ps_roi_align(input, rows, height, width, spatial_scale, sampling_ratio)
 
@@ -192,5 +192,5 @@ def ps_roi_pool(
         tensor([[[[0., 1.],
                   [2., 3.]]]])
     """
-    height, width = bins_of(output_size)
+    height, width = bins_of("ps_roi_pool", output_size)
     return _ps_roi_pool(input, as_rows("ps_roi_pool", boxes), height, width, spatial_scale)

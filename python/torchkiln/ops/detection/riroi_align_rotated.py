@@ -107,7 +107,7 @@ def riroi_align_rotated(
     return _riroi_align_rotated(
         input,
         boxes,
-        *bins_of(output_size),
+        *bins_of("riroi_align_rotated", output_size),
         spatial_scale,
         sampling_ratio,
         num_orientations,

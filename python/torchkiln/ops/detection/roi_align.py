@@ -139,7 +139,7 @@ def roi_align(
                   [10.5000, 12.5000]]]])
     """
     boxes = as_rows("roi_align", boxes)
-    height, width = bins_of(output_size)
+    height, width = bins_of("roi_align", output_size)
     pooling = _POOLING.get(pool_mode)
     if pooling is None:
         raise ValueError(f"roi_align: pool_mode must be 'avg' or 'max'; got {pool_mode!r}")

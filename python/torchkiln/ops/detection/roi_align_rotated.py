@@ -107,7 +107,7 @@ def roi_align_rotated(
     return _roi_align_rotated(
         input,
         boxes,
-        *bins_of(output_size),
+        *bins_of("roi_align_rotated", output_size),
         spatial_scale,
         sampling_ratio,
         aligned,

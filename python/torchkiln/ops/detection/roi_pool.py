@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchkiln._frame import deterministic_default, operator
+from torchkiln.ops.detection._regions import bins_of
 
 __all__ = ["roi_pool"]
 
@@ -135,7 +136,7 @@ def roi_pool(
         tensor([[[[ 5.,  7.],
                   [13., 15.]]]])
     """
-    height, width = (output_size, output_size) if isinstance(output_size, int) else output_size
+    height, width = bins_of("roi_pool", output_size)
     with_argmax = input.requires_grad and torch.is_grad_enabled()
     output, _ = _roi_pool(
         input,

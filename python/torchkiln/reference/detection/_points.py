@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchkiln.testing import Inputs
+from torchkiln.testing import Draw, Inputs
 
 
 def wide(input: Tensor) -> Tensor:
@@ -103,4 +103,18 @@ def channels_last(arguments: dict[str, Any]) -> dict[str, Any]:
     return {
         **arguments,
         "input": arguments["input"].contiguous(memory_format=torch.channels_last),
+    }
+
+
+def drawn(draw: Draw, channels: int) -> dict[str, Any]:
+    """A map and the options that operators on regions share, for a random call."""
+    ratio = draw.option("sampling_ratio", 0, 1, 3)
+    if ratio == 0:
+        draw.undefined("scaled")  # the reference would take all samples of a region of any size
+    return {
+        "input": draw.values(draw.size(3), channels, draw.size(16), draw.size(16), special=False),
+        "output_size": draw.option("output_size", 1, 2, (3, 1)),
+        "spatial_scale": draw.pick(0.25, 1.0, 0.1),
+        "sampling_ratio": ratio,
+        "deterministic": draw.option("deterministic", True, False),
     }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchkiln.reference.detection import _points
-from torchkiln.testing import FORMATS, Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import FORMATS, Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["bezier_align"]
@@ -81,6 +81,7 @@ def parity() -> Parity:
         op="bezier_align",
         tier="B",
         differentiable=("input",),
+        fuzz=_fuzz,
         cases=(
             Case("typical", lambda new: _arguments(new, 8, sampling_ratio=2)),
             Case("adaptive", lambda new: _arguments(new, 6, output_size=(2, 3))),
@@ -145,3 +146,13 @@ def _degenerate(new: Inputs) -> dict[str, Any]:
     rows[3, 1:] = 30 + torch.arange(16.0)
     own = {"input": new.normal(1, 2, 6, 7), "beziers": rows, "output_size": 2}
     return {**own, "deterministic": True}
+
+
+def _fuzz(draw: Draw) -> dict[str, Any]:
+    arguments = _points.drawn(draw, draw.option("channels", 0, 1, 3, 40))
+    images = arguments["input"].shape[0]
+    return {
+        **arguments,
+        "beziers": draw.indexed(draw.values(draw.size(6), 16) * 20, images),
+        "aligned": draw.option("aligned", True, False),
+    }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchkiln.reference.detection import _points
-from torchkiln.testing import FORMATS, Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import FORMATS, Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["border_align"]
@@ -68,6 +68,7 @@ def parity() -> Parity:
         op="border_align",
         tier="B",
         differentiable=("input",),
+        fuzz=_fuzz,
         cases=(
             Case("typical", lambda new: _arguments(new, 12, 4)),
             Case("ends", lambda new: _arguments(new, 5, 1)),
@@ -119,3 +120,14 @@ def _degenerate(new: Inputs) -> dict[str, Any]:
     rows = [[2, 2, 2, 2], [-1, -1, 7, 6], [20, 20, 30, 30], [nan, 1, 3, 3], [0, 0, inf, 3]]
     own = {"input": new.normal(1, 8, 6, 7), "boxes": torch.tensor([rows], dtype=torch.float64)}
     return {**own, "pool_size": 3, "deterministic": True}
+
+
+def _fuzz(draw: Draw) -> dict[str, Any]:
+    images, count = draw.size(3), draw.size(6)
+    shape = (images, 4 * draw.option("channels", 0, 1, 3, 40), draw.size(), draw.size())
+    return {
+        "input": draw.values(*shape, special=False),
+        "boxes": draw.boxes(images * count, 16.0).reshape(images, count, 4),
+        "pool_size": draw.option("pool_size", 1, 3, 10),
+        "deterministic": draw.option("deterministic", True, False),
+    }

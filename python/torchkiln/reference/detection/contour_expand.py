@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchkiln.testing import Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["contour_expand"]
@@ -79,6 +79,7 @@ def parity() -> Parity:
     return Parity(
         op="contour_expand",
         tier="X",
+        fuzz=_fuzz,
         dtypes=(torch.float32,),
         cases=(
             Case("typical", functools.partial(_problem, 5, 23, 31)),
@@ -169,3 +170,9 @@ def text_maps(sizes: Sizes, masks: int) -> tuple[Tensor, Tensor]:
 def _texts(sizes: Sizes) -> dict[str, object]:
     masks, labels = text_maps(sizes, sizes["masks"])
     return _arguments(masks, labels, min_area=5, num_labels=sizes["texts"])
+
+
+def _fuzz(draw: Draw) -> dict[str, object]:
+    masks, labels = draw.option("masks", 1, 2, 5), draw.size(6)
+    area = draw.pick(0, 3, 9)
+    return _problem(masks, draw.size(16), draw.size(16), draw, min_area=area, labels=labels)

@@ -28,8 +28,8 @@ def multi_scale_roi_align(
     pooled_width: int,
     spatial_scales: Sequence[float],
     level_sides: Sequence[float],
-    sampling_ratio: int = -1,
-    aligned: bool = False,
+    sampling_ratio: int,
+    aligned: bool,
 ) -> Tensor:
     """Pools each region on its level.
 

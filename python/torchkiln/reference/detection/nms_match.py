@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchkiln.reference.detection.nms import by_score
-from torchkiln.testing import Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["nms_groups"]
@@ -61,6 +61,7 @@ def parity() -> Parity:
     return Parity(
         op="nms_groups",
         tier="X",
+        fuzz=_fuzz,
         cases=(
             Case("typical", _random(70, 40.0)),
             Case("empty", _random(0)),
@@ -94,3 +95,9 @@ def _grid(new: Inputs) -> dict[str, Any]:
 def _scene(sizes: Sizes) -> dict[str, Any]:
     boxes, scores, _ = scenes.clustered_scene(sizes["boxes"], scenes.SEED)
     return {"boxes": boxes, "scores": scores, "iou_threshold": 0.5}
+
+
+def _fuzz(draw: Draw) -> dict[str, Any]:
+    boxes = draw.boxes(draw.size(60), 40.0)
+    scores = draw.scores(len(boxes))
+    return {"boxes": boxes, "scores": scores, "iou_threshold": draw.threshold(boxes)}

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchkiln.reference.detection.box_iou_rotated import box_iou_rotated
+from torchkiln.reference.detection.box_iou_rotated import box_iou_rotated, corners
 from torchkiln.reference.detection.nms import batched_nms, greedy, padded
-from torchkiln.testing import Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = [
@@ -83,8 +83,8 @@ def nms3d_normal(
     wide = torch.promote_types(boxes.dtype, torch.float32)
     center, half = boxes[:, :2].to(wide), boxes[:, 3:5].to(wide) / 2
     classes = torch.zeros_like(scores, dtype=torch.int64) if labels is None else labels
-    corners = torch.cat([center - half, center + half], 1)
-    return batched_nms(corners, scores.to(wide), classes, iou_threshold)
+    upright = torch.cat([center - half, center + half], 1)
+    return batched_nms(upright, scores.to(wide), classes, iou_threshold)
 
 
 def nms_rotated_padded(
@@ -186,6 +186,7 @@ def _parity(op: str, rows: _Rows, scene: Callable[[Sizes], dict[str, Any]]) -> P
         op=op,
         functions=functions,
         tier="X",
+        fuzz=_fuzz,
         cases=tuple(
             Case(f"{name}_{function}", _for(function, make), functions=(function,))
             for function in functions
@@ -248,11 +249,31 @@ def _turned_scene(sizes: Sizes) -> dict[str, Any]:
 
 
 def _quad_scene(sizes: Sizes) -> dict[str, Any]:
-    from torchkiln.reference.detection.box_iou_rotated import corners
-
     turned = scenes.rotated_boxes(sizes["boxes"], scenes.SEED)
     return _scene(corners(turned).flatten(1), sizes, 0.1)
 
 
 def _street_scene(sizes: Sizes) -> dict[str, Any]:
     return _scene(scenes.cars(sizes["boxes"], scenes.SEED), sizes, 0.25)
+
+
+def _fuzz(draw: Draw) -> dict[str, Any]:
+    op, count = draw.function.removesuffix("_padded"), draw.size(40)
+    if op.startswith("nms3d"):
+        boxes = draw.upright(count, 60.0)
+    else:
+        boxes = draw.rotated(count, 60.0)
+        boxes = corners(boxes).flatten(1) if op == "nms_quadri" else boxes
+    arguments: dict[str, Any] = {
+        "boxes": draw.repeated(boxes, boxes),
+        "scores": draw.scores(count),
+        # Apart or equal, areas are off by rounding alone: 0 and 1 decide nothing.
+        "iou_threshold": draw.pick(-0.5, 1.5, draw.number(0.01, 0.99)),
+    }
+    if draw.function.endswith("_padded"):
+        arguments["max_output"] = draw.size(30)
+    if draw.option("labels", False, True):
+        arguments["labels"] = draw.labels(count, 3)
+    if op == "nms_rotated":
+        arguments["clockwise"] = draw.option("clockwise", True, False)
+    return arguments

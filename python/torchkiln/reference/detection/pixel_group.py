@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchkiln.reference.detection.contour_expand import as_labels, flood, labelled, text_maps
-from torchkiln.testing import Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["pixel_group"]
@@ -68,6 +68,7 @@ def parity() -> Parity:
     return Parity(
         op="pixel_group",
         tier="A",
+        fuzz=_fuzz,
         cases=(
             Case("typical", functools.partial(_problem, 23, 31, 4)),
             # More channels than one chunk of the GPU's means.
@@ -140,3 +141,8 @@ def _texts(sizes: Sizes) -> dict[str, object]:
         "num_labels": sizes["texts"],
         "threshold": 0.8,
     }
+
+
+def _fuzz(draw: Draw) -> dict[str, object]:
+    channels, labels = draw.option("channels", 0, 1, 4), draw.size(6)
+    return _problem(draw.size(16), draw.size(16), channels, draw, labels=labels)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchkiln.reference.detection import _points, roi_align_rotated
-from torchkiln.testing import FORMATS, Case, Inputs, Parity, Workload
+from torchkiln.testing import FORMATS, Case, Draw, Inputs, Parity, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["riroi_align_rotated"]
@@ -70,6 +70,7 @@ def parity() -> Parity:
         op="riroi_align_rotated",
         tier="B",
         differentiable=("input",),
+        fuzz=_fuzz,
         cases=(
             Case("typical", lambda new: _arguments(new, 8, sampling_ratio=2)),
             Case("adaptive", lambda new: _arguments(new, 5, output_size=(2, 3), clockwise=True)),
@@ -99,3 +100,15 @@ def _arguments(
     boxes = _points.rotated_boxes(new, count, shape)
     own = {"input": new.normal(*shape), "boxes": boxes, "output_size": output_size}
     return {**own, "spatial_scale": 0.25, "deterministic": True, **options}
+
+
+def _fuzz(draw: Draw) -> dict[str, Any]:
+    orientations = draw.option("orientations", 1, 3, 8)
+    arguments = _points.drawn(draw, orientations * draw.option("channels", 0, 1, 5))
+    images = arguments["input"].shape[0]
+    return {
+        **arguments,
+        "boxes": draw.indexed(draw.rotated(draw.size(6), 60.0), images),
+        "num_orientations": orientations,
+        "clockwise": draw.option("clockwise", True, False),
+    }

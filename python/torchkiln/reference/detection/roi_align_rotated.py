@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchkiln.reference.detection import _points
-from torchkiln.testing import FORMATS, Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import FORMATS, Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["roi_align_rotated"]
@@ -92,6 +92,7 @@ def parity() -> Parity:
         op="roi_align_rotated",
         tier="B",
         differentiable=("input",),
+        fuzz=_fuzz,
         cases=(
             Case("typical", lambda new: _arguments(new, 12, sampling_ratio=2)),
             Case("adaptive", lambda new: _arguments(new, 6, output_size=(2, 3), clockwise=True)),
@@ -170,4 +171,15 @@ def _degenerate(new: Inputs) -> dict[str, Any]:
         "boxes": torch.tensor(rows, dtype=torch.float64),
         "output_size": 2,
         "deterministic": True,
+    }
+
+
+def _fuzz(draw: Draw) -> dict[str, Any]:
+    arguments = _points.drawn(draw, draw.option("channels", 0, 1, 3, 40))
+    images = arguments["input"].shape[0]
+    return {
+        **arguments,
+        "boxes": draw.indexed(draw.rotated(draw.size(6), 60.0), images),
+        "aligned": draw.option("aligned", True, False),
+        "clockwise": draw.option("clockwise", True, False),
     }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchkiln.reference.detection import _points
-from torchkiln.testing import FORMATS, Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import FORMATS, Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["rotated_feature_align"]
@@ -68,6 +68,7 @@ def parity() -> Parity:
         op="rotated_feature_align",
         tier="B",
         differentiable=("input",),
+        fuzz=_fuzz,
         cases=(
             Case("typical", lambda new: _arguments(new, (2, 5, 13, 11), 5)),
             Case("centres", lambda new: _arguments(new, (1, 3, 8, 9), 1)),
@@ -121,3 +122,15 @@ def _degenerate(new: Inputs) -> dict[str, Any]:
     own = {"input": new.normal(1, 2, 2, 3), "points": 5, "spatial_scale": 1.0}
     boxes = torch.tensor(rows, dtype=torch.float64).reshape(1, 2, 3, 5)
     return {**own, "boxes": boxes, "deterministic": True}
+
+
+def _fuzz(draw: Draw) -> dict[str, Any]:
+    images, height, width = draw.size(3), draw.size(8), draw.size(8)
+    channels = draw.option("channels", 0, 1, 3, 40)
+    return {
+        "input": draw.values(images, channels, height, width, special=False),
+        "boxes": draw.rotated(images * height * width, 40.0).reshape(images, height, width, 5),
+        "spatial_scale": draw.pick(0.25, 1.0, 0.1),
+        "points": draw.option("points", 1, 5),
+        "deterministic": draw.option("deterministic", True, False),
+    }
