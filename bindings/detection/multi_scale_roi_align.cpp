@@ -450,6 +450,8 @@ MultiScalePlan plan_multi_scale(const std::vector<Tensor>& inputs, const Tensor&
                text(first),
            text(input));
     }
+    if (input.size(2) == 0 || input.size(3) == 0)
+      fail(TORCHKILN_ERROR_VALUE, kOp, "inputs", "have pixels on each level", text(input));
     check_shape_of_maps(kOp, {input.size(0), input.size(1), input.size(2), input.size(3)});
   }
   check_regions(kOp, boxes, options);

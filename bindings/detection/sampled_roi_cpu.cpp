@@ -326,7 +326,8 @@ Tensor empty_layout_like(const Tensor& tensor) {
 // about a sample a pixel.
 bool is_worth_turning(const SampledPlan& p) {
   const Args& a = p.args;
-  return !p.channels_last && a.channels >= 8 && a.groups * a.bins * a.hint >= 2 * a.n * a.h * a.w;
+  if (p.channels_last || p.maps.numel() == 0) return false;
+  return a.channels >= 8 && a.groups * a.bins * a.hint >= 2 * a.n * a.h * a.w;
 }
 
 }  // namespace

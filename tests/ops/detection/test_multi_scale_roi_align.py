@@ -105,6 +105,14 @@ def test_too_many_levels() -> None:
         ops.multi_scale_roi_align([], boxes, 2, [], [])
 
 
+def test_a_level_without_pixels() -> None:
+    levels = [torch.ones(1, 1, 4, 4), torch.ones(1, 1, 0, 2)]
+    with pytest.raises(
+        ValueError, match=r"inputs must have pixels on each level; got \(1, 1, 0, 2\)"
+    ):
+        ops.multi_scale_roi_align(levels, torch.zeros(1, 5), 2, [1.0, 0.5], [8.0])
+
+
 def test_batch_index_out_of_range() -> None:
     boxes = torch.tensor([[1.0, 0, 0, 3, 3]])
     with pytest.raises(IndexError, match=rf"^{_OP}: boxes must have batch indices from 0 to 0"):

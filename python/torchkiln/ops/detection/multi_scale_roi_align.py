@@ -102,7 +102,7 @@ def multi_scale_roi_align(
 
     Raises:
         TypeError: for another dtype.
-        ValueError: for another shape, device, number or option.
+        ValueError: for another shape, device, number or option, or a level without pixels.
         IndexError: for a batch index out of range, on the CPU. On CUDA such a region gives 0.
 
     Differentiable: inputs. Deterministic: yes, gradients too.
@@ -123,7 +123,7 @@ def multi_scale_roi_align(
         >>> multi_scale_roi_align(inputs, boxes, 1, [0.5, 0.25], [16.0]).flatten()
         tensor([1., 2.])
     """
-    height, width = bins_of(output_size)
+    height, width = bins_of("multi_scale_roi_align", output_size)
     rows = as_rows("multi_scale_roi_align", boxes)
     return _multi_scale_roi_align(
         list(inputs),

@@ -116,5 +116,5 @@ def prroi_pool(
         >>> prroi_pool(input, torch.tensor([[0.0, 1.0, 1.0, 2.0, 2.0]]), 1)
         tensor([[[[7.5000]]]])
     """
-    height, width = bins_of(output_size)
+    height, width = bins_of("prroi_pool", output_size)
     return _prroi_pool(input, as_rows("prroi_pool", boxes), height, width, spatial_scale)

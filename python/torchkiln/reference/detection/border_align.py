@@ -75,6 +75,7 @@ def parity() -> Parity:
             Case("long", lambda new: _arguments(new, 3, 70, (1, 8, 9, 7))),
             Case("no_boxes", lambda new: _arguments(new, 0, 2)),
             Case("no_channels", lambda new: _arguments(new, 3, 2, (1, 0, 5, 6))),
+            Case("no_pixels", lambda new: _arguments(new, 3, 2, (2, 4 * 40, 0, 0))),
             Case("single", lambda new: _arguments(new, 1, 1, (1, 4, 1, 1))),
             Case("wide", lambda new: _arguments(new, 30, 3, (2, 4 * 40, 6, 5))),
             Case("channels_last", lambda new: _points.channels_last(_arguments(new, 7, 3))),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchkiln.reference.detection.nms import greedy, padded
-from torchkiln.testing import Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 
 __all__ = ["line_nms", "line_nms_padded"]
 
@@ -75,6 +75,7 @@ def parity() -> Parity:
         op="line_nms",
         functions=functions,
         tier="X",
+        fuzz=_fuzz,
         cases=tuple(
             Case(f"{name}_{function}", _for(function, make), functions=(function,))
             for function in functions
@@ -131,3 +132,19 @@ def _scene(sizes: Sizes) -> dict[str, Any]:
         "distance": 50.0,
     }
     return arguments | ({"max_output": sizes["most"]} if "most" in sizes else {})
+
+
+def _fuzz(draw: Draw) -> dict[str, Any]:
+    count, heights = draw.size(30), draw.option("heights", 2, 20)
+    head = draw.uniform(count, 5)
+    head[:, 4] *= 1.2 * heights
+    x = draw.boxes(count, 40.0)[:, :1] + draw.boxes(count, 4.0)[:, :1] * torch.arange(heights)
+    lanes = draw.strange(torch.cat([head, x], 1))
+    arguments: dict[str, Any] = {
+        "boxes": draw.repeated(lanes, lanes),
+        "scores": draw.scores(count),
+        "distance": draw.pick(-1.0, draw.number(0.1, 30.0), 1e4),
+    }
+    if draw.function == "line_nms_padded":
+        arguments["max_output"] = draw.size(20)
+    return arguments

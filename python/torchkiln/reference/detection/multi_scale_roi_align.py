@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchkiln.reference.detection.roi_align import roi_align
-from torchkiln.testing import FORMATS, Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import FORMATS, Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["multi_scale_roi_align"]
@@ -70,6 +70,7 @@ def parity() -> Parity:
     return Parity(
         op="multi_scale_roi_align",
         tier="B",
+        fuzz=_fuzz,
         arrange=_three,
         differentiable=("fine", "middle", "coarse"),
         cases=(
@@ -173,4 +174,24 @@ def _degenerate(new: Inputs) -> dict[str, Any]:
         "boxes": torch.tensor(rows, dtype=torch.float64),
         "output_size": 2,
         "sampling_ratio": 2,
+    }
+
+
+def _fuzz(draw: Draw) -> dict[str, Any]:
+    images, channels = draw.size(3), draw.option("channels", 0, 1, 5, 40)
+    ratio = draw.option("sampling_ratio", 0, 1, 3)
+    if ratio == 0:
+        draw.undefined("scaled")  # the reference would take all samples of a region of any size
+    levels = {
+        name: draw.values(images, channels, draw.size(16, 1), draw.size(16, 1), special=False)
+        for name in ("fine", "middle", "coarse")
+    }
+    return {
+        **levels,
+        "boxes": draw.regions(draw.size(6), images, 60.0),
+        "output_size": draw.option("output_size", 1, 2, (3, 1)),
+        "spatial_scales": [0.5, 0.25, 0.125],
+        "level_sides": [16.0, 32.0],
+        "sampling_ratio": ratio,
+        "aligned": draw.option("aligned", False, True),
     }

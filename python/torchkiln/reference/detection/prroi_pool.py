@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchkiln.testing import FORMATS, Case, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import FORMATS, Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["prroi_pool"]
@@ -74,6 +74,7 @@ def parity() -> Parity:
     return Parity(
         op="prroi_pool",
         tier="B",
+        fuzz=_fuzz,
         differentiable=("input", "boxes"),
         cases=(
             Case("typical", lambda new: _arguments(new, 9)),
@@ -152,4 +153,14 @@ def _degenerate(new: Inputs) -> dict[str, Any]:
         "input": new.normal(1, 2, 6, 7),
         "boxes": torch.tensor(rows, dtype=torch.float64),
         "output_size": 2,
+    }
+
+
+def _fuzz(draw: Draw) -> dict[str, Any]:
+    shape = (draw.size(3), draw.option("channels", 0, 1, 5, 40), draw.size(16), draw.size(16))
+    return {
+        "input": draw.values(*shape, special=False),
+        "boxes": draw.regions(draw.size(6), shape[0], 60.0),
+        "output_size": draw.option("output_size", 1, 2, (3, 1)),
+        "spatial_scale": draw.pick(0.25, 1.0, 0.1),
     }
