@@ -41,10 +41,12 @@ def _kept(
 ) -> Tensor:
     wide = torch.promote_types(boxes.dtype, torch.float32)
     boxes, scores = boxes.to(wide), scores.to(wide)
+    area = box_iou_rotated(boxes, boxes, form, mode=2, aligned=True)
 
     def hits(row: int) -> Tensor:
         overlaps = box_iou_rotated(boxes[row : row + 1], boxes, form, clockwise=clockwise)[0]
-        return overlaps > iou_threshold
+        # Two without an area have no overlap that could exceed anything, not even a number below 0.
+        return (overlaps > iou_threshold) & ~((area == 0) & (area[row] == 0))
 
     return greedy(scores, labels, hits)
 
