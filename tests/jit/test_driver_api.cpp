@@ -83,6 +83,7 @@ TEST(CudaApi, AsksForTheFormsThatWereRenamed) {
 }
 
 TEST(CudaApi, FailedCallTellsCallCodeAndContext) {
+  const FakeDriver driver;  // has the sentence
   const CudaApi cuda = FakeDriver::api();
   EXPECT_NO_THROW(check(cuda, kCudaSuccess, "cuLaunchKernel", "x"));
   try {
