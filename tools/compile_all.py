@@ -18,6 +18,7 @@ import os
 import re
 import statistics
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,7 @@ def write_report(output: Path, architectures: list[str], rows: list[dict[str, An
     help="rotation: each entry's default once for each architecture. "
     "spread: every variant with its defaults, every dtype with every corner of the space.",
 )
+@click.option("--share", type=click.IntRange(1), default=1, help="Only one kernel in so many.")
 @click.option("--jobs", type=int, help="Compiles at a time; by default one for each core.")
 @click.option("--count", is_flag=True, help="Only tell how many kernels there are.")
 @click.option(
@@ -224,7 +226,13 @@ def write_report(output: Path, architectures: list[str], rows: list[dict[str, An
     help="Where the report goes: <output>.json and <output>.md.",
 )  # fmt: skip
 def main(
-    arch: str | None, points: str, jobs: int | None, count: bool, cache: Path, output: Path
+    arch: str | None,
+    points: str,
+    share: int,
+    jobs: int | None,
+    count: bool,
+    cache: Path,
+    output: Path,
 ) -> None:
     """Runs the selection; see the module's docstring."""
     # Before the engine reads them: a folder of its own, in which nothing is ever evicted.
@@ -241,6 +249,8 @@ def main(
         work = spread(architectures)
     else:
         work = product(points, architectures)
+    # By name: the same ones at every run, and of every operator.
+    work = [row for row in work if zlib.crc32(row[0]["text"].encode()) % share == 0]
     if count:
         click.echo(f"{len(work)} kernels")
         return
