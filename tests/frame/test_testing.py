@@ -89,7 +89,7 @@ def test_verify_reports_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_verify_reports_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    def broken(boxes1: Tensor, boxes2: Tensor, **options: object) -> Tensor:
         raise MemoryError("no room")
 
     monkeypatch.setattr(ops, "box_iou", broken)
