@@ -1,5 +1,6 @@
 // corner_pool on the GPU, forward and backward: a scan in one pass over the data. Each thread keeps a few items, folds
 // them, learns from its neighbours what comes before them, and goes through them again.
+// spills: up to 24 bytes for wide types and indices, by ptxas' own choice: no kernel asks for a number of blocks.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

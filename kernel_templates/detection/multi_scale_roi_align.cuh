@@ -1,5 +1,6 @@
 // roi_align over a pyramid on the GPU: all levels in one launch. A block, or a thread, looks up its level and then does
 // what its namesake in roi_align.cuh does; tables and quads assign the levels.
+// spills: up to 36 bytes for half types and wide indices, by ptxas' own choice: no kernel asks for a number of blocks.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
