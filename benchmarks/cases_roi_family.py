@@ -23,6 +23,7 @@ from benchmarks.cases import (
     TORCHVISION,
     Case,
     Pooling,
+    Target,
     bound,
     name_of,
     nbytes,
@@ -33,10 +34,8 @@ from benchmarks.cases import (
     workload,
 )
 from benchmarks.harness import Call, Inputs, Side, Work
+from benchmarks.mmcv_sides import MMCV, mmcv_sides
 from torchkiln.testing import _scenes as scenes
-
-__all__ = ["rows"]
-
 
 # --- position-sensitive pooling -----------------------------------------------------------------
 
@@ -94,10 +93,11 @@ def _pyramid(
     direction: str,
     dtype: torch.dtype = F32,
     layout: str = "NCHW",
+    image: tuple[int, int] = (800, 1344),
+    channels: int = 256,
     **options: Any,
 ) -> Case:
     """MultiScaleRoIAlign of P2 to P6, eager, against torchvision's module."""
-    image, channels = (800, 1344), 256
 
     def make_module(find: Callable[[], Any]) -> Callable[[Inputs], Call]:
         return lambda inputs: _pyramid_call(find()(list(_NAMES), bins, 2), inputs, image, direction)
@@ -141,8 +141,10 @@ def _pyramid(
 # --- precise pooling ----------------------------------------------------------------------------
 
 
-def _prroi(p: Pooling, direction: str, layout: str = "NCHW", of_boxes: bool = False) -> Case:
-    """prroi_pool, which no package here has; `of_boxes`: the gradient of the boxes alone."""
+def _prroi(
+    p: Pooling, direction: str, layout: str = "NCHW", of_boxes: bool = False, **more: Any
+) -> Case:
+    """prroi_pool against mmcv's; `of_boxes`: the gradient of the boxes alone."""
     names, arguments = ("input", "rois"), (p.bins, p.scale)
 
     def box_gradient(inputs: Inputs) -> Call:
@@ -150,19 +152,25 @@ def _prroi(p: Pooling, direction: str, layout: str = "NCHW", of_boxes: bool = Fa
         out = ours("prroi_pool")(inputs["input"].detach(), rois, *arguments)
         return lambda: torch.autograd.grad(out, rois, inputs["grad"], retain_graph=True)[0]
 
+    def of_mmcv(ops: Any, i: Inputs) -> Call:
+        return lambda: ops.prroi_pool(i["input"], i["rois"], (p.bins, p.bins), p.scale)
+
     def make(device: torch.device) -> Work:
         pooled = side(OURS, lambda: bound(ours("prroi_pool"), names, *arguments), direction)
+        peers = mmcv_sides(None if of_boxes else of_mmcv, direction)
         return Work(
             p.inputs(device, F32, layout, direction),
-            [Side(OURS, box_gradient) if of_boxes else pooled],
+            [Side(OURS, box_gradient) if of_boxes else pooled, *peers],
             floor_bytes=p.floor_bytes(F32, FORWARD if of_boxes else direction),
         )
 
     note = ", gradient of boxes" if of_boxes else ""
-    return Case("prroi_pool", f"{p}{note}", name_of(F32), direction, make, layout=layout)
+    goal = (Target("speedup", 3, 6, MMCV),) if layout == "NCHW" and not of_boxes else ()
+    options: dict[str, Any] = {"layout": layout, "targets": goal, "quick": bool(goal), **more}
+    return Case("prroi_pool", f"{p}{note}", name_of(F32), direction, make, **options)
 
 
-def rows() -> Iterator[Case]:
+def gpu_rows() -> Iterator[Case]:
     """R-FCN's and Light-Head's maps, Faster R-CNN's pyramid, and precise pooling of its map."""
     for operator in ("ps_roi_align", "ps_roi_pool"):
         goal = speedup(3, 5)
@@ -186,3 +194,28 @@ def rows() -> Iterator[Case]:
         yield _prroi(head, BACKWARD, layout)
         yield _prroi(refine, FORWARD, layout)
     yield _prroi(refine, BACKWARD, of_boxes=True)
+
+
+GPU_TABLES = (gpu_rows,)
+
+
+def cpu_rows(threads: int) -> Iterator[Case]:
+    """Against torchvision's, with one thread and with all; mmcv has no prroi_pool on the CPU."""
+    goal = speedup(1, 2) if threads == 1 else speedup(6, 10)
+    options: dict[str, Any] = {"device": "cpu", "threads": threads, "targets": goal, "quick": True}
+    map_of_rfcn = PsPooling(1, 490, 50, 84, 300, 7, stride=16)
+    for direction in (FORWARD, BACKWARD):
+        yield _ps("ps_roi_align", map_of_rfcn, direction, **options)
+        yield _ps("ps_roi_pool", map_of_rfcn, direction, **options)
+        yield _pyramid(1, 256, 7, direction, image=(400, 672), **options)
+
+
+def tiny_rows() -> Iterator[Case]:
+    """Every builder once, small."""
+    options: dict[str, Any] = {"device": "cpu", "quick": True}
+    tiny = PsPooling(1, 18, 12, 14, 5, 3, stride=8, low=16, high=96)
+    for direction in (FORWARD, BACKWARD):
+        yield _ps("ps_roi_align", tiny, direction, **options)
+        yield _ps("ps_roi_pool", tiny, direction, **options)
+        yield _pyramid(1, 9, 3, direction, image=(128, 160), channels=8, **options)
+        yield _prroi(Pooling(1, 8, 20, 24, 6, 3, stride=8, low=16, high=96), direction, **options)

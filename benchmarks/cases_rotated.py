@@ -31,6 +31,7 @@ from benchmarks.cases import (
     side,
 )
 from benchmarks.harness import Inputs, Work
+from benchmarks.mmcv_sides import by_name, mmcv_sides
 
 NAMES = ("boxes1", "boxes2")
 # Rows of the first set at a time: the reference keeps 64 vertices of each pair.
@@ -70,7 +71,10 @@ def pairs(
         columns = inputs["boxes1"].shape[1]
         return Work(
             inputs,
-            [side(OURS, lambda: bound(ours(function), NAMES))],
+            [
+                side(OURS, lambda: bound(ours(function), NAMES)),
+                *mmcv_sides(by_name(function, *NAMES)),
+            ],
             oracle=lambda i: in_chunks(answer, i),
             floor_bytes=nbytes(dtype) * (n * m + columns * (n + m)),
         )
@@ -102,6 +106,7 @@ def loss(
             [
                 side(OURS, lambda: partial(call, ours(function)), direction),
                 side(PLAIN, lambda: partial(call, plain), direction),
+                *mmcv_sides(lambda ops, i: call(getattr(ops, function), i), direction),
             ],
             oracle=lambda i: side("", lambda: partial(call, plain), direction).prepare(i)(),
             floor_bytes=nbytes(dtype)

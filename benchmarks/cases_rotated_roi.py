@@ -1,14 +1,12 @@
 """Rows of the operators that pool bilinear samples at points of any place.
 
-torchvision has none of them. mmcv is a side where a full one, with its own CUDA operators, is
-installed; elsewhere that side fails alone.
+torchvision has none of them. Autograd Functions of mmcv take arguments by position only.
 
 SPDX-License-Identifier: Apache-2.0
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,9 +34,9 @@ from benchmarks.cases import (
     side,
 )
 from benchmarks.harness import Inputs, Work
+from benchmarks.mmcv_sides import MMCV, mmcv_sides
 from torchkiln import backend
 
-MMCV = "mmcv"
 GOAL = (Target("speedup", 3, 6, MMCV),)
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -87,11 +85,6 @@ SUBJECTS = {
         {"images": 1, "channels": 8, "height": 9, "width": 8},
     ),
 }
-
-
-def mmcv(operator: str) -> Callable[..., Tensor]:
-    """The operator of a full mmcv; its autograd Functions take arguments by position only."""
-    return getattr(importlib.import_module("mmcv.ops"), operator)  # type: ignore[no-any-return]
 
 
 def reference(operator: str) -> Callable[..., Tensor]:
@@ -145,7 +138,9 @@ def row(
             inputs,
             [
                 side(OURS, lambda: by_position(ours(operator), names, made), direction),
-                side(MMCV, lambda: by_position(mmcv(operator), names, made), direction),
+                *mmcv_sides(
+                    lambda ops, i: by_position(getattr(ops, operator), names, made)(i), direction
+                ),
             ],
             oracle=oracle_of(by_position(reference(operator), names, made), direction),
             floor_bytes=nbytes(dtype) * (inputs["input"].numel() + shape.numel()),

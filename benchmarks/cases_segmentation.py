@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import data
+from benchmarks import mmcv_sides as peers
 from benchmarks.cases import (
     BACKWARD,
     F16,
@@ -35,6 +36,7 @@ from benchmarks.cases import (
     workload,
 )
 from benchmarks.harness import Inputs, Work
+from benchmarks.mmcv_sides import PeerCall, by_name, mmcv_sides
 
 # --- corner_pool --------------------------------------------------------------------------------
 
@@ -71,6 +73,7 @@ def corner_pool(
             [
                 side(OURS, lambda: bound(ours("corner_pool"), names, mode), direction),
                 side(PLAIN, lambda: answer, direction),
+                *mmcv_sides(lambda ops, i: partial(ops.CornerPool(mode), i["input"]), direction),
             ],
             oracle=oracle_of(answer, direction),
             floor_bytes=(2 if direction == FORWARD else 3) * nbytes(dtype) * features.numel(),
@@ -99,7 +102,7 @@ def corner_pool_rows() -> Iterator[Case]:
         yield corner_pool((1, 64, 512, 512), mode)
 
 
-# --- polygons and regions: no peer runs them beside ours ------------------------------------------
+# --- polygons and regions -----------------------------------------------------------------------
 
 
 def of_workload(
@@ -110,6 +113,7 @@ def of_workload(
     written: int,
     sizes: dict[str, int] | None = None,
     dtype: torch.dtype = F32,
+    peer: PeerCall | None = None,
     **options: Any,
 ) -> Case:
     """The arguments of a workload; `names` are its tensors, `written` the bytes of the result."""
@@ -124,7 +128,12 @@ def of_workload(
         def bind(i: Inputs) -> Any:
             return partial(ours(operator), **{key: i[key] for key in names}, **rest)
 
-        return Work(inputs, [side(OURS, lambda: bind)], floor_bytes=read + written)
+        def call(ops: Any, i: Inputs) -> Any:
+            assert peer is not None
+            return peer(ops, {**i, **rest})
+
+        sides = [side(OURS, lambda: bind), *mmcv_sides(peer and call, synchronises=True)]
+        return Work(inputs, sides, floor_bytes=read + written)
 
     return Case(operator, size, name_of(dtype), FORWARD, make, **options)
 
@@ -139,6 +148,7 @@ def convex_iou(n: int, m: int, dtype: torch.dtype = F32, **options: Any) -> Case
         nbytes(dtype) * n * m,
         {"n": n, "m": m},
         dtype,
+        by_name("convex_iou", "pointsets", "polygons"),
         **options,
     )
 
@@ -147,16 +157,18 @@ def convex_giou(n: int, **options: Any) -> Case:
     """Value and gradient of pairs that overlap."""
     names = ("pointsets", "polygons")
     written = 4 * 19 * n
+    peer, sizes = by_name("convex_giou", *names), {"n": n}
     return of_workload(
-        "convex_giou", "positives", names, f"{n} pairs", written, {"n": n}, **options
+        "convex_giou", "positives", names, f"{n} pairs", written, sizes, peer=peer, **options
     )
 
 
 def min_area_polygons(n: int, **options: Any) -> Case:
     """Nine points each."""
     names = ("pointsets",)
+    peer, sizes, written = by_name("min_area_polygons", *names), {"n": n}, 4 * 8 * n
     return of_workload(
-        "min_area_polygons", "dense", names, f"{n} pointsets", 4 * 8 * n, {"n": n}, **options
+        "min_area_polygons", "dense", names, f"{n} pointsets", written, sizes, peer=peer, **options
     )
 
 
@@ -165,8 +177,9 @@ def contour_expand(side: int, masks: int, **options: Any) -> Case:
     sizes = {"masks": masks, "height": side, "width": side}
     size = f"{side}x{side}, {masks} masks"
     written = 4 * side * side
+    names, peer = ("masks", "labels"), peers.contour_expand
     return of_workload(
-        "contour_expand", "psenet", ("masks", "labels"), size, written, sizes, **options
+        "contour_expand", "psenet", names, size, written, sizes, peer=peer, **options
     )
 
 
@@ -175,7 +188,8 @@ def pixel_group(side: int, **options: Any) -> Case:
     names = ("scores", "mask", "embeddings", "labels", "contour")
     sizes = {"height": side, "width": side}
     written = 4 * side * side
-    return of_workload("pixel_group", "pan", names, f"{side}x{side}", written, sizes, **options)
+    size, peer = f"{side}x{side}", peers.pixel_group
+    return of_workload("pixel_group", "pan", names, size, written, sizes, peer=peer, **options)
 
 
 def polygon_rows() -> Iterator[Case]:

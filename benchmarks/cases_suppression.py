@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.cases import F32, FORWARD, OURS, PARITIES, Case, Mmcv, Target, name_of, ours, side
 from benchmarks.harness import Inputs, Work
+from benchmarks.mmcv_sides import mmcv_sides, suppression
 
 # Above it the reference, one box after the other, takes minutes.
 MOST_CHECKED = 5000
@@ -29,6 +30,8 @@ def row(
     """One of an operator's workloads, in any size. What is not padded waits for its size."""
     name = function or op
     is_sized = not (name.endswith("_padded") or name == "nms_groups")
+    # mmcv keeps rows, scores and lists where we keep indices, so nothing of it is compared here.
+    peer = suppression(name, labelled="classes" in sizes and not name.startswith("soft_nms"))
 
     def arguments(device: torch.device) -> Inputs:
         (found,) = (w for w in PARITIES[op].workloads if w.name == workload)
@@ -46,7 +49,10 @@ def row(
     def make(device: torch.device) -> Work:
         return Work(
             arguments(device),
-            [side(OURS, lambda: bind(lambda: ours(name)), synchronises=is_sized)],
+            [
+                side(OURS, lambda: bind(lambda: ours(name)), synchronises=is_sized),
+                *mmcv_sides(peer, synchronises=True, compared=False),
+            ],
             oracle=answer if sizes["boxes"] <= MOST_CHECKED else None,
         )
 

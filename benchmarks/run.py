@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import importlib
 import json
 import os
 import platform
@@ -28,7 +29,7 @@ from typing import Any
 import click
 import torch
 
-from benchmarks import cases
+from benchmarks import cases, mmcv_sides
 from benchmarks.cases import OURS, Case
 from benchmarks.clock import ClockLog
 from benchmarks.harness import CpuBench, CudaBench, Settings, short
@@ -83,6 +84,7 @@ def facts(commit: str, settings: Settings, on_gpu: bool) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": version_of("torchvision"),
+        "mmcv": importlib.import_module("mmcv").__version__ if mmcv_sides.is_built() else "none",
         "triton": version_of("triton"),
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),

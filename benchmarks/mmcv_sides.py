@@ -1,0 +1,97 @@
+"""mmcv's operators as sides of the benchmark, where an mmcv with compiled operators is installed.
+
+Each is called as mmcv's users call it, on the inputs of our side.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.cases import FORWARD, side
+from benchmarks.harness import Call, Inputs, Side
+
+MMCV = "mmcv"
+# Makes the timed call from mmcv.ops and the inputs.
+PeerCall = Callable[[Any, Inputs], Call]
+
+
+@functools.cache
+def is_built() -> bool:
+    """True if mmcv's compiled operators can be imported; mmcv-lite has none."""
+    return importlib.util.find_spec("mmcv") is not None and (
+        importlib.util.find_spec("mmcv._ext") is not None
+    )
+
+
+def mmcv_sides(call: PeerCall | None, direction: str = FORWARD, **options: Any) -> list[Side]:
+    """One side, or none where mmcv is not built or has no such operator on this device."""
+    if call is None or not is_built():
+        return []
+    made = call
+
+    def find() -> Callable[[Inputs], Call]:
+        return functools.partial(made, importlib.import_module("mmcv.ops"))
+
+    return [side(MMCV, find, direction, **options)]
+
+
+def by_name(operator: str, *names: str) -> PeerCall:
+    """Mmcv's operator on the inputs of these names, by position."""
+
+    def call(ops: Any, inputs: Inputs) -> Call:
+        return functools.partial(getattr(ops, operator), *(inputs[name] for name in names))
+
+    return call
+
+
+def _kept(operator: str) -> PeerCall:
+    return lambda ops, i: functools.partial(
+        getattr(ops, operator), i["boxes"], i["scores"], i["iou_threshold"]
+    )
+
+
+def _soft_nms(ops: Any, i: Inputs) -> Call:
+    options = {"iou_threshold": 0.3, "min_score": i["min_score"]}
+    if "idxs" not in i:
+        return lambda: ops.soft_nms(i["boxes"], i["scores"], **options)
+    config = {"type": "soft_nms", **options}
+    return lambda: ops.batched_nms(i["boxes"], i["scores"], i["idxs"], config)
+
+
+def _nms_match(ops: Any, i: Inputs) -> Call:
+    def call() -> Any:
+        import torch
+
+        return ops.nms_match(torch.cat([i["boxes"], i["scores"][:, None]], 1), i["iou_threshold"])
+
+    return call
+
+
+def suppression(operator: str, labelled: bool) -> PeerCall | None:
+    """How mmcv's users get what one of our suppressions gives."""
+    if operator in ("soft_nms", "soft_nms_padded"):
+        return _soft_nms
+    if operator == "nms_groups":
+        return _nms_match
+    name = operator.removesuffix("_padded")
+    return None if labelled else _kept(name)
+
+
+def contour_expand(ops: Any, i: Inputs) -> Call:
+    """Mmcv has it on the CPU only: maps are copied there first, as its users must do."""
+    return lambda: ops.contour_expand(
+        i["masks"].cpu(), i["labels"].cpu(), i["min_area"], i["num_labels"]
+    )
+
+
+def pixel_group(ops: Any, i: Inputs) -> Call:
+    """As contour_expand."""
+    names = ("scores", "mask", "embeddings", "labels", "contour")
+    rest = i["num_labels"], i["threshold"]
+    return lambda: ops.pixel_group(*(i[name].cpu() for name in names), *rest)
