@@ -350,7 +350,7 @@ Tensor forward_cuda(std::vector<Tensor> inputs, const Tensor& boxes, std::int64_
 }
 
 void launch_backward(const CudaPlace& place, MultiScalePlan& p) {
-  p.bins = by_channel(place, p.bins);
+  p.bins = as_layout(place, p.bins, true);
   p.args.bins = const_cast<void*>(p.bins.const_data_ptr());
   const TapTable<Args> table = make_table(place, p);
   const auto [taps, ranges, spans] = table.read();

@@ -104,7 +104,7 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes, std::int64_
     return p.maps;
   }
   const CudaPlace place(p.maps);
-  p.bins = by_channel(place, p.bins);
+  p.bins = as_layout(place, p.bins, true);
   p.args.bins = const_cast<void*>(p.bins.const_data_ptr());
   gather_by_table(place, p, make_table(place, p.maps, p.boxes, p.args));
   return p.maps;

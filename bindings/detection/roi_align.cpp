@@ -18,7 +18,6 @@ namespace {
 
 using roi_align::Args;
 using roi_align::StagedArgs;
-using roi_align::TransposeArgs;
 
 constexpr const char* kOp = "roi_align";
 // Bins are numbered with 32 bits.
@@ -51,9 +50,6 @@ struct Sizes {
 struct StagedSizes {
   std::int64_t groups, k, images, bands, band_bytes, axis_bins;  // groups of maps
 };
-struct TransposeSizes {
-  std::int64_t k, c, bins;
-};
 struct BlockTunables {
   std::int64_t block_size;
 };
@@ -84,7 +80,6 @@ using Direct = Kernel<Args, DirectStatics, Sizes, BlockTunables>;
 using Backward = Kernel<Args, DirectStatics, Sizes, TileTunables>;
 using Quads = Kernel<StagedArgs, TableStatics, StagedSizes, BlockTunables>;
 using Staged = Kernel<StagedArgs, StagedStatics, StagedSizes, BlockTunables>;
-using Transpose = Kernel<TransposeArgs, TableStatics, TransposeSizes, BlockTunables>;
 
 const Tables tables_kernel({
     .path = "detection/roi_align.cuh",
@@ -158,25 +153,6 @@ const Staged staged_kernel({
         [](const Staged::Problem& p, const BlockTunables& t) {
           return linear(p.sizes.groups * p.sizes.bands, t.block_size,
                         static_cast<std::uint32_t>(p.sizes.band_bytes));
-        },
-});
-
-const Transpose transpose_kernel({
-    .path = "detection/roi_align.cuh",
-    .entry = "transpose",
-    .operators = {"roi_align", "multi_scale_roi_align", "prroi_pool"},
-    .statics = {types("scalar", kFloatTypes)},
-    .sizes = {{"k", TORCHKILN_BUCKET_NONE},
-              {"c", TORCHKILN_BUCKET_POW2},
-              {"bins", TORCHKILN_BUCKET_POW2}},
-    .tunables = {ints("block_size", {128, 256, 512, 1024})},
-    .defaults = {{256}},
-    .geometry =
-        [](const Transpose::Problem& p, const BlockTunables& t) {
-          Geometry g = linear(p.sizes.k, t.block_size);
-          g.grid[1] = static_cast<std::uint32_t>(ceil_div(p.sizes.c, 64));
-          g.grid[2] = static_cast<std::uint32_t>(ceil_div(p.sizes.bins, 64));
-          return g;
         },
 });
 
@@ -366,7 +342,7 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes,
   }
   // The kernel has channels in its lanes: gradients of bins are read by channel, whatever the layout of the maps.
   const CudaPlace place(p.maps);
-  p.bins = by_channel(place, p.bins);
+  p.bins = as_layout(place, p.bins, true);
   p.args.bins = const_cast<void*>(p.bins.const_data_ptr());
   if (p.maximum) {
     p.argmax = as_layout(p.argmax, true);
@@ -408,19 +384,6 @@ void gather_by_table(const CudaPlace& place, const RoiAlignPlan& p,
       sizes_of(p), p.args,
       {reads(offsetof(Args, regions), p.boxes), reads(offsetof(Args, bins), p.bins), winners, taps,
        ranges, spans, writes(offsetof(Args, maps), p.maps)});
-}
-
-Tensor by_channel(const CudaPlace& place, const Tensor& bins) {
-  if (has_layout(bins, true) || !bins.is_contiguous()) return as_layout(bins, true);
-  const std::int64_t k = bins.size(0), c = bins.size(1), n = bins.size(2) * bins.size(3);
-  const Tensor copy =
-      empty_layout(bins, bins.scalar_type(), {k, c, bins.size(2), bins.size(3)}, true);
-  const TransposeArgs args = {
-      .from = bins.const_data_ptr(), .to = copy.mutable_data_ptr(), .k = k, .c = c, .bins = n};
-  transpose_kernel.run(
-      place, {kernel_type(bins.scalar_type())}, {k, c, n}, args,
-      {reads(offsetof(TransposeArgs, from), bins), writes(offsetof(TransposeArgs, to), copy)});
-  return copy;
 }
 
 void check_regions(const char* op, const Tensor& boxes, const RoiAlignOptions& options) {

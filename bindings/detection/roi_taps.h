@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <limits>
 
+#include "bindings/detection/layout_copy.h"
 #include "bindings/detection/roi_align.h"
 #include "bindings/support/cuda.h"
 #include "detection/roi_align.h"
@@ -40,9 +41,6 @@ void average_by_table(const CudaPlace& place, const RoiAlignPlan& p,
                       const TapTable<roi_align::Args>& table);
 void gather_by_table(const CudaPlace& place, const RoiAlignPlan& p,
                      const TapTable<roi_align::Args>& table);
-
-// The gradient of bins with channels innermost, as the backwards read it.
-Tensor by_channel(const CudaPlace& place, const Tensor& bins);
 
 inline std::int64_t index_type(const Tensor& maps, const Tensor& bins) {
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();

@@ -9,7 +9,6 @@
 //   last      channels_last: one thread computes a row of bins for 16 bytes of channels, neighbouring threads
 //             neighbouring channels; the taps that rows of bins share hit L1
 //   direct    one thread per output, geometry included: the maximum, and averages too small to deserve two launches
-//   transpose brings the gradient of bins into the order that backward reads, in NCHW
 //   backward  one block owns one tile of the gradient for 32 (or 64, 128) channels in shared memory, lanes on channels;
 //             it finds the regions that touch the tile, adds their taps in a fixed order and writes once. No atomics,
 //             no zero fill, the same bits every time, float32 sums for half types
@@ -507,39 +506,6 @@ __global__ void __launch_bounds__(kBlockSize) direct(const Args args) {
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
-
-// (k, c, bins) to (k, bins, c), 64 channels x 64 bins a block: neighbouring threads read neighbouring bins and write
-// neighbouring channels.
-template <class Scalar, int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize) transpose(const TransposeArgs args) {
-  constexpr i32 kSide = 64, kWarps = kBlockSize / kWarpSize;
-  __shared__ Scalar tile[kSide][kSide + 1];
-  const i32 lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const i64 channel = i64(blockIdx.y) * kSide, bin = i64(blockIdx.z) * kSide;
-  const i32 channels = i32(min_of(args.c - channel, i64(kSide)));
-  const i32 bins = i32(min_of(args.bins - bin, i64(kSide)));
-  const i64 region = i64(blockIdx.x) * args.c * args.bins;
-  const Scalar* from = static_cast<const Scalar*>(args.from) + region + channel * args.bins + bin;
-  Scalar* to = static_cast<Scalar*>(args.to) + region + bin * args.c + channel;
-  if (bins == args.bins) {  // one piece of memory
-    const float inverse_bins = 1.0f / static_cast<float>(bins);
-#pragma unroll 4
-    for (i32 i = threadIdx.x; i < channels * bins; i += kBlockSize) {
-      const i32 c = quotient(i, inverse_bins);
-      tile[c][i - c * bins] = from[i];
-    }
-  } else {
-#pragma unroll 4
-    for (i32 c = warp; c < channels; c += kWarps) {
-      for (i32 b = lane; b < bins; b += kWarpSize) tile[c][b] = from[c * args.bins + b];
-    }
-  }
-  __syncthreads();
-#pragma unroll 4
-  for (i32 b = warp; b < bins; b += kWarps) {
-    for (i32 c = lane; c < channels; c += kWarpSize) to[b * args.c + c] = tile[c][b];
-  }
-}
 
 constexpr int kMostThreads = 512;
 

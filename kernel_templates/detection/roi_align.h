@@ -62,12 +62,6 @@ struct StagedArgs {
 // Elements from the band of one map to that of the next; each begins at 16 bytes.
 TORCHKILN_HD i32 band_pitch(i32 height, i32 width) { return (height * width + 15) / 16 * 16; }
 
-struct TransposeArgs {
-  const void* from;  // (k, c, bins)
-  void* to;          // (k, bins, c)
-  i64 k, c, bins;
-};
-
 // The samples of a region on one axis: bin b has `count` of them at start + b * bin + (i + 0.5) * step.
 template <class T>
 struct Axis {

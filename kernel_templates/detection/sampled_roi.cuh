@@ -2,7 +2,7 @@
 //
 //   forward  one block, a part of the bins of a group and kChannels channels: the pixels and weights of all samples are
 //            worked out once, in shared memory, and read for all channels. channels_last: lanes on channels, 16 bytes
-//            each; else lanes on bins
+//            each, and turned channels exchanged between lanes at the end; else lanes on bins
 //   scatter  the same blocks, the gradient: lanes on channels, vector atomics on float sums (n, h, w, c)
 //   gather   the gradient with the same bits every time: a block owns a tile of pixels and a channel a thread, looks for
 //            the bins that touch the tile, and adds them in order; about 100 instructions for each bin and tile
@@ -85,10 +85,16 @@ __device__ __forceinline__ void add_sample(const Scalar* map, const Pixels& pixe
   }
 }
 
+// Sums of input channels that become blends of orientations when all samples are in; otherwise both orientations are
+// summed.
+template <class Op, int kVector>
+constexpr bool kExchanged = Op::kOriented && kVector > 1;
+
 // The results of one thread: of kVector channels of one bin.
 template <class Op, class T, int kVector>
 struct Pooled {
-  T value[kVector], second[Op::kOriented ? kVector : 1];
+  static constexpr bool kTwice = Op::kOriented && !kExchanged<Op, kVector>;
+  T value[kVector], second[kTwice ? kVector : 1];
   i32 winner[Op::kMaximum ? kVector : 1];
 
   __device__ __forceinline__ Pooled() : value{}, second{} {
@@ -110,8 +116,8 @@ struct Pooled {
   }
 };
 
-// Where the input of one thread lies: the map of its channel, and with kOriented that of the orientation after it.
-template <class Op, bool kLast, class Scalar, class Index>
+// Where the input of one thread lies: the map of its channel, or of its orientation and the one after it.
+template <bool kTwice, class Op, bool kLast, class Scalar, class Index>
 struct Source {
   const Scalar* map;
   const Scalar* second;
@@ -127,7 +133,7 @@ struct Source {
     };
     stride = kLast ? channels : Index(1);
     if constexpr (Op::kBordered) channel += Index(bin % kBorders) * Index(args.channels);
-    if constexpr (Op::kOriented) {
+    if constexpr (kTwice) {
       const i32 orientations = i32(args.orientations);
       map = of_channel(turned_channel(channel, patch.turn, orientations));
       second = of_channel(turned_channel(channel, patch.turn - 1, orientations));
@@ -136,6 +142,26 @@ struct Source {
     }
   }
 };
+
+// Sums of input channels become blends of orientations. The threads of a bin have its channels one after the other, and
+// those of a block of orientations are in one warp. Every thread must call; `sums` has kVector places for each.
+template <int kVector, class T>
+__device__ __forceinline__ void exchange(const Args& args, const Patch<T>& patch, i64 channel,
+                                         T* sums, T* value) {
+  T* own = sums + threadIdx.x * kVector;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) own[i] = value[i];
+  __syncwarp();
+  const i32 orientations = i32(args.orientations), at = i32(channel % orientations);
+  const T* block = own - at;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    const i32 first = turned_channel(at + i, patch.turn, orientations);
+    const i32 second = turned_channel(at + i, patch.turn - 1, orientations);
+    value[i] = (T(1) - patch.blend) * block[first] + patch.blend * block[second];
+  }
+  __syncwarp();
+}
 
 template <class Op, class Scalar, class Index, bool kLast, int kVector, class T>
 __device__ __forceinline__ void write(const Args& args, i64 group, i64 bin, Index channel,
@@ -158,7 +184,9 @@ template <class Op, class Scalar, class Index, bool kLast, int kVector, int kEnt
           int kBlockSize>
 __device__ __forceinline__ void forward(const Args& args) {
   using T = Acc<Scalar>;
+  using Results = Pooled<Op, T, kVector>;
   __shared__ Table<T, kEntries, kMostBins> table;
+  __shared__ T exchanged[kExchanged<Op, kVector> ? kBlockSize * kVector : 1];
   const Part part = part_of<kEntries, kChannels>(args);
   lay_out<Op, kBlockSize>(table, args, part);
   const i32 h = i32(args.h), w = i32(args.w), most = table.most, chunk = kEntries / part.bins;
@@ -172,8 +200,9 @@ __device__ __forceinline__ void forward(const Args& args) {
     const u32 bin = kLast ? outer : inner;
     const Index channel = Index(part.channel) + Index(kLast ? inner : outer) * kVector;
     const Patch<T>& patch = table.patches[bin];
-    const Source<Op, kLast, Scalar, Index> source(args, patch, part.first + bin, channel);
-    Pooled<Op, T, kVector> pooled;
+    const Source<Results::kTwice, Op, kLast, Scalar, Index> source(args, patch, part.first + bin,
+                                                                   channel);
+    Results pooled;
 #pragma unroll 1
     for (i32 begin = 0; begin < most; begin += chunk) {
       const i32 count = min_of(chunk, most - begin);
@@ -197,14 +226,17 @@ __device__ __forceinline__ void forward(const Args& args) {
           pooled.offer(value, begin + sample);
         } else if (pixels.at[0] >= 0) {
           add_sample<kVector>(source.map, pixels, weights, source.stride, pooled.value);
-          if constexpr (Op::kOriented) {
+          if constexpr (Results::kTwice) {
             add_sample<kVector>(source.second, pixels, weights, source.stride, pooled.second);
           }
         }
       }
     }
+    if constexpr (kExchanged<Op, kVector>) {
+      exchange<kVector>(args, patch, channel, exchanged, pooled.value);
+    }
     if (!active) continue;
-    if constexpr (Op::kOriented) {
+    if constexpr (Results::kTwice) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         pooled.value[i] = (T(1) - patch.blend) * pooled.value[i] + patch.blend * pooled.second[i];
@@ -229,9 +261,12 @@ __device__ __forceinline__ void load_gradient(const Args& args, const Patch<T>& 
                        (Index(group) * Index(args.bins) + Index(bin)) * Index(args.channels);
   if constexpr (Op::kOriented) {
     const i32 orientations = i32(args.orientations);
-    const T own = load(from[turned_channel(channel, -patch.turn, orientations)]);
-    const T before = load(from[turned_channel(channel, 1 - patch.turn, orientations)]);
-    gradient[0] = (T(1) - patch.blend) * own + patch.blend * before;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const T own = load(from[turned_channel(channel + i, -patch.turn, orientations)]);
+      const T before = load(from[turned_channel(channel + i, 1 - patch.turn, orientations)]);
+      gradient[i] = (T(1) - patch.blend) * own + patch.blend * before;
+    }
   } else {
     const auto values = load_pack<kVector>(from + channel);
 #pragma unroll
