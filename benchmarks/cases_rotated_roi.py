@@ -129,6 +129,12 @@ def row(
         }
         inputs["input"] = inputs["input"].contiguous(memory_format=LAYOUTS[layout])
         names = subject.arguments
+        # mmcv launches these kernels on the default stream.
+        unordered = device.type == "cuda" and operator == "roi_align_rotated"
+
+        def of_mmcv(ops: Any, i: Inputs) -> Callable[[], Tensor]:
+            return by_position(getattr(ops, operator), names, made)(i)
+
         shadows = {name: value.to("meta") for name, value in tensors.items()}
         shape = ours(operator)(**{**made, **shadows}).shape
         if direction == BACKWARD:
@@ -138,9 +144,7 @@ def row(
             inputs,
             [
                 side(OURS, lambda: by_position(ours(operator), names, made), direction),
-                *mmcv_sides(
-                    lambda ops, i: by_position(getattr(ops, operator), names, made)(i), direction
-                ),
+                *mmcv_sides(of_mmcv, direction, unordered),
             ],
             oracle=oracle_of(by_position(reference(operator), names, made), direction),
             floor_bytes=nbytes(dtype) * (inputs["input"].numel() + shape.numel()),

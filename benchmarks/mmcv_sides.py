@@ -7,11 +7,14 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from benchmarks.cases import FORWARD, side
 from benchmarks.harness import Call, Inputs, Side
@@ -29,8 +32,13 @@ def is_built() -> bool:
     )
 
 
-def mmcv_sides(call: PeerCall | None, direction: str = FORWARD, **options: Any) -> list[Side]:
-    """One side, or none where mmcv is not built or has no such operator on this device."""
+def mmcv_sides(
+    call: PeerCall | None, direction: str = FORWARD, unordered: bool = False, **options: Any
+) -> list[Side]:
+    """One side, or none where mmcv is not built or has no such operator on this device.
+
+    unordered: kernels run on the default stream, whatever the current one is.
+    """
     if call is None or not is_built():
         return []
     made = call
@@ -38,7 +46,24 @@ def mmcv_sides(call: PeerCall | None, direction: str = FORWARD, **options: Any) 
     def find() -> Callable[[Inputs], Call]:
         return functools.partial(made, importlib.import_module("mmcv.ops"))
 
-    return [side(MMCV, find, direction, **options)]
+    found = side(MMCV, find, direction, **{"synchronises": unordered, **options})
+    if unordered:
+        prepare = found.prepare
+        found = dataclasses.replace(found, prepare=lambda i: on_default_stream(prepare(i)))
+    return [found]
+
+
+def on_default_stream(call: Call) -> Call:
+    """Orders a call before and after what the current stream does."""
+
+    def ordered() -> Any:
+        current, default = torch.cuda.current_stream(), torch.cuda.default_stream()
+        default.wait_stream(current)
+        result = call()
+        current.wait_stream(default)
+        return result
+
+    return ordered
 
 
 def by_name(operator: str, *names: str) -> PeerCall:
@@ -66,8 +91,6 @@ def _soft_nms(ops: Any, i: Inputs) -> Call:
 
 def _nms_match(ops: Any, i: Inputs) -> Call:
     def call() -> Any:
-        import torch
-
         return ops.nms_match(torch.cat([i["boxes"], i["scores"][:, None]], 1), i["iou_threshold"])
 
     return call
@@ -91,7 +114,7 @@ def contour_expand(ops: Any, i: Inputs) -> Call:
 
 
 def pixel_group(ops: Any, i: Inputs) -> Call:
-    """As contour_expand."""
+    """As contour_expand; the background counts as a region."""
     names = ("scores", "mask", "embeddings", "labels", "contour")
-    rest = i["num_labels"], i["threshold"]
+    rest = i["num_labels"] + 1, i["threshold"]
     return lambda: ops.pixel_group(*(i[name].cpu() for name in names), *rest)
