@@ -1,175 +1,38 @@
 """Calls operators with random arguments, compares them with their references, keeps the count.
 
-Calls are numbered for each operator, and each has a seed of its own. They run in slices, each in a
-process of its own, so that a crash or a hang ends a slice and gets a name. What is done stands in
-one file: the same command goes on where the last one ended.
+Calls are numbered for each operator, and each has a seed of its own. They run in slices, by other
+processes (fuzz_workers.py), so that a crash or a hang ends a slice and gets a name. What is done
+stands in one file: the same command goes on where the last one ended.
 
 SPDX-License-Identifier: Apache-2.0
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import select
-import signal
-import subprocess
 import sys
 import tempfile
-import warnings
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+from fuzz_workers import (
+    WRONG,
+    Plan,
+    Pool,
+    Slice,
+    Tally,
+    make_calls,
+    parities,
+    run_child,
+)
 
-if TYPE_CHECKING:
-    from torchkiln.testing import Parity
-
-# As in torchkiln.testing._fuzz, which the parent does not import: it must survive anything.
-WRONG = ("failed", "crashed")
-# To import torch on a busy machine.
-START_LIMIT = 300.0
 # More are counted, but not kept.
 MOST_KEPT = 50
-READY = "ready"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is asked for, the same in all slices.
-
-    Args:
-        device: where the calls run.
-        seed: of all calls.
-        modules: names of modules that declare operators, beside our own.
-    """
-
-    device: str
-    seed: int
-    modules: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Calls from `first` to `last` of one operator, one less than `end`."""
-
-    op: str
-    first: int
-    end: int
-    configurations: int | None
-
-
-@dataclass
-class Tally:
-    """What came of a slice: how often each verdict, and the calls that went wrong."""
-
-    verdicts: Counter[str] = field(default_factory=Counter)
-    wrong: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def calls(self) -> int:
-        """How many calls were made."""
-        return sum(self.verdicts.values())
-
-    def add(self, number: int, verdict: str, message: str) -> None:
-        """Counts a call."""
-        self.verdicts[verdict] += 1
-        if verdict in WRONG:
-            self.wrong.append({"call": number, "verdict": verdict, "message": message})
-
-
-# ---- the child: makes calls, writes a line after each ----
-
-
-def parities(modules: Sequence[str]) -> dict[str, Parity]:
-    """Every operator with a generator, those of further modules too."""
-    from torchkiln.testing import find
-    from torchkiln.testing._cases import declared
-
-    found = find()
-    for name in modules:
-        found |= declared(importlib.import_module(name))
-    return {op: parity for op, parity in found.items() if parity.fuzz is not None}
-
-
-def make_calls(plan: Plan, part: Slice) -> Iterator[list[Any]]:
-    """Yields number, verdict, message and description of each call."""
-    import torch
-
-    from torchkiln.testing import _fuzz
-
-    warnings.simplefilter("ignore")
-    parity = parities(plan.modules)[part.op]
-    yield [READY]
-    for number in range(part.first, part.end):
-        call = _fuzz.draw_call(parity, plan.seed, number, plan.device, part.configurations)
-        outcome = _fuzz.judge(parity, call)
-        yield [number, outcome.verdict, outcome.message, str(call)]
-        if outcome.verdict == _fuzz.FAILED and plan.device != "cpu":
-            torch.cuda.synchronize()  # after a fault no call succeeds: it raises, the child dies
-
-
-def run_child(plan: Plan, part: Slice) -> None:
-    """Makes the calls of a slice. Nothing is buffered: the next call may be the last."""
-    for line in make_calls(plan, part):
-        os.write(1, json.dumps(line).encode() + b"\n")
-
-
-# ---- the parent: starts children, notes what they say and how they end ----
-
-
-def lines_of(child: subprocess.Popen[bytes], limit: float) -> Iterator[list[Any]]:
-    """Yields what a child writes until it ends; TimeoutError where a call exceeds the limit."""
-    assert child.stdout is not None
-    pending, patience = b"", START_LIMIT
-    while True:
-        if not select.select([child.stdout], [], [], patience)[0]:
-            raise TimeoutError
-        patience = limit
-        chunk = os.read(child.stdout.fileno(), 1 << 16)
-        if not chunk:
-            return
-        *whole, pending = (pending + chunk).split(b"\n")
-        yield from map(json.loads, whole)
-
-
-def run_slice(plan: Plan, part: Slice, limit: float) -> Tally:
-    """Runs a slice up to its end, or up to the call that ends its process."""
-    tally = Tally()
-    command = [sys.executable, __file__, "--child", json.dumps([vars(plan), vars(part)])]
-    with tempfile.TemporaryFile() as errors:
-        child = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
-        )
-        started, number, end = False, part.first, ""
-        try:
-            for line in lines_of(child, limit):
-                if line == [READY]:
-                    started = True
-                    continue
-                tally.add(line[0], line[1], f"{line[3]}: {line[2]}")
-                number = line[0] + 1
-        except TimeoutError:
-            end = f"no answer for {limit:g} seconds"
-            child.kill()
-        except BaseException:
-            child.kill()
-            child.wait()
-            raise
-        code = child.wait()
-        if not end and code:
-            end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        if end:
-            errors.seek(0)
-            text = errors.read().decode(errors="replace").strip()[-2000:]
-            if not started:
-                raise click.ClickException(f"a child did not start: {end}\n{text}")
-            tally.add(number, "crashed", f"{end}. {text.splitlines()[-1] if text else ''}".strip())
-    return tally
 
 
 # ---- the state: one file, replaced as a whole ----
@@ -214,43 +77,64 @@ def record(entry: dict[str, Any], tally: Tally) -> None:
     entry["wrong"] = (entry["wrong"] + tally.wrong)[:MOST_KEPT]
 
 
-def next_slice(run: dict[str, Any], ops: Sequence[str], share: int, size: int) -> Slice | None:
-    """Calls of the operator that has had fewest."""
-    op = min(ops, key=lambda name: int(run["ops"][name]["calls"]))
-    entry = run["ops"][op]
-    first = entry["calls"]
-    end = min(share, first + size)
-    return Slice(op, first, end, entry["configurations"]) if first < share else None
+def slices(
+    run: dict[str, Any], ops: Sequence[str], share: int, size: int, end: float
+) -> Iterator[Slice]:
+    """Calls of the operator that has had fewest, until all have had their share or time is up."""
+    begun = {op: int(run["ops"][op]["calls"]) for op in ops}
+    while time.monotonic() < end:
+        op = min(ops, key=begun.__getitem__)
+        first = begun[op]
+        if first >= share:
+            return
+        begun[op] = min(share, first + size)
+        yield Slice(op, first, begun[op], run["ops"][op]["configurations"])
+
+
+def prepare(run: dict[str, Any], ops: Sequence[str], configurations: int | None) -> None:
+    """Adds the operators that a run does not have yet."""
+    from torch import __version__
+
+    run["torch"] = __version__.partition("+")[0]
+    each = None if configurations is None else max(1, configurations // len(ops))
+    for op in ops:
+        new = {"calls": 0, "configurations": each, "verdicts": {}, "wrong": []}
+        run["ops"].setdefault(op, new)
 
 
 def run_slices(plan: Plan, ops: Sequence[str], path: Path, settings: dict[str, Any]) -> int:
     """Runs slices until each operator has had its share; returns how many calls were wrong."""
     import rich.console
     import rich.progress
-    import torch
 
     state = read_state(path)
     run = run_of(state, plan)
-    run["torch"] = torch.__version__.partition("+")[0]
-    configurations = settings["configurations"]
-    each = None if configurations is None else max(1, configurations // len(ops))
-    for op in ops:
-        new = {"calls": 0, "configurations": each, "verdicts": {}, "wrong": []}
-        run["ops"].setdefault(op, new)
+    prepare(run, ops, settings["configurations"])
     share = -(-settings["calls"] // len(ops))
+    end = time.monotonic() + 60 * settings["minutes"]
+    parts = slices(run, ops, share, settings["slice_size"], end)
+    # An operator's calls count from the first one on: slices that end early wait for those before.
+    early: dict[str, dict[int, Tally]] = {op: {} for op in ops}
     console = rich.console.Console(stderr=True)
+    written = 0.0
     with rich.progress.Progress(console=console) as bar:
         task = bar.add_task("", total=share * len(ops))
-        while part := next_slice(run, ops, share, settings["slice_size"]):
-            done = sum(min(share, run["ops"][op]["calls"]) for op in ops)
-            bar.update(task, completed=done, description=part.op)
-            tally = run_slice(plan, part, settings["limit"])
-            record(run["ops"][part.op], tally)
+        try:
+            for part, tally in Pool(plan, parts, settings["limit"]).run(settings["jobs"]):
+                early[part.op][part.first] = tally
+                entry = run["ops"][part.op]
+                while entry["calls"] in early[part.op]:
+                    record(entry, early[part.op].pop(entry["calls"]))
+                if time.monotonic() > written + 1:
+                    write_state(path, state)
+                    written = time.monotonic()
+                done = sum(min(share, run["ops"][op]["calls"]) for op in ops)
+                bar.update(task, completed=done, description=part.op)
+                for wrong in tally.wrong:
+                    console.print(f"{part.op} {wrong['call']}: {wrong['message']}", markup=False)
+                    console.print(f"  {reproduction(plan, part, wrong['call'])}", markup=False)
+        finally:
             write_state(path, state)
-            for wrong in tally.wrong:
-                console.print(f"{part.op} {wrong['call']}: {wrong['message']}", markup=False)
-                console.print(f"  {reproduction(plan, part, wrong['call'])}", markup=False)
-        bar.update(task, completed=share * len(ops))
     return sum(run["ops"][op]["verdicts"].get(verdict, 0) for op in ops for verdict in WRONG)
 
 
@@ -266,12 +150,9 @@ def reproduction(plan: Plan, part: Slice, number: int) -> str:
 
 def reproduce(plan: Plan, part: Slice) -> bool:
     """Makes one call in this process and prints it; False if it went wrong."""
-    for line in make_calls(plan, part):
-        if line != [READY]:
-            _, verdict, message, call = line
-            click.echo(f"{call}\n{verdict}{': ' * bool(message)}{message}")
-            return verdict not in WRONG
-    return False
+    _, verdict, message, call = next(make_calls(plan, part, parities(plan.modules)))
+    click.echo(f"{call}\n{verdict}{': ' * bool(message)}{message}")
+    return verdict not in WRONG
 
 
 # ---- the report ----
@@ -346,8 +227,12 @@ def chosen(plan: Plan, ops: str | None) -> list[str]:
               show_default=True, help="What is done; the run goes on from it.")  # fmt: skip
 @click.option("--configurations", type=click.IntRange(min=1),
               help="At most so many static configurations, so that compiling ends.")  # fmt: skip
-@click.option("--slice", "slice_size", type=click.IntRange(min=1), default=1000,
-              show_default=True, help="Calls of one process.")  # fmt: skip
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Processes that make calls side by side.")  # fmt: skip
+@click.option("--minutes", type=click.FloatRange(min=0), default=float("inf"),
+              help="Begins nothing more after so long; the same command goes on.")  # fmt: skip
+@click.option("--slice", "slice_size", type=click.IntRange(min=1), default=50,
+              show_default=True, help="Calls that a process makes at a time.")  # fmt: skip
 @click.option("--limit", type=click.FloatRange(min=0), default=120.0, show_default=True,
               help="Seconds after which a call counts as hung.")  # fmt: skip
 @click.option("--call", "number", type=click.IntRange(min=0),
@@ -364,11 +249,10 @@ def main(ops: str | None, device: str, seed: int, state: Path, modules: tuple[st
     """Calls operators with random arguments and compares them with their references.
 
     Ends with status 1 where the state holds a wrong result, a wrong error, a crash or a hang.
-    Interrupted, it goes on with the slice in which it was.
+    Interrupted, it goes on with the slices in which it was.
     """
     if child is not None:
-        plan, part = json.loads(child)
-        run_child(Plan(**plan), Slice(**part))
+        run_child(Plan(**json.loads(child)))
         return
     plan = Plan(device, seed, modules)
     names = chosen(plan, ops)

@@ -353,7 +353,8 @@ struct ForwardCut {
 };
 
 ForwardCut cut_forward(const Device& device, const roi_pool::Shape& s, ScalarType dtype) {
-  if (dtype == ScalarType::Double) return {};
+  const bool has_pixels = s.images > 0 && s.height > 0 && s.width > 0;
+  if (dtype == ScalarType::Double || !has_pixels) return {};
   const bool narrow = dtype != ScalarType::Float;
   // Bins of a few cells are read cell by cell; of small maps several at once, which share the geometry.
   const std::int64_t window = s.height > 10 * s.pooled_height ? roi_pool::kWindowSize : 1;

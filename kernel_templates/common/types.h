@@ -133,6 +133,23 @@ template <class T>
 TORCHKILN_HD T min_of(T a, T b) {
   return a < b ? a : b;
 }
+// A product that is rounded before anything is added to it. The GPU compiler fuses plain ones, so what decides (inside or
+// outside, which cell, how many samples, on which side) is made of these: the same bits on CPU and GPU.
+TORCHKILN_HD float rounded_product(float a, float b) {
+#if defined(__CUDACC_RTC__) || defined(TORCHKILN_EMULATED_GPU)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+TORCHKILN_HD double rounded_product(double a, double b) {
+#if defined(__CUDACC_RTC__) || defined(TORCHKILN_EMULATED_GPU)
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 TORCHKILN_HD bool is_nan(float x) { return !(x == x); }
 TORCHKILN_HD bool is_nan(double x) { return !(x == x); }
 

@@ -15,7 +15,8 @@ using sampled_roi::Args;
 template <class T>
 TORCHKILN_HD T curve(T p0, T p1, T p2, T p3, T u) {
   const T v = T(1) - u;
-  return v * v * v * p0 + T(3) * u * v * v * p1 + T(3) * u * u * v * p2 + u * u * u * p3;
+  return rounded_product(v * v * v, p0) + rounded_product(T(3) * u * v * v, p1) +
+         rounded_product(T(3) * u * u * v, p2) + rounded_product(u * u * u, p3);
 }
 
 template <class T>
@@ -28,12 +29,15 @@ template <class T>
 TORCHKILN_HD Axis<T> axis_of(const Args& args, i64 row, int column, T u, T v, i64 pooled) {
   const T scale = T(args.spatial_scale);
   T p[8];
-  for (int i = 0; i < 8; ++i) p[i] = sampled_roi::number<T>(args, row + column + 2 * i) * scale;
+  for (int i = 0; i < 8; ++i) {
+    p[i] = rounded_product(sampled_roi::number<T>(args, row + column + 2 * i), scale);
+  }
   const T upper = curve(p[0], p[1], p[2], p[3], u);
   const T lower = curve(p[7], p[6], p[5], p[4], u);
   T size = max_of(abs_of(p[0] - p[3]), abs_of(p[7] - p[4]));
   if (!args.aligned) size = size < T(1) ? T(1) : size;
-  return {lower * v + upper * (T(1) - v) - (args.aligned ? T(0.5) : T(0)), size / T(pooled)};
+  const T center = rounded_product(lower, v) + rounded_product(upper, T(1) - v);
+  return {center - (args.aligned ? T(0.5) : T(0)), size / T(pooled)};
 }
 
 struct Pooled : sampled_roi::Operator {

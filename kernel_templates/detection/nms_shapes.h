@@ -148,7 +148,8 @@ struct Lanes {
     using torchkiln::load;
     const Scalar* at = static_cast<const Scalar*>(args.boxes) + args.columns * row;
     const i32 heights = i32(args.columns) - kHead;
-    const T first = load(at[kStart]) * T(heights - 1) + T(0.5), length = load(at[kLength]);
+    const T first = rounded_product(load(at[kStart]), T(heights - 1)) + T(0.5);
+    const T length = load(at[kLength]);
     if (!(first >= T(0) && first < T(heights) && length >= T(1))) return absent();
     const i32 begin = i32(first), more = i32(min_of(length - T(0.5), T(heights)));
     return {at + kHead, begin, min_of(begin + more, heights - 1)};

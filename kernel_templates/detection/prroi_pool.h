@@ -28,14 +28,15 @@ template <class T>
 struct Edges {
   T start, bin;
 
-  TORCHKILN_HD T at(i64 i) const { return start + T(i) * bin; }
+  TORCHKILN_HD T at(i64 i) const { return start + rounded_product(T(i), bin); }
 };
 
 template <class T>
 TORCHKILN_HD Edges<T> edges_at(const Regions& r, i64 region, bool columns) {
   const T scale = T(r.spatial_scale);
-  const T low = roi_align::coordinate<T>(r, region, columns ? 1 : 2) * scale;
-  const T size = roi_align::coordinate<T>(r, region, columns ? 3 : 4) * scale - low;
+  const T low = rounded_product(roi_align::coordinate<T>(r, region, columns ? 1 : 2), scale);
+  const T high = rounded_product(roi_align::coordinate<T>(r, region, columns ? 3 : 4), scale);
+  const T size = high - low;
   const bool exists = size > T(0) && size - size == T(0) && low - low == T(0);
   return {exists ? low : T(0), exists ? size / T(columns ? r.pooled_w : r.pooled_h) : T(0)};
 }

@@ -77,8 +77,8 @@ TORCHKILN_HD Cells<T> cells_at(const Args& args, i64 region, bool columns) {
   const T scale = T(r.spatial_scale);
   // The last corner is one behind the last cell.
   if (finite) {
-    roi_pool::cut_cells(axis.bins, roi_pool::round_away(low * scale),
-                        roi_pool::round_away(high * scale) - T(1));
+    roi_pool::cut_cells(axis.bins, roi_pool::round_away(rounded_product(low, scale)),
+                        roi_pool::round_away(rounded_product(high, scale)) - T(1));
   }
   return axis;
 }

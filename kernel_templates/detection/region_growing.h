@@ -64,7 +64,7 @@ TORCHKILN_HD bool is_near(const Args& args, i32 label, i64 pixel) {
   T squared = T(0);
   for (i32 c = 0; c < args.channels; ++c) {
     const T difference = T(mean[c]) - load(embedding[c]);
-    squared += difference * difference;
+    squared += rounded_product(difference, difference);
   }
   return squared < T(args.threshold);
 }

@@ -17,7 +17,8 @@ struct Pooled : roi_align_rotated::Pooled {
     sampled_roi::Patch<T> p = roi_align_rotated::Pooled::patch<T>(args, group, bin);
     // Before an angle is taken the other way round.
     const T angle = sampled_roi::number<T>(args, group * 6 + 5);
-    const T steps = angle * T(double(args.orientations) / 6.283185307179586);
+    const T per_radian = T(double(args.orientations) / 6.283185307179586);
+    const T steps = rounded_product(angle, per_radian);
     const T whole = floor_of(steps), turns = floor_of(whole / T(args.orientations));
     if (!sampled_roi::is_finite(steps)) return p;  // without samples
     p.turn = i32(whole - turns * T(args.orientations));

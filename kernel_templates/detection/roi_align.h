@@ -77,8 +77,8 @@ TORCHKILN_HD Axis<T> axis_of(T low, T high, const Regions& r, i64 pooled) {
   const T scale = T(r.spatial_scale);
   const T offset = r.aligned ? T(0.5) : T(0);
   Axis<T> axis;
-  axis.start = low * scale - offset;
-  T size = (high * scale - offset) - axis.start;
+  axis.start = rounded_product(low, scale) - offset;
+  T size = (rounded_product(high, scale) - offset) - axis.start;
   if (!r.aligned) size = size < T(1) ? T(1) : size;
   axis.bin = size / T(pooled);
   // A box with exchanged corners is empty, and one that is not finite has no samples.
@@ -91,7 +91,7 @@ TORCHKILN_HD Axis<T> axis_of(T low, T high, const Regions& r, i64 pooled) {
 
 template <class T>
 TORCHKILN_HD T sample_position(const Axis<T>& axis, i64 bin, i32 i) {
-  return axis.start + T(bin) * axis.bin + (T(i) + T(0.5)) * axis.step;
+  return axis.start + rounded_product(T(bin), axis.bin) + rounded_product(T(i) + T(0.5), axis.step);
 }
 
 // The samples [first, last) of a bin outside of which none can lie in the map, and `spare` more on both sides; few samples
@@ -212,7 +212,7 @@ TORCHKILN_HD i32 first_pixel(const Axis<T>& axis, i64 bin, i64 size) {
 // No tap lies behind the pixel of the last sample.
 template <class T>
 TORCHKILN_HD i32 last_pixel(const Axis<T>& axis, i64 pooled, i64 size) {
-  const T last = axis.start + T(pooled) * axis.bin;
+  const T last = axis.start + rounded_product(T(pooled), axis.bin);
   return i32(max_of(T(0), min_of(last + T(1), T(size - 1))));
 }
 

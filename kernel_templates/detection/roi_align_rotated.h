@@ -15,8 +15,9 @@ struct Pooled : sampled_roi::Operator {
     const i64 row = group * 6;
     const auto at = [&](int column) { return sampled_roi::number<T>(args, row + column); };
     const T scale = T(args.spatial_scale), offset = args.aligned ? T(0.5) : T(0);
-    const T center_x = at(1) * scale - offset, center_y = at(2) * scale - offset;
-    T width = at(3) * scale, height = at(4) * scale;
+    const T center_x = rounded_product(at(1), scale) - offset;
+    const T center_y = rounded_product(at(2), scale) - offset;
+    T width = rounded_product(at(3), scale), height = rounded_product(at(4), scale);
     if (!args.aligned) {
       width = width < T(1) ? T(1) : width;
       height = height < T(1) ? T(1) : height;
@@ -32,10 +33,11 @@ struct Pooled : sampled_roi::Operator {
     sin_cos_of(angle, sine, cosine);
     const i64 row_bin = bin / args.pooled_w;
     // The first sample, from the centre.
-    const T down = T(row_bin) * bin_h - height / T(2) + step_h / T(2);
-    const T across = T(bin - row_bin * args.pooled_w) * bin_w - width / T(2) + step_w / T(2);
-    p.y = down * cosine - across * sine + center_y;
-    p.x = down * sine + across * cosine + center_x;
+    const T column = T(bin - row_bin * args.pooled_w);
+    const T down = rounded_product(T(row_bin), bin_h) - height / T(2) + step_h / T(2);
+    const T across = rounded_product(column, bin_w) - width / T(2) + step_w / T(2);
+    p.y = rounded_product(down, cosine) - rounded_product(across, sine) + center_y;
+    p.x = rounded_product(down, sine) + rounded_product(across, cosine) + center_x;
     p.row_y = step_h * cosine;
     p.row_x = step_h * sine;
     p.column_y = -step_w * sine;

@@ -81,22 +81,6 @@ TORCHKILN_HD T round_away(T x) {
   return x < T(0) ? -rounded : rounded;
 }
 
-// a * b + c with two roundings on every machine: a cell must not change sides with the compiler.
-TORCHKILN_HD float multiply_add(float a, float b, float c) {
-#if defined(__CUDACC_RTC__)
-  return __fadd_rn(__fmul_rn(a, b), c);
-#else
-  return a * b + c;
-#endif
-}
-TORCHKILN_HD double multiply_add(double a, double b, double c) {
-#if defined(__CUDACC_RTC__)
-  return __dadd_rn(__dmul_rn(a, b), c);
-#else
-  return a * b + c;
-#endif
-}
-
 TORCHKILN_HD i32 clamp_cell(i32 cell, i32 limit) {
   return cell < 0 ? 0 : (cell > limit ? limit : cell);
 }
@@ -112,7 +96,7 @@ struct Axis {
 
   TORCHKILN_HD i32 begin(i32 p) const {
     if (rounding) return clamp_cell(first + p * whole + quotient(p * rest, inverse), limit);
-    return to_cell(floor_of(multiply_add(T(p), bin, start)));
+    return to_cell(floor_of(start + rounded_product(T(p), bin)));
   }
   // One past the last cell.
   TORCHKILN_HD i32 end(i32 p) const {
@@ -120,7 +104,7 @@ struct Axis {
       const i32 part = quotient((p + 1) * rest + pooled - 1, inverse);
       return clamp_cell(first + (p + 1) * whole + part, limit);
     }
-    return to_cell(ceil_of(multiply_add(T(p + 1), bin, start)));
+    return to_cell(ceil_of(start + rounded_product(T(p + 1), bin)));
   }
   TORCHKILN_HD Range bin_of(i32 p) const {
     return is_empty ? Range{0, 0} : Range{begin(p), end(p)};
@@ -144,11 +128,11 @@ template <class T>
 TORCHKILN_HD Axis<T> make_axis(T low, T high, T scale, bool rounding, i64 pooled, float inverse,
                                i64 limit) {
   Axis<T> axis = {i32(pooled), i32(limit), inverse, rounding, false, 0, 0, 0, T(0), T(0)};
-  axis.start = low * scale;
+  axis.start = rounded_product(low, scale);
   if (rounding) {
-    cut_cells(axis, round_away(axis.start), round_away(high * scale));
+    cut_cells(axis, round_away(axis.start), round_away(rounded_product(high, scale)));
   } else {
-    const T size = (high + T(1)) * scale - axis.start;
+    const T size = rounded_product(high + T(1), scale) - axis.start;
     axis.is_empty = !(size > T(0));
     axis.bin = size / T(pooled);
   }

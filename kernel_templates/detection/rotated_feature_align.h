@@ -23,17 +23,17 @@ struct Pooled : sampled_roi::Operator {
     p.image = i32(group);
     p.rows = 1;
     p.columns = i32(args.samples);
-    p.y = at(0) * scale;
-    p.x = at(1) * scale;
+    p.y = rounded_product(at(0), scale);
+    p.x = rounded_product(at(1), scale);
     p.share = T(1);
     if (args.samples == 1) return p;
     const T half_w = at(2) * scale / T(2), half_h = at(3) * scale / T(2);
     T sine, cosine;
     sin_cos_of(at(4), sine, cosine);
-    p.column_x = half_w * cosine;
-    p.column_y = half_w * sine;
-    p.row_x = -half_h * sine;
-    p.row_y = half_h * cosine;
+    p.column_x = rounded_product(half_w, cosine);
+    p.column_y = rounded_product(half_w, sine);
+    p.row_x = rounded_product(-half_h, sine);
+    p.row_y = rounded_product(half_h, cosine);
     return p;
   }
 

@@ -162,7 +162,8 @@ struct Operator {
   template <class T>
   TORCHKILN_HD static Point<T> point(const Patch<T>& p, i32 sample) {
     const i32 i = sample / p.columns, j = sample - i * p.columns;
-    return {p.y + T(i) * p.row_y + T(j) * p.column_y, p.x + T(i) * p.row_x + T(j) * p.column_x};
+    return {p.y + rounded_product(T(i), p.row_y) + rounded_product(T(j), p.column_y),
+            p.x + rounded_product(T(i), p.row_x) + rounded_product(T(j), p.column_x)};
   }
 };
 

@@ -7,22 +7,6 @@
 
 namespace torchkiln {
 
-// A product that is rounded before anything is added to it. (The GPU compiler fuses plain ones.)
-TORCHKILN_HD float rounded_product(float a, float b) {
-#if defined(__CUDACC_RTC__)
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-TORCHKILN_HD double rounded_product(double a, double b) {
-#if defined(__CUDACC_RTC__)
-  return __dmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-
 // The area of a box; NaN when a coordinate is NaN, which keeps the box out of every suppression: exceeds() is false.
 template <class T>
 TORCHKILN_HD T guarded_area(const Box<T>& box) {

@@ -97,9 +97,8 @@ TORCHKILN_HD void add_corners(Candidates<T>& to, const Quad<T>& a, T dx, T dy, c
   TORCHKILN_ROLLED
   for (int i = 0; i < 4; ++i) {
     const T x = a.px[i] + dx, y = a.py[i] + dy;
-    const T u = (x - b.px[0]) * ux + (y - b.py[0]) * uy;
-    const T v = (x - b.px[0]) * vx + (y - b.py[0]) * vy;
-    if (u >= T(0) && v >= T(0) && u <= ux * ux + uy * uy && v <= vx * vx + vy * vy)
+    const T u = dot(x - b.px[0], y - b.py[0], ux, uy), v = dot(x - b.px[0], y - b.py[0], vx, vy);
+    if (u >= T(0) && v >= T(0) && u <= dot(ux, uy, ux, uy) && v <= dot(vx, vy, vx, vy))
       add_candidate(to, x + back_x, y + back_y);
   }
 }
@@ -150,8 +149,8 @@ TORCHKILN_HD PeerRotated<T> peer_rotated(const Rotated<T>& box) {
 template <class T>
 TORCHKILN_HD bool in_margin(T x, T y, const Rotated<T>& box) {
   const T dx = x - box.x, dy = y - box.y;
-  return abs_of(dx * box.cos + dy * box.sin) < box.half_w + T(kPeerMargin) &&
-         abs_of(dy * box.cos - dx * box.sin) < box.half_h + T(kPeerMargin);
+  return abs_of(dot(dx, dy, box.cos, box.sin)) < box.half_w + T(kPeerMargin) &&
+         abs_of(cross(box.cos, box.sin, dx, dy)) < box.half_h + T(kPeerMargin);
 }
 
 // Where p0 p1 and q0 q1 cross, if they do so inside both.

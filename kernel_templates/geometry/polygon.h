@@ -45,7 +45,7 @@ TORCHKILN_HD_CALLED void find_hull(const T* px, const T* py, int n, Hull<T, kPoi
     for (int k = 0; k < n; ++k) {
       const T ex = px[k] - x, ey = py[k] - y;
       const T turn = cross(dx, dy, ex, ey);
-      if (turn < T(0) || (turn == T(0) && ex * ex + ey * ey > dx * dx + dy * dy)) {
+      if (turn < T(0) || (turn == T(0) && dot(ex, ey, ex, ey) > dot(dx, dy, dx, dy))) {
         dx = ex;
         dy = ey;
         next_x = px[k];

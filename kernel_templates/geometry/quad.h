@@ -18,9 +18,14 @@ struct Quad {
   T area;
 };
 
+// Exactly 0 for equal directions, and of opposite sign for exchanged ones.
 template <class T>
 TORCHKILN_HD T cross(T ax, T ay, T bx, T by) {
-  return ax * by - ay * bx;
+  return rounded_product(ax, by) - rounded_product(ay, bx);
+}
+template <class T>
+TORCHKILN_HD T dot(T ax, T ay, T bx, T by) {
+  return rounded_product(ax, bx) + rounded_product(ay, by);
 }
 
 // `at` has x1, y1, ..., x4, y4.

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -11,8 +12,9 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -176,7 +178,7 @@ def entry(state: Path, op: str) -> dict[str, Any]:
 @pytest.fixture
 def child_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the processes of the slices find the planted operators."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"), prepend=os.pathsep)
 
 
 @pytest.mark.usefixtures("child_path")
@@ -184,7 +186,9 @@ def test_a_crash_is_reported_with_its_call_and_the_run_goes_on(tmp_path: Path) -
     state, page = tmp_path / "fuzz.json", tmp_path / "fuzz.md"
     op = "planted_crashing"
     crash = first_fatal(op)
-    done = run(state, "--ops", op, "--calls", f"{crash + 3}", "--report", str(page))
+    arguments = ["--ops", op, "--calls", f"{crash + 3}", "--jobs", "2", "--slice", "4"]
+    done = run(state, *arguments, "--report", str(page))
+    assert state.exists(), done.output
     assert done.exit_code == 1
     found = entry(state, op)
     assert found["calls"] == crash + 3
@@ -203,7 +207,8 @@ def test_a_crash_is_reported_with_its_call_and_the_run_goes_on(tmp_path: Path) -
 def test_a_hang_is_reported(tmp_path: Path) -> None:
     state, op = tmp_path / "fuzz.json", "planted_hanging"
     hang = first_fatal(op)
-    run(state, "--ops", op, "--calls", f"{hang + 1}", "--limit", "1")
+    done = run(state, "--ops", op, "--calls", f"{hang + 1}", "--limit", "1")
+    assert state.exists(), done.output
     assert entry(state, op)["wrong"] == [
         {"call": hang, "verdict": "crashed", "message": "no answer for 1 seconds."}
     ]
@@ -214,22 +219,34 @@ def first_fatal(op: str) -> int:
     return next(number for number, call in calls if planted.is_fatal(call.arguments["x"]))
 
 
+class InProcess:
+    """Makes calls in this process, which is quicker; the second slice of all is interrupted."""
+
+    slices: ClassVar[list[fuzz.Slice]]
+
+    def __init__(self, plan: fuzz.Plan, parts: Iterable[fuzz.Slice], limit: float) -> None:
+        self.plan, self.parts = plan, parts
+
+    def run(self, jobs: int) -> Iterator[tuple[fuzz.Slice, fuzz.Tally]]:
+        """Slices end in groups, the last one of each first."""
+        parts, known = iter(self.parts), fuzz.parities(self.plan.modules)
+        while group := list(itertools.islice(parts, jobs)):
+            for part in reversed(group):
+                tally = fuzz.Tally()
+                for number, verdict, message, call in fuzz.make_calls(self.plan, part, known):
+                    tally.add(number, verdict, f"{call}: {message}")
+                self.slices.append(part)
+                if len(self.slices) == 2:
+                    raise KeyboardInterrupt
+                yield part, tally
+
+
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[fuzz.Slice]:
-    """Slices run in this process, which is quicker; returns them."""
-    slices: list[fuzz.Slice] = []
-
-    def run_slice(plan: fuzz.Plan, part: fuzz.Slice, limit: float) -> fuzz.Tally:
-        tally = fuzz.Tally()
-        for number, verdict, message, call in list(fuzz.make_calls(plan, part))[1:]:
-            tally.add(number, verdict, f"{call}: {message}")
-        slices.append(part)
-        if len(slices) == 2:
-            raise KeyboardInterrupt
-        return tally
-
-    monkeypatch.setattr(fuzz, "run_slice", run_slice)
-    return slices
+    """Slices run in this process; returns them."""
+    monkeypatch.setattr(InProcess, "slices", [], raising=False)
+    monkeypatch.setattr(fuzz, "Pool", InProcess)
+    return InProcess.slices
 
 
 def test_an_interrupted_run_goes_on_with_the_same_calls(
@@ -252,6 +269,16 @@ def test_an_interrupted_run_goes_on_with_the_same_calls(
         again = run(whole, "--ops", "planted_wrong", "--call", str(call["call"]))
         assert again.exit_code == 1
         assert "failed: forward: error" in again.stdout
+
+
+def test_slices_may_end_in_any_order(tmp_path: Path, in_process: list[fuzz.Slice]) -> None:
+    in_process += [fuzz.Slice("", 0, 0, None)] * 2  # past the interruption
+    parts, whole = tmp_path / "parts.json", tmp_path / "whole.json"
+    arguments = ["--ops", "planted_wrong,planted_right", "--calls", "90"]
+    run(parts, *arguments, "--slice", "10", "--jobs", "5")
+    assert [part.first for part in in_process[2:]] != sorted(part.first for part in in_process[2:])
+    run(whole, *arguments)
+    assert json.loads(parts.read_text()) == json.loads(whole.read_text())
 
 
 def test_a_state_has_one_seed_and_can_be_begun_anew(

@@ -177,10 +177,14 @@ class Draw(Inputs):
         return self.indexed(self.boxes(count, extent) - extent / 8, images)
 
     def indexed(self, rows: Tensor, images: int) -> Tensor:
-        """The rows behind a batch index; now and then one that only the CPU can refuse."""
+        """The rows behind a batch index; now and then one out of range.
+
+        The CPU must refuse it. On CUDA, where only the kernel sees it, the region gives 0.
+        """
         index = self.integers(len(rows), 1, high=max(images, 1)).double()
-        if len(rows) and self.device == "cpu" and (images == 0 or self.chance(0.03)):
-            self.promise(IndexError)
+        if len(rows) and (images == 0 or self.chance(0.03)):
+            if self.device == "cpu":
+                self.promise(IndexError)
             index[0] = self.pick(-1, images, images + 1000)
         return torch.cat([index, rows], 1)
 

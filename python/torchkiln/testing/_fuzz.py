@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -133,7 +133,14 @@ def judge(parity: Parity, call: Call) -> Outcome:
         return Outcome(FAILED, f"it returned instead of raising {call.draw.promised.__name__}")
     if not call.draw.is_judged:
         return Outcome(ENDED)
-    return _judge_result(parity, call, actual)
+    # References are many small steps, which a GPU only waits for.
+    here = _on_cpu(call)
+    return _judge_result(parity, here, {key: value.cpu() for key, value in actual.items()})
+
+
+def _on_cpu(call: Call) -> Call:
+    arguments = pytree.tree_map_only(Tensor, lambda x: x.detach().cpu(), dict(call.arguments))
+    return replace(call, arguments=arguments)
 
 
 def _storage(tensor: Tensor) -> Tensor:

@@ -3,6 +3,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+// Code that is shared with the CPU takes the intrinsics that forbid the compiler to fuse.
+#define TORCHKILN_EMULATED_GPU 1
+
 #include "abi.h"
 
 extern "C" torchkiln_emulator::Kernel torchkiln_emulated;
@@ -396,14 +399,34 @@ inline float __saturatef(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
 inline float __frsqrt_rn(float x) { return rsqrtf(x); }
-inline float __fadd_rn(float x, float y) { return x + y; }
-inline float __fsub_rn(float x, float y) { return x - y; }
-inline float __fmul_rn(float x, float y) { return x * y; }
+
+namespace torchkiln_emulator {
+
+// The compiler sees through nothing of it, so a product stays one.
+template <class T>
+T alone(T x) {
+#if defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
+}  // namespace torchkiln_emulator
+
+inline float __fadd_rn(float x, float y) {
+  return torchkiln_emulator::alone(torchkiln_emulator::alone(x) + torchkiln_emulator::alone(y));
+}
+inline float __fsub_rn(float x, float y) { return __fadd_rn(x, -y); }
+inline float __fmul_rn(float x, float y) { return torchkiln_emulator::alone(x * y); }
 inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
-inline double __dadd_rn(double x, double y) { return x + y; }
-inline double __dsub_rn(double x, double y) { return x - y; }
-inline double __dmul_rn(double x, double y) { return x * y; }
+inline double __dadd_rn(double x, double y) {
+  return torchkiln_emulator::alone(torchkiln_emulator::alone(x) + torchkiln_emulator::alone(y));
+}
+inline double __dsub_rn(double x, double y) { return __dadd_rn(x, -y); }
+inline double __dmul_rn(double x, double y) { return torchkiln_emulator::alone(x * y); }
 inline double __ddiv_rn(double x, double y) { return x / y; }
 inline double __dsqrt_rn(double x) { return sqrt(x); }
 inline double __fma_rn(double x, double y, double z) { return fma(x, y, z); }

@@ -221,17 +221,22 @@ def test_gradient_of_large_maps(name: str) -> None:
     boxes[:, 0].clamp_(max=1)
     input = new.normal(2, *size[:3]).float()
 
-    def gradient(device: str, deterministic: bool) -> torch.Tensor:
+    weight = torch.linspace(-1, 1, len(boxes) * size[0] * bins[0] * bins[1])
+
+    def gradient(device: str, deterministic: bool, weight: torch.Tensor) -> torch.Tensor:
         leaf = input.to(device).requires_grad_()
         output = roi_pool(leaf, boxes.to(device), bins, deterministic=deterministic)
-        weight = torch.linspace(-1, 1, output.numel()).reshape(output.shape).to(device)
-        return torch.autograd.grad((output * weight).sum(), leaf)[0].cpu()
+        along = weight.view_as(output).to(device)
+        return torch.autograd.grad(output, leaf, along)[0].cpu()
 
-    expected = gradient("cpu", True)
-    torch.testing.assert_close(gradient("cuda", False), expected)
-    fixed = gradient("cuda", True)
-    torch.testing.assert_close(fixed, expected)
-    assert torch.equal(fixed, gradient("cuda", True))
+    expected = gradient("cpu", True, weight)
+    # A pixel that wins hundreds of bins gets their sum in any order: units of rounding of the
+    # largest sum that can occur on the way.
+    limit = 16 * torch.finfo(torch.float32).eps * gradient("cpu", True, weight.abs())
+    fixed = gradient("cuda", True, weight)
+    for result in (gradient("cuda", False, weight), fixed):
+        assert ((result - expected).abs() <= limit).all()
+    assert torch.equal(fixed, gradient("cuda", True, weight))
 
 
 @pytest.mark.gpu

@@ -55,7 +55,7 @@ def pooled(
     points: Callable[[list[float]], tuple[Tensor, Tensor] | None],
     turned: Callable[[Tensor, list[float]], Tensor] = lambda output, row: output,
 ) -> Tensor:
-    """(K, C, *bins) averages of samples.
+    """(K, C, *bins) averages of samples; 0 for a batch index out of range.
 
     Args:
         input: (N, C, H, W).
@@ -65,9 +65,10 @@ def pooled(
         turned: what is done with the output of a row.
     """
     image = wide(input)
+    has_pixels = input.shape[1:].numel() > 0
     outputs = []
     for row in rows.detach().double().tolist():
-        at = points(row) if input[0].numel() else None
+        at = points(row) if has_pixels and -1 < row[0] < input.shape[0] else None
         if at is None:
             outputs.append(image.new_zeros(input.shape[1], *bins))
             continue

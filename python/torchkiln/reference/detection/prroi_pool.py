@@ -52,19 +52,23 @@ def prroi_pool(
         spatial_scale: input pixels per image pixel.
 
     Returns:
-        (K, C, pooled_height, pooled_width). A region without area gives 0.
+        (K, C, pooled_height, pooled_width). A region without area, or of no image,
+        gives 0.
     """
     image = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
     # Differences of integrals lose the digits that small bins need.
     box = boxes[:, 1:].double() * spatial_scale
     low, size = box[:, :2], box[:, 2:] - box[:, :2]
+    batch = boxes[:, 0].detach()
     exists = (size > 0).all(1) & box.detach().isfinite().all(1)
+    exists &= (batch > -1) & (batch < len(input))
     low = torch.where(exists[:, None], low, 0.0)
     size = torch.where(exists[:, None], size, 1.0)
     y = _shares(low[:, 1], size[:, 1], pooled_height, input.shape[2])
     x = _shares(low[:, 0], size[:, 0], pooled_width, input.shape[3])
-    index = torch.where(exists, boxes[:, 0].detach(), 0.0).long()
-    maps = image[index].double()
+    # The others take an image of zeros behind the last one.
+    index = torch.where(exists, batch, len(input)).long()
+    maps = torch.cat([image, image.new_zeros(1, *input.shape[1:])])[index].double()
     pooled = torch.einsum("kph,kchw,kqw->kcpq", y, maps, x)
     return torch.where(exists[:, None, None, None], pooled, 0.0).to(input.dtype)
 

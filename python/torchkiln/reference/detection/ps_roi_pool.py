@@ -46,7 +46,8 @@ def ps_roi_align(
         sampling_ratio: samples per bin and axis; 0 or less: one per pixel, rounded up.
 
     Returns:
-        (K, C / bins, pooled_height, pooled_width). A region without samples gives 0.
+        (K, C / bins, pooled_height, pooled_width). A region without samples, or of no image,
+        gives 0.
     """
     size = (pooled_height, pooled_width)
     return _own_channels(roi_align(input, boxes, *size, spatial_scale, sampling_ratio, True))
@@ -88,13 +89,16 @@ def ps_roi_pool(
         spatial_scale: input cells per image pixel.
 
     Returns:
-        (K, C / bins, pooled_height, pooled_width). A bin without cells gives 0.
+        (K, C / bins, pooled_height, pooled_width). A bin without cells, or of no image, gives 0.
     """
     image = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
     count = input.shape[1] // (pooled_height * pooled_width)
     # Keeps the graph when there is no region.
     pooled = [image.new_zeros(0, count, pooled_height, pooled_width) + 0 * image.sum()]
     for batch, *box in boxes.detach().double().tolist():
+        if not -1 < batch < input.shape[0]:
+            pooled.append(image.new_zeros(1, count, pooled_height, pooled_width))
+            continue
         x1, y1, x2, y2 = (value * spatial_scale for value in box)
         y = _shares(y1, y2, pooled_height, input.shape[2]).to(image)
         x = _shares(x1, x2, pooled_width, input.shape[3]).to(image)

@@ -90,17 +90,18 @@ def roi_align(
         pooling: 0 average, 1 maximum.
 
     Returns:
-        (K, C, pooled_height, pooled_width). A region without samples gives 0.
+        (K, C, pooled_height, pooled_width). A region without samples, or of no image, gives 0.
     """
     # Half types lose the digits that tell a row from the next one.
     image = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-    rows = boxes.detach().double().tolist()
+    has_pixels = input.shape[1:].numel() > 0
     pooled = []
-    for batch, x1, y1, x2, y2 in rows:
+    for batch, x1, y1, x2, y2 in boxes.detach().double().tolist():
         box = [value * spatial_scale for value in (x1, y1, x2, y2)]
         x = _positions(box[0], box[2], pooled_width, sampling_ratio, aligned, input.shape[3])
         y = _positions(box[1], box[3], pooled_height, sampling_ratio, aligned, input.shape[2])
-        if x is None or y is None or not input[0].numel():
+        of_image = has_pixels and -1 < batch < input.shape[0]
+        if x is None or y is None or not of_image:
             pooled.append(image.new_zeros(input.shape[1], pooled_height, pooled_width))
             continue
         x, y = x.to(image.device), y.to(image.device)
