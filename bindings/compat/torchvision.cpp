@@ -42,16 +42,18 @@ void redispatch(const char* name, StableIValue* stack) {
   throw std::runtime_error(error->kind != TORCHKILN_ERROR_NONE ? error->message : torch_sentence());
 }
 
-// Asks Python for torch.use_deterministic_algorithms: the stable ABI does not tell.
-std::atomic<std::int32_t (*)()> ask_deterministic{nullptr};
-
-bool deterministic() {
-  const auto ask = ask_deterministic.load(std::memory_order_acquire);
-  return ask != nullptr && ask() != 0;
-}
-
 // nms(dets, scores, iou_threshold)
-void nms(StableIValue* stack, std::uint64_t, std::uint64_t) { redispatch("torchkiln::nms", stack); }
+void nms(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  const double offset = 0;
+  std::array ours{stack[0],
+                  stack[1],
+                  stack[2],
+                  from(offset),
+                  from(std::optional<double>()),
+                  from(std::optional<std::int64_t>())};
+  redispatch("torchkiln::nms", ours.data());
+  stack[0] = ours[0];
+}
 
 // roi_align(input, rois, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned)
 void roi_align(StableIValue* stack, std::uint64_t, std::uint64_t) {
@@ -66,18 +68,10 @@ void roi_align(StableIValue* stack, std::uint64_t, std::uint64_t) {
 // sampling_ratio, aligned)
 void roi_align_backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
   const bool channels_last = false;  // as torchvision's fake says
-  std::array ours{stack[0],
-                  stack[1],
-                  from(std::optional<torch::stable::Tensor>()),
-                  stack[5],
-                  stack[6],
-                  stack[7],
-                  stack[8],
-                  stack[2],
-                  stack[9],
-                  stack[10],
-                  from(channels_last),
-                  from(deterministic())};
+  std::array ours{stack[0],  stack[1],           from(std::optional<torch::stable::Tensor>()),
+                  stack[5],  stack[6],           stack[7],
+                  stack[8],  stack[2],           stack[9],
+                  stack[10], from(channels_last)};
   redispatch("torchkiln::_roi_align_backward", ours.data());
   stack[0] = ours[0];
 }
@@ -263,11 +257,6 @@ TORCHKILN_API const char* torchkiln_torchvision_operator(std::int32_t index, std
   *provided = op->kernel != nullptr && op->kernel != tk::cuda_version;
   *calls = tk::calls[static_cast<std::size_t>(index)].load(std::memory_order_relaxed);
   return op->name;
-}
-
-// `ask` returns whether deterministic algorithms are wanted; it must live as long as the process.
-TORCHKILN_API void torchkiln_torchvision_ask_deterministic(std::int32_t (*ask)()) {
-  torchkiln::bindings::ask_deterministic.store(ask, std::memory_order_release);
 }
 
 // Registers the schema of row `index`, which must not exist. Null, or why it failed.

@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "bindings/detection/nms.h"
 
+#include <cmath>
+#include <limits>
 #include <tuple>
 
 #include "detection/nms_shapes.h"
@@ -10,6 +12,8 @@ namespace torchkiln::bindings {
 namespace {
 
 using Classes = std::optional<Tensor>;
+using Number = std::optional<double>;
+using Count = std::optional<std::int64_t>;
 
 constexpr BoxForm kTurned = {nms::kRotated, 5, "labels"};
 constexpr BoxForm kFourVertices = {nms::kQuads, 8, "labels"};
@@ -18,6 +22,26 @@ constexpr BoxForm kUprightNormal = {nms::kNormal, 7, "labels"};
 // mmcv's rules, for its drop-in; by number.
 constexpr BoxForm kPeers[] = {{nms::kPeerRotated, 7, "labels"}, {nms::kPeerQuads, 8, "labels"}};
 constexpr BoxForm kMatched = {nms::kInclusive, 4, "idxs"};
+
+// What only boxes given by corners have.
+struct Options {
+  double offset;
+  Number score_threshold;
+};
+
+NmsPlan plan_corners(const char* op, const Tensor& boxes, const Tensor& scores, const Classes& idxs,
+                     double iou_threshold, const Options& options) {
+  NmsPlan p = plan_nms(op, boxes, scores, idxs, iou_threshold);
+  if (!(options.offset >= 0) || std::isinf(options.offset))
+    fail(TORCHKILN_ERROR_VALUE, op, "offset", "be a finite number of at least 0",
+         std::to_string(options.offset));
+  if (options.score_threshold.has_value()) {
+    check_not_nan(op, "score_threshold", *options.score_threshold);
+    p.args.score_threshold = *options.score_threshold;
+  }
+  p.args.offset = options.offset;
+  return p;
+}
 
 NmsPlan plan_turned(const char* op, const Tensor& boxes, const Tensor& scores, double iou_threshold,
                     const Classes& labels, bool clockwise) {
@@ -40,28 +64,39 @@ NmsPlan plan_lanes(const char* op, const Tensor& boxes, const Tensor& scores, do
 // The operators of one device.
 template <auto sized, auto padded, auto groups>
 struct Operators {
-  static Tensor nms(const Tensor& boxes, const Tensor& scores, double iou_threshold) {
-    return sized(plan_nms("nms", boxes, scores, std::nullopt, iou_threshold));
+  static Tensor all(const NmsPlan& p) { return sized(p, kMaxBoxes); }
+  static Tensor most(const NmsPlan& p, const Count& max_output) {
+    if (max_output.has_value()) check_max_output(p.op, *max_output);
+    return sized(p, max_output.value_or(kMaxBoxes));
+  }
+  static Tensor nms(const Tensor& boxes, const Tensor& scores, double iou_threshold, double offset,
+                    Number score_threshold, Count max_output) {
+    return most(
+        plan_corners("nms", boxes, scores, std::nullopt, iou_threshold, {offset, score_threshold}),
+        max_output);
   }
   static Tensor batched_nms(const Tensor& boxes, const Tensor& scores, const Tensor& idxs,
-                            double iou_threshold) {
-    return sized(plan_nms("batched_nms", boxes, scores, idxs, iou_threshold));
+                            double iou_threshold, double offset, Number score_threshold,
+                            Count max_output) {
+    return most(
+        plan_corners("batched_nms", boxes, scores, idxs, iou_threshold, {offset, score_threshold}),
+        max_output);
   }
   static Tensor nms_rotated(const Tensor& boxes, const Tensor& scores, double iou_threshold,
                             const Classes& labels, bool clockwise) {
-    return sized(plan_turned("nms_rotated", boxes, scores, iou_threshold, labels, clockwise));
+    return all(plan_turned("nms_rotated", boxes, scores, iou_threshold, labels, clockwise));
   }
   static Tensor nms_quadri(const Tensor& boxes, const Tensor& scores, double iou_threshold,
                            const Classes& labels) {
-    return sized(plan_nms("nms_quadri", boxes, scores, labels, iou_threshold, kFourVertices));
+    return all(plan_nms("nms_quadri", boxes, scores, labels, iou_threshold, kFourVertices));
   }
   static Tensor nms3d(const Tensor& boxes, const Tensor& scores, double iou_threshold,
                       const Classes& labels) {
-    return sized(plan_nms("nms3d", boxes, scores, labels, iou_threshold, kUpright));
+    return all(plan_nms("nms3d", boxes, scores, labels, iou_threshold, kUpright));
   }
   static Tensor nms3d_normal(const Tensor& boxes, const Tensor& scores, double iou_threshold,
                              const Classes& labels) {
-    return sized(plan_nms("nms3d_normal", boxes, scores, labels, iou_threshold, kUprightNormal));
+    return all(plan_nms("nms3d_normal", boxes, scores, labels, iou_threshold, kUprightNormal));
   }
 
   static Tensor nms_by_peer(const Tensor& boxes, const Tensor& scores, double iou_threshold,
@@ -69,11 +104,11 @@ struct Operators {
     constexpr const char* kOp = "_nms_by_peer";
     if (form < 0 || form > 1)
       fail(TORCHKILN_ERROR_VALUE, kOp, "form", "be 0 or 1", std::to_string(form));
-    return sized(plan_nms(kOp, boxes, scores, labels, iou_threshold, kPeers[form]));
+    return all(plan_nms(kOp, boxes, scores, labels, iou_threshold, kPeers[form]));
   }
 
   static Tensor line_nms(const Tensor& boxes, const Tensor& scores, double distance) {
-    return sized(plan_lanes("line_nms", boxes, scores, distance));
+    return all(plan_lanes("line_nms", boxes, scores, distance));
   }
 
   using Pair = std::tuple<Tensor, Tensor>;
@@ -87,8 +122,11 @@ struct Operators {
     return {result.indices, result.count};
   }
   static Pair nms_padded(const Tensor& boxes, const Tensor& scores, double iou_threshold,
-                         std::int64_t max_output, const Classes& idxs) {
-    return pad(plan_nms("nms_padded", boxes, scores, idxs, iou_threshold), max_output);
+                         std::int64_t max_output, const Classes& idxs, double offset,
+                         Number score_threshold) {
+    return pad(
+        plan_corners("nms_padded", boxes, scores, idxs, iou_threshold, {offset, score_threshold}),
+        max_output);
   }
   static Pair nms_rotated_padded(const Tensor& boxes, const Tensor& scores, double iou_threshold,
                                  std::int64_t max_output, const Classes& labels, bool clockwise) {
@@ -153,6 +191,7 @@ NmsPlan plan_nms(const char* op, const Tensor& boxes, const Tensor& scores,
   p.args.columns = form.columns;
   p.args.iou_threshold = iou_threshold;
   p.args.angle_sign = 1;
+  p.args.score_threshold = std::numeric_limits<double>::quiet_NaN();
   if (classes.has_value()) {
     p.args.idxs = p.idxs.const_data_ptr();
     p.args.idx_bytes = class_bytes(op, form.classes, p.idxs);
@@ -203,11 +242,15 @@ void check_max_output(const char* op, std::int64_t max_output) {
   m.impl("nms_groups", TORCH_BOX(&Device::nms_groups))
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torchkiln, m) {
-  m.def("nms(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor");
-  m.def("batched_nms(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold) -> Tensor");
+  m.def(
+      "nms(Tensor boxes, Tensor scores, float iou_threshold, float offset=0., "
+      "float? score_threshold=None, int? max_output=None) -> Tensor");
+  m.def(
+      "batched_nms(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold, "
+      "float offset=0., float? score_threshold=None, int? max_output=None) -> Tensor");
   m.def(
       "nms_padded(Tensor boxes, Tensor scores, float iou_threshold, int max_output, "
-      "Tensor? idxs=None) -> (Tensor, Tensor)");
+      "Tensor? idxs=None, float offset=0., float? score_threshold=None) -> (Tensor, Tensor)");
   m.def(
       "nms_rotated(Tensor boxes, Tensor scores, float iou_threshold, Tensor? labels=None, "
       "bool clockwise=True) -> Tensor");

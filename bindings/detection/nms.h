@@ -52,13 +52,13 @@ Ordered order(const CudaPlace& cuda_place, const NmsPlan& p, const Tensor& indic
 // Launches that follow: results go to what `order` was given.
 void suppress(const CudaPlace& cuda_place, const NmsPlan& p, const Ordered& ordered);
 
-// Rows of the kept boxes, as many as there are, or the first `max_output` and their number.
+// Rows of the kept boxes, as many as there are but no more than `max_output`; or so many, padded, and their number.
 struct Padded {
   Tensor indices, count;
 };
-Tensor sized_cuda(const NmsPlan& p);
+Tensor sized_cuda(const NmsPlan& p, std::int64_t max_output);
 Padded padded_cuda(const NmsPlan& p, std::int64_t max_output);
-Tensor sized_cpu(const NmsPlan& p);
+Tensor sized_cpu(const NmsPlan& p, std::int64_t max_output);
 Padded padded_cpu(const NmsPlan& p, std::int64_t max_output);
 
 // Every row by descending score, the number of its group, and how many groups there are.

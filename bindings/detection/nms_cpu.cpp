@@ -181,8 +181,10 @@ std::int64_t class_of(const nms::Args& args, std::int64_t row) {
 // The kept rows by descending score.
 template <class Kind>
 std::vector<std::int64_t> kept_rows(const nms::Args& args) {
-  std::vector<std::int64_t> rows = by_score<typename Kind::Scalar>(args);
-  std::vector<std::uint8_t> keep(rows.size());
+  using Scalar = typename Kind::Scalar;
+  std::vector<std::int64_t> rows = by_score<Scalar>(args);
+  std::erase_if(rows, [&](std::int64_t row) { return nms::left_out<Scalar>(args, row); });
+  std::vector<std::uint8_t> keep(static_cast<std::size_t>(args.n));
   if (args.idxs == nullptr) {
     suppress<Kind>(args, rows, keep);
   } else {
@@ -235,10 +237,11 @@ std::vector<std::span<const std::int64_t>> split(const nms::Args& args,
   return ranges;
 }
 
-Tensor sized_cpu(const NmsPlan& p) {
+Tensor sized_cpu(const NmsPlan& p, std::int64_t max_output) {
   const std::vector<std::int64_t> rows = kept_rows(p);
-  Tensor indices = empty(p.boxes, ScalarType::Long, {static_cast<std::int64_t>(rows.size())});
-  std::copy(rows.begin(), rows.end(), mutable_data<std::int64_t>(indices));
+  const std::int64_t kept = std::min(max_output, static_cast<std::int64_t>(rows.size()));
+  Tensor indices = empty(p.boxes, ScalarType::Long, {kept});
+  std::copy_n(rows.begin(), kept, mutable_data<std::int64_t>(indices));
   return indices;
 }
 

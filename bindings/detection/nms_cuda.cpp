@@ -1,5 +1,6 @@
 // The launches of the nms family: kernels, memory, order, suppression.
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
 #include <cstddef>
 #include <initializer_list>
 
@@ -264,7 +265,7 @@ void suppress(const CudaPlace& cuda_place, const NmsPlan& p, const Ordered& orde
          part(offsetof(Args, words), kUpdate, sizes.words),
          part(offsetof(Args, counters), kUpdate, sizes.counters),
          part(offsetof(Args, indices), kUpdate, out), part(offsetof(Args, count), kWrite, 8),
-         shape_inputs, unused(offsetof(Args, scores)), unused(offsetof(Args, idxs)),
+         shape_inputs, reads(offsetof(Args, scores), p.scores), unused(offsetof(Args, idxs)),
          unused(offsetof(Args, keys)), unused(offsetof(Args, score_rows))});
   });
   if (classes) {
@@ -329,9 +330,9 @@ std::int64_t* host_number() {
 }
 
 // The one place that waits: the size of the result depends on the data.
-Tensor sized_cuda(const NmsPlan& p) {
-  Tensor indices = empty(p.boxes, ScalarType::Long, {p.args.n});
-  if (p.args.n == 0) return indices;
+Tensor sized_cuda(const NmsPlan& p, std::int64_t max_output) {
+  Tensor indices = empty(p.boxes, ScalarType::Long, {std::min<std::int64_t>(max_output, p.args.n)});
+  if (indices.numel() == 0) return indices;
   const CudaPlace cuda_place(p.boxes);
   constexpr const char* kWayOut =
       "Use the form of torchkiln.ops whose result has a fixed size: nms_padded and its like";

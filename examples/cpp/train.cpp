@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <iomanip>
 #include <iostream>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -119,12 +120,15 @@ void train(const Options& options) {
 
 // An operator without a gradient: any schema can be called through torch's dispatcher.
 void suppress() {
-  static const auto nms = c10::Dispatcher::singleton()
-                              .findSchemaOrThrow("torchkiln::nms", "")
-                              .typed<at::Tensor(const at::Tensor&, const at::Tensor&, double)>();
+  using Nms = at::Tensor(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold,
+                         double offset, std::optional<double> score_threshold,
+                         std::optional<std::int64_t> max_output);
+  static const auto nms =
+      c10::Dispatcher::singleton().findSchemaOrThrow("torchkiln::nms", "").typed<Nms>();
   const at::Tensor boxes =
       at::tensor({0., 0., 9., 9., 1., 1., 9., 9., 20., 20., 29., 29.}, at::kFloat).reshape({3, 4});
-  const at::Tensor kept = nms.call(boxes, at::tensor({0.8, 0.9, 0.7}, at::kFloat), 0.5);
+  const at::Tensor kept =
+      nms.call(boxes, at::tensor({0.8, 0.9, 0.7}, at::kFloat), 0.5, 0, std::nullopt, std::nullopt);
   std::cout << "{\"kept\": " << kept.size(0) << "}\n";
 }
 

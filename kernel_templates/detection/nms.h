@@ -31,9 +31,19 @@ struct Args {
   i64 n, n_words, max_output;
   i64 idx_bytes;
   double iou_threshold;
-  double angle_sign;  // rotated boxes: 1 where a positive angle turns x towards y, else -1
-  i64 columns;        // of boxes
+  double angle_sign;       // rotated boxes: 1 where a positive angle turns x towards y, else -1
+  i64 columns;             // of boxes
+  double offset;           // boxes given by corners: added to x2 and y2
+  double score_threshold;  // boxes without a greater score are left out; NaN: none is
 };
+
+// Is the box of a row left out for its score?
+template <class Scalar>
+TORCHKILN_HD bool left_out(const Args& args, i64 row) {
+  using T = Acc<Scalar>;
+  if (is_nan(args.score_threshold)) return false;
+  return !(load(static_cast<const Scalar*>(args.scores)[row]) > T(args.score_threshold));
+}
 
 // A kind of boxes says how the algorithm meets them:
 //   Scalar, T      the type of the input, and of computation
@@ -57,7 +67,10 @@ struct Boxes {
   static constexpr bool kIsCheap = true;
 
   static TORCHKILN_HD Shape load(const Args& args, i64 row) {
-    return load_box(static_cast<const Scalar*>(args.boxes), row);
+    Shape box = load_box(static_cast<const Scalar*>(args.boxes), row);
+    box.x2 += T(args.offset);
+    box.y2 += T(args.offset);
+    return box;
   }
   static TORCHKILN_HD Shape absent() {
     const T nan = nan_of<T>();

@@ -172,8 +172,8 @@ struct Panel {
   T area[kPanel];
   u32 first[kPanel];                    // place where the box's class begins
   u32 mask[1 + kNear][kPanel][kWords];  // against itself, the panel before, the one before that
-  u32 dead[kWords];                     // suppressed by earlier panels
-  Shape other_box[kChunk];              // staged kept boxes
+  u32 dead[kWords];         // left out for their scores, or suppressed by earlier panels
+  Shape other_box[kChunk];  // staged kept boxes
   T other_area[kChunk];
   u32 list[kWarpSize * kWarpSize];  // places of newly decided kept boxes
   int n_list;
@@ -425,6 +425,9 @@ __device__ __forceinline__ void suppress_boxes(const Args& args) {
     panel.box[i] = load_sorted<Kind>(args, begin + i);
     panel.area[i] = Kind::area(panel.box[i]);
     panel.first[i] = kClasses && begin + i < args.n ? args.first[begin + i] : 0;
+    if (begin + i < args.n && left_out<typename Kind::Scalar>(args, args.sorted_rows[begin + i])) {
+      atomicOr(&panel.dead[i / kWarpSize], u32(1) << i % kWarpSize);
+    }
   }
   __syncthreads();
 #pragma unroll 1
@@ -443,7 +446,7 @@ __device__ __forceinline__ void suppress_boxes(const Args& args) {
   for (int w = 0; w < kWords; ++w) {
     const int i = w * kWarpSize + lane;
     const bool local = kClasses && i64(panel.first[i]) >= begin;
-    here[w] = __ballot_sync(kAllLanes, i < count && local);
+    here[w] = __ballot_sync(kAllLanes, i < count && local) & ~panel.dead[w];
     carried[w] = __ballot_sync(kAllLanes, i < count && !local);
   }
   // Panels that follow ask only for the class of our last box.

@@ -125,6 +125,32 @@ def test_nms_function_class():
     assert torch.equal(NMSop.apply(boxes, scores, 0.3, 0, 0.2, 5), expected)
 
 
+def test_soft_nms_function_class():
+    """All rows, of which the first ones count, as mmcv's."""
+    from torchkiln.compat.mmcv._ops.nms import SoftNMSop
+
+    boxes, scores = boxes_of(30), scores_of(30)
+    expected = ops.soft_nms(boxes, scores, 0.3, 0.5, 0.2, "gaussian")
+    dets, inds = SoftNMSop.apply(boxes, scores, 0.3, 0.5, 0.2, 2, 0)
+    assert dets.shape == (30, 5)
+    assert 0 < len(inds) < 30
+    assert torch.equal(dets[: len(inds)], expected[0])
+    assert torch.equal(inds, expected[1])
+
+
+@pytest.mark.parametrize("name", ["nms", "soft_nms"])
+def test_suppression_takes_either_kind_of_scores(name):
+    boxes, scores = boxes_of(30), scores_of(30)
+    call = getattr(ops, name)
+    dets, inds = call(boxes, scores.numpy(), 0.4)
+    assert torch.equal(inds, call(boxes, scores, 0.4)[1])
+    dets, inds = call(boxes.numpy(), scores, 0.4)
+    assert isinstance(dets, numpy.ndarray)
+    assert isinstance(inds, numpy.ndarray)
+    with pytest.raises(AssertionError):
+        call(boxes.tolist(), scores, 0.4)
+
+
 @pytest.mark.parametrize(
     "call",
     [lambda *a, **k: ops.nms(*a, **k), lambda *a, **k: ops.soft_nms(*a, **k)],

@@ -70,6 +70,18 @@ REGISTRY = {
 }
 
 
+def _listed() -> list[tuple[str, str, str]]:
+    """Module, name and parameters of mmcv_names.txt, which was read from mmcv's sources."""
+    rows, module = [], ""
+    for line in (Path(__file__).parent / "mmcv_names.txt").read_text().splitlines():
+        if line.startswith("["):
+            module = line.strip("[]")
+        elif not line.startswith("#"):
+            name, _, parameters = line.partition("(")
+            rows.append((module, name, f"({parameters}"))
+    return rows
+
+
 @pytest.fixture
 def ops():
     """`mmcv.ops` while the drop-in is installed."""
@@ -125,6 +137,24 @@ def test_name_is_importable(ops, row):
     if row.public:
         assert getattr(ops, row.name) is value
         assert row.name in ops.__all__
+
+
+def _parameters(call: object) -> str:
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    values = inspect.signature(call).parameters.values()
+    return ", ".join(stars.get(p.kind, "") + p.name for p in values if p.name != "self")
+
+
+@pytest.mark.parametrize(("module", "name", "expected"), _listed(), ids=lambda part: part[:40])
+def test_name_has_the_parameters_of_the_peers_source(ops, module, name, expected):
+    value = getattr(importlib.import_module(f"mmcv.ops.{module}"), name)
+    is_function = inspect.isclass(value) and issubclass(value, torch.autograd.Function)
+    found = f"({_parameters(value.apply if is_function else value)})"
+    constructor, _, forward = expected.partition(" forward")
+    assert found == constructor
+    row = _names.MODULES[module][name]
+    if forward and row.operator:
+        assert f"({_parameters(value.forward)})" == forward
 
 
 def test_every_name_has_the_signature_of_the_table():

@@ -237,3 +237,58 @@ def test_quirk_diff_iou_rotated_vertices_on_the_axis():
         a = torch.tensor([[[0.0, 0, 2, 2, angle]]])
         b = torch.tensor([[[0.0, 0, 2, 2, angle + math.pi / 4]]])
         assert_close(ops.diff_iou_rotated_2d(a, b), torch.tensor([[math.sqrt(0.5)]]))
+
+
+def turned_boxes(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    boxes = torch.rand(2, count, 5, generator=generator) * torch.tensor([4.0, 4, 3, 3, 6.3])
+    return boxes + torch.tensor([0.0, 0, 1, 1, -3.0])
+
+
+def test_steps_of_diff_iou_rotated_give_its_area():
+    """Including gradients; with a box against itself, and one far away."""
+    from torchkiln.compat.mmcv._ops import diff_iou_rotated as steps
+
+    box1, box2 = turned_boxes(200, 0).double(), turned_boxes(200, 1).double()
+    box2[0, 0] = box1[0, 0]
+    box2[1, 1, :2] += 50
+    box1.requires_grad_()
+    corners = steps.box2corners(box1), steps.box2corners(box2)
+    area, vertices = steps.oriented_box_intersection_2d(*corners)
+    sizes = [box[..., 2] * box[..., 3] for box in (box1, box2)]
+    iou = area / (sizes[0] + sizes[1] - area)
+    expected = ops.diff_iou_rotated_2d(box1, box2)
+    assert_close(iou, expected, rtol=1e-5, atol=1e-6)
+    found, wanted = (torch.autograd.grad(value.sum(), box1)[0] for value in (iou, expected))
+    both = torch.ones(2, 200, dtype=torch.bool)
+    both[0, 0] = False  # vertices of equal boxes lie on each other
+    assert_close(found[both], wanted[both], rtol=1e-4, atol=1e-5)
+    assert vertices.shape == (2, 200, 9, 2)
+    assert area[0, 0].item() == pytest.approx(sizes[0][0, 0].item())
+    assert area[1, 1].item() == 0
+
+
+def test_steps_of_diff_iou_rotated_by_hand():
+    from torchkiln.compat.mmcv._ops import diff_iou_rotated as steps
+
+    boxes = torch.tensor([[[0.0, 0, 2, 2, 0]]]), torch.tensor([[[1.0, 1, 2, 2, 0]]])
+    corners = [steps.box2corners(box) for box in boxes]
+    assert corners[0].tolist() == [[[[1, 1], [-1, 1], [-1, -1], [1, -1]]]]
+    points, crosses = steps.box_intersection(*corners)
+    assert crosses.nonzero()[:, 2:].tolist() == [[0, 1], [3, 2]]
+    assert points[crosses].tolist() == [[0, 1], [1, 0]]
+    inside = steps.box_in_box(*corners)
+    assert [part.flatten().tolist() for part in inside] == [
+        [True, False, False, False],
+        [False, False, True, False],
+    ]
+    vertices, mask = steps.build_vertices(*corners, *inside, points, crosses)
+    rows = steps.sort_indices(vertices, mask)
+    # (1, 1), (0, 1), (0, 0), (1, 0), (1, 1), then the first crossing that is none.
+    assert rows.tolist() == [[[0, 9, 6, 22, 0, 8, 8, 8, 8]]]
+    area, shown = steps.calculate_area(rows, vertices)
+    assert area.tolist() == [[1]]
+    assert shown[0, 0, :5].tolist() == [[1, 1], [0, 1], [0, 0], [1, 0], [1, 1]]
+    none = steps.SortVertices.apply(vertices, mask & False, mask.sum(2) * 0)
+    assert none.dtype == torch.int32
+    assert none.tolist() == [[[8] * 9]]

@@ -85,6 +85,15 @@ def test_points_in_polygons():
         ops.points_in_polygons(points, torch.zeros(3, 4))
 
 
+def test_quirk_points_in_polygons_on_the_outline():
+    """Each side of a square, and two of its corners."""
+    points = torch.tensor([[0.0, 1], [2, 1], [1, 0], [1, 2], [0, 0], [2, 2]])
+    assert ops.points_in_polygons(points, SQUARE).flatten().tolist() == [0, 0, 0, 1, 0, 0]
+    inside = native.points_in_polygons(points, SQUARE).flatten().int()
+    assert inside.tolist() == [1, 0, 1, 0, 1, 0]
+    assert ops.points_in_polygons(points.double(), SQUARE.double()).dtype == torch.float32
+
+
 def test_contour_expand_takes_tensors_and_arrays():
     masks = torch.tensor([[[1, 1, 1, 0, 1]], [[1, 0, 0, 0, 1]]], dtype=torch.uint8)
     labels = torch.tensor([[2, 0, 0, 0, 1]], dtype=torch.int32)

@@ -130,8 +130,6 @@ class _Native:
         self._implement.restype = ctypes.c_char_p
         self._release = library.torchkiln_torchvision_release
         self._release.restype = None
-        self._ask = ctypes.CFUNCTYPE(ctypes.c_int32)(torch.are_deterministic_algorithms_enabled)
-        library.torchkiln_torchvision_ask_deterministic(self._ask)
 
     def operator(self, index: int) -> _Row | None:
         provided, calls = ctypes.c_int32(), ctypes.c_int64()

@@ -9,15 +9,18 @@ from typing import ClassVar
 import torch
 from hypothesis import given
 
-from support.op_suite import CompositionSuite, Failure
+from support.op_suite import Failure, OpSuite
 from support.strategies import seeds
+from torchkiln import reference
 from torchkiln.ops import points_in_polygons
+from torchkiln.ops.detection.points_in_polygons import _points_in_polygons
 from torchkiln.reference.detection.points_in_polygons import parity
 from torchkiln.testing import Inputs
 
 
-class TestPointsInPolygons(CompositionSuite):
+class TestPointsInPolygons(OpSuite):
     parity = parity()
+    autocast = torch.float32
     dynamic: ClassVar = {"points": 0, "polygons": 0}
     failures = (
         Failure(
@@ -43,12 +46,6 @@ class TestPointsInPolygons(CompositionSuite):
             {"polygons": lambda polygons: polygons.half()},
             TypeError,
             r"polygons must have the dtype of points \(float32\); got float16$",
-        ),
-        Failure(
-            "two_devices",
-            {"polygons": lambda polygons: polygons.to("meta")},
-            ValueError,
-            "polygons must be on the device of points",
         ),
     )
 
@@ -82,3 +79,21 @@ def test_the_direction_does_not_matter(seed: int) -> None:
     backwards = polygons.unflatten(1, (4, 2)).flip(1).flatten(1)
     found = points_in_polygons(points, polygons)
     assert torch.equal(found, points_in_polygons(points, backwards))
+
+
+def test_reference_of_the_peers_rule_by_hand() -> None:
+    """On the outline the sides before decide: the last side is looked at first."""
+    square = torch.tensor([[0.0, 0, 2, 0, 2, 2, 0, 2]])
+    points = torch.tensor([[0.0, 1], [2, 1], [1, 0], [1, 2], [1, 1], [3, 1], [0, 0], [2, 2]])
+    expected = [0, 0, 0, 1, 1, 0, 0, 0]
+    assert reference.points_in_polygons(points, square, True).flatten().tolist() == expected
+
+
+@given(seeds)
+def test_the_peers_rule(seed: int) -> None:
+    """Multiples of a quarter, which float32 divides exactly where it matters."""
+    new = Inputs(seed)
+    polygons, points = new.integers(12, 8, high=5).float(), new.integers(40, 2, high=17).float() / 4
+    found = _points_in_polygons(points, polygons, True)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, reference.points_in_polygons(points.double(), polygons.double(), True))

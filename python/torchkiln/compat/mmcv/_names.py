@@ -113,6 +113,7 @@ _TABLE = """
 + class CARAFE | kernel_size, group_size, scale_factor | features, masks
 + class CARAFEPack @ carafe | channels, scale_factor, up_kernel=5, up_group=1, encoder_kernel=3, encoder_dilation=1, compressed_channels=64 | x
 [cc_attention]
+- def NEG_INF_DIAG | n, device
 + class CrissCrossAttention @ CrissCrossAttention | in_channels | x
 [chamfer_distance]
 - function ChamferDistanceFunction | xyz1, xyz2
@@ -151,15 +152,15 @@ _TABLE = """
 + class Linear < Linear | *args, **kwargs |  | torch
 + class MaxPool2d < MaxPool2d | *args, **kwargs |  | torch
 [diff_iou_rotated]
-- function SortVertices | vertices, mask, num_valid
-- def box_intersection | corners1, corners2
-- def box1_in_box2 | corners1, corners2
-- def box_in_box | corners1, corners2
-- def build_vertices | corners1, corners2, c1_in_2, c2_in_1, intersections, valid_mask
-- def sort_indices | vertices, mask
-- def calculate_area | idx_sorted, vertices
-- def oriented_box_intersection_2d | corners1, corners2
-- def box2corners | box
+- function SortVertices | vertices, mask, num_valid |  | torch
+- def box_intersection | corners1, corners2 |  | torch
+- def box1_in_box2 | corners1, corners2 |  | torch
+- def box_in_box | corners1, corners2 |  | torch
+- def build_vertices | corners1, corners2, c1_in_2, c2_in_1, intersections, valid_mask |  | torch
+- def sort_indices | vertices, mask |  | torch
+- def calculate_area | idx_sorted, vertices |  | torch
+- def oriented_box_intersection_2d | corners1, corners2 |  | torch
+- def box2corners | box |  | torch
 + def diff_iou_rotated_2d | box1, box2 |  | diff_iou_rotated_2d
 + def diff_iou_rotated_3d | box3d1, box3d2 |  | diff_iou_rotated_3d
 [filtered_lrelu]

@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: Apache-2.0
 
+from torchkiln.ops.detection.batched_nms import *  # noqa: F403
 from torchkiln.ops.detection.bezier_align import *  # noqa: F403
 from torchkiln.ops.detection.border_align import *  # noqa: F403
 from torchkiln.ops.detection.box_area import *  # noqa: F403

@@ -1,4 +1,4 @@
-"""Non-maximum suppression: among all boxes, inside classes, and with a result of fixed size."""
+"""Non-maximum suppression, and with a result of fixed size."""
 
 # SPDX-License-Identifier: Apache-2.0
 
@@ -9,15 +9,30 @@ from torch import Tensor
 
 from torchkiln._frame import operator
 
-__all__ = ["batched_nms", "nms", "nms_padded"]
+__all__ = ["nms", "nms_padded"]
 
 
-def _fake_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+def _fake_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    offset: float = 0.0,
+    score_threshold: float | None = None,
+    max_output: int | None = None,
+) -> Tensor:
     kept = torch.library.get_ctx().new_dynamic_size()
     return boxes.new_empty((kept,), dtype=torch.int64)
 
 
-def _fake_batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+def _fake_batched_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    idxs: Tensor,
+    iou_threshold: float,
+    offset: float = 0.0,
+    score_threshold: float | None = None,
+    max_output: int | None = None,
+) -> Tensor:
     return _fake_nms(boxes, scores, iou_threshold)
 
 
@@ -27,6 +42,8 @@ def _fake_nms_padded(
     iou_threshold: float,
     max_output: int,
     idxs: Tensor | None = None,
+    offset: float = 0.0,
+    score_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     indices = boxes.new_empty((max_output,), dtype=torch.int64)
     return indices, boxes.new_empty((), dtype=torch.int64)
@@ -34,11 +51,19 @@ def _fake_nms_padded(
 
 # float32: areas of boxes are beyond float16 from a side of 256 on.
 _nms = operator("nms", fake=_fake_nms, autocast=torch.float32)
-_batched_nms = operator("batched_nms", fake=_fake_batched_nms, autocast=torch.float32)
+batched_nms_op = operator("batched_nms", fake=_fake_batched_nms, autocast=torch.float32)
 _nms_padded = operator("nms_padded", fake=_fake_nms_padded, autocast=torch.float32)
 
 
-def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+def nms(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    *,
+    offset: float = 0.0,
+    score_threshold: float | None = None,
+    max_output: int | None = None,
+) -> Tensor:
     """Keeps the best boxes: each suppresses the lower ones that overlap it by too much.
 
     Args:
@@ -46,13 +71,17 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         scores: (N,), dtype and device of `boxes`.
         iou_threshold: a box goes when its IoU with a kept one is greater. Any number: below 0 all
             boxes but the best one go, from 1 on none.
+        offset: added to x2 and y2, at least 0: 1 for boxes whose last pixel belongs to them.
+        score_threshold: boxes without a greater score are left out, those with NaN too. None: none.
+        max_output: the most boxes to return, at least 0. None: all.
 
     Returns:
         (K,), int64; rows of the kept boxes by descending score, the lower row first among equals.
 
     Raises:
         TypeError: for another dtype, or two different ones.
-        ValueError: for another shape, two different devices, or a threshold that is NaN.
+        ValueError: for another shape, two different devices, a threshold that is NaN, an offset or
+            a `max_output` below 0.
         CaptureError: while a CUDA graph is captured; `nms_padded` can be.
 
     Differentiable: no. Deterministic: yes. Autocast: float32.
@@ -70,39 +99,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         >>> nms(boxes, torch.tensor([0.5, 0.9, 0.7]), 0.5)
         tensor([1, 2])
     """
-    return _nms(boxes, scores, iou_threshold)
-
-
-def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    """Keeps the best boxes of each class; boxes of different classes never meet.
-
-    Args:
-        boxes: (N, 4), float16, bfloat16, float32 or float64; x1, y1, x2, y2 in any unit.
-        scores: (N,), dtype and device of `boxes`.
-        idxs: (N,), any integer dtype and values; the class of each box.
-        iou_threshold: a box goes when its IoU with a kept one of its class is greater.
-
-    Returns:
-        (K,), int64; rows of the kept boxes by descending score, the lower row first among equals.
-
-    Raises:
-        TypeError: for another dtype.
-        ValueError: for another shape, two different devices, or a threshold that is NaN.
-        CaptureError: while a CUDA graph is captured; `nms_padded` can be.
-
-    Differentiable: no. Deterministic: yes. Autocast: float32.
-
-    Note:
-        As `nms`. Classes are compared: coordinates are not shifted and keep all their digits.
-
-    Example:
-        >>> import torch
-        >>> from torchkiln.ops import batched_nms
-        >>> boxes = torch.tensor([[0.0, 0.0, 4.0, 4.0]]).repeat(3, 1)
-        >>> batched_nms(boxes, torch.tensor([0.5, 0.9, 0.7]), torch.tensor([0, 1, 1]), 0.5)
-        tensor([1, 0])
-    """
-    return _batched_nms(boxes, scores, idxs, iou_threshold)
+    return _nms(boxes, scores, iou_threshold, offset, score_threshold, max_output)
 
 
 def nms_padded(
@@ -111,6 +108,9 @@ def nms_padded(
     iou_threshold: float,
     max_output: int,
     idxs: Tensor | None = None,
+    *,
+    offset: float = 0.0,
+    score_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`nms`, or with classes `batched_nms`, into a result of fixed size.
 
@@ -122,6 +122,8 @@ def nms_padded(
         iou_threshold: a box goes when its IoU with a kept one is greater.
         max_output: length of the result, at least 0; the best boxes fill it.
         idxs: (N,), any integer dtype; the class of each box, or None for one class.
+        offset: added to x2 and y2, at least 0: 1 for boxes whose last pixel belongs to them.
+        score_threshold: boxes without a greater score are left out, those with NaN too. None: none.
 
     Returns:
         indices: (max_output,), int64; rows of the kept boxes by descending score, then -1.
@@ -129,8 +131,8 @@ def nms_padded(
 
     Raises:
         TypeError: for another dtype, or two different ones.
-        ValueError: for another shape, two different devices, a negative `max_output`, or a
-            threshold that is NaN.
+        ValueError: for another shape, two different devices, a threshold that is NaN, an offset or
+            a `max_output` below 0.
 
     Differentiable: no. Deterministic: yes. Autocast: float32.
 
@@ -144,4 +146,4 @@ def nms_padded(
         >>> nms_padded(boxes, torch.tensor([0.5, 0.9, 0.7]), 0.5, 4)
         (tensor([ 1,  2, -1, -1]), tensor(2))
     """
-    return _nms_padded(boxes, scores, iou_threshold, max_output, idxs)
+    return _nms_padded(boxes, scores, iou_threshold, max_output, idxs, offset, score_threshold)

@@ -7,9 +7,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchkiln.ops._arguments import require_floating, require_pair, shape, widened
+from torchkiln._frame import operator
 
 __all__ = ["points_in_polygons"]
+
+
+def _fake(points: Tensor, polygons: Tensor, as_mmcv: bool = False) -> Tensor:
+    dtype = torch.float32 if as_mmcv else torch.bool
+    return points.new_empty((points.shape[0], polygons.shape[0]), dtype=dtype)
+
+
+# float32: a coordinate of 2000 has no fraction left in float16.
+_points_in_polygons = operator("points_in_polygons", fake=_fake, autocast=torch.float32)
 
 
 def points_in_polygons(points: Tensor, polygons: Tensor) -> Tensor:
@@ -29,12 +38,12 @@ def points_in_polygons(points: Tensor, polygons: Tensor) -> Tensor:
         TypeError: for another dtype, or two different ones.
         ValueError: for another shape, or two different devices.
 
-    Differentiable: no. Deterministic: yes. Autocast: as without.
+    Differentiable: no. Deterministic: yes. Autocast: float32.
 
     Note:
         Computed in float32 for the half types. A point on an edge that two quadrilaterals share is
         in exactly one of them. What has a coordinate that is not finite is in nothing, and
-        contains nothing. mmcv gives numbers: `.float()` does, too.
+        contains nothing.
 
     Source:
         Shimrat, "Algorithm 112: Position of point relative to polygon", 1962.
@@ -47,25 +56,4 @@ def points_in_polygons(points: Tensor, polygons: Tensor) -> Tensor:
         tensor([[ True],
                 [False]])
     """
-    require_floating("points_in_polygons", points=points, polygons=polygons)
-    for name, value, columns in (("points", points, 2), ("polygons", polygons, 8)):
-        if value.dim() != 2 or value.shape[1] != columns:
-            raise ValueError(
-                f"points_in_polygons: {name} must have shape (N, {columns}); got {shape(value)}"
-            )
-    require_pair("points_in_polygons", points=points, polygons=polygons)
-    corners = widened(polygons).unflatten(1, (4, 2))
-    px, py = widened(points)[:, None].unbind(-1)
-    is_finite: Tensor = px.isfinite() & py.isfinite() & corners.isfinite().all(-1).all(-1)
-    inside = torch.zeros_like(is_finite)
-    for i in range(4):
-        start, end = corners[:, i - 1], corners[:, i]
-        # From the lower end to the upper one: both polygons of a shared edge compute the same.
-        swap = (start[:, 1] > end[:, 1])[:, None]
-        (x1, y1), (x2, y2) = (
-            torch.where(swap, a, b).unbind(1) for a, b in ((end, start), (start, end))
-        )
-        is_left = (x2 - x1) * (py - y1) > (px - x1) * (y2 - y1)
-        inside = inside ^ ((y1 <= py) & (py < y2) & is_left)
-    result: Tensor = inside & is_finite
-    return result
+    return _points_in_polygons(points, polygons, False)

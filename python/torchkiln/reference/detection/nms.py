@@ -33,7 +33,15 @@ def _suppressed_by(box: Tensor, others: Tensor, iou_threshold: float) -> Tensor:
     return intersection > iou_threshold * union
 
 
-def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+def batched_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    idxs: Tensor,
+    iou_threshold: float,
+    offset: float = 0.0,
+    score_threshold: float | None = None,
+    max_output: int | None = None,
+) -> Tensor:
     """Greedy suppression inside each class.
 
     Args:
@@ -41,13 +49,23 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         scores: (N,).
         idxs: (N,) class of each box.
         iou_threshold: a box goes when it overlaps a kept one by more.
+        offset: added to x2 and y2.
+        score_threshold: only boxes with a greater score are looked at.
+        max_output: the most rows.
 
     Returns:
         (K,) rows of the kept boxes by descending score.
     """
     if boxes.dtype in (torch.float16, torch.bfloat16):
         boxes, scores = boxes.float(), scores.float()
-    return greedy(scores, idxs, lambda row: _suppressed_by(boxes[row], boxes, iou_threshold))
+    boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
+    if score_threshold is not None:
+        limit = torch.tensor(score_threshold, dtype=scores.dtype)
+        rows = (scores > limit.to(scores.device)).nonzero().squeeze(1)
+        kept = batched_nms(boxes[rows], scores[rows], idxs[rows], iou_threshold)
+        return rows[kept][:max_output]
+    kept = greedy(scores, idxs, lambda row: _suppressed_by(boxes[row], boxes, iou_threshold))
+    return kept[:max_output]
 
 
 def greedy(scores: Tensor, idxs: Tensor | None, hits: Callable[[int], Tensor]) -> Tensor:
@@ -82,10 +100,17 @@ def padded(kept: Tensor, max_output: int) -> tuple[Tensor, Tensor]:
     return rows, torch.tensor(kept.shape[0], dtype=torch.int64, device=kept.device)
 
 
-def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+def nms(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    offset: float = 0.0,
+    score_threshold: float | None = None,
+    max_output: int | None = None,
+) -> Tensor:
     """Greedy suppression among all boxes; see `batched_nms`."""
     classes = torch.zeros_like(scores, dtype=torch.int64)
-    return batched_nms(boxes, scores, classes, iou_threshold)
+    return batched_nms(boxes, scores, classes, iou_threshold, offset, score_threshold, max_output)
 
 
 def nms_padded(
@@ -94,10 +119,13 @@ def nms_padded(
     iou_threshold: float,
     max_output: int,
     idxs: Tensor | None = None,
+    offset: float = 0.0,
+    score_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The first `max_output` rows of `batched_nms` followed by -1, and how many they are."""
     classes = torch.zeros_like(scores, dtype=torch.int64) if idxs is None else idxs
-    return padded(batched_nms(boxes, scores, classes, iou_threshold), max_output)
+    kept = batched_nms(boxes, scores, classes, iou_threshold, offset, score_threshold)
+    return padded(kept, max_output)
 
 
 def parity() -> Parity:
@@ -111,6 +139,10 @@ def parity() -> Parity:
             Case(f"{name}_{function}", _make(boxes, function), functions=(function,))
             for function in ("nms_padded", "nms", "batched_nms")
             for name, boxes in _CANDIDATES.items()
+        )
+        + tuple(
+            Case(f"options_{function}", _with_options(function), functions=(function,))
+            for function in ("nms_padded", "nms", "batched_nms")
         ),
         workloads=(
             # Proposals of one level of a pyramid, of all levels, and without a cut before.
@@ -149,6 +181,18 @@ def _make(candidates: _Candidates, function: str) -> Callable[[Inputs], Mapping[
         if function == "batched_nms":
             arguments["idxs"] = new.integers(boxes.shape[0], high=3)
         return arguments
+
+    return make
+
+
+def _with_options(function: str) -> Callable[[Inputs], Mapping[str, Any]]:
+    """More than a panel of boxes, half of them left out, NaN too; grown by one."""
+
+    def make(new: Inputs) -> Mapping[str, Any]:
+        arguments = dict(_make(_random(150, 40.0), function)(new))
+        arguments["scores"][3] = math.nan
+        arguments |= {"offset": 1.0, "score_threshold": 0.5}
+        return arguments if function == "nms_padded" else arguments | {"max_output": 30}
 
     return make
 
@@ -193,6 +237,12 @@ def _fuzz(draw: Draw) -> dict[str, Any]:
     arguments["iou_threshold"] = draw.threshold(boxes)
     if draw.function == "nms_padded":
         arguments["max_output"] = draw.size(30)
+    elif draw.chance(0.25):
+        arguments["max_output"] = draw.size(30)
+    if draw.chance(0.25):
+        arguments["score_threshold"] = draw.pick(0.5, 0.0, -1.0)
+    if draw.chance(0.25):
+        arguments["offset"] = draw.pick(1.0, 0.5)
     has_classes = draw.function == "nms_padded" and draw.option("classes", False, True)
     if has_classes or draw.function == "batched_nms":
         arguments["idxs"] = draw.labels(len(boxes), 3)

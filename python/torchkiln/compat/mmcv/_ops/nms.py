@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -33,10 +34,13 @@ def _takes_arrays(function: _F) -> _F:
 
     @functools.wraps(function)
     def call(boxes: Any, scores: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(boxes, Tensor):
-            return function(boxes, scores, *args, **kwargs)
+        for name, value in (("boxes", boxes), ("scores", scores)):
+            is_known = isinstance(value, (Tensor, numpy.ndarray))
+            assert is_known, f"{name} must be a tensor or array; got {type(value).__name__}"
         result = function(torch.as_tensor(boxes), torch.as_tensor(scores), *args, **kwargs)
-        return tuple(tensor.numpy() for tensor in result)
+        if isinstance(boxes, Tensor):
+            return result
+        return tuple(tensor.cpu().numpy() for tensor in result)
 
     return call  # type: ignore[return-value]
 
@@ -66,20 +70,15 @@ def _kept(
     max_num: int,
     idxs: Tensor | None = None,
 ) -> Tensor:
-    boxes, candidates = bboxes.detach(), scores.detach()
-    rows = None
-    if score_threshold > 0:
-        rows = (candidates > score_threshold).nonzero().squeeze(1)
-        boxes, candidates = boxes[rows], candidates[rows]
-        idxs = None if idxs is None else idxs[rows]
-    boxes, candidates = _shifted(boxes, offset), _wide(candidates, offset)
+    settings: dict[str, Any] = {
+        "offset": float(offset),
+        "score_threshold": float(score_threshold) if score_threshold > 0 else None,
+        "max_output": max_num if max_num > 0 else None,
+    }
+    boxes, scores, threshold = bboxes.detach(), scores.detach(), float(iou_threshold)
     if idxs is None:
-        kept = ops.nms(boxes, candidates, float(iou_threshold))
-    else:
-        kept = ops.batched_nms(boxes, candidates, idxs, float(iou_threshold))
-    if max_num > 0:
-        kept = kept[:max_num]
-    return kept if rows is None else rows[kept]
+        return ops.nms(boxes, scores, threshold, **settings)
+    return ops.batched_nms(boxes, scores, idxs, threshold, **settings)
 
 
 def _nms_inds(
@@ -166,7 +165,7 @@ def _softened(
     return torch.cat([boxes.detach()[inds], softened.to(boxes)[:, None]], 1), inds
 
 
-def _soft_inds(
+def _soft_rows(
     boxes: Tensor,
     scores: Tensor,
     iou_threshold: float,
@@ -174,11 +173,14 @@ def _soft_inds(
     min_score: float,
     method: int,
     offset: int,
-) -> Tensor:
-    return _softened(boxes, scores, iou_threshold, sigma, min_score, method, offset)[1]
+) -> tuple[Tensor, Tensor]:
+    """As the peer's: (N, 5) on the CPU, whose first K rows count, and (K,) rows of the boxes."""
+    dets, inds = _softened(boxes, scores, iou_threshold, sigma, min_score, int(method), int(offset))
+    rest = boxes.shape[0] - inds.shape[0]
+    return torch.cat([dets, dets.new_zeros(rest, 5)]).cpu(), inds.cpu()
 
 
-SoftNMSop = function_class("SoftNMSop", _soft_inds)
+SoftNMSop = function_class("SoftNMSop", _soft_rows)
 
 
 @renamed(iou_thr="iou_threshold")

@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from torchkiln import ops
+from torchkiln.ops.detection.points_in_polygons import _points_in_polygons
 
 __all__ = ["points_in_polygons"]
 
 
 def points_in_polygons(points: Tensor, polygons: Tensor) -> Tensor:
-    """`torchkiln.ops.points_in_polygons` as numbers.
+    """`torchkiln.ops.points_in_polygons` as numbers, on the outline as mmcv has them.
 
     Args:
         points: (P, 2).
@@ -26,4 +25,4 @@ def points_in_polygons(points: Tensor, polygons: Tensor) -> Tensor:
     """
     assert points.size(1) == 2, f"points dimension should be 2, got {points.size(1)}"
     assert polygons.size(1) == 8, f"polygons dimension should be 8, got {polygons.size(1)}"
-    return ops.points_in_polygons(points, polygons).to(torch.float32)
+    return _points_in_polygons(points.detach(), polygons.detach(), True)

@@ -1,0 +1,110 @@
+"""batched_nms and batched_nms_padded: every type, with and without classes."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchkiln import ops
+from torchkiln.testing import Inputs
+
+TYPES = ("nms", "nms_rotated", "nms_quadri", "nms3d", "nms3d_normal")
+
+
+def _rows(type: str, count: int, new: Inputs) -> Tensor:
+    """The same boxes as each type wants them."""
+    corners = new.boxes(count, 40.0).float()
+    center, size = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
+    still = torch.zeros(count, 1)
+    if type == "nms_rotated":
+        return torch.cat([center, size, still], 1)
+    if type == "nms_quadri":
+        return corners[:, [0, 1, 2, 1, 2, 3, 0, 3]]
+    if type.startswith("nms3d"):
+        return torch.cat([center, still, size, still + 1, still], 1)
+    return corners
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_every_type_keeps_what_nms_keeps(type: str, device: str) -> None:
+    new = Inputs()
+    scores, idxs = new.uniform(90).float(), new.integers(90, high=4)
+    arguments = [value.to(device) for value in (_rows(type, 90, Inputs(1)), scores, idxs)]
+    corners = _rows("nms", 90, Inputs(1))
+    for agnostic in (False, True):
+        expected = _by_class(corners, scores, idxs, agnostic)
+        kept = ops.batched_nms(*arguments, 0.3, type=type, class_agnostic=agnostic)
+        assert kept.tolist() == expected
+        assert 5 < len(expected) < 90
+        options: dict[str, Any] = {"type": type, "class_agnostic": agnostic}
+        assert ops.batched_nms(*arguments, 0.3, max_output=5, **options).tolist() == expected[:5]
+        indices, count = ops.batched_nms_padded(*arguments, 0.3, 100, **options)
+        assert indices.tolist() == expected + [-1] * (100 - len(expected))
+        assert count.item() == len(expected)
+        assert ops.batched_nms_padded(*arguments, 0.3, 5, **options)[0].tolist() == expected[:5]
+
+
+def _by_class(corners: Tensor, scores: Tensor, idxs: Tensor, agnostic: bool) -> list[int]:
+    if agnostic:
+        return ops.nms(corners, scores, 0.3).tolist()
+    kept = []
+    for label in idxs.unique():
+        rows = (idxs == label).nonzero().squeeze(1)
+        kept += rows[ops.nms(corners[rows], scores[rows], 0.3)].tolist()
+    return sorted(kept, key=lambda row: -float(scores[row]))
+
+
+def test_options_of_the_types() -> None:
+    boxes = torch.tensor([[0.0, 0, 1, 1], [1.0, 0, 2, 1], [9.0, 9, 10, 10]])
+    scores, idxs = torch.tensor([0.9, 0.8, 0.2]), torch.zeros(3, dtype=torch.int32)
+    assert ops.batched_nms(boxes, scores, idxs, 0.3).tolist() == [0, 1, 2]
+    assert ops.batched_nms(boxes, scores, idxs, 0.3, offset=1).tolist() == [0, 2]
+    padded = ops.batched_nms_padded(boxes, scores, idxs, 0.3, 3, offset=1, score_threshold=0.2)
+    assert padded[0].tolist() == [0, -1, -1]
+    turned = torch.tensor([[0.0, 0, 8, 1, 0.5], [0.0, 0, 8, 1, -0.5]])
+    for clockwise in (False, True):
+        kept = ops.batched_nms(
+            turned, scores[:2], idxs[:2], 0.5, type="nms_rotated", clockwise=clockwise
+        )
+        assert kept.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"type": "nms4d"}, ValueError, '^batched_nms: type must be "nms", .* or "nms3d_normal"; '),
+        ({"type": "soft_nms"}, ValueError, "^batched_nms: type must .* soft_nms_padded take idxs"),
+        ({"type": "nms_quadri", "clockwise": True}, TypeError, "clockwise"),
+        ({"type": "nms_quadri", "max_output": -1}, ValueError, "max_output must be at least 0"),
+        ({"max_output": -1}, ValueError, "^batched_nms: max_output must be at least 0; got -1$"),
+        ({"offset": -1.0}, ValueError, "^batched_nms: offset must be a finite number of at least"),
+        (
+            {"score_threshold": math.nan},
+            ValueError,
+            "^batched_nms: score_threshold must be a number; got nan$",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_refuses(options: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        ops.batched_nms(torch.zeros(3, 4), torch.zeros(3), torch.zeros(3).int(), 0.5, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("type", TYPES)
+def test_the_padded_form_is_captured(type: str) -> None:
+    scores, idxs = Inputs().uniform(90).float().cuda(), Inputs().integers(90, high=4).cuda()
+    rows = _rows(type, 90, Inputs(1)).cuda()
+    expected = ops.batched_nms_padded(rows, scores, idxs, 0.3, 60, type=type)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = ops.batched_nms_padded(rows, scores, idxs, 0.3, 60, type=type)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
