@@ -11,6 +11,7 @@
 
 #include "bindings/support/check.h"
 #include "bindings/support/cuda.h"
+#include "bindings/support/layout.h"
 #include "bindings/support/parallel.h"
 #include "bindings/support/tensor.h"
 
@@ -23,8 +24,9 @@ using box_iou::BackwardArgs;
 
 constexpr const char* kOp = "box_iou";
 constexpr std::int64_t kPairNanoseconds = 4;
-// Two times what a multiprocessor can hold: the second half balances the first.
-constexpr std::int64_t kThreadsPerMultiprocessor = 4096;
+// As many as a multiprocessor holds of this kernel, each with the same number of rows: what a thread does before its
+// first row costs as much as a few rows.
+constexpr std::int64_t kThreadsPerMultiprocessor = 1024;
 
 struct Statics {
   std::int64_t scalar, mode;
@@ -50,12 +52,13 @@ using AlignedBackward = Kernel<AlignedBackwardArgs, Statics, Rows, Tunables>;
 // Columns a thread: up to 16 bytes, where every row's begin allows it.
 std::int64_t full_vector(std::int64_t scalar) { return scalar == TORCHKILN_DOUBLE ? 2 : 4; }
 
-// Threads that fill the GPU, each with a few rows; at least one for each vector of a row, at most one for each vector.
+// Threads that fill the GPU, all with the same number of rows but the last; at least one for each vector of a row.
 Geometry over_pairs(const Forward::Problem& p, const Tunables& t) {
   const std::int64_t vectors = p.sizes.m / p.statics.vector;
   const std::int64_t wanted = p.device.multiprocessors * kThreadsPerMultiprocessor;
-  const std::int64_t rows = std::clamp<std::int64_t>(ceil_div(wanted, vectors), 1, p.sizes.n);
-  return linear(ceil_div(rows * vectors, t.block_size), t.block_size);
+  const std::int64_t rows_each =
+      std::clamp<std::int64_t>(p.sizes.n * vectors / wanted, 1, p.sizes.n);
+  return linear(ceil_div(ceil_div(p.sizes.n, rows_each) * vectors, t.block_size), t.block_size);
 }
 
 const Forward forward_kernel({
@@ -434,7 +437,10 @@ Tensor cuda(const Tensor& boxes1, const Tensor& boxes2, std::int64_t mode, doubl
          writes(offsetof(Args, out), p.out)});
     return p.out;
   }
-  const std::int64_t vector = p.args.m % full_vector(scalar) == 0 ? full_vector(scalar) : 1;
+  const bool aligned_rows = aligned_to_16(p.args.boxes1) && aligned_to_16(p.args.boxes2);
+  const bool vectorised =
+      p.args.m % full_vector(scalar) == 0 && aligned_rows && aligned_to_16(p.args.out);
+  const std::int64_t vector = vectorised ? full_vector(scalar) : 1;
   forward_kernel.run(CudaPlace(p.out), {scalar, mode, vector}, {p.args.n, p.args.m}, p.args,
                      {reads(offsetof(Args, boxes1), p.boxes1),
                       reads(offsetof(Args, boxes2), p.boxes2), writes(offsetof(Args, out), p.out)});

@@ -53,9 +53,9 @@ using Columns = Kernel<Args, ColumnsStatics, Sizes, ColumnsTunables>;
 std::int64_t row_vector(std::int64_t scalar) {
   return scalar == TORCHKILN_DOUBLE ? 2 : (scalar == TORCHKILN_FLOAT ? 4 : 8);
 }
-// Elements in 4 bytes: 32 lanes read whole lines of the cache, and small maps still fill the GPU.
-std::int64_t column_vector(std::int64_t scalar) {
-  return scalar == TORCHKILN_HALF || scalar == TORCHKILN_BFLOAT16 ? 2 : 1;
+// The most columns of a thread: all that it keeps of them must fit into its registers, and the backward keeps twice as much.
+std::int64_t most_columns(std::int64_t scalar, bool backward) {
+  return scalar == TORCHKILN_DOUBLE ? (backward ? 1 : 2) : (backward ? 2 : 4);
 }
 
 const std::vector<torchkiln_size> kSizes = {{"length", TORCHKILN_BUCKET_POW2},
@@ -86,14 +86,12 @@ const Columns columns_kernel({
     .entry = "columns",
     .operators = {kOp},
     .statics = {types("scalar", kFloatTypes), types("index", {TORCHKILN_I32, TORCHKILN_I64}),
-                bools("backward"), bools("reverse"), ints("vector", {1, 2})},
+                bools("backward"), bools("reverse"), ints("vector", {1, 2, 4})},
     .sizes = kSizes,
     .tunables = {ints("segments", {1, 2, 4, 8, 16}), ints("steps", {4, 8, 16})},
     .defaults = {{2, 8}, {8, 8}, {16, 8}},
     .valid =
-        [](const ColumnsStatics& s) {
-          return s.vector == 1 || s.vector == column_vector(s.scalar);
-        },
+        [](const ColumnsStatics& s) { return s.vector <= most_columns(s.scalar, s.backward != 0); },
     // What a thread keeps must fit into its registers.
     .legal = [](const Columns::Problem&,
                 const ColumnsTunables& t) { return t.segments * t.steps <= 128; },
@@ -263,18 +261,27 @@ bool all_aligned(const Args& args) {
          aligned_to_16(args.grad_output) && aligned_to_16(args.out);
 }
 
+// Fewer columns a thread while these do not fill the GPU.
+std::int64_t columns_of(const Device& device, const Plan& p, std::int64_t scalar) {
+  if (!all_aligned(p.args)) return 1;
+  std::int64_t vector = most_columns(scalar, p.backward);
+  const auto blocks = [&] { return p.args.outer * (p.args.inner / vector) / kWarp; };
+  while (vector > 1 && (p.args.inner % vector != 0 || blocks() < device.multiprocessors))
+    vector /= 2;
+  return vector;
+}
+
 void launch(const Plan& p, std::initializer_list<Buffer> buffers) {
   const std::int64_t scalar = kernel_type(p.out.scalar_type());
   const CudaPlace place(p.out);
-  const bool by_rows = p.args.inner == 1;
-  const std::int64_t full = by_rows ? row_vector(scalar) : column_vector(scalar);
-  const std::int64_t along = by_rows ? p.args.length : p.args.inner;
-  const std::int64_t vector = along % full == 0 && all_aligned(p.args) ? full : 1;
-  if (by_rows) {
+  if (p.args.inner == 1) {
+    const std::int64_t full = row_vector(scalar);
+    const std::int64_t vector = p.args.length % full == 0 && all_aligned(p.args) ? full : 1;
     rows_kernel.run(place, {scalar, p.backward, p.reverse, vector}, {p.args.length, p.args.outer},
                     p.args, buffers);
     return;
   }
+  const std::int64_t vector = columns_of(place.facts(), p, scalar);
   const std::int64_t lines = p.args.outer * (p.args.inner / vector);
   const std::int64_t index = lines <= kMaxI32 - kWarp ? TORCHKILN_I32 : TORCHKILN_I64;
   columns_kernel.run(place, {scalar, index, p.backward, p.reverse, vector}, {p.args.length, lines},

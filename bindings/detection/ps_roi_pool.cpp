@@ -23,11 +23,22 @@ struct TableStatics {
 struct MapStatics {
   std::int64_t scalar, index, channels_last;
 };
+struct TileStatics {
+  std::int64_t scalar, index;
+};
+struct StagedStatics {
+  std::int64_t scalar, index, pooling;
+};
 struct Sizes {
   std::int64_t n, c, h, w, k, pooled_h, pooled_w;
+
+  std::int64_t outputs() const { return c / (pooled_h * pooled_w); }
 };
 struct BlockTunables {
   std::int64_t block_size;
+};
+struct StagedTunables {
+  std::int64_t maps, block_size;
 };
 struct TileTunables {
   std::int64_t tile_h, tile_w, lane_channels, block_size;
@@ -44,7 +55,14 @@ const std::vector<torchkiln_size> kSizes = {
 
 using Tables = Kernel<Args, TableStatics, Sizes, BlockTunables>;
 using Forward = Kernel<Args, MapStatics, Sizes, BlockTunables>;
-using Backward = Kernel<Args, MapStatics, Sizes, TileTunables>;
+using Backward = Kernel<Args, TileStatics, Sizes, TileTunables>;
+using Staged = Kernel<Args, StagedStatics, Sizes, StagedTunables>;
+using StagedBackward = Kernel<Args, TileStatics, Sizes, StagedTunables>;
+
+std::int64_t sum_bytes(std::int64_t scalar) { return scalar == TORCHKILN_DOUBLE ? 8 : 4; }
+std::int64_t element_bytes(std::int64_t scalar) {
+  return scalar == TORCHKILN_DOUBLE ? 8 : (scalar == TORCHKILN_FLOAT ? 4 : 2);
+}
 
 const Tables tables_kernel({
     .path = "detection/ps_roi_pool.cuh",
@@ -93,18 +111,109 @@ const Backward backward_kernel({
     .path = "detection/ps_roi_pool.cuh",
     .entry = "backward",
     .operators = kOperators,
-    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes), bools("channels_last")},
+    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes)},
     .sizes = kSizes,
     .tunables = {ints("tile_h", {4, 8, 16}), ints("tile_w", {8, 16}), ints("lane_channels", {1, 2}),
                  ints("block_size", {32, 64, 128})},
     .defaults = {{8, 8, 1, 32}},
     .legal =
         [](const Backward::Problem& p, const TileTunables& t) {
-          const std::int64_t bytes = p.statics.scalar == TORCHKILN_DOUBLE ? 8 : 4;
-          return t.tile_h * t.tile_w * (32 * t.lane_channels + 1) * bytes <= 40 * 1024;
+          return t.tile_h * t.tile_w * (32 * t.lane_channels + 1) * sum_bytes(p.statics.scalar) <=
+                 40 * 1024;
         },
     .geometry = [](const Backward::Problem& p,
                    const TileTunables& t) { return linear(tile_blocks(p.sizes, t), t.block_size); },
+});
+
+// Threads for one region each, or for a part of them; three maps share a bin's geometry, and one is what fits always.
+const std::vector<std::int64_t> kStagedMaps = {1, 2, 3, 4}, kStagedBlocks = {128, 256, 320, 512};
+const std::vector<StagedTunables> kStagedDefaults = {{3, 128}, {3, 320}, {3, 512},
+                                                     {1, 128}, {1, 320}, {1, 512}};
+
+std::uint32_t choose_staged(const Sizes& s, bool several) {
+  const std::uint32_t block = s.k <= 128 ? 0 : (s.k <= 320 ? 1 : 2);
+  return several && s.outputs() >= 3 ? block : block + 3;
+}
+
+std::int64_t map_groups(const Sizes& s, std::int64_t maps) {
+  return s.n * s.pooled_h * s.pooled_w * ceil_div(s.outputs(), maps);
+}
+
+std::int64_t staged_bytes(const Sizes& s, std::int64_t scalar, std::int64_t maps) {
+  const std::int64_t cells = s.h * s.w;
+  return maps * ceil_div(cells, 16) * 16 * element_bytes(scalar);
+}
+
+// Two blocks fit into a multiprocessor.
+bool is_stageable(const Device& device, const Sizes& s, std::int64_t scalar, std::int64_t maps) {
+  constexpr std::int64_t kMostSide = 65536, kReserved = 1024;
+  return s.h < kMostSide && s.w < kMostSide &&
+         staged_bytes(s, scalar, maps) <= device.shared_bytes_per_block / 2 - kReserved;
+}
+
+const Staged staged_kernel({
+    .path = "detection/ps_roi_pool.cuh",
+    .entry = "staged",
+    .operators = kOperators,
+    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes), ints("pooling", {0, 1})},
+    .sizes = kSizes,
+    .tunables = {ints("maps", kStagedMaps), ints("block_size", kStagedBlocks)},
+    .defaults = kStagedDefaults,
+    .legal =
+        [](const Staged::Problem& p, const StagedTunables& t) {
+          return is_stageable(p.device, p.sizes, p.statics.scalar, t.maps);
+        },
+    .choose =
+        [](const Staged::Problem& p) {
+          return choose_staged(p.sizes, is_stageable(p.device, p.sizes, p.statics.scalar, 3));
+        },
+    .geometry =
+        [](const Staged::Problem& p, const StagedTunables& t) {
+          const std::int64_t blocks = map_groups(p.sizes, t.maps);
+          Geometry g =
+              linear(blocks, t.block_size,
+                     static_cast<std::uint32_t>(staged_bytes(p.sizes, p.statics.scalar, t.maps)));
+          const std::int64_t wanted =
+              ceil_div(p.device.multiprocessors, std::max<std::int64_t>(1, blocks));
+          g.grid[1] = static_cast<std::uint32_t>(
+              std::clamp<std::int64_t>(wanted, 1, ceil_div(p.sizes.k, t.block_size)));
+          return g;
+        },
+});
+
+std::int64_t tile_bytes(const Sizes& s, std::int64_t scalar, std::int64_t maps) {
+  const ps_roi_pool::TileSize tile = ps_roi_pool::tile_size(s.h, s.w);
+  return maps * tile.height * tile.width * sum_bytes(scalar);
+}
+
+// Beside the sums a block keeps the entries of its regions.
+bool tile_fits(const StagedBackward::Problem& p, const StagedTunables& t) {
+  const std::int64_t entries = t.block_size * (40 + t.maps * sum_bytes(p.statics.scalar));
+  return tile_bytes(p.sizes, p.statics.scalar, t.maps) + entries <=
+         p.device.shared_bytes_per_block - 1024;
+}
+
+const StagedBackward staged_backward_kernel({
+    .path = "detection/ps_roi_pool.cuh",
+    .entry = "staged_backward",
+    .operators = kOperators,
+    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes)},
+    .sizes = kSizes,
+    .tunables = {ints("maps", kStagedMaps), ints("block_size", kStagedBlocks)},
+    .defaults = kStagedDefaults,
+    .legal = &tile_fits,
+    .choose =
+        [](const StagedBackward::Problem& p) {
+          return choose_staged(p.sizes, tile_fits(p, kStagedDefaults[2]));
+        },
+    .geometry =
+        [](const StagedBackward::Problem& p, const StagedTunables& t) {
+          const ps_roi_pool::TileSize tile = ps_roi_pool::tile_size(p.sizes.h, p.sizes.w);
+          const std::int64_t tiles =
+              ceil_div(p.sizes.h, tile.height) * ceil_div(p.sizes.w, tile.width);
+          return linear(map_groups(p.sizes, t.maps) * tiles, t.block_size,
+                        static_cast<std::uint32_t>(tile_bytes(p.sizes, p.statics.scalar, t.maps)));
+        },
 });
 
 // ---- launches ----
@@ -133,6 +242,28 @@ MapStatics statics_of(const PsRoiPoolPlan& p) {
   return {kernel_type(p.maps.scalar_type()), index_type(p.maps, p.bins), p.channels_last};
 }
 
+// Few regions are not worth whole maps.
+bool is_staged(const Device& device, const PsRoiPoolPlan& p) {
+  constexpr std::int64_t kFewRegions = 32;
+  const std::int64_t scalar = kernel_type(p.maps.scalar_type());
+  return !p.channels_last && p.args.regions.k > kFewRegions * p.args.regions.n &&
+         is_stageable(device, sizes_of(p), scalar, 1);
+}
+
+Buffer channel_buffer(const PsRoiPoolPlan& p) {
+  constexpr std::size_t at = offsetof(Args, channels);
+  return p.args.channels != nullptr ? writes(at, p.channels) : writes(at, 0);
+}
+
+void launch_staged(const CudaPlace& place, const PsRoiPoolPlan& p) {
+  staged_kernel.run(
+      place, {kernel_type(p.maps.scalar_type()), index_type(p.maps, p.bins), p.kind.pooling},
+      sizes_of(p), p.args,
+      {reads(offsetof(Args, regions), p.boxes), reads(offsetof(Args, maps), p.maps),
+       writes(offsetof(Args, bins), p.bins), channel_buffer(p), unused(offsetof(Args, taps)),
+       unused(offsetof(Args, ranges)), unused(offsetof(Args, spans))});
+}
+
 PsRoiPoolPlan run_cuda(PsRoiPoolPlan p) {
   if (p.bins.numel() == 0) return p;
   if (p.maps.numel() == 0) {  // no pixel, no tap
@@ -141,13 +272,15 @@ PsRoiPoolPlan run_cuda(PsRoiPoolPlan p) {
     return p;
   }
   const CudaPlace place(p.maps);
+  if (is_staged(place.facts(), p)) {
+    launch_staged(place, p);
+    return p;
+  }
   const TapTable<Args> table = make_table(place, p);
   const auto [taps, ranges, spans] = table.read();
-  const Buffer channels = p.args.channels != nullptr ? writes(offsetof(Args, channels), p.channels)
-                                                     : writes(offsetof(Args, channels), 0);
   forward_kernel.run(place, statics_of(p), sizes_of(p), p.args,
                      {reads(offsetof(Args, maps), p.maps), writes(offsetof(Args, bins), p.bins),
-                      channels, taps, ranges, spans, unused(offsetof(Args, regions))});
+                      channel_buffer(p), taps, ranges, spans, unused(offsetof(Args, regions))});
   return p;
 }
 
@@ -191,10 +324,19 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes, std::int64_
   p.args.bins = const_cast<void*>(p.bins.const_data_ptr());
   const TapTable<Args> table = make_table(place, p);
   const auto [taps, ranges, spans] = table.read();
-  backward_kernel.run(place, statics_of(p), sizes_of(p), p.args,
-                      {reads(offsetof(Args, bins), p.bins), taps, ranges, spans,
-                       writes(offsetof(Args, maps), p.maps), unused(offsetof(Args, regions)),
-                       unused(offsetof(Args, channels))});
+  const TileStatics statics = {kernel_type(p.maps.scalar_type()), index_type(p.maps, p.bins)};
+  const std::initializer_list<Buffer> buffers = {reads(offsetof(Args, bins), p.bins),
+                                                 taps,
+                                                 ranges,
+                                                 spans,
+                                                 writes(offsetof(Args, maps), p.maps),
+                                                 unused(offsetof(Args, regions)),
+                                                 unused(offsetof(Args, channels))};
+  if (channels_last) {
+    backward_kernel.run(place, statics, sizes_of(p), p.args, buffers);
+  } else {
+    staged_backward_kernel.run(place, statics, sizes_of(p), p.args, buffers);
+  }
   return p.maps;
 }
 

@@ -137,16 +137,28 @@ __global__ void __launch_bounds__(kSegments* kWarpSize) columns(const Args args)
       folded[segment][i][lane] = own;
     }
     __syncthreads();
+    Carry before[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) before[i] = carry[i];
+    const auto add_segments = [&](int from, int to) {
+#pragma unroll 1
+      for (int s = from; s < to; ++s) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          before[i] = Pass::combine(before[i], folded[s][i][lane]);
+        }
+      }
+    };
+    add_segments(0, segment);
     T running[kVector];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-#pragma unroll 1
-      for (int s = 0; s < kSegments; ++s) {
-        if (s == segment) running[i] = Pass::running(carry[i]);
-        carry[i] = Pass::combine(carry[i], folded[s][i][lane]);
-      }
+    for (int i = 0; i < kVector; ++i) running[i] = Pass::running(before[i]);
+    if (base + kSegments * kSteps < args.length) {
+      add_segments(segment, kSegments);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) carry[i] = before[i];
+      __syncthreads();  // the next round writes `folded`
     }
-    __syncthreads();  // the next round writes `folded`
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       Pack<Scalar, kVector> result;

@@ -27,6 +27,20 @@ struct Args {
   float of_none;  // kSamples: the bins of a region without samples
 };
 
+// The tiles that staged_backward cuts maps into: whole maps if they are small. quotient() divides by their width.
+struct TileSize {
+  i32 height, width;
+};
+TORCHKILN_HD i32 even_part(i64 size, i64 most) {
+  const i64 parts = (size + most - 1) / most;
+  return i32((size + parts - 1) / parts);
+}
+TORCHKILN_HD TileSize tile_size(i64 h, i64 w) {
+  constexpr i64 kPixels = 4096, kMostWidth = 256, kMostHeight = 1024;
+  const i32 width = even_part(w, kMostWidth);
+  return {even_part(h, min_of(kPixels / width, kMostHeight)), width};
+}
+
 // The cells of a region on one axis, with the functions of roi_align::Axis.
 template <class T>
 struct Cells {
