@@ -157,8 +157,8 @@ def page(data: dict[str, Any]) -> str:
         f"From mmdet's own configuration files, random weights, one generated image of {height} x "
         f"{width}; `torchkiln.compat.mmdet.install()` before. {about}.",
         "",
-        "| detector | first inference, ms | inference, ms | first step, ms | step, ms | loss, first "
-        "step | loss, last step | steps |",
+        "| detector | first inference, ms | inference, ms | first step, ms | step, ms "
+        "| first loss | last loss | steps |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in data["models"].items():

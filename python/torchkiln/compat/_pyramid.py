@@ -72,7 +72,7 @@ class Replacement:
         theirs = getattr(holder, self._name)
         ours = functools.wraps(theirs)(self._make(module, theirs))
         # torch.jit.script compiles theirs: it takes this attribute for that of script_if_tracing.
-        setattr(ours, "__script_if_tracing_wrapper", True)  # noqa: B010
-        setattr(ours, "__original_fn", theirs)  # noqa: B010
+        setattr(ours, "__script_if_tracing_wrapper", True)
+        setattr(ours, "__original_fn", theirs)
         self._former = holder, theirs
         setattr(holder, self._name, ours)
