@@ -172,6 +172,20 @@ def min_area_polygons(n: int, **options: Any) -> Case:
     )
 
 
+def points_in_polygons(n: int, m: int, dtype: torch.dtype = F32, **options: Any) -> Case:
+    """Points of a dense detector in the objects of an image; a byte a pair is written."""
+    return of_workload(
+        "points_in_polygons",
+        "dense",
+        ("points", "polygons"),
+        f"{n}x{m}",
+        n * m,
+        {"points": n, "polygons": m},
+        dtype,
+        **options,
+    )
+
+
 def contour_expand(side: int, masks: int, **options: Any) -> Case:
     """PSENet's maps."""
     sizes = {"masks": masks, "height": side, "width": side}
@@ -201,6 +215,9 @@ def polygon_rows() -> Iterator[Case]:
     yield convex_giou(100)
     yield min_area_polygons(21_824, quick=True)
     yield min_area_polygons(1000)
+    yield points_in_polygons(21_824, 100, quick=True)
+    yield points_in_polygons(21_824, 100, F16)
+    yield points_in_polygons(2000, 37)
 
 
 def region_rows() -> Iterator[Case]:
@@ -223,6 +240,7 @@ def cpu_rows(threads: int) -> Iterator[Case]:
     yield convex_iou(2000, 100, **options)
     yield convex_giou(4096, **options)
     yield min_area_polygons(21_824, **options)
+    yield points_in_polygons(21_824, 100, **options)
     yield contour_expand(736, 7, **options)
     yield pixel_group(184, **options)
 
@@ -235,6 +253,7 @@ def tiny_rows() -> Iterator[Case]:
     yield convex_iou(20, 6, **options)
     yield convex_giou(9, **options)
     yield min_area_polygons(20, **options)
+    yield points_in_polygons(20, 6, **options)
     yield contour_expand(130, 3, **options)
     yield pixel_group(130, **options)
 

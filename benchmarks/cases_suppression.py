@@ -1,4 +1,4 @@
-"""Rows of soft suppression, groups, and suppression of rotated boxes and boxes in space.
+"""Rows of soft suppression, groups, and suppression of rotated boxes, boxes in space and lanes.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -81,6 +81,9 @@ def suppression_rows() -> Iterator[Case]:
     yield row("nms3d", "image", {"boxes": 4096})
     yield row("nms3d_normal", "image", {"boxes": 4096})
     yield row("nms_groups", "proposals", {"boxes": 4000}, quick=True)
+    yield row("line_nms", "lanes", {"boxes": 1000}, quick=True)
+    yield row("line_nms", "padded", {"boxes": 1000, "most": 10}, "line_nms_padded", quick=True)
+    yield row("line_nms", "lanes", {"boxes": 192})
 
 
 def cpu_rows(threads: int) -> Iterator[Case]:
@@ -91,6 +94,7 @@ def cpu_rows(threads: int) -> Iterator[Case]:
     yield row("nms_rotated", "image", {"boxes": 2000}, **options)
     yield row("nms3d", "image", {"boxes": 1000}, **options)
     yield row("nms_groups", "proposals", {"boxes": 4000}, **options)
+    yield row("line_nms", "lanes", {"boxes": 1000}, **options)
 
 
 def tiny_rows() -> Iterator[Case]:
@@ -104,6 +108,8 @@ def tiny_rows() -> Iterator[Case]:
     yield row("nms3d", "image", {"boxes": 60}, **options)
     yield row("nms3d_normal", "image", {"boxes": 60}, **options)
     yield row("nms_groups", "proposals", {"boxes": 60}, **options)
+    yield row("line_nms", "lanes", {"boxes": 60}, **options)
+    yield row("line_nms", "padded", {"boxes": 60, "most": 9}, "line_nms_padded", **options)
 
 
 GPU_TABLES = (suppression_rows,)

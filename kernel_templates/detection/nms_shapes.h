@@ -139,27 +139,36 @@ struct Lanes {
   using T = Acc<Scalar>;
   struct Shape {
     const Scalar* x;
-    i32 begin, end;  // heights that it has; none where end < begin
+    i32 begin, end;  // heights that it has, `begin` may be below 0; none where end < begin
   };
   static constexpr bool kIsCheap = false;
   static constexpr i32 kStart = 2, kLength = 4, kHead = 5;  // columns
+  static constexpr i32 kFar = 1 << 24;                      // no lane starts so far outside
 
   static TORCHKILN_HD Shape load(const Args& args, i64 row) {
     using torchkiln::load;
     const Scalar* at = static_cast<const Scalar*>(args.boxes) + args.columns * row;
     const i32 heights = i32(args.columns) - kHead;
+<<<<<<< HEAD
     const T first = rounded_product(load(at[kStart]), T(heights - 1)) + T(0.5);
     const T length = load(at[kLength]);
     if (!(first >= T(0) && first < T(heights) && length >= T(1))) return absent();
     const i32 begin = i32(first), more = i32(min_of(length - T(0.5), T(heights)));
     return {at + kHead, begin, min_of(begin + more, heights - 1)};
+=======
+    const T first = load(at[kStart]) * T(heights - 1) + T(0.5), length = load(at[kLength]);
+    if (!(abs_of(first) < T(kFar) && length >= T(1))) return absent();
+    // Cut off, not rounded down: from -1.5 heights on a lane starts at 0.
+    const i32 begin = i32(first), runs = i32(min_of(length, T(2 * kFar)));
+    return {at + kHead, begin, min_of(begin + runs, heights) - 1};
+>>>>>>> fam-d
   }
   static TORCHKILN_HD Shape absent() { return {nullptr, 1, 0}; }
   static TORCHKILN_HD T area(const Shape&) { return T(0); }
-  // Is the mean distance at common heights below the threshold?
+  // Is the mean distance at common heights below the threshold? Never where both start outside.
   static TORCHKILN_HD bool exceeds(const Shape& a, T, const Shape& b, T, T threshold) {
     const i32 begin = max_of(a.begin, b.begin), end = min_of(a.end, b.end);
-    if (end < begin) return false;
+    if (end < begin || begin < 0) return false;
     T sum = T(0);
     TORCHKILN_ROLLED
     for (i32 i = begin; i <= end; ++i)

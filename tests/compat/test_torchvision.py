@@ -277,16 +277,6 @@ class TestBroken:
             torch.testing.assert_close(compiled(image, rois), crops(image, rois))
         """)
 
-    def test_multi_scale_roi_align_runs_on_ours(self):
-        run("""
-            drop_in.install()
-            import torchvision
-            pool = torchvision.ops.MultiScaleRoIAlign(["0", "1"], 3, 2)
-            features = {"0": torch.rand(1, 2, 16, 16), "1": torch.rand(1, 2, 8, 8)}
-            assert pool(features, [boxes], [(32, 32)]).shape == (3, 2, 3, 3)
-            assert drop_in.calls()["roi_align"] == 2
-        """)
-
     def test_a_detection_model_runs(self):
         run("""
             drop_in.install()
@@ -424,6 +414,85 @@ class TestHealthy:
             assert torchvision.ops.nms(boxes.cuda(), scores.cuda(), 0.5).equal(expected)
             assert drop_in.calls()["nms"] == 1
         """)
+
+
+PYRAMID = """
+from torchkiln import ops
+torch.manual_seed(0)
+calls = []
+ours = ops.multi_scale_roi_align
+ops.multi_scale_roi_align = lambda *arguments: calls.append(1) or ours(*arguments)
+
+def pyramid(names="0123", dtype=torch.float32):
+    sides = {name: 64 // 2**i for i, name in enumerate(names)}
+    return {name: torch.randn(2, 3, side, side, dtype=dtype) for name, side in sides.items()}
+
+def images_boxes(count):
+    corner, size = torch.rand(2, count, 2) * 200, torch.rand(2, count, 2) ** 3 * 400
+    return list(torch.cat([corner, corner + size], 2))
+
+SHAPES = [(256, 256), (250, 200)]
+"""
+
+
+def test_multi_scale_roi_align_takes_one_launch():
+    """The class is torchvision's: state, gradient, and what torchvision gives, before and after."""
+    run(f"""{PYRAMID}
+drop_in.install()
+import torchvision
+from torchvision.ops import MultiScaleRoIAlign, poolers
+pool = MultiScaleRoIAlign(["0", "1", "2", "3"], 3, 2)
+maps, boxes = pyramid(), images_boxes(40)
+for level in maps.values():
+    level.requires_grad_()
+def results():
+    pooled = pool(maps, boxes, SHAPES)
+    return [pooled, *torch.autograd.grad(pooled.square().sum(), maps.values())]
+found = results()
+assert calls and pool.scales == [0.25, 0.125, 0.0625, 0.03125]
+assert type(pool.map_levels) is poolers.LevelMapper and "featmap_names" in repr(pool)
+calls.clear()
+theirs = poolers._multiscale_roi_align.__original_fn
+drop_in._pyramid.uninstall()
+assert poolers._multiscale_roi_align is theirs
+for ours_, expected in zip(found, results(), strict=True):
+    torch.testing.assert_close(ours_, expected, rtol=1e-4, atol=1e-5)
+assert not calls
+drop_in._pyramid.install()
+assert torch.equal(pool(maps, boxes, SHAPES), found[0]) and calls
+""")
+
+
+def test_multi_scale_roi_align_leaves_the_rest_to_torchvision():
+    """One level, levels left out, two dtypes, traces; scripts compile torchvision's function."""
+    run(f"""{PYRAMID}
+drop_in.install()
+import torchvision
+from torchvision.ops import MultiScaleRoIAlign
+maps, boxes = pyramid(), images_boxes(9)
+for names in (["1"], ["0", "2"]):
+    pooled = MultiScaleRoIAlign(names, 2, 2)(maps, boxes, SHAPES)
+    assert pooled.shape == (18, 3, 2, 2) and not calls
+pool = MultiScaleRoIAlign(["0", "1", "2"], 2, 2)
+mixed = {{**maps, "1": maps["1"].double()}}
+try:
+    pool(mixed, boxes, SHAPES)
+except RuntimeError:
+    pass  # roi_align wants boxes and map of one dtype
+assert not calls
+expected = pool(maps, boxes, SHAPES)
+assert calls
+calls.clear()
+scripted = torch.jit.script(MultiScaleRoIAlign(["0", "1", "2"], 2, 2))
+assert not calls
+with torch.autocast("cpu", dtype=torch.bfloat16):
+    half = {{name: level.bfloat16() for name, level in maps.items()}}
+    pooled = pool(half, boxes, SHAPES)
+assert pooled.dtype == torch.bfloat16 and calls
+torch.testing.assert_close(pooled.float(), expected, rtol=0.02, atol=0.02)
+compiled = torch.compile(pool, backend="eager", fullgraph=True)
+torch.testing.assert_close(compiled(maps, boxes, SHAPES), expected)
+""")
 
 
 def test_our_compositions_equal_theirs():

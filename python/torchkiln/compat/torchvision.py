@@ -4,7 +4,9 @@ torchvision's wheels are built for one torch with one CUDA. With any other torch
 example, their C++ library cannot be loaded and `import torchvision` fails. `install()` finds that
 out by loading it, and then registers the missing `torchvision::*` operators itself, so that
 torchvision imports and its `ops` run on our kernels. Where torchvision is healthy, `install()` puts
-our kernels in front of its own and `uninstall()` takes them away again.
+our kernels in front of its own and `uninstall()` takes them away again. Either way, all levels of
+`MultiScaleRoIAlign` are pooled in one launch: the class, its state and its signature are
+torchvision's, and scripts, traces and maps of several dtypes still go level by level.
 
 Example:
     >>> from torchkiln.compat import torchvision as drop_in
@@ -23,14 +25,17 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from importlib.util import find_spec, spec_from_file_location
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from torchkiln.compat._imports import AfterImport
+from torchkiln.compat._pyramid import Replacement, suits
 
 __all__ = ["calls", "install", "is_healthy", "provided", "uninstall"]
 
@@ -72,6 +77,7 @@ def install() -> None:
             )
         if _own_library_loads():
             _cover(row for row in _operators() if row.provided)
+            _pyramid.install()
             return
         missing = [row for row in _operators() if not hasattr(torch.ops.torchvision, row.name)]
         for row in missing:
@@ -83,6 +89,7 @@ def install() -> None:
 
             _torchvision_rules.register()
         _tell_torchvision()
+        _pyramid.install()
 
 
 def uninstall() -> None:
@@ -90,6 +97,7 @@ def uninstall() -> None:
     with _lock:
         if _defined:
             return
+        _pyramid.uninstall()
         while _kernels:
             _native().release(_kernels.pop())
 
@@ -209,27 +217,6 @@ def _own_library_loads() -> bool:
     return True
 
 
-class _ExtensionLoader(SourceFileLoader):
-    """Runs `torchvision.extension`, which looks for its library in vain, and corrects it."""
-
-    def exec_module(self, module: ModuleType) -> None:
-        super().exec_module(module)
-        _correct(module)
-
-
-class _ExtensionFinder(MetaPathFinder):
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != "torchvision.extension":
-            return None
-        spec = PathFinder.find_spec(fullname, path)
-        if spec is None or spec.origin is None:
-            return spec
-        loader = _ExtensionLoader(fullname, spec.origin)
-        return spec_from_file_location(fullname, spec.origin, loader=loader)
-
-
 def _correct(extension: ModuleType) -> None:
     def _has_ops() -> bool:
         return True
@@ -240,11 +227,41 @@ def _correct(extension: ModuleType) -> None:
 def _tell_torchvision() -> None:
     """Makes torchvision believe that its operators are there, now or when it is imported."""
     if "torchvision" in sys.modules:
-        extension = sys.modules.get("torchvision.extension")
-        if extension is not None:
-            _correct(extension)
+        if "torchvision.extension" in sys.modules:
+            _correct(sys.modules["torchvision.extension"])
         return
     # An import that failed before leaves submodules behind, which know of no operators.
     for name in [name for name in sys.modules if name.startswith("torchvision.")]:
         del sys.modules[name]
-    sys.meta_path.insert(0, _ExtensionFinder())
+    AfterImport("torchvision.extension", _correct).enter()
+
+
+def _all_levels(module: ModuleType, theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What stands for `torchvision.ops.poolers._multiscale_roi_align`."""
+
+    def pool(
+        x_filtered: list[Tensor],
+        boxes: list[Tensor],
+        output_size: Sequence[int],
+        sampling_ratio: int,
+        scales: list[float] | None,
+        mapper: Any,
+    ) -> Tensor:
+        levels = len(x_filtered)
+        is_whole = mapper is not None and mapper.k_max - mapper.k_min + 1 == levels
+        if not (scales and is_whole and suits(x_filtered)):
+            return theirs(x_filtered, boxes, output_size, sampling_ratio, scales, mapper)
+        from torchkiln.ops import multi_scale_roi_align
+
+        first = mapper.k_min - mapper.lvl0 - mapper.eps
+        sides = [mapper.s0 * 2.0 ** (first + i) for i in range(1, levels)]
+        height, width = output_size
+        pooled = multi_scale_roi_align(
+            x_filtered, boxes, (height, width), scales, sides, sampling_ratio
+        )
+        return pooled.to(x_filtered[0].dtype)  # under autocast it is computed in float32
+
+    return pool
+
+
+_pyramid = Replacement("torchvision.ops.poolers", "_multiscale_roi_align", _all_levels)

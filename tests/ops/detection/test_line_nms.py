@@ -53,6 +53,22 @@ class TestLineNms(OpSuite):
         scores = torch.tensor([0.9, 0.8, 0.7])
         assert ops.line_nms(lanes.to(device), scores.to(device), 1.0).tolist() == [0, 1]
 
+    def test_lengths_are_cut_off_and_starts_rounded(self, device: str) -> None:
+        """On two of four heights: the second lane leaves the first one at the third."""
+        lanes = torch.zeros(2, 9)
+        lanes[0, 4], lanes[1, 4], lanes[1, 7:] = 2.9, 4, 50
+        scores = torch.tensor([0.9, 0.8])
+        for start, kept in ((0.0, [0]), (0.16, [0]), (0.17, [0, 1]), (1 / 3, [0, 1])):
+            lanes[0, 2] = start
+            assert ops.line_nms(lanes.to(device), scores.to(device), 1.0).tolist() == kept
+
+    def test_lanes_that_start_outside(self, device: str) -> None:
+        """One meets lanes inside of the image, two do not meet each other."""
+        lanes = torch.zeros(3, 9)
+        lanes[:, 2], lanes[:, 4] = torch.tensor([-1.0, -1.0, 0.0]), 6
+        scores = torch.tensor([0.9, 0.8, 0.7])
+        assert ops.line_nms(lanes.to(device), scores.to(device), 1.0).tolist() == [0, 1]
+
 
 def test_reference_by_hand() -> None:
     lanes = torch.tensor([[0.0, 0, 0, 0, 3, 1, 2, 3], [0, 0, 0, 0, 3, 3, 4, 5]])

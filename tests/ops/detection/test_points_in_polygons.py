@@ -96,4 +96,6 @@ def test_the_peers_rule(seed: int) -> None:
     polygons, points = new.integers(12, 8, high=5).float(), new.integers(40, 2, high=17).float() / 4
     found = _points_in_polygons(points, polygons, True)
     assert found.dtype == torch.float32
-    assert torch.equal(found, reference.points_in_polygons(points.double(), polygons.double(), True))
+    assert torch.equal(
+        found, reference.points_in_polygons(points.double(), polygons.double(), True)
+    )

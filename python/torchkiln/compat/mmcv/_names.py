@@ -198,8 +198,8 @@ _TABLE = """
 + def nms3d | boxes, scores, iou_threshold |  | nms3d
 + def nms3d_normal | boxes, scores, iou_threshold |  | nms3d_normal
 + def boxes_iou_bev | boxes_a, boxes_b |  | boxes_iou_bev
-+ def nms_bev | boxes, scores, thresh, pre_max_size=None, post_max_size=None |  | nms_rotated
-+ def nms_normal_bev | boxes, scores, thresh |  | nms
++ def nms_bev | boxes, scores, thresh, pre_max_size=None, post_max_size=None |  | nms_bev
++ def nms_normal_bev | boxes, scores, thresh |  | nms_normal_bev
 [knn]
 - function KNN | k, xyz, center_xyz=None, transposed=False
 + apply knn | k, xyz, center_xyz=None, transposed=False

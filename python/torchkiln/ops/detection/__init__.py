@@ -21,6 +21,7 @@ from torchkiln.ops.detection.min_area_polygons import *  # noqa: F403
 from torchkiln.ops.detection.multi_scale_roi_align import *  # noqa: F403
 from torchkiln.ops.detection.nms import *  # noqa: F403
 from torchkiln.ops.detection.nms3d import *  # noqa: F403
+from torchkiln.ops.detection.nms_bev import *  # noqa: F403
 from torchkiln.ops.detection.nms_match import *  # noqa: F403
 from torchkiln.ops.detection.nms_rotated import *  # noqa: F403
 from torchkiln.ops.detection.pixel_group import *  # noqa: F403

@@ -50,10 +50,11 @@ def line_nms(boxes: Tensor, scores: Tensor, distance: float) -> Tensor:
     Differentiable: no. Deterministic: yes. Autocast: float32.
 
     Note:
-        Computed in float32 (float64 for float64). Starts and lengths are rounded to the nearest
-        height, halves up. A lane that starts outside or is shorter than 1 meets no other, and so
-        does one whose x is NaN where they meet. A NaN score sorts last, is kept and suppresses
-        nothing. On CUDA the call waits for the size of its result.
+        Computed in float32 (float64 for float64), with the rules of the operator in onedl-mmcv:
+        starts are rounded to the nearest height, halves up, lengths are cut off. Two lanes that
+        both start outside do not meet; a lane shorter than 1 meets no other, and so does one whose
+        x is NaN where they meet. A NaN score sorts last, is kept and suppresses nothing. On CUDA
+        the call waits for the size of its result.
 
     Source:
         Tabelini et al., "Keep your Eyes on the Lane", 2021, section 3.5.

@@ -20,14 +20,15 @@ from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 __all__ = ["line_nms", "line_nms_padded"]
 
 
-def _runs(boxes: Tensor) -> Tensor:
-    """(N, S): on which heights each lane runs."""
+def _runs(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, S): on which heights each lane runs; (N,): whether it starts outside."""
     heights = boxes.shape[1] - 5
     at = torch.arange(heights, device=boxes.device, dtype=boxes.dtype)
     first, length = (boxes[:, 2] * (heights - 1) + 0.5)[:, None], boxes[:, 4:5]
-    is_lane = (first >= 0) & (first < heights) & (length >= 1)
-    start = first.floor()
-    return is_lane & (at >= start) & (at <= start + (length - 0.5).floor())
+    is_lane = (first.abs() < 2**24) & (length >= 1)
+    start = first.trunc()
+    runs = is_lane & (at >= start) & (at <= start + length.trunc() - 1)
+    return runs, start.squeeze(1) < 0
 
 
 def line_nms(boxes: Tensor, scores: Tensor, distance: float) -> Tensor:
@@ -43,13 +44,13 @@ def line_nms(boxes: Tensor, scores: Tensor, distance: float) -> Tensor:
     """
     if boxes.dtype in (torch.float16, torch.bfloat16):
         boxes, scores = boxes.float(), scores.float()
-    runs, x = _runs(boxes), boxes[:, 5:]
+    (runs, is_outside), x = _runs(boxes), boxes[:, 5:]
 
     def hits(row: int) -> Tensor:
         common = runs & runs[row]
         apart = torch.where(common, (x - x[row]).abs(), 0.0).sum(1)
         count = common.sum(1)
-        return (count > 0) & (apart < distance * count)
+        return (count > 0) & (apart < distance * count) & ~(is_outside & is_outside[row])
 
     return greedy(scores, None, hits)
 
@@ -138,6 +139,7 @@ def _fuzz(draw: Draw) -> dict[str, Any]:
     count, heights = draw.size(30), draw.option("heights", 2, 20)
     head = draw.uniform(count, 5)
     head[:, 4] *= 1.2 * heights
+    head[:, 2] = 1.2 * head[:, 2] - 0.2  # some start outside
     x = draw.boxes(count, 40.0)[:, :1] + draw.boxes(count, 4.0)[:, :1] * torch.arange(heights)
     lanes = draw.strange(torch.cat([head, x], 1))
     arguments: dict[str, Any] = {

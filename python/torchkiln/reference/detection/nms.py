@@ -235,9 +235,7 @@ def _fuzz(draw: Draw) -> dict[str, Any]:
     boxes = draw.boxes(draw.size(60), draw.pick(100.0, 40.0))
     arguments: dict[str, Any] = {"boxes": boxes, "scores": draw.scores(len(boxes))}
     arguments["iou_threshold"] = draw.threshold(boxes)
-    if draw.function == "nms_padded":
-        arguments["max_output"] = draw.size(30)
-    elif draw.chance(0.25):
+    if draw.function == "nms_padded" or draw.chance(0.25):
         arguments["max_output"] = draw.size(30)
     if draw.chance(0.25):
         arguments["score_threshold"] = draw.pick(0.5, 0.0, -1.0)

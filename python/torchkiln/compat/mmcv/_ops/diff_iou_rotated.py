@@ -46,7 +46,8 @@ def box2corners(box: Tensor) -> Tensor:
     x, y = (size[..., None, :] / 2 * signs).unbind(-1)
     cosine, sine = angle.cos(), angle.sin()
     turned = torch.stack([x * cosine - y * sine, x * sine + y * cosine], -1)
-    return center[..., None, :] + turned
+    corners: Tensor = center[..., None, :] + turned
+    return corners
 
 
 def _cross(a: Tensor, b: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from torch import Tensor
 
 from torchkiln import ops
@@ -114,19 +113,15 @@ def nms_bev(
     """
     _deprecated("nms_bev", "nms_rotated")
     _check_columns(boxes, 5)
-    order = scores.detach().argsort(descending=True, stable=True)[:pre_max_size]
-    corners = boxes.detach()[order]
-    center, size = (corners[:, :2] + corners[:, 2:4]) / 2, corners[:, 2:4] - corners[:, :2]
-    turned = torch.cat([center, size, corners[:, 4:]], 1)
-    kept = ops.nms_rotated(turned, scores.detach()[order], float(thresh))
-    return order[kept][:post_max_size]
+    rows = ops.nms_bev(boxes.detach(), scores.detach(), float(thresh), pre_max_size)
+    return rows[:post_max_size]
 
 
 def nms_normal_bev(boxes: Tensor, scores: Tensor, thresh: float) -> Tensor:
     """Rows that `nms` keeps of the first four of (N, 5) x1, y1, x2, y2, ry; deprecated."""
     _deprecated("nms_normal_bev", "nms")
     _check_columns(boxes, 5)
-    return ops.nms(boxes.detach()[:, :4], scores.detach(), float(thresh))
+    return ops.nms_normal_bev(boxes.detach(), scores.detach(), float(thresh))
 
 
 def _check_columns(boxes: Tensor, columns: int) -> None:

@@ -1,0 +1,194 @@
+"""Suppression of boxes seen from above that are given by their corners and an angle."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchkiln.ops._arguments import require_floating, require_pair, shape, widened
+from torchkiln.ops.detection.nms import nms, nms_padded
+from torchkiln.ops.detection.nms_rotated import nms_rotated, nms_rotated_padded
+
+__all__ = ["nms_bev", "nms_bev_padded", "nms_normal_bev", "nms_normal_bev_padded"]
+
+
+def _require(op: str, boxes: Tensor, scores: Tensor) -> None:
+    require_floating(op, boxes=boxes, scores=scores)
+    if boxes.dim() != 2 or boxes.shape[1] != 5:
+        raise ValueError(f"{op}: boxes must have shape (N, 5); got {shape(boxes)}")
+    if scores.shape != boxes.shape[:1]:
+        raise ValueError(f"{op}: scores must have shape ({boxes.shape[0]},); got {shape(scores)}")
+    require_pair(op, boxes=boxes, scores=scores)
+
+
+def _turned(boxes: Tensor) -> Tensor:
+    """Centre, size and angle, in float32 at least."""
+    first, last, angle = widened(boxes).split([2, 2, 1], 1)
+    return torch.cat([(first + last) / 2, last - first, angle], 1)
+
+
+def _best(scores: Tensor, count: int | None) -> Tensor | None:
+    """Rows of the best scores, NaN last; None for all of them."""
+    if count is None or count >= scores.shape[0]:
+        return None
+    if count < 0:
+        raise ValueError(f"nms_bev: pre_max_size must be at least 0; got {count}")
+    by_score = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    return by_score.argsort(dim=0, descending=True, stable=True)[:count]
+
+
+def nms_bev(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    pre_max_size: int | None = None,
+    post_max_size: int | None = None,
+) -> Tensor:
+    """Keeps the best boxes seen from above: each suppresses lower ones that overlap it too much.
+
+    Args:
+        boxes: (N, 5), float16, bfloat16, float32 or float64; x1, y1, x2, y2 of the box before it is
+            turned around its centre, and the angle in radians, from x towards y.
+        scores: (N,), dtype and device of `boxes`.
+        iou_threshold: a box goes when its IoU with a kept one is greater. Any number.
+        pre_max_size: how many of the best boxes are looked at, at least 0. None: all.
+        post_max_size: the most boxes to return, at least 0. None: all.
+
+    Returns:
+        (K,), int64; rows of the kept boxes by descending score, the lower row first among equals.
+
+    Raises:
+        TypeError: for another dtype, or two different ones.
+        ValueError: for another shape or size, two different devices, or a threshold that is NaN.
+        CaptureError: while a CUDA graph is captured; `nms_bev_padded` can be.
+
+    Differentiable: no. Deterministic: yes. Autocast: as without.
+
+    Note:
+        As `nms_rotated`.
+
+    Example:
+        >>> import torch
+        >>> from torchkiln.ops import nms_bev
+        >>> boxes = torch.tensor([[0.0, 0, 4, 2, 0], [0, 0, 4, 2, 0.1], [0, 0, 4, 2, 1.5]])
+        >>> nms_bev(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5)
+        tensor([0, 2])
+    """
+    _require("nms_bev", boxes, scores)
+    if post_max_size is not None and post_max_size < 0:
+        raise ValueError(f"nms_bev: post_max_size must be at least 0; got {post_max_size}")
+    turned, scores, rows = _turned(boxes), widened(scores), _best(scores, pre_max_size)
+    if rows is None:
+        return nms_rotated(turned, scores, iou_threshold)[:post_max_size]
+    return rows[nms_rotated(turned[rows], scores[rows], iou_threshold)][:post_max_size]
+
+
+def nms_bev_padded(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    max_output: int,
+    pre_max_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`nms_bev` into a result of fixed size.
+
+    Nothing waits for the GPU, and the call can be captured into a CUDA graph.
+
+    Args:
+        boxes: (N, 5), as in `nms_bev`.
+        scores: (N,), dtype and device of `boxes`.
+        iou_threshold: a box goes when its IoU with a kept one is greater.
+        max_output: length of the result, at least 0; the best boxes fill it.
+        pre_max_size: how many of the best boxes are looked at, at least 0. None: all.
+
+    Returns:
+        indices: (max_output,), int64; rows of the kept boxes by descending score, then -1.
+        count: (), int64, on the device of `boxes`; how many rows there are before the first -1.
+
+    Raises:
+        TypeError: for another dtype, or two different ones.
+        ValueError: for another shape or size, two different devices, or a threshold that is NaN.
+
+    Differentiable: no. Deterministic: yes. Autocast: as without.
+
+    Example:
+        >>> import torch
+        >>> from torchkiln.ops import nms_bev_padded
+        >>> boxes = torch.tensor([[0.0, 0, 4, 2, 0], [0, 0, 4, 2, 0.1]])
+        >>> nms_bev_padded(boxes, torch.tensor([0.8, 0.9]), 0.5, 2)
+        (tensor([ 1, -1]), tensor(1))
+    """
+    _require("nms_bev_padded", boxes, scores)
+    turned, scores, rows = _turned(boxes), widened(scores), _best(scores, pre_max_size)
+    if rows is None:
+        return nms_rotated_padded(turned, scores, iou_threshold, max_output)
+    kept, count = nms_rotated_padded(turned[rows], scores[rows], iou_threshold, max_output)
+    if rows.shape[0] == 0:
+        return kept, count
+    return torch.where(kept < 0, kept, rows[kept.clamp(min=0)]), count
+
+
+def nms_normal_bev(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """`nms` of the first four columns of `boxes`, whose angles are not looked at.
+
+    Args:
+        boxes: (N, 5), float16, bfloat16, float32 or float64; x1, y1, x2, y2, angle.
+        scores: (N,), dtype and device of `boxes`.
+        iou_threshold: a box goes when its IoU with a kept one is greater.
+
+    Returns:
+        (K,), int64; rows of the kept boxes by descending score, the lower row first among equals.
+
+    Raises:
+        TypeError: for another dtype, or two different ones.
+        ValueError: for another shape, two different devices, or a threshold that is NaN.
+        CaptureError: while a CUDA graph is captured; `nms_normal_bev_padded` can be.
+
+    Differentiable: no. Deterministic: yes. Autocast: float32.
+
+    Example:
+        >>> import torch
+        >>> from torchkiln.ops import nms_normal_bev
+        >>> boxes = torch.tensor([[0.0, 0, 4, 2, 0], [0, 0, 4, 2, 1.5]])
+        >>> nms_normal_bev(boxes, torch.tensor([0.8, 0.9]), 0.5)
+        tensor([1])
+    """
+    _require("nms_normal_bev", boxes, scores)
+    return nms(boxes[:, :4], scores, iou_threshold)
+
+
+def nms_normal_bev_padded(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, max_output: int
+) -> tuple[Tensor, Tensor]:
+    """`nms_normal_bev` into a result of fixed size.
+
+    Nothing waits for the GPU, and the call can be captured into a CUDA graph.
+
+    Args:
+        boxes: (N, 5), as in `nms_normal_bev`.
+        scores: (N,), dtype and device of `boxes`.
+        iou_threshold: a box goes when its IoU with a kept one is greater.
+        max_output: length of the result, at least 0; the best boxes fill it.
+
+    Returns:
+        indices: (max_output,), int64; rows of the kept boxes by descending score, then -1.
+        count: (), int64, on the device of `boxes`; how many rows there are before the first -1.
+
+    Raises:
+        TypeError: for another dtype, or two different ones.
+        ValueError: for another shape, two different devices, a negative `max_output`, or a
+            threshold that is NaN.
+
+    Differentiable: no. Deterministic: yes. Autocast: float32.
+
+    Example:
+        >>> import torch
+        >>> from torchkiln.ops import nms_normal_bev_padded
+        >>> boxes = torch.tensor([[0.0, 0, 4, 2, 0], [0, 0, 4, 2, 1.5]])
+        >>> nms_normal_bev_padded(boxes, torch.tensor([0.8, 0.9]), 0.5, 2)
+        (tensor([ 1, -1]), tensor(1))
+    """
+    _require("nms_normal_bev_padded", boxes, scores)
+    return nms_padded(boxes[:, :4], scores, iou_threshold, max_output)
