@@ -149,19 +149,12 @@ struct Lanes {
     using torchkiln::load;
     const Scalar* at = static_cast<const Scalar*>(args.boxes) + args.columns * row;
     const i32 heights = i32(args.columns) - kHead;
-<<<<<<< HEAD
     const T first = rounded_product(load(at[kStart]), T(heights - 1)) + T(0.5);
     const T length = load(at[kLength]);
-    if (!(first >= T(0) && first < T(heights) && length >= T(1))) return absent();
-    const i32 begin = i32(first), more = i32(min_of(length - T(0.5), T(heights)));
-    return {at + kHead, begin, min_of(begin + more, heights - 1)};
-=======
-    const T first = load(at[kStart]) * T(heights - 1) + T(0.5), length = load(at[kLength]);
     if (!(abs_of(first) < T(kFar) && length >= T(1))) return absent();
     // Cut off, not rounded down: from -1.5 heights on a lane starts at 0.
     const i32 begin = i32(first), runs = i32(min_of(length, T(2 * kFar)));
     return {at + kHead, begin, min_of(begin + runs, heights) - 1};
->>>>>>> fam-d
   }
   static TORCHKILN_HD Shape absent() { return {nullptr, 1, 0}; }
   static TORCHKILN_HD T area(const Shape&) { return T(0); }
