@@ -13,7 +13,7 @@ using layout_copy::Args;
 using layout_copy::kSide;
 
 struct Statics {
-  std::int64_t from, to;
+  std::int64_t from, to, vector;
 };
 struct Sizes {
   std::int64_t matrices, rows, columns;
@@ -35,15 +35,16 @@ const Transpose transpose_kernel({
     .entry = "transpose",
     .operators = {"bezier_align", "border_align", "multi_scale_roi_align", "prroi_pool",
                   "riroi_align_rotated", "roi_align", "roi_align_rotated", "rotated_feature_align"},
-    .statics = {types("from", kTypes), types("to", kTypes)},
+    .statics = {types("from", kTypes), types("to", kTypes), ints("vector", {1, 2})},
     .sizes = {{"matrices", TORCHKILN_BUCKET_NONE},
               {"rows", TORCHKILN_BUCKET_POW2},
               {"columns", TORCHKILN_BUCKET_POW2}},
-    .tunables = {ints("block_size", {128, 256, 512, 1024})},
+    .tunables = {ints("block_size", {128, 256, 512})},
     .defaults = {{256}},
     .valid =
         [](const Statics& s) {
-          return s.from == s.to || (s.from == TORCHKILN_FLOAT && is_half_type(s.to));
+          return (s.from == s.to || (s.from == TORCHKILN_FLOAT && is_half_type(s.to))) &&
+                 (s.vector == 1 || is_half_type(s.to));
         },
     .geometry =
         [](const Transpose::Problem& p, const Tunables& t) {
@@ -67,7 +68,11 @@ void copy_layout(const CudaPlace& place, const Tensor& from, const Tensor& to) {
                      .matrices = to.size(0),
                      .rows = to_last ? channels : pixels,
                      .columns = to_last ? pixels : channels};
-  transpose_kernel.run(place, {type_of(from.scalar_type()), type_of(to.scalar_type())},
+  const std::int64_t type = type_of(to.scalar_type());
+  const bool even = args.rows % 2 == 0 && args.columns % 2 == 0;
+  // Halves by the word.
+  const std::int64_t vector = is_half_type(type) && even && aligned_to_16(args.from) ? 2 : 1;
+  transpose_kernel.run(place, {type_of(from.scalar_type()), type, vector},
                        {args.matrices, args.rows, args.columns}, args,
                        {reads(offsetof(Args, from), from), writes(offsetof(Args, to), to)});
 }

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "common/reduce.cuh"
+#include "common/pack.cuh"
 #include "detection/layout_copy.h"
 
 namespace torchkiln::layout_copy {
@@ -18,13 +18,22 @@ __device__ __forceinline__ To converted(From value) {
   }
 }
 
-// 64 x 64 elements a block: neighbouring threads read neighbouring columns and write neighbouring rows. Neighbouring
-// blocks take neighbouring columns.
-template <class From, class To, int kBlockSize>
+// kVector neighbours of the result, from as many rows of a tile.
+template <int kVector, class To, int kPitch>
+__device__ __forceinline__ Pack<To, kVector> column_of(const To (*tile)[kPitch], i32 row,
+                                                       i32 column) {
+  Pack<To, kVector> result;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) result.at[i] = tile[row + i][column];
+  return result;
+}
+
+// 64 x 64 elements a block: neighbouring threads read neighbouring columns and write neighbouring rows, kVector
+// elements at a time; rows and columns are multiples of it. Neighbouring blocks take neighbouring columns.
+template <class From, class To, int kVector, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) transpose(const Args args) {
-  constexpr i32 kWarps = kBlockSize / kWarpSize;
+  constexpr i32 kAcross = kSide / kVector, kStep = kBlockSize / kAcross;
   __shared__ To tile[kSide][kSide + 1];
-  const i32 lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const u32 across = u32((args.columns + kSide - 1) / kSide);
   const u32 down = u32((args.rows + kSide - 1) / kSide);
   const u32 strip = blockIdx.x / across;
@@ -36,26 +45,37 @@ __global__ void __launch_bounds__(kBlockSize) transpose(const Args args) {
   const From* from =
       static_cast<const From*>(args.from) + base + first_row * args.columns + first_column;
   To* to = static_cast<To*>(args.to) + base + first_column * args.rows + first_row;
-  if (columns == args.columns) {  // one piece of memory
+  const i32 inner = i32(threadIdx.x) % kAcross * kVector, outer = i32(threadIdx.x) / kAcross;
+  if (columns == args.columns && columns < kSide) {  // one piece of memory: no lane without work
     const float inverse = 1.0f / static_cast<float>(columns);
-#pragma unroll 4
+#pragma unroll 8
     for (i32 i = threadIdx.x; i < rows * columns; i += kBlockSize) {
       const i32 row = quotient(i, inverse);
       tile[row][i - row * columns] = converted<From, To>(from[i]);
     }
-  } else {
-#pragma unroll 4
-    for (i32 row = warp; row < rows; row += kWarps) {
-      for (i32 column = lane; column < columns; column += kWarpSize) {
-        tile[row][column] = converted<From, To>(from[row * args.columns + column]);
+  } else if (inner < columns) {
+    Pack<From, kVector> read[kSide / kStep];
+#pragma unroll
+    for (i32 i = 0; i < kSide / kStep; ++i) {
+      const i32 row = outer + i * kStep;
+      if (row < rows) read[i] = load_pack<kVector>(from + row * args.columns + inner);
+    }
+#pragma unroll
+    for (i32 i = 0; i < kSide / kStep; ++i) {
+      const i32 row = outer + i * kStep;
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) {
+        if (row < rows) tile[row][inner + k] = converted<From, To>(read[i].at[k]);
       }
     }
   }
   __syncthreads();
-#pragma unroll 4
-  for (i32 column = warp; column < columns; column += kWarps) {
-    for (i32 row = lane; row < rows; row += kWarpSize) {
-      to[column * args.rows + row] = tile[row][column];
+  if (inner >= rows) return;
+#pragma unroll
+  for (i32 i = 0; i < kSide / kStep; ++i) {
+    const i32 column = outer + i * kStep;
+    if (column < columns) {
+      store_pack<kVector>(to + column * args.rows + inner, column_of<kVector>(tile, inner, column));
     }
   }
 }
