@@ -194,6 +194,8 @@ def parities() -> tuple[Parity, ...]:
                 Case("concave", functools.partial(_concave, aligned=True)),
                 Case("apart", _apart),
                 Case("inside", functools.partial(_rows, 4, size=2.0)),
+                # Beside the polygons these points look like one.
+                Case("tiny", functools.partial(_rows, 9, size=1e-20, centred=False)),
                 Case("grid", functools.partial(_grid, aligned=True), gradient=False),
                 Case("degenerate", _degenerate, gradient=False),
                 Case("single", functools.partial(_rows, 1)),
@@ -229,10 +231,12 @@ def _matrix(n: int, m: int, new: Inputs, offset: float = 0.0) -> dict[str, Tenso
     }
 
 
-def _rows(count: int, new: Inputs, size: float = 9.0) -> dict[str, Tensor]:
-    """Pairs that overlap; points inside where `size` is small."""
+def _rows(
+    count: int, new: Inputs, size: float = 9.0, centred: bool = True
+) -> dict[str, Tensor]:
+    """Pairs that overlap; points inside where `size` is small. Not centred: around the origin."""
     polygons = _quadrilaterals(new, count, 20.0)
-    centre = polygons.unflatten(1, (4, 2)).mean(1, keepdim=True)
+    centre = polygons.unflatten(1, (4, 2)).mean(1, keepdim=True) * centred
     around = new.uniform(count, 9, 2, low=-size, high=size)
     return {"pointsets": (centre + around).flatten(1), "polygons": polygons}
 
