@@ -365,6 +365,7 @@ def report_of(
     seen: Mapping[Task, Seen], shares: Sequence[Share], commit: str, seconds: float
 ) -> dict[str, Any]:
     """All numbers."""
+    named = {name for task in seen for name in (task.op, task.function)}
     launched = {k.partition("<")[0] for found in seen.values() for k in found.kernels}
     version = subprocess.run(
         ["compute-sanitizer", "--version"], capture_output=True, text=True, check=False
@@ -373,7 +374,7 @@ def report_of(
         "facts": facts(commit) | {"seconds": f"{seconds:.0f}",
                                   "sanitizer": " ".join(re.findall(r"Version .*", version))},
         "operators": list(rows_of(seen, shares)),
-        "never_launched": sorted(entries({name for task in seen for name in (task.op, task.function)}) - launched),
+        "never_launched": sorted(entries(named) - launched),
         "errors": [
             {"tool": share.tool or "no tool", "call": str(task) if task else None, "count": count,
              "message": message}
