@@ -63,7 +63,7 @@ class Task:
 
 @dataclass
 class Seen:
-    """What the pass without the sanitizer says of a task."""
+    """What a process notes of a task; the kernels only without the sanitizer."""
 
     kernels: list[str]
     elements: int
@@ -72,11 +72,19 @@ class Seen:
 
 @dataclass
 class Share:
-    """What one process has to do, and what came of it."""
+    """What one process has to do, and what came of it.
+
+    Args:
+        tool: of the sanitizer; empty for none.
+        tasks: in the order in which they run.
+        seen: those that ended.
+        errors: where a process died or its tool complained: the call that it died of, how many
+            errors, and what was said.
+    """
 
     tool: str
     tasks: list[Task]
-    seconds: dict[Task, float] = field(default_factory=dict)
+    seen: dict[Task, Seen] = field(default_factory=dict)
     errors: list[tuple[Task | None, int, str]] = field(default_factory=list)
 
 
@@ -188,22 +196,11 @@ def shares_of(tasks: Iterable[Task], count: int, cost: Mapping[Task, float]) -> 
     return [share for share in shares if share]
 
 
-def scout(tasks: list[Task], jobs: int, folder: Path) -> dict[Task, Seen]:
-    """Runs all tasks without the sanitizer; what fails there is an error of its own."""
-    # Neighbours launch the same kernels: those of one operator compile in one process.
-    order = {task.op: number for number, task in enumerate(tasks)}
+def scouts(tasks: list[Task], jobs: int) -> list[Share]:
+    """Shares for a pass without the sanitizer: an operator's kernels compile in one process."""
+    order = {op: number for number, op in enumerate(dict.fromkeys(task.op for task in tasks))}
     shares = [[t for t in tasks if order[t.op] % jobs == number] for number in range(jobs)]
-    seen = {}
-    with ThreadPoolExecutor(jobs) as pool:
-        runs = pool.map(lambda share: run_tasks(share, folder), filter(None, shares))
-        for share, (notes, output) in zip(filter(None, shares), runs, strict=True):
-            if len(notes) < len(share):
-                culprit = share[len(notes)]
-                raise click.ClickException(f"{culprit} fails by itself:\n{output[-3000:]}")
-            for note in notes:
-                del note["task"]
-            seen |= {task: Seen(**note) for task, note in zip(share, notes, strict=True)}
-    return seen
+    return [Share("", share) for share in shares if share]
 
 
 def covering(seen: Mapping[Task, Seen], wanted: set[str]) -> list[Task]:
@@ -216,22 +213,31 @@ def covering(seen: Mapping[Task, Seen], wanted: set[str]) -> list[Task]:
     return chosen
 
 
-def sanitize(share: Share, folder: Path, limit: float) -> Share:
+def run_share(share: Share, folder: Path, limit: float) -> None:
     """Runs a share under its tool, in a new process after each call that kills one."""
     rest = list(share.tasks)
-    prefix = ["compute-sanitizer", "--tool", share.tool, *OPTIONS[share.tool], *COMMON]
+    prefix = []
+    if share.tool:
+        prefix = ["compute-sanitizer", "--tool", share.tool, *OPTIONS[share.tool], *COMMON]
     while rest:
         notes, output = run_tasks(rest, folder, prefix, limit)
-        ended = {rest[note["task"]]: note["seconds"] for note in notes}
-        share.seconds |= ended
+        share.seen |= {rest[note.pop("task")]: Seen(**note) for note in notes}
+        dead = rest[len(notes)] if len(notes) < len(rest) else None
         summary = SUMMARY.search(output)
-        dead = rest[len(ended)] if len(ended) < len(rest) else None
-        if dead is not None or summary is None or int(summary[1]):
-            count = max(1, int(summary[1])) if summary else 1
+        silent = bool(share.tool) and summary is None
+        count = int(summary[1]) if summary else 0
+        if dead is not None or silent or count:
             said = "\n".join(re.findall(r"^=========.*", output, re.MULTILINE)[:60])
-            share.errors.append((dead, count, said or output[-2000:]))
-        rest = rest[len(ended) + 1 :]
-    return share
+            share.errors.append((dead, max(1, count), said or output[-2000:]))
+        if silent and not notes:  # it does not even start
+            return
+        rest = rest[len(notes) + 1 :]
+
+
+def run_shares(shares: Sequence[Share], folder: Path, limit: float) -> None:
+    """Runs all of them side by side."""
+    with ThreadPoolExecutor(len(shares)) as pool:
+        list(pool.map(lambda share: run_share(share, folder, limit), shares))
 
 
 # ---- the report ----
@@ -251,7 +257,12 @@ def rows_of(seen: Mapping[Task, Seen], shares: Sequence[Share]) -> Iterator[dict
         row: dict[str, Any] = {"operator": op, "kernels": sorted(kernels)}
         for tool in TOOLS:
             ours = [share for share in shares if share.tool == tool]
-            seconds = [s for share in ours for task, s in share.seconds.items() if task.op == op]
+            seconds = [
+                found.seconds
+                for share in ours
+                for task, found in share.seen.items()
+                if task.op == op
+            ]
             errors = [
                 {"call": asdict(task) if task else None, "count": count, "message": message}
                 for share in ours
@@ -286,12 +297,16 @@ def markdown(report: Mapping[str, Any]) -> str:
     return text
 
 
-def entries() -> set[str]:
-    """All kernels of the operators, as `detection/nms.sort`."""
+def entries(ops: set[str]) -> set[str]:
+    """All kernels that are declared for the operators, as `detection/nms.sort`."""
     from torchkiln_cli import _native
 
     found = _native.control("kernels")["kernels"]
-    return {f"{kernel['path'].removesuffix('.cuh')}.{kernel['entry']}" for kernel in found}
+    return {
+        f"{kernel['path'].removesuffix('.cuh')}.{kernel['entry']}"
+        for kernel in found
+        if ops & set(kernel["operators"])
+    }
 
 
 @click.command()
@@ -318,12 +333,13 @@ def main(output: str | None, ops: str, jobs: int, limit: float, commit: str, chi
     tasks = all_tasks(list(filter(None, ops.split(","))))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        seen = scout(tasks, jobs, folder)
-        click.echo(f"{len(tasks)} calls without the sanitizer: {time.monotonic() - start:.0f} s")
+        first = scouts(tasks, jobs)
+        run_shares(first, folder, limit)
+        seen = {task: found for share in first for task, found in share.seen.items()}
+        click.echo(f"{len(seen)} calls without the sanitizer: {time.monotonic() - start:.0f} s")
         shares = list(planned(seen, jobs))
-        with ThreadPoolExecutor(len(shares)) as pool:
-            list(pool.map(lambda share: sanitize(share, folder, limit), shares))
-    report = report_of(seen, shares, commit, time.monotonic() - start)
+        run_shares(shares, folder, limit)
+    report = report_of(seen, [*first, *shares], commit, time.monotonic() - start)
     Path(f"{output}.json").write_text(json.dumps(report, indent=1) + "\n")
     Path(f"{output}.md").write_text(markdown(report))
     click.echo(f"{len(report['errors'])} processes with errors, {report['facts']['seconds']} s")
@@ -349,6 +365,7 @@ def report_of(
     seen: Mapping[Task, Seen], shares: Sequence[Share], commit: str, seconds: float
 ) -> dict[str, Any]:
     """All numbers."""
+    named = {name for task in seen for name in (task.op, task.function)}
     launched = {k.partition("<")[0] for found in seen.values() for k in found.kernels}
     version = subprocess.run(
         ["compute-sanitizer", "--version"], capture_output=True, text=True, check=False
@@ -357,9 +374,9 @@ def report_of(
         "facts": facts(commit) | {"seconds": f"{seconds:.0f}",
                                   "sanitizer": " ".join(re.findall(r"Version .*", version))},
         "operators": list(rows_of(seen, shares)),
-        "never_launched": sorted(entries() - launched),
+        "never_launched": sorted(entries(named) - launched),
         "errors": [
-            {"tool": share.tool, "call": str(task) if task else None, "count": count,
+            {"tool": share.tool or "no tool", "call": str(task) if task else None, "count": count,
              "message": message}
             for share in shares
             for task, count, message in share.errors

@@ -33,10 +33,10 @@ Tensor forward_cpu(std::vector<Tensor> inputs, const Tensor& boxes, std::int64_t
                    std::vector<double> level_sides, std::int64_t sampling_ratio, bool aligned) {
   const RoiAlignOptions o{pooled_height, pooled_width, 1.0, sampling_ratio, aligned};
   MultiScalePlan p = plan_multi_scale(inputs, boxes, o, {spatial_scales, level_sides});
-  if (p.bins.numel() == 0) return p.bins;
   with_float(p.bins.scalar_type(), [&]<class Scalar>() {
     const Regions& r = p.args.regions;
     check_batches<Acc<Scalar>>("multi_scale_roi_align", r);
+    if (p.bins.numel() == 0) return;
     if (has_no_pixel(p)) {
       torch::stable::zero_(p.bins);
       return;

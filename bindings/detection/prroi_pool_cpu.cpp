@@ -19,9 +19,9 @@ Tensor forward_cpu(const Tensor& input, const Tensor& boxes, std::int64_t pooled
                    std::int64_t pooled_width, double spatial_scale) {
   const RoiAlignPlan p = plan_prroi_pool(input, boxes, pooled_height, pooled_width, spatial_scale);
   const Regions& r = p.args.regions;
-  if (p.bins.numel() == 0) return p.bins;
   with_float(p.maps.scalar_type(), [&]<class Scalar>() {
     check_batches<Acc<Scalar>>(kPrRoiPool, r);
+    if (p.bins.numel() == 0) return;
     if (p.maps.numel() == 0) {
       torch::stable::zero_(const_cast<Tensor&>(p.bins));
       return;

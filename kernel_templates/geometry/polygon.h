@@ -34,7 +34,7 @@ TORCHKILN_HD_CALLED void find_hull(const T* px, const T* py, int n, Hull<T, kPoi
   }
   T x = first_x, y = first_y, twice = T(0);
   int count = 0;
-  bool is_open = true;
+  bool is_open = true, is_falling = false;
   while (is_open && count < n) {
     hull.x[count] = x;
     hull.y[count] = y;
@@ -53,6 +53,11 @@ TORCHKILN_HD_CALLED void find_hull(const T* px, const T* py, int n, Hull<T, kPoi
         at = k;
       }
     }
+    // From the lowest corner the way rises, then falls. It has stepped over that corner, which rounding can make it do
+    // among points that lie far nearer to each other than to the others, when it rises again.
+    const bool falls = dy < T(0) || (dy == T(0) && dx < T(0));
+    if (is_falling && !falls) break;
+    is_falling = falls;
     twice += cross(x - first_x, y - first_y, dx, dy);
     x = next_x;
     y = next_y;

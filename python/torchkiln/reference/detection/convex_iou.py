@@ -194,6 +194,9 @@ def parities() -> tuple[Parity, ...]:
                 Case("concave", functools.partial(_concave, aligned=True)),
                 Case("apart", _apart),
                 Case("inside", functools.partial(_rows, 4, size=2.0)),
+                # Beside the polygons these points look like one, and which of them gets the gradient
+                # is rounding's choice.
+                Case("tiny", _tiny, gradient=False),
                 Case("grid", functools.partial(_grid, aligned=True), gradient=False),
                 Case("degenerate", _degenerate, gradient=False),
                 Case("single", functools.partial(_rows, 1)),
@@ -235,6 +238,12 @@ def _rows(count: int, new: Inputs, size: float = 9.0) -> dict[str, Tensor]:
     centre = polygons.unflatten(1, (4, 2)).mean(1, keepdim=True)
     around = new.uniform(count, 9, 2, low=-size, high=size)
     return {"pointsets": (centre + around).flatten(1), "polygons": polygons}
+
+
+def _tiny(new: Inputs) -> dict[str, Tensor]:
+    """Points around the origin."""
+    rows = _rows(9, new)
+    return rows | {"pointsets": new.uniform(9, 18, low=-1e-20, high=1e-20)}
 
 
 def _clockwise(new: Inputs) -> dict[str, Tensor]:

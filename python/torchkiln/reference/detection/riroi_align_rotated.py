@@ -106,9 +106,12 @@ def _fuzz(draw: Draw) -> dict[str, Any]:
     orientations = draw.option("orientations", 1, 3, 8)
     arguments = _points.drawn(draw, orientations * draw.option("channels", 0, 1, 5))
     images = arguments["input"].shape[0]
+    boxes = draw.rotated(draw.size(6), 60.0)
+    if draw.kind == "grid":
+        boxes[:, 4] += 0.01  # what channels are blended jumps at whole orientations
     return {
         **arguments,
-        "boxes": draw.indexed(draw.rotated(draw.size(6), 60.0), images),
+        "boxes": draw.indexed(boxes, images),
         "num_orientations": orientations,
         "clockwise": draw.option("clockwise", True, False),
     }
