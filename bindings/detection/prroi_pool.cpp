@@ -3,15 +3,20 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "detection/prroi_pool.h"
 
+#include <algorithm>
 #include <cstddef>
+#include <limits>
+#include <vector>
 
 #include "bindings/detection/prroi_pool.h"
+#include "bindings/detection/roi_staged.h"
 #include "bindings/detection/roi_taps.h"
 
 namespace torchkiln::bindings {
 namespace {
 
 using prroi_pool::BoxArgs;
+using prroi_pool::StagedArgs;
 using roi_align::Args;
 
 // ---- kernels ----
@@ -19,11 +24,21 @@ using roi_align::Args;
 struct TableStatics {
   std::int64_t scalar;
 };
+struct StagedStatics {
+  std::int64_t scalar, index, maps;
+};
 struct BoxStatics {
   std::int64_t scalar, index, channels_last;
 };
 struct Sizes {
   std::int64_t k, c, axis_bins;
+};
+// Of the kernel that keeps bands of maps in shared memory.
+struct StagedSizes {
+  std::int64_t groups, k, images, bands, band_bytes, axis_bins;  // groups of maps
+};
+struct GatherSizes {
+  std::int64_t c, k, n, tiles;
 };
 struct BlockTunables {
   std::int64_t block_size;
@@ -33,7 +48,15 @@ const std::vector<torchkiln_size> kSizes = {{"k", TORCHKILN_BUCKET_POW2},
                                             {"c", TORCHKILN_BUCKET_POW2},
                                             {"axis_bins", TORCHKILN_BUCKET_NONE}};
 
+const std::vector<torchkiln_size> kStagedSizes = {
+    {"groups", TORCHKILN_BUCKET_POW2},     {"k", TORCHKILN_BUCKET_POW2},
+    {"images", TORCHKILN_BUCKET_NONE},     {"bands", TORCHKILN_BUCKET_NONE},
+    {"band_bytes", TORCHKILN_BUCKET_NONE}, {"axis_bins", TORCHKILN_BUCKET_NONE}};
+
 using Tables = Kernel<Args, TableStatics, Sizes, BlockTunables>;
+using Lists = Kernel<StagedArgs, TableStatics, StagedSizes, BlockTunables>;
+using Staged = Kernel<StagedArgs, StagedStatics, StagedSizes, BlockTunables>;
+using Gather = Kernel<Args, BoxStatics, GatherSizes, GatherTunables>;
 using Boxes = Kernel<BoxArgs, BoxStatics, Sizes, BlockTunables>;
 
 const Tables tables_kernel({
@@ -47,6 +70,66 @@ const Tables tables_kernel({
     .geometry =
         [](const Tables::Problem& p, const BlockTunables& t) {
           return linear(ceil_div(p.sizes.axis_bins, t.block_size), t.block_size);
+        },
+});
+
+const Lists lists_kernel({
+    .path = "detection/prroi_pool.cuh",
+    .entry = "lists",
+    .operators = {"prroi_pool"},
+    .statics = {types("scalar", {TORCHKILN_FLOAT, TORCHKILN_DOUBLE})},
+    .sizes = kStagedSizes,
+    .tunables = {ints("block_size", {128, 256, 512, 1024})},
+    .defaults = {{512}},
+    .geometry =
+        [](const Lists::Problem& p, const BlockTunables& t) {
+          return linear(p.sizes.images * p.sizes.bands + ceil_div(p.sizes.axis_bins, t.block_size),
+                        t.block_size);
+        },
+});
+
+const std::vector<BlockTunables> kStagedDefaults = {{1024}, {512}, {256}};
+
+const Staged staged_kernel({
+    .path = "detection/prroi_pool.cuh",
+    .entry = "staged",
+    .operators = {"prroi_pool"},
+    .statics = {types("scalar", kFloatTypes), types("index", {TORCHKILN_I32, TORCHKILN_I64}),
+                ints("maps", {1, 2})},
+    .sizes = kStagedSizes,
+    .tunables = {ints("block_size", {256, 512, 768, 1024})},
+    .defaults = kStagedDefaults,
+    .choose = [](const Staged::Problem& p) -> std::uint32_t {
+      // 64 registers a thread: 1024 threads a multiprocessor.
+      return choose_block_size(p.device, p.sizes.groups * p.sizes.bands, p.sizes.band_bytes, 1024,
+                               kStagedDefaults);
+    },
+    .geometry =
+        [](const Staged::Problem& p, const BlockTunables& t) {
+          return linear(p.sizes.groups * p.sizes.bands, t.block_size,
+                        static_cast<std::uint32_t>(p.sizes.band_bytes));
+        },
+});
+
+const Gather gather_kernel({
+    .path = "detection/prroi_pool.cuh",
+    .entry = "gather",
+    .operators = {"prroi_pool"},
+    .statics = {types("scalar", kFloatTypes), types("index", {TORCHKILN_I32, TORCHKILN_I64}),
+                bools("channels_last")},
+    .sizes = {{"c", TORCHKILN_BUCKET_POW2},
+              {"k", TORCHKILN_BUCKET_POW2},
+              {"n", TORCHKILN_BUCKET_NONE},
+              {"tiles", TORCHKILN_BUCKET_NONE}},
+    .tunables = {ints("lane_channels", kGatherLaneChannels), ints("split", kGatherSplits)},
+    .defaults = kGatherDefaults,
+    .legal = [](const Gather::Problem& p,
+                const GatherTunables& t) { return gather_fits(p.statics.scalar, t); },
+    .choose = [](const Gather::Problem& p) { return choose_gather(p.sizes.c); },
+    .geometry =
+        [](const Gather::Problem& p, const GatherTunables& t) {
+          return linear(p.sizes.n * p.sizes.tiles * ceil_div(p.sizes.c, t.channels()),
+                        t.block_size());
         },
 });
 
@@ -81,6 +164,69 @@ TapTable<Args> make_table(const CudaPlace& place, const Tensor& like, const Tens
   return table;
 }
 
+// Bands of `maps` maps at a time; count is 0 where `staged` cannot serve. Few regions are not worth whole maps, unless
+// these are read in no time.
+Bands cut_maps(const Device& device, const RoiAlignPlan& p, std::int64_t maps) {
+  constexpr std::int64_t kFewRegions = 4, kManyRegions = 24, kSmallBytes = 8 << 20;
+  constexpr std::int64_t kStripeBytes = 34 * 1024;
+  const roi_align::Regions& r = p.args.regions;
+  const auto element = static_cast<std::int64_t>(element_size(p.maps.scalar_type()));
+  const std::int64_t few = p.maps.numel() * element <= kSmallBytes ? kFewRegions : kManyRegions;
+  const std::int64_t entries = r.k * std::max(r.pooled_h, r.n);
+  if (p.channels_last || r.k <= few * r.n || entries > std::numeric_limits<std::int32_t>::max()) {
+    return {0, 0, 0};
+  }
+  return cut_into_bands(device,
+                        {.maps = r.n * r.c / maps,
+                         .height = r.h,
+                         .row_bytes = r.w * element * maps,
+                         // Most bins are lower than 0.6 times those of a region as high as the map.
+                         .reach = 2 + r.h * 6 / (10 * r.pooled_h),
+                         .budget = device.shared_bytes_per_block - kStripeBytes,
+                         .most_rows = r.h});
+}
+
+void launch_staged(const CudaPlace& place, const RoiAlignPlan& p, const Bands& bands,
+                   std::int64_t maps) {
+  const roi_align::Regions& r = p.args.regions;
+  StagedArgs args = {.regions = r,
+                     .maps = p.maps.const_data_ptr(),
+                     .bins = p.bins.mutable_data_ptr(),
+                     .taps = nullptr,
+                     .ranges = nullptr,
+                     .spans = nullptr,
+                     .row_capacity = tap_capacity(r.h, r.pooled_h, 0),
+                     .column_capacity = tap_capacity(r.w, r.pooled_w, 0),
+                     .list = {bands, nullptr, nullptr}};
+  const TapTable<StagedArgs> table = allocate_table(p.maps, args);
+  const std::int64_t entry_bytes = r.k * r.pooled_h * std::int64_t{sizeof(BandEntry)};
+  const std::int64_t part_bytes = r.n * bands.count * std::int64_t{sizeof(Range)};
+  const Tensor lists = empty(p.maps, ScalarType::Byte, {entry_bytes + part_bytes});
+  auto* const memory = mutable_data<std::uint8_t>(lists);
+  args.list.entries = reinterpret_cast<BandEntry*>(memory);
+  args.list.parts = reinterpret_cast<Range*>(memory + entry_bytes);
+  const std::int64_t band_bytes = maps *
+                                  roi_align::band_pitch(bands.height, static_cast<i32>(r.w)) *
+                                  static_cast<std::int64_t>(element_size(p.maps.scalar_type()));
+  const StagedSizes sizes = {r.n * r.c / maps, r.k,        r.n,
+                             bands.count,      band_bytes, r.k * (r.pooled_h + r.pooled_w)};
+  constexpr std::size_t list_at = offsetof(StagedArgs, list);
+  constexpr std::size_t entries_at = list_at + offsetof(BandList, entries);
+  constexpr std::size_t parts_at = list_at + offsetof(BandList, parts);
+  const auto made = table.written();
+  const bool wide = p.maps.scalar_type() == ScalarType::Double;
+  lists_kernel.run(place, {wide ? TORCHKILN_DOUBLE : TORCHKILN_FLOAT}, sizes, args,
+                   {reads(offsetof(StagedArgs, regions), p.boxes), made[0], made[1], made[2],
+                    writes(entries_at, entry_bytes), writes(parts_at, part_bytes),
+                    unused(offsetof(StagedArgs, maps)), unused(offsetof(StagedArgs, bins))});
+  const auto read = table.read();
+  staged_kernel.run(
+      place, {kernel_type(p.maps.scalar_type()), index_type(p.maps, p.bins), maps}, sizes, args,
+      {reads(offsetof(StagedArgs, maps), p.maps), writes(offsetof(StagedArgs, bins), p.bins),
+       read[0], read[1], read[2], reads(entries_at, entry_bytes), reads(parts_at, part_bytes),
+       unused(offsetof(StagedArgs, regions))});
+}
+
 Tensor forward_cuda(const Tensor& input, const Tensor& boxes, std::int64_t pooled_height,
                     std::int64_t pooled_width, double spatial_scale) {
   RoiAlignPlan p = plan_prroi_pool(input, boxes, pooled_height, pooled_width, spatial_scale);
@@ -90,6 +236,12 @@ Tensor forward_cuda(const Tensor& input, const Tensor& boxes, std::int64_t poole
     return p.bins;
   }
   const CudaPlace place(p.maps);
+  const std::int64_t maps_at_once = p.args.regions.c % 2 == 0 ? 2 : 1;
+  const Bands bands = cut_maps(place.facts(), p, maps_at_once);
+  if (bands.count > 0) {
+    launch_staged(place, p, bands, maps_at_once);
+    return p.bins;
+  }
   average_by_table(place, p, make_table(place, p.maps, p.boxes, p.args));
   return p.bins;
 }
@@ -106,7 +258,13 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes, std::int64_
   const CudaPlace place(p.maps);
   p.bins = as_layout(place, p.bins, true);
   p.args.bins = const_cast<void*>(p.bins.const_data_ptr());
-  gather_by_table(place, p, make_table(place, p.maps, p.boxes, p.args));
+  const TapTable<Args> table = make_table(place, p.maps, p.boxes, p.args);
+  const auto [taps, ranges, spans] = table.read();
+  gather_kernel.run(
+      place, {kernel_type(p.maps.scalar_type()), index_type(p.maps, p.bins), p.channels_last},
+      {c, p.args.regions.k, n, GatherTunables::tiles(h, w)}, p.args,
+      {reads(offsetof(Args, regions), p.boxes), reads(offsetof(Args, bins), p.bins),
+       unused(offsetof(Args, argmax)), taps, ranges, spans, writes(offsetof(Args, maps), p.maps)});
   return p.maps;
 }
 

@@ -244,7 +244,7 @@ MapStatics statics_of(const PsRoiPoolPlan& p) {
 
 // Few regions are not worth whole maps.
 bool is_staged(const Device& device, const PsRoiPoolPlan& p) {
-  constexpr std::int64_t kFewRegions = 32;
+  constexpr std::int64_t kFewRegions = 2;
   const std::int64_t scalar = kernel_type(p.maps.scalar_type());
   return !p.channels_last && p.args.regions.k > kFewRegions * p.args.regions.n &&
          is_stageable(device, sizes_of(p), scalar, 1);

@@ -44,10 +44,12 @@ __global__ void __launch_bounds__(kBlockSize) forward(const Args args) {
   if (item >= row_step * vectors) return;
   const i64 first_row = divide(item, vectors), column = (item - first_row * vectors) * kVector;
   Box<T> others[kVector];
+  T areas[kVector];
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     others[i] =
         fetch_box<kAligned>(static_cast<const Scalar*>(args.boxes2), column + i, args.offset);
+    areas[i] = area(others[i]);
   }
   Scalar* out = static_cast<Scalar*>(args.out) + first_row * args.m + column;
   Box<T> next = fetch_box<kAligned>(boxes1, min_of(first_row, args.n - 1), args.offset);
@@ -56,10 +58,12 @@ __global__ void __launch_bounds__(kBlockSize) forward(const Args args) {
     const Box<T> box = next;
     // Its latency is the longest here.
     next = fetch_box<kAligned>(boxes1, min_of(row + row_step, args.n - 1), args.offset);
+    const T own_area = area(box);
     Pack<Scalar, kVector> result;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      store(result.at[i], element<kMode>(box, others[i], T(args.eps), T(args.offset)));
+      store(result.at[i],
+            element<kMode>(box, own_area, others[i], areas[i], T(args.eps), T(args.offset)));
     }
     store_pack<kVector>(out, result);
   }

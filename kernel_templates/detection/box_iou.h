@@ -69,10 +69,12 @@ TORCHKILN_HD T mmcv_element(const Box<T>& a, const Box<T>& b, T offset, bool ove
   return inter / nan_max(base, offset);
 }
 
-// 0 for a pair whose denominator is 0, so that degenerate boxes never give NaN.
+// 0 for a pair whose denominator is 0, so that degenerate boxes never give NaN. Divides in any case: a branch costs more.
 template <class T>
 TORCHKILN_HD T ratio(T numerator, T denominator) {
-  return denominator == T(0) ? T(0) : fast_quotient(numerator, denominator);
+  const bool is_zero = denominator == T(0);
+  const T share = fast_quotient(numerator, is_zero ? T(1) : denominator);
+  return is_zero ? T(0) : share;
 }
 
 template <class T>
@@ -83,16 +85,21 @@ struct Parts {
 };
 
 template <class T>
-TORCHKILN_HD Parts<T> parts_of(const Box<T>& a, const Box<T>& b) {
+TORCHKILN_HD Parts<T> parts_of(const Box<T>& a, T area_a, const Box<T>& b, T area_b) {
   Parts<T> p;
   p.inter = intersection(a, b);
-  p.united = area(a) + area(b) - p.inter;
+  p.united = area_a + area_b - p.inter;
   p.iou = ratio(p.inter, p.united);
   p.enclosing_w = positive_part(nan_max(a.x2, b.x2) - nan_min(a.x1, b.x1));
   p.enclosing_h = positive_part(nan_max(a.y2, b.y2) - nan_min(a.y1, b.y1));
   p.dx = (a.x1 + a.x2) - (b.x1 + b.x2);
   p.dy = (a.y1 + a.y2) - (b.y1 + b.y2);
   return p;
+}
+
+template <class T>
+TORCHKILN_HD Parts<T> parts_of(const Box<T>& a, const Box<T>& b) {
+  return parts_of(a, area(a), b, area(b));
 }
 
 // atan2(w, h) and not atan(w / h): a box of size 0 has the angle 0.
@@ -104,13 +111,14 @@ TORCHKILN_HD T aspect_angle(const Box<T>& box) {
 template <class T>
 constexpr T kAspectScale = T(0.40528473456935108577551785283891);  // 4 / pi^2
 
+// The areas of the boxes are those of area().
 template <int kMode, class T>
-TORCHKILN_HD T element(const Box<T>& a, const Box<T>& b, T eps, T offset) {
+TORCHKILN_HD T element(const Box<T>& a, T area_a, const Box<T>& b, T area_b, T eps, T offset) {
   if constexpr (kMode == kMmcvIou || kMode == kMmcvIof)
     return mmcv_element(a, b, offset, kMode == kMmcvIof);
-  const Parts<T> p = parts_of(a, b);
+  const Parts<T> p = parts_of(a, area_a, b, area_b);
   if constexpr (kMode == kIou) return p.iou;
-  if constexpr (kMode == kIof) return ratio(p.inter, area(a));
+  if constexpr (kMode == kIof) return ratio(p.inter, area_a);
   if constexpr (kMode == kGiou) {
     const T enclosing = p.enclosing_w * p.enclosing_h;
     return p.iou - ratio(enclosing - p.united, enclosing);
@@ -121,6 +129,11 @@ TORCHKILN_HD T element(const Box<T>& a, const Box<T>& b, T eps, T offset) {
   const T delta = aspect_angle(a) - aspect_angle(b);
   const T v = kAspectScale<T> * delta * delta;
   return diou - ratio(v, T(1) - p.iou + v + eps) * v;
+}
+
+template <int kMode, class T>
+TORCHKILN_HD T element(const Box<T>& a, const Box<T>& b, T eps, T offset) {
+  return element<kMode>(a, area(a), b, area(b), eps, offset);
 }
 
 // Shares of max(a, b) and min(a, b) that belong to a; a tie is split, as torch's maximum does.

@@ -1,6 +1,12 @@
-// prroi_pool on the GPU. Averages and the gradient of maps are roi_align's planes, last and backward, by another table.
+// prroi_pool on the GPU, by roi_align's table with other taps: as many as a bin has pixels.
 //
 //   tables    one thread per bin of an axis of a region: the integral of each pixel's interpolation
+//   lists     the same, and what each band of a map has to do
+//   staged    NCHW: a block keeps bands of kMaps maps in shared memory. A warp takes a row of bins: lanes are neighbouring
+//             columns, which they sum over the rows, so that a pixel is read once for all bins of the row; four lanes a bin
+//             then sum over its columns
+//   gather    the gradient of maps: roi_gather.cuh
+//             (averages on channels_last, or where no band fits, are roi_align's last and planes)
 //   boxes     the gradient of boxes, one block a region: a thread goes through bins of channels with their edges, then
 //             the block sums in a fixed order
 // SPDX-License-Identifier: Apache-2.0
@@ -8,22 +14,195 @@
 
 #include "common/reduce.cuh"
 #include "detection/prroi_pool.h"
-#include "detection/roi_align.cuh"
+#include "detection/roi_gather.cuh"
 
 namespace torchkiln::prroi_pool {
 
 using roi_align::Args;
 using roi_align::AxisBin;
+using roi_align::Span;
+using roi_align::Table;
 
-template <class Scalar, int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize) tables(const Args args) {
-  using T = Acc<Scalar>;
-  const AxisBin at = roi_align::own_bin<kBlockSize>(args.regions, blockIdx.x);
+template <class T, int kBlockSize, class AnyArgs>
+__device__ __forceinline__ void write_table(const AnyArgs& args, u32 block) {
+  const AxisBin at = roi_align::own_bin<kBlockSize>(args.regions, block);
   if (at.region >= args.regions.k) return;
   const i32 image = roi_align::image_of<T>(args.regions, at.region);
   Edges<T> axis = edges_at<T>(args.regions, at.region, at.columns);
   if (image < 0) clear(axis);
   roi_align::write_taps<T>(args, args.regions, at, axis, image);
+}
+
+template <class Scalar, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) tables(const Args args) {
+  write_table<Acc<Scalar>, kBlockSize>(args, blockIdx.x);
+}
+
+// Where the bands begin for a region's rows of bins.
+template <class T>
+struct RowsOfBins {
+  i32 image, size;
+  Edges<T> axis;
+  Bands cut;
+
+  __device__ __forceinline__ Range bands(i32 row) const {
+    const i32 band = is_empty(axis) ? 0 : band_of(cut, first_pixel(axis, row, size));
+    return {band, band + 1};
+  }
+};
+
+// Grid: one block per band of each image, then one thread per bin of an axis of a region.
+template <class Scalar, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) lists(const StagedArgs args) {
+  using T = Acc<Scalar>;
+  const Regions& r = args.regions;
+  const i32 bands = args.list.bands.count, of_bands = bands * i32(r.n);
+  if (i32(blockIdx.x) >= of_bands) {
+    write_table<T, kBlockSize>(args, blockIdx.x - of_bands);
+    return;
+  }
+  const auto rows_of = [&](i64 region) {
+    const i32 image = roi_align::image_of<T>(r, region);
+    // The bins of a region of no image are zeros; somebody has to write them.
+    RowsOfBins<T> rows = {max_of(image, 0), i32(r.h), edges_at<T>(r, region, false),
+                          args.list.bands};
+    if (image < 0) clear(rows.axis);
+    return rows;
+  };
+  list_band<kBlockSize>(args.list, r.k, i32(r.pooled_h), blockIdx.x / bands, blockIdx.x % bands,
+                        rows_of);
+}
+
+constexpr int kLaneColumns = 2, kStripe = kLaneColumns * kWarpSize;  // columns of a warp at a time
+
+// The band of a block.
+template <class Scalar>
+struct OwnBand {
+  const Scalar* cells;  // of the first map, which the others follow
+  const Scalar* map;    // all of it in memory
+  i32 pitch, top, height, width;
+};
+
+// Adds neighbouring rows, as many as weights, to the sums of a lane's columns, of which `columns` are there.
+template <int kUnrolled, class Scalar, class Index, class T, int kMaps>
+__device__ __forceinline__ void add_rows(const Scalar* from, Index pitch, i32 width,
+                                         const Tap<T>* taps, i32 count, i32 columns,
+                                         T (&sums)[kMaps][kLaneColumns]) {
+#pragma unroll kUnrolled
+  for (i32 i = 0; i < count; ++i, from += width) {
+    const T weight = taps[i].weight;
+#pragma unroll
+    for (int j = 0; j < kLaneColumns; ++j) {
+      if (j >= columns) break;
+#pragma unroll
+      for (int m = 0; m < kMaps; ++m) sums[m][j] += weight * load(from[m * pitch + j * kWarpSize]);
+    }
+  }
+}
+
+// The sums of a lane's columns over the rows of a bin, which are neighbours.
+template <class Scalar, class Index, int kMaps, class T = Acc<Scalar>>
+__device__ __forceinline__ void sum_rows(const OwnBand<Scalar>& band, Index map_size,
+                                         const Tap<T>* taps, i32 count, i32 x, i32 columns,
+                                         T (&sums)[kMaps][kLaneColumns]) {
+  const i32 first = taps[0].pixel, in_band = min_of(count, band.top + band.height - first);
+  add_rows<4>(band.cells + (first - band.top) * band.width + x, band.pitch, band.width, taps,
+              in_band, columns, sums);
+  // A bin that ends below the band, which is rare: out of the whole map.
+  if (in_band >= count) return;
+  add_rows<1>(band.map + Index(first + in_band) * band.width + x, map_size, band.width,
+              taps + in_band, count - in_band, columns, sums);
+}
+
+// Grid: one block per band of kMaps maps. Dynamic shared memory: their bands.
+template <class Scalar, class Index, int kMaps, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) staged(const StagedArgs args) {
+  using T = Acc<Scalar>;
+  constexpr int kWarps = kBlockSize / kWarpSize, kBins = kWarpSize / roi_align::kLanesPerBin;
+  extern __shared__ uint4 memory[];
+  __shared__ T stripes[kWarps][kMaps][kStripe];
+  const Regions& r = args.regions;
+  const BandList& list = args.list;
+  const i32 number = i32(blockIdx.x) % list.bands.count;
+  const i64 plane = i64(blockIdx.x) / list.bands.count * kMaps;
+  const i32 image = i32(plane / r.c), channel = i32(plane % r.c);
+  const Range part = list.parts[image * list.bands.count + number];
+  if (part.is_empty()) return;
+  const Index map_size = Index(r.h) * Index(r.w);
+  OwnBand<Scalar> band;
+  band.cells = reinterpret_cast<Scalar*>(memory);
+  band.map = static_cast<const Scalar*>(args.maps) + Index(plane) * map_size;
+  band.width = i32(r.w);
+  band.pitch = roi_align::band_pitch(list.bands.height, band.width);
+  band.top = number * list.bands.step;
+  band.height = min_of(list.bands.height, i32(r.h) - band.top);
+#pragma unroll
+  for (int m = 0; m < kMaps; ++m) {
+    roi_align::stage<kBlockSize>(band.map + m * map_size + Index(band.top) * band.width,
+                                 band.height * band.width,
+                                 reinterpret_cast<Scalar*>(memory) + m * band.pitch);
+  }
+  __syncthreads();
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int sub = lane % roi_align::kLanesPerBin;
+  const i32 pooled_w = i32(r.pooled_w);
+  const Index bins = Index(r.pooled_h) * pooled_w;
+  Scalar* all_bins = static_cast<Scalar*>(args.bins) + channel * bins;
+#pragma unroll 1
+  for (i32 i = part.begin + warp; i < part.end; i += kWarps) {
+    const BandEntry entry = list.entries[i];
+    const Table<T> table = roi_align::table_of<T>(args, entry.region);
+    const Span span = static_cast<const Span*>(args.spans)[entry.region];
+    const Range rows = table.row_bins[entry.row];
+    Scalar* out = all_bins + Index(entry.region) * Index(r.c) * bins + entry.row * pooled_w;
+#pragma unroll 1
+    for (i32 first_bin = 0; first_bin < pooled_w; first_bin += kBins) {
+      const i32 bin = first_bin + lane / roi_align::kLanesPerBin;
+      const bool has_bin = bin < pooled_w;
+      const Range columns = has_bin ? table.column_bins[bin] : Range{0, 0};
+      T sums[kMaps] = {};
+#pragma unroll 1
+      for (i32 x = rows.is_empty() ? span.x_last + 1 : span.x_first; x <= span.x_last;
+           x += kStripe) {
+        T of_columns[kMaps][kLaneColumns] = {};
+        const i32 columns_left = span.x_last - x - lane + kWarpSize;
+        sum_rows<Scalar, Index, kMaps>(band, map_size, table.rows + rows.begin,
+                                       rows.end - rows.begin, x + lane, columns_left / kWarpSize,
+                                       of_columns);
+#pragma unroll
+        for (int m = 0; m < kMaps; ++m) {
+#pragma unroll
+          for (int j = 0; j < kLaneColumns; ++j) {
+            stripes[warp][m][lane + j * kWarpSize] = of_columns[m][j];
+          }
+        }
+        __syncwarp();
+#pragma unroll 2
+        for (i32 c = columns.begin + sub; c < columns.end; c += roi_align::kLanesPerBin) {
+          const Tap<T> column = table.columns[c];
+          const i32 at = column.pixel - x;
+          if (at < 0 || at >= kStripe) continue;
+#pragma unroll
+          for (int m = 0; m < kMaps; ++m) sums[m] += column.weight * stripes[warp][m][at];
+        }
+        __syncwarp();
+      }
+#pragma unroll
+      for (int m = 0; m < kMaps; ++m) {
+#pragma unroll
+        for (int offset = roi_align::kLanesPerBin / 2; offset > 0; offset /= 2) {
+          sums[m] += __shfl_xor_sync(0xffffffffu, sums[m], offset);
+        }
+        if (sub == 0 && has_bin) store(out[m * bins + bin], sums[m]);
+      }
+    }
+  }
+}
+
+template <class Scalar, class Index, bool kLast, int kLaneChannels, int kSplit>
+__global__ void __launch_bounds__(roi_align::kSide * kWarpSize * kSplit) gather(const Args args) {
+  roi_align::gather_average<Scalar, Index, kLast, kLaneChannels, kSplit>(args, args.regions,
+                                                                         args.maps, blockIdx.x, 0);
 }
 
 template <class Scalar, class Index, bool kLast, int kBlockSize>

@@ -23,6 +23,18 @@ struct BoxArgs {
   i64 row_capacity, column_capacity;
 };
 
+// For maps of channels first, in bands.
+struct StagedArgs {
+  Regions regions;
+  const void* maps;
+  void* bins;
+  void* taps;  // as in roi_align::Args
+  Range* ranges;
+  void* spans;
+  i64 row_capacity, column_capacity;
+  BandList list;
+};
+
 // The bins of a region on one axis, with the functions of roi_align::Axis. Of no length: empty.
 template <class T>
 struct Edges {
