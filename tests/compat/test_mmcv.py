@@ -767,7 +767,7 @@ def test_quirk_roi_pool_gradient_of_negative_size():
 
 
 def test_quirk_roi_align_max_gradient_on_the_rim():
-    """One sample, a pixel above the map: its value is that of the border, and so is its gradient."""
+    """One sample, a pixel above the map: value and gradient are those of the border."""
     image = torch.arange(9.0).reshape(1, 1, 3, 3).requires_grad_()
     roi = torch.tensor([[0.0, 0.5, -1.5, 2.5, 0.5]])
     pooled = ops.roi_align(image, roi, 1, 1.0, 1, "max")
