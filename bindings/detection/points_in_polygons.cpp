@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <type_traits>
 #include <vector>
 
 #include "bindings/support/check.h"
@@ -86,52 +85,55 @@ Plan plan(const Tensor& points, const Tensor& polygons, bool as_mmcv) {
 // Polygons with each coordinate in a row of its own, so that a loop over them is a vector loop.
 template <class T>
 struct Columns {
-  std::vector<T> x[kCorners], y[kCorners];
+  std::size_t count;
+  std::vector<T> x, y;  // those of all first corners, then those of all second ones, and so on
 
   template <class Scalar>
-  Columns(const Scalar* polygons, std::int64_t count) {
-    const auto size = static_cast<std::size_t>(count);
-    for (auto* side : {&x, &y})
-      for (std::vector<T>& column : *side) column.resize(size);
-    for (std::size_t j = 0; j < size; ++j) {
+  Columns(const Scalar* polygons, std::int64_t m)
+      : count(static_cast<std::size_t>(m)), x(kCorners * count), y(kCorners * count) {
+    for (std::size_t j = 0; j < count; ++j) {
       const Polygon<T> polygon = points_in_polygons::load_polygon(polygons, static_cast<i64>(j));
-      for (int i = 0; i < kCorners; ++i) {
-        x[i][j] = polygon.x[i];
-        y[i][j] = polygon.y[i];
+      for (std::size_t i = 0; i < kCorners; ++i) {
+        x[i * count + j] = polygon.x[i];
+        y[i * count + j] = polygon.y[i];
       }
     }
   }
 };
 
-// Turns `out` over for the polygons whose side from corner a to corner b the ray of a point crosses. As `crosses`, written
-// out twice and without calls, because a function with other options is not inlined.
-#define TORCHKILN_CROSS_ROW(T)                                                                  \
-  TORCHKILN_VECTORISED void cross_row(                                                          \
-      T px, T py, const T* __restrict__ ax, const T* __restrict__ ay, const T* __restrict__ bx, \
-      const T* __restrict__ by, std::size_t count, bool* __restrict__ out) {                    \
-    for (std::size_t j = 0; j < count; ++j) {                                                   \
-      const T one = (px - ax[j]) * (py - by[j]), other = (py - ay[j]) * (px - bx[j]);           \
-      const bool above = py >= ay[j], below = py >= by[j];                                      \
-      out[j] ^= (above & !below & (one > other)) | (below & !above & (one < other));            \
-    }                                                                                           \
+// `contains` for one point and all polygons, with `crosses` in numbers, which a compiler makes vectors of. Written out
+// twice and without calls, because a function with other options is not inlined.
+#define TORCHKILN_CONTAINS_ROW(T)                                                         \
+  TORCHKILN_VECTORISED void contains_row(T px, T py, const T* __restrict__ x,             \
+                                         const T* __restrict__ y, std::size_t count,      \
+                                         std::uint8_t* __restrict__ out) {                \
+    for (std::size_t j = 0; j < count; ++j) {                                             \
+      T ax = px - x[(kCorners - 1) * count + j], ay = py - y[(kCorners - 1) * count + j]; \
+      int above_a = ay >= 0 ? 1 : 0, inside = 0;                                          \
+      for (std::size_t i = 0; i < kCorners; ++i) {                                        \
+        const T bx = px - x[i * count + j], by = py - y[i * count + j];                   \
+        const T one = ax * by, other = ay * bx;                                           \
+        const int above_b = by >= 0 ? 1 : 0, more = one > other ? 1 : 0,                  \
+                  less = one < other ? 1 : 0;                                             \
+        inside ^= (above_a & (above_b ^ 1) & more) | (above_b & (above_a ^ 1) & less);    \
+        ax = bx;                                                                          \
+        ay = by;                                                                          \
+        above_a = above_b;                                                                \
+      }                                                                                   \
+      out[j] = static_cast<std::uint8_t>(inside);                                         \
+    }                                                                                     \
   }
-TORCHKILN_CROSS_ROW(float)
-TORCHKILN_CROSS_ROW(double)
-#undef TORCHKILN_CROSS_ROW
+TORCHKILN_CONTAINS_ROW(float)
+TORCHKILN_CONTAINS_ROW(double)
+#undef TORCHKILN_CONTAINS_ROW
 
 template <class Scalar>
 void rows(const Args& args, const Columns<Acc<Scalar>>& polygons, std::int64_t begin,
           std::int64_t end) {
-  const auto count = static_cast<std::size_t>(args.m);
   for (std::int64_t i = begin; i < end; ++i) {
     const auto point = points_in_polygons::load_point(static_cast<const Scalar*>(args.points), i);
-    bool* out = static_cast<bool*>(args.out) + i * args.m;
-    std::fill_n(out, count, false);
-    for (int b = 0; b < kCorners; ++b) {
-      const int a = (b + kCorners - 1) % kCorners;
-      cross_row(point.x, point.y, polygons.x[a].data(), polygons.y[a].data(), polygons.x[b].data(),
-                polygons.y[b].data(), count, out);
-    }
+    contains_row(point.x, point.y, polygons.x.data(), polygons.y.data(), polygons.count,
+                 static_cast<std::uint8_t*>(args.out) + i * args.m);
   }
 }
 

@@ -756,3 +756,35 @@ def test_quirk_simple_roi_align_order():
     assert ops.SimpleRoIAlign(1, 1.0)(images, rois).flatten().tolist() == [0, 1, 1]
     assert nn.SimpleRoIAlign(1, 1.0)(images, rois).flatten().tolist() == [1, 0, 1]
     assert ops.SimpleRoIAlign(2, 1.0)(images, rois[:0]).shape == (0, 1, 2, 2)
+
+
+def test_quirk_roi_pool_gradient_of_negative_size():
+    image = torch.ones(1, 1, 5, 5, requires_grad=True)
+    pooled = ops.roi_pool(image, torch.tensor([[0.0, 4, 4, 1, 1]]), 2)
+    assert pooled.flatten().tolist() == [0, 0, 0, 0]
+    (grad,) = torch.autograd.grad(pooled.sum(), image)
+    assert grad.abs().sum() == 0
+
+
+def test_quirk_roi_align_max_gradient_on_the_rim():
+    """One sample, a pixel above the map: value and gradient are those of the border."""
+    image = torch.arange(9.0).reshape(1, 1, 3, 3).requires_grad_()
+    roi = torch.tensor([[0.0, 0.5, -1.5, 2.5, 0.5]])
+    pooled = ops.roi_align(image, roi, 1, 1.0, 1, "max")
+    assert pooled.item() == 1
+    (grad,) = torch.autograd.grad(pooled, image)
+    assert grad.flatten().tolist() == [0, 1, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_quirk_softmax_focal_loss_without_reduction():
+    logits = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels, weights = torch.tensor([0, 1, -1]), torch.tensor([1.0, 10, 100])
+    loss = ops.softmax_focal_loss(logits, labels, reduction="none")
+    assert loss.shape == (3,)
+    assert loss[2] == 0
+    (grad,) = torch.autograd.grad((loss * weights).sum(), logits)
+    (plain,) = torch.autograd.grad(
+        ops.softmax_focal_loss(logits, labels, reduction="none").sum(), logits
+    )
+    assert_close(grad, plain * weights[:, None])
+    assert plain[2].tolist() == [0, 0]

@@ -189,6 +189,23 @@ class TestBroken:
                 torch.ops.torchvision.qnms(boxes, scores, 0.5)
         """)
 
+    def test_box_iou_of_rotated_boxes(self):
+        """Degrees; a turn from the x axis upwards is positive."""
+        run("""
+            drop_in.install()
+            import math, torchvision
+            from torchkiln import ops
+            torch.manual_seed(0)
+            boxes = torch.rand(2, 20, 5) * torch.tensor([5, 5, 4, 4, 300.0]) + 0.1
+            found = torchvision.ops.box_iou(*boxes, fmt="cxcywhr")
+            radians = boxes * torch.tensor([1, 1, 1, 1, math.pi / 180])
+            expected = ops.box_iou_rotated(*radians, clockwise=False)
+            torch.testing.assert_close(found, expected)
+            corners = [torchvision.ops.box_convert(b, "cxcywhr", "xyxyxyxy") for b in boxes]
+            quads = ops.box_iou_quadri(*corners)
+            torch.testing.assert_close(found, quads, rtol=1e-3, atol=1e-3)
+        """)
+
     def test_refused_calls_do_not_keep_their_tensors(self):
         run("""
             drop_in.install()

@@ -69,7 +69,9 @@ class Replacement:
         if self._former is not None:
             return
         holder: Any = functools.reduce(getattr, self._holders, module)
-        theirs = getattr(holder, self._name)
+        theirs = getattr(holder, self._name, None)
+        if theirs is None:  # an older library, which goes its own way
+            return
         ours = functools.wraps(theirs)(self._make(module, theirs))
         # torch.jit.script compiles theirs: it takes this attribute for that of script_if_tracing.
         setattr(ours, "__script_if_tracing_wrapper", True)

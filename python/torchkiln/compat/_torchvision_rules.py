@@ -1,14 +1,16 @@
-"""Gradients and autocast of `torchvision::` operators, for a torchvision that keeps them in C++.
+"""What Python adds to our `torchvision::` operators where torchvision's own library cannot load.
 
-Newer ones register them in Python (`torchvision/_autograd_registrations.py`), and need nothing
-from here.
+`register`: gradients and autocast, for a torchvision that keeps them in C++. Newer ones register
+them in Python (`torchvision/_autograd_registrations.py`), and need nothing from there.
+`implement`: operators whose arguments are not those of ours.
 """
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,6 +18,26 @@ from torch import Tensor
 
 _libraries: list[torch.library.Library] = []  # a registration lives as long as its library
 _AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA", "AutocastXPU")
+
+
+def implement(names: Iterable[str]) -> None:
+    """Registers the kernels among these that are written here; the schemas must exist."""
+    library = torch.library.Library("torchvision", "IMPL")
+    _libraries.append(library)
+    for name in KERNELS.keys() & set(names):
+        for key in ("CPU", "CUDA"):
+            library.impl(name, KERNELS[name], key)
+
+
+def _box_iou_rotated(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """In degrees, counter-clockwise where y points down."""
+    from torchkiln import ops
+
+    unit = boxes1.new_tensor([1, 1, 1, 1, math.pi / 180])
+    return ops.box_iou_rotated(boxes1 * unit, boxes2 * unit, clockwise=False)
+
+
+KERNELS: dict[str, Callable[..., Tensor]] = {"box_iou_rotated": _box_iou_rotated}
 
 
 def register() -> None:

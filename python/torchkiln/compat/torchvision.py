@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchkiln.compat import _torchvision_rules
 from torchkiln.compat._imports import AfterImport
 from torchkiln.compat._pyramid import Replacement, suits
 
@@ -82,11 +83,11 @@ def install() -> None:
         missing = [row for row in _operators() if not hasattr(torch.ops.torchvision, row.name)]
         for row in missing:
             _native().define(row.index)
-        _register(row for row in _operators() if row in missing or row.provided)
+        rows = [row for row in _operators() if row in missing or row.provided]
+        _register(row for row in rows if row.name not in _torchvision_rules.KERNELS)
+        _torchvision_rules.implement(row.name for row in rows)
         _defined = True
         if PathFinder.find_spec("_autograd_registrations", locations) is None:
-            from torchkiln.compat import _torchvision_rules
-
             _torchvision_rules.register()
         _tell_torchvision()
         _pyramid.install()
