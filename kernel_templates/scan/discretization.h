@@ -24,18 +24,20 @@ enum Method {
 constexpr int kMethods = 11;
 
 // Samples before and behind that of its own that a step takes in.
-constexpr int back_of(int method) {
+TORCHKILN_HD constexpr int back_of(int method) {
   if (method == kHighorder || method == kHighorderTrueTime) return 2;
   return method == kFoh || method == kTustin || method == kRk4 || method == kPoly ||
                  method == kPolyTrueTime
              ? 1
              : 0;
 }
-constexpr int ahead_of(int method) { return method == kPoly || method == kPolyTrueTime ? 1 : 0; }
-constexpr int taps_of(int method) { return back_of(method) + 1 + ahead_of(method); }
+TORCHKILN_HD constexpr int ahead_of(int method) {
+  return method == kPoly || method == kPolyTrueTime ? 1 : 0;
+}
+TORCHKILN_HD constexpr int taps_of(int method) { return back_of(method) + 1 + ahead_of(method); }
 
 // The step whose length shapes the weights beside the own one: 1 is the next, -1 the one before, 0 none.
-constexpr int neighbour_of(int method) {
+TORCHKILN_HD constexpr int neighbour_of(int method) {
   return method == kPolyTrueTime ? 1 : (method == kHighorderTrueTime ? -1 : 0);
 }
 
@@ -68,9 +70,11 @@ TORCHKILN_HD Phi<kTop, V> phi_series(V z) {
   constexpr int kLast = kTop + (sizeof(T) == 8 ? 15 : 7) - 1;
   Phi<kTop, V> phi;
   phi.at[kTop] = number<V>(inverse_factorial<T>(kLast));
+  TORCHKILN_UNROLLED
   for (int i = kLast - 1; i >= kTop; --i) {
     phi.at[kTop] = z * phi.at[kTop] + number<V>(inverse_factorial<T>(i));
   }
+  TORCHKILN_UNROLLED
   for (int j = kTop - 1; j >= 0; --j) {
     phi.at[j] = z * phi.at[j + 1] + number<V>(inverse_factorial<T>(j));
   }
@@ -82,6 +86,7 @@ TORCHKILN_HD Phi<kTop, V> phi_closed(V z) {
   const V inverse = reciprocal_of(z);
   Phi<kTop, V> phi;
   phi.at[0] = quick_exp(z);
+  TORCHKILN_UNROLLED
   for (int j = 0; j < kTop; ++j) {
     phi.at[j + 1] = (phi.at[j] - number<V>(inverse_factorial<Real<V>>(j))) * inverse;
   }
@@ -107,7 +112,7 @@ TORCHKILN_HD Phi<kTop, V> phi_of(V z) {
 }
 
 // Which phi the weights of an exponential rule need; 0 where alpha is no exponential, or there are no weights.
-constexpr int top_of(int method) {
+TORCHKILN_HD constexpr int top_of(int method) {
   if (method == kZoh) return 1;
   if (method == kFoh) return 2;
   return method == kPoly || method == kHighorder || neighbour_of(method) != 0 ? 3 : 0;
@@ -193,6 +198,16 @@ TORCHKILN_HD Coefficients<kMethod, V> coefficients(V z, Real<V> ratio) {
   return c;
 }
 
+// The same for z = d * a.
+template <int kMethod, class V>
+TORCHKILN_HD Coefficients<kMethod, V> coefficients(Real<V> d, V a, Real<V> ratio) {
+  if constexpr (kMethod == kMamba) {
+    return {quick_exp_of_product(d, a), {number<V>(Real<V>(1))}};
+  } else {
+    return coefficients<kMethod>(d * a, ratio);
+  }
+}
+
 // ---- derivatives ----
 
 // alpha and the weights once more, their derivatives by z, and those of the weights by the ratio.
@@ -211,6 +226,7 @@ TORCHKILN_HD Slopes<kMethod, V> slopes(V z, Real<V> ratio) {
     constexpr int kTop = top_of(kMethod);
     const auto phi = phi_of<kTop + 1>(z);
     V by_z[kTop + 1];
+    TORCHKILN_UNROLLED
     for (int j = 0; j <= kTop; ++j) by_z[j] = phi.at[j] - T(j) * phi.at[j + 1];
     s.value.alpha = s.by_z.alpha = phi.at[0];
     weights_of_phi<kMethod>(phi.at, ratio, s.value.weight);
@@ -240,6 +256,20 @@ TORCHKILN_HD Slopes<kMethod, V> slopes(V z, Real<V> ratio) {
     }
   }
   return s;
+}
+
+// With alpha known already.
+template <int kMethod, class V>
+TORCHKILN_HD Slopes<kMethod, V> slopes(V z, Real<V> ratio, V alpha) {
+  if constexpr (kMethod == kMamba) {
+    Slopes<kMethod, V> s;
+    s.value.alpha = s.by_z.alpha = alpha;
+    s.value.weight[0] = number<V>(Real<V>(1));
+    s.by_z.weight[0] = number<V>(Real<V>(0));
+    return s;
+  } else {
+    return slopes<kMethod>(z, ratio);
+  }
 }
 
 }  // namespace torchkiln::selective_scan

@@ -29,7 +29,7 @@ _METHODS = {
 _TRUE_TIME = {"poly": 9, "highorder": 10}
 
 # Steps between two states that are kept for the backward; kCheckpoint of selective_scan.h.
-_CHECKPOINT = 256
+_CHECKPOINT = 128
 
 
 def _weights_dtype(u: Tensor) -> torch.dtype:
@@ -233,7 +233,7 @@ def selective_scan(
     nothing is cast; where u, delta, z and variable B and C differ they get their common dtype.
 
     Note:
-        Real sums are float32 for the half types. For the gradient a state is kept for every 256
+        Real sums are float32 for the half types. For the gradient a state is kept for every 128
         positions; all others are computed again.
 
     Source:
