@@ -2,6 +2,7 @@
 // reads what lies before and behind them too; where the channels are (`columns`), it walks along the sequence with
 // kVector channels and keeps the last inputs in registers. The gradients of weight and bias are summed within a block
 // over its slab, a part of batch and length, and `finish` adds the slabs in a fixed order.
+// spills: up to 8 bytes for packed sequences, by ptxas' own choice: no kernel asks for a number of blocks.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

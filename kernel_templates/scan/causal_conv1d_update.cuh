@@ -1,4 +1,5 @@
 // causal_conv1d_update on the GPU: a thread for each channel of each sequence.
+// spills: up to 8 bytes in float64, by ptxas' own choice: no kernel asks for a number of blocks.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

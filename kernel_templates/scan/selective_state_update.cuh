@@ -1,5 +1,6 @@
 // selective_state_update on the GPU: kLanes neighbouring threads share a channel, each with kVector neighbouring states
 // at a time.
+// spills: up to 44 bytes in complex float64, up to 20 for rules that look back, by ptxas' own choice: no kernel asks for a number of blocks.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

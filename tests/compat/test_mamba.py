@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -84,6 +85,31 @@ def test_install_puts_the_names_where_users_find_them(drop_in: ModuleType) -> No
     after = {name for name in sys.modules if name.startswith(("mamba_ssm", "causal_conv1d"))}
     assert after == before
     drop_in.uninstall()
+
+
+def test_over_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own modules stay, but for those that are ours, and come back."""
+    folder = tmp_path / "mamba_ssm" / "ops"
+    folder.mkdir(parents=True)
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text("theirs = 1\n")
+    (folder / "__init__.py").write_text("")
+    (folder / "selective_scan_interface.py").write_text("selective_scan_fn = 'theirs'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    place = "mamba_ssm.ops.selective_scan_interface"
+    theirs = importlib.import_module(place)
+    mamba.install()
+    try:
+        ours = importlib.import_module(place)
+        package = importlib.import_module("mamba_ssm")
+        assert ours.selective_scan_fn is mamba.selective_scan_fn
+        assert package.theirs == 1
+        assert package.ops.selective_scan_interface is ours
+    finally:
+        mamba.uninstall()
+    assert importlib.import_module(place) is theirs
+    assert package.ops.selective_scan_interface is theirs
+    for name in [name for name in sys.modules if name.startswith("mamba_ssm")]:
+        del sys.modules[name]
 
 
 def _scan(new: Inputs, length: int = 9) -> dict[str, Tensor]:

@@ -64,20 +64,32 @@ class Replaced(MetaPathFinder):
             sys.meta_path.remove(self)
             self._take_out()
             sys.modules.update(self._former)
+            for name in self._modules:
+                self._give_back_attribute(name)
             self._former = None
 
     def _take_out(self) -> dict[str, ModuleType]:
-        ours = {*self._modules, *self._packages}
-        taken = {}
-        for name in [name for name in sys.modules if name in ours]:
-            is_installed = name in self._packages and PathFinder.find_spec(name) is not None
-            if not is_installed:
-                taken[name] = sys.modules.pop(name)
-        return {name: made for name, made in taken.items() if made not in self._ours}
+        """Removes ours, and what stands where ours belong; returns the latter."""
+        ours = {id(made) for made in (*self._modules.values(), *self._packages.values())}
+        found = {
+            name: made
+            for name, made in sys.modules.items()
+            if name in self._modules or id(made) in ours
+        }
+        for name in found:
+            del sys.modules[name]
+        return {name: made for name, made in found.items() if id(made) not in ours}
 
-    @property
-    def _ours(self) -> list[ModuleType]:
-        return [*self._modules.values(), *self._packages.values()]
+    def _give_back_attribute(self, name: str) -> None:
+        """The import system has set our module on its package."""
+        package, _, leaf = name.rpartition(".")
+        holder = sys.modules.get(package)
+        if holder is None or getattr(holder, leaf, None) is not self._modules[name]:
+            return
+        if self._former and name in self._former:
+            setattr(holder, leaf, self._former[name])
+        else:
+            delattr(holder, leaf)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

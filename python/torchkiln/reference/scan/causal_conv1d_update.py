@@ -53,6 +53,8 @@ def causal_conv1d_update(
         places = [(seen - size + i) % size for i in range(size)]
         if cache_seqlens is None:
             places = list(range(size))
+        if x.shape[2] == 0:
+            continue
         inputs = torch.cat([state[:, places], x[b]], 1)
         steps = inputs[:, size - width + 1 :].unfold(1, width, 1)
         sums = (steps * weight[:, None]).sum(2)
