@@ -35,7 +35,8 @@ class Target:
     """What a row must reach, and what it aims at.
 
     kind: "speedup" (peer's time / ours), "host" (ours / peer's, of eager calls), "mmcv" (the time
-    of mmcv, or of a peer that is named, from another machine / ours), "floor" (share of the floor), "memory" (bytes beyond inputs and outputs).
+    of mmcv, or of a peer that is named, from another machine / ours), "floor" (share of the floor),
+    "memory" (bytes beyond inputs and outputs).
     """
 
     kind: str

@@ -64,6 +64,12 @@ std::int64_t memory_of(const Problem& p, std::int64_t position) {
   return p.reverse ? p.length - 1 - inside : inside;
 }
 
+// Where the positions of a chunk and beside it lie in memory; those beyond the ends are those at the ends.
+struct Places {
+  std::int64_t at[kLeft + kSteps + kRight];
+  std::int64_t operator[](int step) const { return at[step + kLeft]; }
+};
+
 // What a chunk is computed from and into. Lanes without a channel hold zeros.
 template <class V>
 struct Chunk {
@@ -71,6 +77,7 @@ struct Chunk {
   std::int64_t first;
   int steps;
   bool is_first, is_last;
+  Places places;
   Sheet<T> u, d, ratio, g, y, grad_u, grad_d, grad_ratio;
   Sheet<V> v, alpha, state, grad_v;
   // Of one state: A; B and C as a factor of the position and one of the channel, of which one is 1.
@@ -290,6 +297,20 @@ void steps_loop(Sheet<double>& d, int begin, int end, const double* bias, bool s
   }
 }
 
+// y times silu(z).
+template <class T>
+inline void gate(Sheet<T>& y, const Sheet<T>& z, int begin, int end) {
+  for (int step = begin; step < end; ++step) {
+    for (int l = 0; l < kLanes; ++l) y[step][l] *= z[step][l] * sigmoid_of(z[step][l]);
+  }
+}
+TORCHKILN_SCAN_LOOPS void gate_loop(Sheet<float>& y, const Sheet<float>& z, int begin, int end) {
+  gate(y, z, begin, end);
+}
+void gate_loop(Sheet<double>& y, const Sheet<double>& z, int begin, int end) {
+  gate(y, z, begin, end);
+}
+
 template <class Scalar>
 const Scalar* row_of(const Rows& rows, const Panel& panel, int lane) {
   return static_cast<const Scalar*>(rows.data) + panel.batch * rows.batch +
@@ -298,11 +319,11 @@ const Scalar* row_of(const Rows& rows, const Panel& panel, int lane) {
 
 // A row of each channel, from `begin` to `end` around the chunk.
 template <class Scalar, class T>
-void load_rows(const Problem& p, const Panel& panel, const Rows& rows, std::int64_t first,
-               int begin, int end, Sheet<T>& out) {
+void load_rows(const Panel& panel, const Rows& rows, const Places& places, int begin, int end,
+               Sheet<T>& out) {
   for (int l = 0; l < panel.lanes; ++l) {
     const Scalar* row = row_of<Scalar>(rows, panel, l);
-    for (int step = begin; step < end; ++step) out[step][l] = load(row[memory_of(p, first + step)]);
+    for (int step = begin; step < end; ++step) out[step][l] = load(row[places[step]]);
   }
   for (int step = begin; step < end; ++step) {
     for (int l = panel.lanes; l < kLanes; ++l) out[step][l] = T(0);
@@ -310,12 +331,12 @@ void load_rows(const Problem& p, const Panel& panel, const Rows& rows, std::int6
 }
 
 template <class Scalar, class T>
-void store_rows(const Problem& p, const Panel& panel, std::int64_t first, int steps,
+void store_rows(const Problem& p, const Panel& panel, const Places& places, int steps,
                 const Sheet<T>& values, void* out) {
   for (int l = 0; l < panel.lanes; ++l) {
     Scalar* row = static_cast<Scalar*>(out) + (panel.batch * p.dim + panel.channel + l) * p.length;
     for (int step = 0; step < steps; ++step) {
-      store(row[memory_of(p, first + step)], values[step][l]);
+      store(row[places[step]], values[step][l]);
     }
   }
 }
@@ -337,10 +358,13 @@ void load_chunk(const Problem& p, const Panel& panel, std::int64_t first, std::i
   c.steps = static_cast<int>(std::min<std::int64_t>(kSteps, p.length - first));
   c.is_first = first == 0;
   c.is_last = first + c.steps == p.length;
+  for (int step = -kLeft; step < c.steps + kRight; ++step) {
+    c.places.at[step + kLeft] = memory_of(p, first + step);
+  }
   T bias[kLanes];
   load_weight(p.delta_bias, panel, bias);
-  load_rows<Scalar>(p, panel, p.u, first, -kLeft, c.steps + kRight, c.u);
-  load_rows<Scalar>(p, panel, p.delta, first, -kLeft, c.steps + kRight, c.d);
+  load_rows<Scalar>(panel, p.u, c.places, -kLeft, c.steps + kRight, c.u);
+  load_rows<Scalar>(panel, p.delta, c.places, -kLeft, c.steps + kRight, c.d);
   steps_loop(c.d, -kLeft, c.steps + kRight, bias, p.softplus);
   const int neighbour = neighbour_of(static_cast<int>(method));
   for (int step = -1; step < c.steps; ++step) {
@@ -368,7 +392,7 @@ void load_matrix(const Problem& p, const Panel& panel, const void* matrix, bool 
   const Scalar* row = static_cast<const Scalar*>(matrix) +
                       ((panel.batch * p.groups + panel.group) * p.states + n) * p.length * kParts;
   for (int step = -kLeft; step < c.steps + kRight; ++step) {
-    const std::int64_t at = memory_of(p, c.first + step) * kParts;
+    const std::int64_t at = c.places[step] * kParts;
     if constexpr (is_complex_type<V>) {
       of_step[step + kLeft] = {load(row[at]), load(row[at + 1])};
     } else {
@@ -401,15 +425,16 @@ void write_outputs(const Args& args, const Panel& panel, Chunk<V>& c) {
   const Problem& p = args.problem;
   T skip[kLanes];
   load_weight(p.D, panel, skip);
-  if (p.z.data) load_rows<Scalar>(p, panel, p.z, c.first, 0, c.steps, c.g);
   for (int step = 0; step < c.steps; ++step) {
     for (int l = 0; l < kLanes; ++l) {
-      T y = (is_complex_type<V> ? T(2) : T(1)) * c.y[step][l] + skip[l] * c.u[step][l];
-      if (p.z.data) y *= c.g[step][l] * sigmoid_of(c.g[step][l]);
-      c.y[step][l] = y;
+      c.y[step][l] = (is_complex_type<V> ? T(2) : T(1)) * c.y[step][l] + skip[l] * c.u[step][l];
     }
   }
-  store_rows<Scalar>(p, panel, c.first, c.steps, c.y, args.out);
+  if (p.z.data) {
+    load_rows<Scalar>(panel, p.z, c.places, 0, c.steps, c.g);
+    gate_loop(c.y, c.g, 0, c.steps);
+  }
+  store_rows<Scalar>(p, panel, c.places, c.steps, c.y, args.out);
 }
 
 template <class Scalar, class V>
@@ -463,13 +488,11 @@ void exchange(Chunk<V>& c, Carry<V>& carry) {
 template <class Scalar, class V>
 void load_gradient(const BackwardArgs& args, const Panel& panel, Chunk<V>& c) {
   const Problem& p = args.problem;
-  load_rows<Scalar>(p, panel, args.grad_out, c.first, -1, c.steps, c.g);
+  load_rows<Scalar>(panel, args.grad_out, c.places, -1, c.steps, c.g);
   if (!p.z.data) return;
   auto z = std::make_unique<Sheet<Real<V>>>();
-  load_rows<Scalar>(p, panel, p.z, c.first, -1, c.steps, *z);
-  for (int step = -1; step < c.steps; ++step) {
-    for (int l = 0; l < kLanes; ++l) c.g[step][l] *= (*z)[step][l] * sigmoid_of((*z)[step][l]);
-  }
+  load_rows<Scalar>(panel, p.z, c.places, -1, c.steps, *z);
+  gate_loop(c.g, *z, -1, c.steps);
 }
 
 // What the ratios of true-time rules give to the steps of both sides; `behind` is what this chunk has for the step before.
@@ -501,7 +524,7 @@ void write_gradients(const BackwardArgs& args, const Panel& panel, Chunk<V>& c, 
   T skip[kLanes], bias[kLanes];
   load_weight(p.D, panel, skip);
   load_weight(p.delta_bias, panel, bias);
-  if (p.softplus) load_rows<Scalar>(p, panel, p.delta, c.first, 0, c.steps, c.d);
+  if (p.softplus) load_rows<Scalar>(panel, p.delta, c.places, 0, c.steps, c.d);
   for (int step = 0; step < c.steps; ++step) {
     for (int l = 0; l < kLanes; ++l) {
       of_D[l] += c.g[step][l] * c.u[step][l];
@@ -510,11 +533,11 @@ void write_gradients(const BackwardArgs& args, const Panel& panel, Chunk<V>& c, 
       of_bias[l] += c.grad_d[step][l];
     }
   }
-  store_rows<Scalar>(p, panel, c.first, c.steps, c.grad_u, args.grad_u);
-  store_rows<Scalar>(p, panel, c.first, c.steps, c.grad_d, args.grad_delta);
+  store_rows<Scalar>(p, panel, c.places, c.steps, c.grad_u, args.grad_u);
+  store_rows<Scalar>(p, panel, c.places, c.steps, c.grad_d, args.grad_delta);
   if (!p.z.data) return;
-  load_rows<Scalar>(p, panel, p.z, c.first, 0, c.steps, c.d);
-  load_rows<Scalar>(p, panel, args.grad_out, c.first, 0, c.steps, c.g);
+  load_rows<Scalar>(panel, p.z, c.places, 0, c.steps, c.d);
+  load_rows<Scalar>(panel, args.grad_out, c.places, 0, c.steps, c.g);
   for (int step = 0; step < c.steps; ++step) {
     for (int l = 0; l < kLanes; ++l) {
       const T z = c.d[step][l];
@@ -522,7 +545,7 @@ void write_gradients(const BackwardArgs& args, const Panel& panel, Chunk<V>& c, 
       c.g[step][l] *= y * selective_scan::silu_slope(z, sigmoid_of(z));
     }
   }
-  store_rows<Scalar>(p, panel, c.first, c.steps, c.g, args.grad_z);
+  store_rows<Scalar>(p, panel, c.places, c.steps, c.g, args.grad_z);
 }
 
 // Adds a chunk's gradient of a variable matrix to the part of this piece.
@@ -532,7 +555,7 @@ void add_matrix(const Problem& p, const Panel& panel, std::int64_t n, const Chun
   V* row = static_cast<V*>(gradient) +
            (((piece * p.batch + panel.batch) * p.groups + panel.group) * p.states + n) * p.length;
   for (int step = 0; step < c.steps; ++step) {
-    V& to = row[memory_of(p, c.first + step)];
+    V& to = row[c.places[step]];
     to = to + of_step[step + kLeft];
   }
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -292,7 +293,7 @@ def _rule(name: str) -> Case:
     return Case(name, functools.partial(_of_rule, method=name))
 
 
-def _of_rule(new: Inputs, method: str, length: int = 21, **settings: object) -> dict[str, object]:
+def _of_rule(new: Inputs, method: str, length: int = 21, **settings: Any) -> dict[str, object]:
     return _scan_of(new, 2, 4, length, 3, discretization=method, **settings)
 
 
