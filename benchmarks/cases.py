@@ -34,8 +34,9 @@ OURS, TORCHVISION, PLAIN, COMPILED = "torchkiln", "torchvision", "PyTorch", "tor
 class Target:
     """What a row must reach, and what it aims at.
 
-    kind: "speedup" (peer's time / ours), "host" (ours / peer's, of eager calls), "mmcv" (mmcv's
-    time / ours), "floor" (share of the floor), "memory" (bytes beyond inputs and outputs).
+    kind: "speedup" (peer's time / ours), "host" (ours / peer's, of eager calls), "mmcv" (the time
+    of mmcv, or of a peer that is named, from another machine / ours), "floor" (share of the floor),
+    "memory" (bytes beyond inputs and outputs).
     """
 
     kind: str
@@ -46,7 +47,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Mmcv:
-    """Microseconds of mmcv on another H200, and of torchvision in the same table, if there."""
+    """Microseconds of mmcv, or of the peer that a target names, on another H200.
+
+    And of torchvision in the same table, if it is there.
+    """
 
     us: float
     torchvision_us: float | None = None
@@ -671,9 +675,11 @@ GPU_TABLES: Sequence[Callable[[], Iterator[Case]]] = (
 )
 # Other files of rows; each has GPU_TABLES, cpu_rows(threads) and tiny_rows().
 SUBJECTS = (
+    "benchmarks.cases_mamba",
     "benchmarks.cases_roi_family",
     "benchmarks.cases_rotated",
     "benchmarks.cases_rotated_roi",
+    "benchmarks.cases_scan",
     "benchmarks.cases_segmentation",
     "benchmarks.cases_suppression",
 )

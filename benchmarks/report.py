@@ -212,7 +212,8 @@ def target_texts(target: dict[str, Any], reached: float | None) -> tuple[str, st
         rule = f"host time ≤ {must:g}x {target['peer']}, aim {aim:g}x"
         found = number(reached, "x")
     else:
-        peer = "mmcv" if kind == "mmcv" else target["peer"]
+        from_table = kind == "mmcv" and target["peer"] == TORCHVISION
+        peer = "mmcv" if from_table else target["peer"]
         rule, found = f"{must:g}x {peer}, aim {aim:g}x", number(reached, "x")
     if reached is None:
         return rule, "not measured", "**open**"

@@ -14,9 +14,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torchkiln.compat import mmcv, mmdet, torchvision
+    from torchkiln.compat import causal_conv1d, mamba, mmcv, mmdet, torchvision, visionmamba
 
-__all__ = ["mmcv", "mmdet", "torchvision"]
+__all__ = ["causal_conv1d", "mamba", "mmcv", "mmdet", "torchvision", "visionmamba"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -46,8 +46,10 @@ class Result:
 
 
 def outputs_of(function: Callable[..., Any], arguments: Arguments) -> list[Tensor]:
-    """Calls and returns the tensors of the result, in order."""
-    return [leaf for leaf in pytree.tree_leaves(function(**arguments)) if isinstance(leaf, Tensor)]
+    """Calls and returns the tensors of the result, in order; complex ones as pairs of real ones."""
+    leaves = pytree.tree_leaves(function(**arguments))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in tensors]
 
 
 def directions_of(outputs: Sequence[Tensor]) -> list[Tensor]:

@@ -194,8 +194,8 @@ def parities() -> tuple[Parity, ...]:
                 Case("concave", functools.partial(_concave, aligned=True)),
                 Case("apart", _apart),
                 Case("inside", functools.partial(_rows, 4, size=2.0)),
-                # Beside the polygons these points look like one, and which of them gets the gradient
-                # is rounding's choice.
+                # Beside the polygons these points look like one: rounding chooses which of them
+                # gets the gradient.
                 Case("tiny", _tiny, gradient=False),
                 Case("grid", functools.partial(_grid, aligned=True), gradient=False),
                 Case("degenerate", _degenerate, gradient=False),

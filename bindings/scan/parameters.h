@@ -1,0 +1,35 @@
+// Checks of what the operators around a scan share.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <string>
+
+#include "bindings/support/check.h"
+
+namespace torchkiln::bindings {
+
+// Weights and the like may stay in float32 beside inputs of a half type.
+inline void check_parameter(const char* op, const char* name, const Tensor& tensor,
+                            const Tensor& x) {
+  const bool is_wider =
+      tensor.scalar_type() == ScalarType::Float && element_size(x.scalar_type()) < 4;
+  if (!is_wider && tensor.scalar_type() != x.scalar_type()) {
+    fail(TORCHKILN_ERROR_TYPE, op, name,
+         "have the dtype of x (" + text(x.scalar_type()) + "), or float32 beside a half type",
+         text(tensor.scalar_type()));
+  }
+  check_same_device(op, name, tensor, "x", x);
+}
+
+// (count,) int32 on the device of x.
+inline void check_numbers(const char* op, const char* name, const Tensor& numbers,
+                          const Tensor& x) {
+  if (numbers.scalar_type() != ScalarType::Int) {
+    fail(TORCHKILN_ERROR_TYPE, op, name, "be int32", text(numbers.scalar_type()),
+         std::string("Convert it with ") + name + ".int()");
+  }
+  check_same_device(op, name, numbers, "x", x);
+  check_shape(op, name, numbers, {x.size(0)});
+}
+
+}  // namespace torchkiln::bindings

@@ -1,0 +1,692 @@
+// selective_scan: kernels, checks and shapes, launches, schema. The CPU's loops are in selective_scan_cpu.cpp.
+// SPDX-License-Identifier: Apache-2.0
+#include "bindings/scan/selective_scan.h"
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings/support/check.h"
+#include "bindings/support/cuda.h"
+#include "bindings/support/layout.h"
+
+namespace torchkiln::bindings {
+namespace {
+
+using selective_scan::Args;
+using selective_scan::BackwardArgs;
+using selective_scan::kCheckpoint;
+using selective_scan::kMaxStates;
+using selective_scan::SumArgs;
+
+constexpr const char* kOp = "selective_scan";
+
+// ---- kernels ----
+
+struct Statics {
+  std::int64_t scalar, method, is_complex;
+};
+struct Sizes {
+  std::int64_t length, states;
+  std::int64_t groups, channels;  // groups: of all batches; channels: of one group
+  std::int64_t splits, parts;     // parts: tensors that blocks write gradients to, 0 where they add
+};
+struct Tunables {
+  std::int64_t warps, items;
+};
+struct SumStatics {
+  std::int64_t scalar;
+};
+struct SumSizes {
+  std::int64_t count;
+};
+struct BlockSize {
+  std::int64_t block_size;
+};
+
+using Forward = Kernel<Args, Statics, Sizes, Tunables>;
+using Backward = Kernel<BackwardArgs, Statics, Sizes, Tunables>;
+using Sum = Kernel<SumArgs, SumStatics, SumSizes, BlockSize>;
+
+constexpr std::int64_t kWarp = 32;
+
+// What selective_scan.cuh and selective_scan_backward.cuh lay out in shared memory.
+template <class Problem>
+std::int64_t state_bytes(const Problem& p) {
+  return (p.statics.scalar == TORCHKILN_DOUBLE ? 8 : 4) * (p.statics.is_complex ? 2 : 1);
+}
+template <class Problem>
+std::int64_t tile_numbers(const Problem& p, const Tunables& t) {
+  return 2 * (p.statics.is_complex ? 4 : 8) * (kWarp * t.items + 4);
+}
+std::int64_t shared_bytes(const Forward::Problem& p, const Tunables& t) {
+  return state_bytes(p) * (tile_numbers(p, t) + t.warps * p.sizes.states * 2);
+}
+std::int64_t shared_bytes(const Backward::Problem& p, const Tunables& t) {
+  const std::int64_t exchange = 2 * t.warps * 2 * kWarp * t.items;
+  return state_bytes(p) * (tile_numbers(p, t) + exchange + t.warps * p.sizes.states * 6);
+}
+// Each block needs a part of its own.
+template <class Problem>
+bool fits(const Problem& p, const Tunables& t) {
+  const bool has_parts = p.sizes.parts == 0 || ceil_div(p.sizes.channels, t.warps) <= p.sizes.parts;
+  return has_parts && shared_bytes(p, t) <= p.device.shared_bytes_per_block;
+}
+std::int64_t panels(const Sizes& sizes, std::int64_t warps) {
+  return sizes.groups * ceil_div(sizes.channels, warps);
+}
+// Eight positions to a lane where it can keep them, four otherwise. Few rows are spread over more blocks, so that no
+// multiprocessor has twice what others have; where states fill the shared memory a block has few channels.
+const std::vector<Tunables> kForwardDefaults = {{8, 8}, {4, 8}, {2, 4}};
+const std::vector<Tunables> kBackwardDefaults = {{8, 8}, {4, 8}, {8, 4}, {2, 4}};
+template <class Problem>
+bool has_few_rows(const Problem& p) {
+  return panels(p.sizes, 8) < 4 * p.device.multiprocessors;
+}
+std::uint32_t choose_forward(const Forward::Problem& p) {
+  if (!has_few_rows(p) && fits(p, kForwardDefaults[0])) return 0;
+  return fits(p, kForwardDefaults[1]) ? 1 : 2;
+}
+std::uint32_t choose_backward(const Backward::Problem& p) {
+  const bool is_lean = selective_scan::taps_of(static_cast<int>(p.statics.method)) == 1 &&
+                       p.statics.is_complex == 0 && p.statics.scalar != TORCHKILN_DOUBLE;
+  if (is_lean && fits(p, kBackwardDefaults[1])) {
+    return has_few_rows(p) || !fits(p, kBackwardDefaults[0]) ? 1 : 0;
+  }
+  return fits(p, kBackwardDefaults[2]) ? 2 : 3;
+}
+template <class Problem>
+Geometry geometry(const Problem& p, const Tunables& t) {
+  return linear(panels(p.sizes, t.warps) * p.sizes.splits, t.warps * kWarp,
+                static_cast<std::uint32_t>(shared_bytes(p, t)));
+}
+
+std::vector<Parameter> statics() {
+  std::vector<std::int64_t> methods(selective_scan::kMethods);
+  for (std::size_t i = 0; i < methods.size(); ++i) methods[i] = static_cast<std::int64_t>(i);
+  return {types("scalar", kFloatTypes), ints("method", methods), bools("complex")};
+}
+
+const std::vector<torchkiln_size> kSizes = {
+    {"length", TORCHKILN_BUCKET_POW2}, {"states", TORCHKILN_BUCKET_POW2},
+    {"groups", TORCHKILN_BUCKET_NONE}, {"channels", TORCHKILN_BUCKET_POW2},
+    {"splits", TORCHKILN_BUCKET_NONE}, {"parts", TORCHKILN_BUCKET_NONE}};
+
+const Forward forward_kernel({
+    .path = "scan/selective_scan.cuh",
+    .entry = "forward",
+    .operators = {kOp},
+    .statics = statics(),
+    .sizes = kSizes,
+    .tunables = {ints("warps", {2, 4, 8, 16}), ints("items", {4, 8, 16})},
+    .defaults = kForwardDefaults,
+    .legal = &fits<Forward::Problem>,
+    .choose = &choose_forward,
+    .geometry = &geometry<Forward::Problem>,
+});
+
+// Its chunks begin where the forward keeps states.
+const Backward backward_kernel({
+    .path = "scan/selective_scan_backward.cuh",
+    .entry = "backward",
+    .operators = {kOp},
+    .statics = statics(),
+    .sizes = kSizes,
+    .tunables = {ints("warps", {2, 4, 8, 16}), ints("items", {4, 8})},
+    .defaults = kBackwardDefaults,
+    .legal = &fits<Backward::Problem>,
+    .choose = &choose_backward,
+    .geometry = &geometry<Backward::Problem>,
+});
+
+const Sum sum_kernel({
+    .path = "scan/selective_scan_backward.cuh",
+    .entry = "sum_parts",
+    .operators = {kOp},
+    .statics = {types("scalar", kFloatTypes)},
+    .sizes = {{"count", TORCHKILN_BUCKET_POW2}},
+    .tunables = {ints("block_size", {64, 128, 256, 512})},
+    .defaults = {{256}},
+    .geometry =
+        [](const Sum::Problem& p, const BlockSize& t) {
+          const std::int64_t resident = 8 * p.device.multiprocessors;
+          return linear(std::min(ceil_div(p.sizes.count, t.block_size), resident), t.block_size);
+        },
+});
+
+// ---- checks and shapes ----
+
+using Optional = std::optional<Tensor>;
+
+void check_like_u(const char* name, const Tensor& tensor, const Tensor& u) {
+  check_same_dtype(kOp, name, tensor, "u", u);
+  check_same_device(kOp, name, tensor, "u", u);
+  check_shape(kOp, name, tensor, {u.size(0), u.size(1), u.size(2)});
+}
+
+void check_wide(const char* name, const Tensor& tensor, const Tensor& u) {
+  const ScalarType wide =
+      u.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  if (tensor.scalar_type() != wide) {
+    fail(TORCHKILN_ERROR_TYPE, kOp, name,
+         "be " + text(wide) + " beside u of " + text(u.scalar_type()), text(tensor.scalar_type()));
+  }
+  check_same_device(kOp, name, tensor, "u", u);
+}
+
+void check_optional_weight(const char* name, const Optional& tensor, const Tensor& u) {
+  if (!tensor) return;
+  check_wide(name, *tensor, u);
+  check_shape(kOp, name, *tensor, {u.size(1)});
+}
+
+void check_A(const Tensor& A, const Tensor& u) {
+  check_wide("A", A, u);
+  const bool is_complex = A.dim() == 3;
+  if (!(is_complex || A.dim() == 2) || A.size(0) != u.size(1) || (is_complex && A.size(2) != 2)) {
+    fail(TORCHKILN_ERROR_VALUE, kOp, "A", "have shape (" + std::to_string(u.size(1)) + ", N)",
+         text(A));
+  }
+  if (A.size(1) < 1 || A.size(1) > kMaxStates) {
+    fail(TORCHKILN_ERROR_VALUE, kOp, "A", "have 1 to " + std::to_string(kMaxStates) + " states",
+         std::to_string(A.size(1)));
+  }
+}
+
+// A constant matrix has the form of A; a variable one is (batch, groups, states, length).
+bool is_constant(const Tensor& matrix) { return matrix.dim() < 4; }
+
+void check_matrix(const char* name, const Tensor& matrix, const Tensor& u, const Tensor& A) {
+  const std::int64_t parts = A.dim() == 3 ? 2 : 1;
+  if (is_constant(matrix)) {
+    check_wide(name, matrix, u);
+    const Shape wanted = shape_of(A), got = shape_of(matrix);
+    if (std::equal(wanted.begin(), wanted.end(), got.begin(), got.end())) return;
+    fail(TORCHKILN_ERROR_VALUE, kOp, name,
+         "have the shape of A " + text(A) + " or vary with the positions", text(matrix));
+  }
+  check_same_dtype(kOp, name, matrix, "u", u);
+  check_same_device(kOp, name, matrix, "u", u);
+  const bool fits = matrix.dim() == 4 && matrix.size(0) == u.size(0) &&
+                    matrix.size(2) == A.size(1) && matrix.size(3) == parts * u.size(2);
+  if (!fits) {
+    fail(TORCHKILN_ERROR_VALUE, kOp, name,
+         "have shape (" + std::to_string(u.size(0)) + ", G, " + std::to_string(A.size(1)) + ", " +
+             std::to_string(parts * u.size(2)) + ")",
+         text(matrix));
+  }
+  if (matrix.size(1) < 1 || u.size(1) % matrix.size(1) != 0) {
+    fail(TORCHKILN_ERROR_VALUE, kOp, name,
+         "have a number of groups that divides the " + std::to_string(u.size(1)) + " channels",
+         std::to_string(matrix.size(1)));
+  }
+}
+
+std::int64_t groups_of(const Tensor& B, const Tensor& C) {
+  if (is_constant(B)) return is_constant(C) ? 1 : C.size(1);
+  if (!is_constant(C) && C.size(1) != B.size(1)) {
+    fail(TORCHKILN_ERROR_VALUE, kOp, "C",
+         "have the groups of B (" + std::to_string(B.size(1)) + ")", std::to_string(C.size(1)));
+  }
+  return B.size(1);
+}
+
+// Rows whose positions are neighbours in memory; others are copied.
+Tensor as_rows(const Tensor& tensor) {
+  return tensor.stride(2) == 1 || tensor.size(2) <= 1 ? tensor : torch::stable::contiguous(tensor);
+}
+selective_scan::Rows rows_of(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
+}
+
+bool has_aligned_rows(const Tensor& tensor) {
+  const auto per_pack = static_cast<std::int64_t>(16 / element_size(tensor.scalar_type()));
+  return aligned_to_16(tensor.const_data_ptr()) && tensor.stride(0) % per_pack == 0 &&
+         tensor.stride(1) % per_pack == 0 && tensor.size(2) % per_pack == 0;
+}
+
+Optional contiguous_or_none(const Optional& tensor) {
+  return tensor ? Optional(as_contiguous(*tensor)) : std::nullopt;
+}
+const void* data_or_null(const Optional& tensor) {
+  return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+ScanInputs plan_inputs(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
+                       const Tensor& C, const Optional& D, const Optional& z,
+                       const Optional& delta_bias, const ScanSettings& settings) {
+  check_floating(kOp, "u", u);
+  check_dim(kOp, "u", u, 3, "(batch, dim, length)");
+  check_like_u("delta", delta, u);
+  check_A(A, u);
+  check_matrix("B", B, u, A);
+  check_matrix("C", C, u, A);
+  check_optional_weight("D", D, u);
+  if (z) check_like_u("z", *z, u);
+  check_optional_weight("delta_bias", delta_bias, u);
+  if (settings.method < 0 || settings.method >= selective_scan::kMethods) {
+    fail(TORCHKILN_ERROR_VALUE, kOp, "method", "be from 0 to 10", std::to_string(settings.method));
+  }
+  ScanInputs in{.u = as_rows(u),
+                .delta = as_rows(delta),
+                .A = as_contiguous(A),
+                .B = as_contiguous(B),
+                .C = as_contiguous(C),
+                .D = contiguous_or_none(D),
+                .z = z ? Optional(as_rows(*z)) : std::nullopt,
+                .delta_bias = contiguous_or_none(delta_bias),
+                .is_complex = A.dim() == 3,
+                .method = settings.method,
+                .problem = {}};
+  const bool aligned = has_aligned_rows(in.u) && has_aligned_rows(in.delta) &&
+                       (!in.z || has_aligned_rows(*in.z)) && aligned_to_16(in.B.const_data_ptr()) &&
+                       aligned_to_16(in.C.const_data_ptr());
+  in.problem = {.u = rows_of(in.u),
+                .delta = rows_of(in.delta),
+                .z = in.z ? rows_of(*in.z) : selective_scan::Rows{nullptr, 0, 0},
+                .A = in.A.const_data_ptr(),
+                .B = in.B.const_data_ptr(),
+                .C = in.C.const_data_ptr(),
+                .D = data_or_null(in.D),
+                .delta_bias = data_or_null(in.delta_bias),
+                .batch = u.size(0),
+                .dim = u.size(1),
+                .groups = groups_of(B, C),
+                .states = A.size(1),
+                .length = u.size(2),
+                .checkpoints = ceil_div(u.size(2), kCheckpoint),
+                .constant_B = is_constant(B),
+                .constant_C = is_constant(C),
+                .softplus = settings.softplus,
+                .reverse = settings.reverse,
+                .aligned = aligned};
+  return in;
+}
+
+// (batch, dim, [more,] N [, 2]).
+Tensor empty_states(const ScanInputs& in, std::initializer_list<std::int64_t> more = {}) {
+  std::vector<std::int64_t> shape = {in.problem.batch, in.problem.dim};
+  shape.insert(shape.end(), more);
+  shape.push_back(in.problem.states);
+  if (in.is_complex) shape.push_back(2);
+  return empty(in.u, in.wide(), Shape(shape));
+}
+
+void check_state(const char* name, const Optional& state, const ScanInputs& in) {
+  if (!state) return;
+  check_wide(name, *state, in.u);
+  if (in.is_complex) {
+    check_shape(kOp, name, *state, {in.problem.batch, in.problem.dim, in.problem.states, 2});
+  } else {
+    check_shape(kOp, name, *state, {in.problem.batch, in.problem.dim, in.problem.states});
+  }
+}
+
+ScanPlan plan_forward(ScanInputs in, const Optional& initial_state, bool with_checkpoints) {
+  check_state("initial_state", initial_state, in);
+  ScanPlan p{.inputs = std::move(in),
+             .initial_state = contiguous_or_none(initial_state),
+             .out = {},
+             .last_state = {},
+             .checkpoints = {},
+             .args = {}};
+  const ScanInputs& inputs = p.inputs;
+  p.out = empty(inputs.u, inputs.dtype(), shape_of(inputs.u));
+  p.last_state = empty_states(inputs);
+  p.checkpoints = with_checkpoints ? empty_states(inputs, {inputs.problem.checkpoints})
+                                   : empty(inputs.u, inputs.wide(), {0});
+  p.args = {.problem = inputs.problem,
+            .initial_state = data_or_null(p.initial_state),
+            .out = p.out.mutable_data_ptr(),
+            .last_state = p.last_state.mutable_data_ptr(),
+            .checkpoints = with_checkpoints ? p.checkpoints.mutable_data_ptr() : nullptr,
+            .summaries = nullptr,
+            .splits = 1,
+            .summarises = 0};
+  return p;
+}
+
+ScanBackwardPlan plan_backward(ScanInputs in, const Tensor& grad_out, const Optional& grad_last,
+                               const Tensor& checkpoints) {
+  check_like_u("grad_out", grad_out, in.u);
+  check_state("grad_last_state", grad_last, in);
+  check_wide("checkpoints", checkpoints, in.u);
+  const std::int64_t states = in.problem.batch * in.problem.dim * in.problem.checkpoints *
+                              in.problem.states * (in.is_complex ? 2 : 1);
+  if (checkpoints.numel() != states) {
+    fail(TORCHKILN_ERROR_VALUE, kOp, "checkpoints", "be those of the forward", text(checkpoints));
+  }
+  ScanBackwardPlan p{.inputs = std::move(in),
+                     .grad_out = as_rows(grad_out),
+                     .checkpoints = as_contiguous(checkpoints),
+                     .grad_last_state = contiguous_or_none(grad_last),
+                     .gradients = {},
+                     .args = {}};
+  const ScanInputs& inputs = p.inputs;
+  const auto rows = [&] { return empty(inputs.u, inputs.dtype(), shape_of(inputs.u)); };
+  const auto like = [](const Tensor& tensor) {
+    return empty(tensor, tensor.scalar_type(), shape_of(tensor));
+  };
+  const auto weight = [&](const Optional& tensor) {
+    return empty(inputs.u, inputs.wide(), {tensor ? inputs.problem.dim : 0});
+  };
+  p.gradients = {.u = rows(),
+                 .delta = rows(),
+                 .A = like(inputs.A),
+                 .B = like(inputs.B),
+                 .C = like(inputs.C),
+                 .D = weight(inputs.D),
+                 .z = inputs.z ? rows() : empty(inputs.u, inputs.dtype(), {0}),
+                 .delta_bias = weight(inputs.delta_bias),
+                 .initial_state = empty_states(inputs)};
+  p.args.problem = inputs.problem;
+  p.args.problem.aligned = inputs.problem.aligned && has_aligned_rows(p.grad_out);
+  p.args.grad_out = rows_of(p.grad_out);
+  p.args.grad_last_state = data_or_null(p.grad_last_state);
+  p.args.checkpoints = p.checkpoints.const_data_ptr();
+  p.args.grad_u = p.gradients.u.mutable_data_ptr();
+  p.args.grad_delta = p.gradients.delta.mutable_data_ptr();
+  p.args.grad_z = inputs.z ? p.gradients.z.mutable_data_ptr() : nullptr;
+  p.args.grad_initial_state = p.gradients.initial_state.mutable_data_ptr();
+  return p;
+}
+
+// Where a matrix's gradient is summed: that of each batch for a constant one, otherwise of each part.
+Tensor matrix_sums(const ScanBackwardPlan& p, const Tensor& result, bool constant,
+                   std::int64_t parts) {
+  if (constant) return empty_states(p.inputs);
+  if (parts == 0) {
+    if (p.inputs.dtype() == p.inputs.wide()) {
+      Tensor sums = result;
+      torch::stable::zero_(sums);
+      return sums;
+    }
+    return zeros(result, p.inputs.wide(), shape_of(result));
+  }
+  return zeros(result, p.inputs.wide(), {parts, result.numel()});
+}
+
+}  // namespace
+
+ScanSums make_sums(ScanBackwardPlan& p, std::int64_t parts) {
+  const selective_scan::Problem& problem = p.inputs.problem;
+  const auto of_batches = [&](const Optional& weight) {
+    return empty(p.inputs.u, p.inputs.wide(), {weight ? problem.batch : 0, problem.dim});
+  };
+  ScanSums sums{.A = empty_states(p.inputs),
+                .B = matrix_sums(p, p.gradients.B, problem.constant_B, parts),
+                .C = matrix_sums(p, p.gradients.C, problem.constant_C, parts),
+                .D = of_batches(p.inputs.D),
+                .delta_bias = of_batches(p.inputs.delta_bias),
+                .direct = parts == 0 && p.inputs.dtype() == p.inputs.wide()};
+  p.args.grad_A = sums.A.mutable_data_ptr();
+  p.args.grad_B = sums.B.mutable_data_ptr();
+  p.args.grad_C = sums.C.mutable_data_ptr();
+  p.args.grad_D = p.inputs.D ? sums.D.mutable_data_ptr() : nullptr;
+  p.args.grad_delta_bias = p.inputs.delta_bias ? sums.delta_bias.mutable_data_ptr() : nullptr;
+  p.args.adds = parts == 0;
+  return sums;
+}
+
+SumArgs sums_of(const ScanBackwardPlan& p, const ScanSums& sums, std::int64_t parts) {
+  const selective_scan::Problem& problem = p.inputs.problem;
+  SumArgs args{};
+  int n = 0;
+  const auto add = [&](const Tensor& from, const Tensor& to, std::int64_t count, bool narrow) {
+    if (to.numel() == 0) return;
+    args.segments[n++] = {.from = from.const_data_ptr(),
+                          .to = to.mutable_data_ptr(),
+                          .count = to.numel(),
+                          .parts = count,
+                          .narrow = narrow};
+  };
+  add(sums.A, p.gradients.A, problem.batch, false);
+  add(sums.D, p.gradients.D, problem.batch, false);
+  add(sums.delta_bias, p.gradients.delta_bias, problem.batch, false);
+  const std::int64_t variable = std::max<std::int64_t>(parts, 1);
+  for (const auto& [from, to, constant] :
+       {std::tuple{&sums.B, &p.gradients.B, problem.constant_B},
+        std::tuple{&sums.C, &p.gradients.C, problem.constant_C}}) {
+    if (constant) {
+      add(*from, *to, problem.batch, false);
+    } else if (!sums.direct) {
+      add(*from, *to, variable, true);
+    }
+  }
+  return args;
+}
+
+namespace {
+
+// Without positions nothing but the initial state is left.
+void pass_state(const ScanPlan& p) {
+  Tensor last = p.last_state;
+  if (p.initial_state) {
+    torch::stable::copy_(last, *p.initial_state);
+  } else {
+    torch::stable::zero_(last);
+  }
+}
+void pass_gradient(const ScanBackwardPlan& p) {
+  const ScanGradients& g = p.gradients;
+  for (Tensor zero : {g.u, g.delta, g.A, g.B, g.C, g.D, g.z, g.delta_bias, g.initial_state}) {
+    torch::stable::zero_(zero);
+  }
+  Tensor state = g.initial_state;
+  if (p.grad_last_state) torch::stable::copy_(state, *p.grad_last_state);
+}
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor>;
+using Gradients =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients as_tuple(const ScanGradients& g) {
+  return {g.u, g.delta, g.A, g.B, g.C, g.D, g.z, g.delta_bias, g.initial_state};
+}
+
+// ---- CPU ----
+
+Outputs cpu(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+            const Optional& D, const Optional& z, const Optional& delta_bias, bool delta_softplus,
+            std::int64_t method, const Optional& initial_state, bool reverse, bool with_checkpoints,
+            bool /* deterministic */) {
+  const ScanPlan p = plan_forward(
+      plan_inputs(u, delta, A, B, C, D, z, delta_bias, {delta_softplus, method, reverse}),
+      initial_state, with_checkpoints);
+  if (p.inputs.is_empty()) {
+    pass_state(p);
+  } else {
+    run_scan_cpu(p);
+  }
+  return {p.out, p.last_state, p.checkpoints};
+}
+
+Gradients backward_cpu(const Tensor& grad_out, const Optional& grad_last_state, const Tensor& u,
+                       const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                       const Optional& D, const Optional& z, const Optional& delta_bias,
+                       const Tensor& checkpoints, bool delta_softplus, std::int64_t method,
+                       bool reverse, bool /* deterministic */) {
+  ScanBackwardPlan p = plan_backward(
+      plan_inputs(u, delta, A, B, C, D, z, delta_bias, {delta_softplus, method, reverse}), grad_out,
+      grad_last_state, checkpoints);
+  if (p.inputs.is_empty()) {
+    pass_gradient(p);
+  } else {
+    run_scan_backward_cpu(p);
+  }
+  return as_tuple(p.gradients);
+}
+
+// ---- CUDA ----
+
+Statics statics_of(const ScanInputs& in) {
+  return {kernel_type(in.dtype()), in.method, in.is_complex};
+}
+
+Sizes sizes_of(const ScanInputs& in, std::int64_t splits, std::int64_t parts) {
+  const selective_scan::Problem& p = in.problem;
+  return {p.length, p.states, p.batch * p.groups, p.dim / p.groups, splits, parts};
+}
+
+// As many as the kernel has blocks that share a gradient.
+std::int64_t parts_of(const ScanInputs& in, const Device& device) {
+  const Statics statics = statics_of(in);
+  const Sizes sizes = sizes_of(in, 1, 0);
+  const Tunables& chosen =
+      kBackwardDefaults[choose_backward(Backward::Problem{device, statics, sizes})];
+  return ceil_div(sizes.channels, chosen.warps);
+}
+
+// Fewer rows than this for each multiprocessor do not hide what a row waits for; a split goes through its positions
+// twice, so a few are not worth it.
+constexpr std::int64_t kEnoughRows = 8, kRowsWanted = 16, kLeastLength = 2048;
+
+std::int64_t splits_of(const ScanInputs& in, const Device& device) {
+  const std::int64_t rows = in.problem.batch * in.problem.dim;
+  if (rows >= kEnoughRows * device.multiprocessors) return 1;
+  const std::int64_t wanted = ceil_div(kRowsWanted * device.multiprocessors, rows);
+  return std::clamp<std::int64_t>(in.problem.length / kLeastLength, 1, wanted);
+}
+
+Buffer reads_if(std::size_t offset, const Optional& tensor) {
+  return tensor ? reads(offset, *tensor) : reads(offset, 0);
+}
+
+constexpr std::size_t in_problem(std::size_t offset) { return offsetof(Args, problem) + offset; }
+static_assert(offsetof(Args, problem) == offsetof(BackwardArgs, problem));
+
+using selective_scan::Problem;
+constexpr std::size_t kOffsetU = in_problem(offsetof(Problem, u));
+constexpr std::size_t kOffsetDelta = in_problem(offsetof(Problem, delta));
+constexpr std::size_t kOffsetZ = in_problem(offsetof(Problem, z));
+constexpr std::size_t kOffsetA = in_problem(offsetof(Problem, A));
+constexpr std::size_t kOffsetB = in_problem(offsetof(Problem, B));
+constexpr std::size_t kOffsetC = in_problem(offsetof(Problem, C));
+constexpr std::size_t kOffsetD = in_problem(offsetof(Problem, D));
+constexpr std::size_t kOffsetBias = in_problem(offsetof(Problem, delta_bias));
+
+void launch_forward(const CudaPlace& place, const ScanPlan& p, const Args& args,
+                    const Buffer& summaries) {
+  const ScanInputs& in = p.inputs;
+  const std::int64_t written = args.summarises ? 0 : 1;
+  const auto output = [&](std::size_t offset, const Tensor& tensor) {
+    return written && tensor.numel() > 0 ? writes(offset, tensor) : unused(offset);
+  };
+  forward_kernel.run(
+      place, statics_of(in), sizes_of(in, args.splits, 0), args,
+      {reads(kOffsetU, in.u), reads(kOffsetDelta, in.delta), reads_if(kOffsetZ, in.z),
+       reads(kOffsetA, in.A), reads(kOffsetB, in.B), reads(kOffsetC, in.C),
+       reads_if(kOffsetD, in.D), reads_if(kOffsetBias, in.delta_bias),
+       reads_if(offsetof(Args, initial_state), p.initial_state), output(offsetof(Args, out), p.out),
+       output(offsetof(Args, last_state), p.last_state),
+       output(offsetof(Args, checkpoints), p.checkpoints), summaries});
+}
+
+Outputs cuda(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
+             const Tensor& C, const Optional& D, const Optional& z, const Optional& delta_bias,
+             bool delta_softplus, std::int64_t method, const Optional& initial_state, bool reverse,
+             bool with_checkpoints, bool /* deterministic */) {
+  const ScanPlan p = plan_forward(
+      plan_inputs(u, delta, A, B, C, D, z, delta_bias, {delta_softplus, method, reverse}),
+      initial_state, with_checkpoints);
+  if (p.inputs.is_empty()) {
+    pass_state(p);
+    return {p.out, p.last_state, p.checkpoints};
+  }
+  const CudaPlace place(u);
+  Args args = p.args;
+  args.splits = static_cast<i32>(splits_of(p.inputs, place.facts()));
+  constexpr std::size_t kSummaries = offsetof(Args, summaries);
+  if (args.splits == 1) {
+    launch_forward(place, p, args, unused(kSummaries));
+    return {p.out, p.last_state, p.checkpoints};
+  }
+  const Tensor summaries = empty(u, p.inputs.wide(), {args.splits, 2 * p.last_state.numel()});
+  args.summaries = summaries.mutable_data_ptr();
+  args.summarises = 1;
+  launch_forward(place, p, args, scratch(kSummaries, summaries));
+  args.summarises = 0;
+  launch_forward(place, p, args, reads(kSummaries, summaries));
+  return {p.out, p.last_state, p.checkpoints};
+}
+
+Gradients backward_cuda(const Tensor& grad_out, const Optional& grad_last_state, const Tensor& u,
+                        const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                        const Optional& D, const Optional& z, const Optional& delta_bias,
+                        const Tensor& checkpoints, bool delta_softplus, std::int64_t method,
+                        bool reverse, bool deterministic) {
+  ScanBackwardPlan p = plan_backward(
+      plan_inputs(u, delta, A, B, C, D, z, delta_bias, {delta_softplus, method, reverse}), grad_out,
+      grad_last_state, checkpoints);
+  if (p.inputs.is_empty()) {
+    pass_gradient(p);
+    return as_tuple(p.gradients);
+  }
+  const ScanInputs& in = p.inputs;
+  const CudaPlace place(u);
+  const std::int64_t parts = deterministic ? parts_of(in, place.facts()) : 0;
+  const ScanSums sums = make_sums(p, parts);
+  const auto output = [](std::size_t offset, const Tensor& tensor) {
+    return tensor.numel() > 0 ? writes(offset, tensor) : unused(offset);
+  };
+  const auto matrix = [&](std::size_t offset, const Tensor& tensor, bool constant) {
+    return constant ? writes(offset, tensor) : updates(offset, tensor);
+  };
+  backward_kernel.run(
+      place, statics_of(in), sizes_of(in, 1, parts), p.args,
+      {reads(kOffsetU, in.u),
+       reads(kOffsetDelta, in.delta),
+       reads_if(kOffsetZ, in.z),
+       reads(kOffsetA, in.A),
+       reads(kOffsetB, in.B),
+       reads(kOffsetC, in.C),
+       reads_if(kOffsetD, in.D),
+       reads_if(kOffsetBias, in.delta_bias),
+       reads(offsetof(BackwardArgs, grad_out), p.grad_out),
+       reads_if(offsetof(BackwardArgs, grad_last_state), p.grad_last_state),
+       reads(offsetof(BackwardArgs, checkpoints), p.checkpoints),
+       writes(offsetof(BackwardArgs, grad_u), p.gradients.u),
+       writes(offsetof(BackwardArgs, grad_delta), p.gradients.delta),
+       output(offsetof(BackwardArgs, grad_z), p.gradients.z),
+       writes(offsetof(BackwardArgs, grad_initial_state), p.gradients.initial_state),
+       writes(offsetof(BackwardArgs, grad_A), sums.A),
+       output(offsetof(BackwardArgs, grad_D), sums.D),
+       output(offsetof(BackwardArgs, grad_delta_bias), sums.delta_bias),
+       matrix(offsetof(BackwardArgs, grad_B), sums.B, in.problem.constant_B),
+       matrix(offsetof(BackwardArgs, grad_C), sums.C, in.problem.constant_C)});
+  const SumArgs args = sums_of(p, sums, parts);
+  std::int64_t most = 0;
+  for (const selective_scan::Segment& segment : args.segments) {
+    most = std::max<std::int64_t>(most, segment.count);
+  }
+  sum_kernel.run(place, {kernel_type(in.dtype())}, {most}, args, {});
+  return as_tuple(p.gradients);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(torchkiln, m) {
+  m.def(
+      "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D=None, "
+      "Tensor? z=None, Tensor? delta_bias=None, bool delta_softplus=False, int method=0, "
+      "Tensor? initial_state=None, bool reverse=False, bool with_checkpoints=False, "
+      "bool deterministic=False) -> (Tensor out, Tensor last_state, Tensor checkpoints)");
+  m.def(
+      "_selective_scan_backward(Tensor grad_out, Tensor? grad_last_state, Tensor u, Tensor delta, "
+      "Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+      "Tensor checkpoints, bool delta_softplus, int method, bool reverse, bool deterministic) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(torchkiln, CPU, m) {
+  m.impl("selective_scan", TORCH_BOX(&cpu));
+  m.impl("_selective_scan_backward", TORCH_BOX(&backward_cpu));
+}
+STABLE_TORCH_LIBRARY_IMPL(torchkiln, CUDA, m) {
+  m.impl("selective_scan", TORCH_BOX(&cuda));
+  m.impl("_selective_scan_backward", TORCH_BOX(&backward_cuda));
+}
+
+}  // namespace torchkiln::bindings

@@ -1,0 +1,433 @@
+// causal_conv1d on the GPU. Where the sequence is contiguous (`rows`), a thread takes kVector neighbouring positions and
+// reads what lies before and behind them too; where the channels are (`columns`), it walks along the sequence with
+// kVector channels and keeps the last inputs in registers. The gradients of weight and bias are summed within a block
+// over its slab, a part of batch and length, and `finish` adds the slabs in a fixed order.
+// spills: up to 8 bytes for packed sequences, by ptxas' own choice: no kernel asks for a number of blocks.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "common/pack.cuh"
+#include "common/reduce.cuh"
+#include "scan/causal_conv1d.h"
+
+namespace torchkiln::causal_conv1d {
+
+// The least multiple of kVector that reaches kWidth - 1.
+template <int kWidth, int kVector>
+constexpr int kHalo = (kWidth - 1 + kVector - 1) / kVector * kVector;
+
+// Of numbers that are not negative: most fit into 32 bits, where a division costs a third.
+__device__ __forceinline__ i64 quotient(i64 n, i64 d) {
+  return ((n | d) >> 32) == 0 ? i64(u32(n) / u32(d)) : n / d;
+}
+
+// ---- the sequence is contiguous ----
+
+// Inputs, and the sequences that they belong to, of positions from `first` on. Positions come in vectors that lie
+// wholly before the start, inside, or behind the end.
+template <class Scalar, int kWidth, int kVector, int kCount, bool kSequences>
+struct Window {
+  using T = Acc<Scalar>;
+  T x[kCount];
+  int sequence[kSequences ? kCount : 1];
+
+  __device__ __forceinline__ Window(const Line<Scalar>& line, i64 first) {
+#pragma unroll
+    for (int p = 0; p < kCount; p += kVector) {
+      const i64 at = first + p;
+      if (at >= 0 && at < line.length) {
+        const auto pack = load_pack<kVector>(line.x + at);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) x[p + i] = load(pack.at[i]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) x[p + i] = line.at(at + i, kWidth - 1);
+      }
+      if constexpr (kSequences) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) sequence[p + i] = line.sequence(at + i);
+      }
+    }
+  }
+  // Whether position `from` counts for position `to`.
+  __device__ __forceinline__ bool joined(int from, int to) const {
+    if constexpr (kSequences) return sequence[from] == sequence[to];
+    return true;
+  }
+  // Padding has no result.
+  __device__ __forceinline__ bool exists(int at) const {
+    if constexpr (kSequences) return sequence[at] >= 0;
+    return true;
+  }
+};
+
+// A channel's filter.
+template <class Scalar, int kWidth>
+struct Filter {
+  using T = Acc<Scalar>;
+  T weight[kWidth], bias;
+
+  __device__ __forceinline__ Filter(const Args& args, i64 channel) {
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      weight[j] = load_either<Scalar>(args.weight, args.weight_is_float != 0, channel * kWidth + j);
+    }
+    bias = args.bias == nullptr ? T(0)
+                                : load_either<Scalar>(args.bias, args.bias_is_float != 0, channel);
+  }
+  // The weighted sum for element `at` of a window.
+  template <class AnyWindow>
+  __device__ __forceinline__ T sum(const AnyWindow& window, int at) const {
+    T result = bias;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      const int from = at - (kWidth - 1) + j;
+      if (window.joined(from, at)) result += weight[j] * window.x[from];
+    }
+    return result;
+  }
+};
+
+// length is a multiple of kVector. kLanes neighbouring threads stand on one row, each on kItems vectors of it.
+// Grid: one-dimensional.
+template <class Scalar, int kWidth, bool kSequences, int kVector, int kBlockSize, int kLanes,
+          int kItems>
+__global__ void __launch_bounds__(kBlockSize) forward_rows(const Args args) {
+  constexpr int kBefore = kHalo<kWidth, kVector>;
+  constexpr int kSpan = kLanes * kItems * kVector;
+  const i64 spans = (args.length + kSpan - 1) / kSpan;
+  const i64 group = i64(blockIdx.x) * (kBlockSize / kLanes) + threadIdx.x / kLanes;
+  const i64 row = quotient(group, spans);
+  if (row >= args.batch * args.channels) return;
+  const i64 batch = quotient(row, args.channels), channel = row - batch * args.channels;
+  const Line<Scalar> line(args, batch, channel);
+  const Filter<Scalar, kWidth> filter(args, channel);
+  Scalar* out = static_cast<Scalar*>(args.out) + batch * args.out_strides.batch +
+                channel * args.out_strides.channel;
+  i64 first = (group - row * spans) * kSpan + threadIdx.x % kLanes * kVector;
+#pragma unroll 1
+  for (int item = 0; item < kItems && first < args.length; ++item, first += kLanes * kVector) {
+    const Window<Scalar, kWidth, kVector, kBefore + kVector, kSequences> window(line,
+                                                                                first - kBefore);
+    Pack<Scalar, kVector> result;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      Acc<Scalar> sum = filter.sum(window, kBefore + i);
+      if (args.silu) sum = silu_of(sum);
+      store(result.at[i], window.exists(kBefore + i) ? sum : Acc<Scalar>(0));
+    }
+    store_pack<kVector>(out + first, result);
+  }
+}
+
+// A block takes one channel of one slab. length is a multiple of kVector. Grid: channels, slabs.
+template <class Scalar, int kWidth, bool kSequences, int kVector, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) backward_rows(const Args args) {
+  using T = Acc<Scalar>;
+  constexpr int kBefore = kHalo<kWidth, kVector>, kAhead = kBefore + kVector;
+  constexpr int kReach = kWidth - 1;
+  __shared__ T shared[kBlockSize / kWarpSize];
+  const i64 channel = blockIdx.x;
+  const Filter<Scalar, kWidth> filter(args, channel);
+  const i64 vectors = args.length / kVector, total = args.batch * vectors;
+  const i64 slab = (total + args.slabs - 1) / args.slabs;
+  const i64 begin = blockIdx.y * slab, end = min_of(total, begin + slab);
+  T sums[kWidth + 1];
+#pragma unroll
+  for (int j = 0; j <= kWidth; ++j) sums[j] = T(0);
+#pragma unroll 1
+  for (i64 v = begin + threadIdx.x; v < end; v += kBlockSize) {
+    const i64 batch = quotient(v, vectors);
+    const i64 first = (v - batch * vectors) * kVector;
+    const Line<Scalar> line(args, batch, channel);
+    const Window<Scalar, kWidth, kVector, kBefore + kAhead, kSequences> window(line,
+                                                                               first - kBefore);
+    const Scalar* grad_out = static_cast<const Scalar*>(args.grad_out) +
+                             batch * args.grad_strides.batch + channel * args.grad_strides.channel +
+                             first;
+    T grad[kAhead];  // of the weighted sums
+#pragma unroll
+    for (int p = 0; p < kAhead; p += kVector) {
+      Pack<Scalar, kVector> pack;
+      const bool is_inside = first + p < args.length;
+      if (is_inside) pack = load_pack<kVector>(grad_out + p);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const int at = p + i;
+        grad[at] = T(0);
+        if (at < kVector + kReach && is_inside && window.exists(kBefore + at)) {
+          grad[at] = slope_times<T>(load(pack.at[i]), filter.sum(window, kBefore + at), args.silu);
+        }
+      }
+    }
+    Pack<Scalar, kVector> result;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      T sum = T(0);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        const int to = i + kReach - j;
+        if (window.joined(kBefore + i, kBefore + to)) sum += filter.weight[j] * grad[to];
+      }
+      store(result.at[i], sum);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        const int from = kBefore + i - kReach + j;
+        if (window.joined(from, kBefore + i)) sums[j] += grad[i] * window.x[from];
+      }
+      sums[kWidth] += grad[i];
+    }
+    store_pack<kVector>(static_cast<Scalar*>(args.out) + batch * args.out_strides.batch +
+                            channel * args.out_strides.channel + first,
+                        result);
+  }
+  T* partials =
+      static_cast<T*>(args.partials) + (i64(blockIdx.y) * args.channels + channel) * (kWidth + 1);
+#pragma unroll
+  for (int j = 0; j <= kWidth; ++j) {
+    const T sum = block_sum<kBlockSize>(sums[j], shared);
+    if (threadIdx.x == 0) partials[j] = sum;
+  }
+}
+
+// ---- the channels are contiguous ----
+
+// kVector neighbouring channels at one position; beyond the ends as in Line::at.
+template <class Scalar, int kWidth, int kVector>
+__device__ __forceinline__ void load_channels(const Args& args, const Line<Scalar>& line,
+                                              i64 position, Acc<Scalar>* to) {
+  if (position >= 0 && position < args.length) {
+    const auto pack = load_pack<kVector>(line.x + position * line.stride);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) to[i] = load(pack.at[i]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    to[i] = line.initial != nullptr && position < 0 && position > -kWidth
+                ? load(line.initial[i * (kWidth - 1) + position])
+                : Acc<Scalar>(0);
+  }
+}
+
+// The last kWidth inputs of kVector channels, the newest one at kWidth - 1.
+template <class Scalar, int kWidth, int kVector, bool kSequences>
+struct Trail {
+  using T = Acc<Scalar>;
+  T x[kWidth][kVector];
+  int sequence[kSequences ? kWidth : 1];
+
+  __device__ __forceinline__ void push(const Args& args, const Line<Scalar>& line, i64 position) {
+#pragma unroll
+    for (int j = 0; j + 1 < kWidth; ++j) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) x[j][i] = x[j + 1][i];
+      if constexpr (kSequences) sequence[j] = sequence[j + 1];
+    }
+    load_channels<Scalar, kWidth, kVector>(args, line, position, x[kWidth - 1]);
+    if constexpr (kSequences) sequence[kWidth - 1] = line.sequence(position);
+  }
+  __device__ __forceinline__ bool joined(int j) const {
+    if constexpr (kSequences) return sequence[j] == sequence[kWidth - 1];
+    return true;
+  }
+  __device__ __forceinline__ bool exists() const {
+    if constexpr (kSequences) return sequence[kWidth - 1] >= 0;
+    return true;
+  }
+};
+
+// The filters of kVector channels.
+template <class Scalar, int kWidth, int kVector>
+struct Filters {
+  using T = Acc<Scalar>;
+  T weight[kWidth][kVector], bias[kVector];
+
+  __device__ __forceinline__ Filters(const Args& args, i64 channel) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const Filter<Scalar, kWidth> filter(args, channel + i);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) weight[j][i] = filter.weight[j];
+      bias[i] = filter.bias;
+    }
+  }
+  template <class AnyTrail>
+  __device__ __forceinline__ T sum(const AnyTrail& trail, int i) const {
+    T result = bias[i];
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      if (trail.joined(j)) result += weight[j][i] * trail.x[j][i];
+    }
+    return result;
+  }
+};
+
+// channels is a multiple of kVector. A thread takes kSteps positions. Grid: one-dimensional.
+template <class Scalar, int kWidth, bool kSequences, int kVector, int kBlockSize, int kSteps>
+__global__ void __launch_bounds__(kBlockSize) forward_columns(const Args args) {
+  const i64 groups = args.channels / kVector;
+  const i64 spans = (args.length + kSteps - 1) / kSteps;
+  const i64 thread = i64(blockIdx.x) * kBlockSize + threadIdx.x;
+  const i64 span = quotient(thread, groups), batch = quotient(span, spans);
+  if (batch >= args.batch) return;
+  const i64 channel = (thread - span * groups) * kVector;
+  const Line<Scalar> line(args, batch, channel);
+  const Filters<Scalar, kWidth, kVector> filters(args, channel);
+  const i64 first = (span - batch * spans) * kSteps;
+  const i64 last = min_of(args.length, first + kSteps);
+  Scalar* out = static_cast<Scalar*>(args.out) + batch * args.out_strides.batch + channel;
+  Trail<Scalar, kWidth, kVector, kSequences> trail;
+#pragma unroll
+  for (int j = 1; j < kWidth; ++j) trail.push(args, line, first - kWidth + j);
+#pragma unroll 4
+  for (i64 k = first; k < last; ++k) {
+    trail.push(args, line, k);
+    Pack<Scalar, kVector> result;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      Acc<Scalar> sum = filters.sum(trail, i);
+      if (args.silu) sum = silu_of(sum);
+      store(result.at[i], trail.exists() ? sum : Acc<Scalar>(0));
+    }
+    store_pack<kVector>(out + k * args.out_strides.length, result);
+  }
+}
+
+// The sums of one thread for its channels' weights and biases.
+template <class T, int kWidth, int kVector>
+struct Sums {
+  T at[kWidth + 1][kVector];
+};
+
+// kSteps positions from `first` on: writes the gradient of x, adds to the sums. What lies ahead is read for its own
+// gradients only.
+template <class Scalar, int kWidth, bool kSequences, int kVector, int kSteps>
+__device__ __forceinline__ void backward_tile(const Args& args,
+                                              const Filters<Scalar, kWidth, kVector>& filters,
+                                              i64 batch, i64 channel, i64 first,
+                                              Sums<Acc<Scalar>, kWidth, kVector>& sums) {
+  using T = Acc<Scalar>;
+  constexpr int kReach = kWidth - 1;
+  const Line<Scalar> line(args, batch, channel);
+  const Scalar* grad_out =
+      static_cast<const Scalar*>(args.grad_out) + batch * args.grad_strides.batch + channel;
+  Scalar* out = static_cast<Scalar*>(args.out) + batch * args.out_strides.batch + channel;
+  Trail<Scalar, kWidth, kVector, kSequences> trail;
+  T grad[kWidth][kVector];  // of the last weighted sums
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) {
+    if (j > 0) trail.push(args, line, first - kWidth + j);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) grad[j][i] = T(0);
+  }
+  const i64 last = min_of(args.length, first + kSteps);
+#pragma unroll 1
+  for (i64 k = first; k < last + kReach; ++k) {
+    trail.push(args, line, k);
+    Pack<Scalar, kVector> pack;
+    const bool is_inside = k < args.length;
+    if (is_inside) pack = load_pack<kVector>(grad_out + k * args.grad_strides.length);
+    Pack<Scalar, kVector> result;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+#pragma unroll
+      for (int j = 0; j < kReach; ++j) grad[j][i] = grad[j + 1][i];
+      grad[kReach][i] = is_inside && trail.exists()
+                            ? slope_times<T>(load(pack.at[i]), filters.sum(trail, i), args.silu)
+                            : T(0);
+      T sum = T(0);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        // Position k - kReach stands at 0 of the trail, and counted for position k - j.
+        bool joined = true;
+        if constexpr (kSequences) joined = trail.sequence[0] == trail.sequence[kReach - j];
+        if (joined) sum += filters.weight[j][i] * grad[kReach - j][i];
+        if (k < last && trail.joined(j)) sums.at[j][i] += grad[kReach][i] * trail.x[j][i];
+      }
+      if (k < last) sums.at[kWidth][i] += grad[kReach][i];
+      store(result.at[i], sum);
+    }
+    if (k - kReach >= first) {
+      store_pack<kVector>(out + (k - kReach) * args.out_strides.length, result);
+    }
+  }
+}
+
+// Lanes stand on neighbouring channels, the kSegments warps of a block on tiles of its slab. channels is a multiple of
+// kVector. Grid: groups of 32 * kVector channels, slabs.
+template <class Scalar, int kWidth, bool kSequences, int kVector, int kSegments, int kSteps>
+__global__ void __launch_bounds__(kSegments* kWarpSize) backward_columns(const Args args) {
+  using T = Acc<Scalar>;
+  __shared__ T shared[kSegments][kVector][kWarpSize];
+  const int lane = threadIdx.x % kWarpSize, segment = threadIdx.x / kWarpSize;
+  const i64 channel = (i64(blockIdx.x) * kWarpSize + lane) * kVector;
+  const bool is_channel = channel < args.channels;  // the others only take part in the barriers
+  const Filters<Scalar, kWidth, kVector> filters(args, is_channel ? channel : 0);
+  const i64 tiles_of_one = (args.length + kSteps - 1) / kSteps, tiles = args.batch * tiles_of_one;
+  const i64 slab = (tiles + args.slabs - 1) / args.slabs;
+  const i64 begin = blockIdx.y * slab, end = min_of(tiles, begin + slab);
+  Sums<T, kWidth, kVector> sums;
+#pragma unroll
+  for (int j = 0; j <= kWidth; ++j) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) sums.at[j][i] = T(0);
+  }
+#pragma unroll 1
+  for (i64 tile = begin + segment; is_channel && tile < end; tile += kSegments) {
+    const i64 batch = quotient(tile, tiles_of_one);
+    backward_tile<Scalar, kWidth, kSequences, kVector, kSteps>(
+        args, filters, batch, channel, (tile - batch * tiles_of_one) * kSteps, sums);
+  }
+  T* partials =
+      static_cast<T*>(args.partials) + (i64(blockIdx.y) * args.channels + channel) * (kWidth + 1);
+#pragma unroll
+  for (int j = 0; j <= kWidth; ++j) {
+    __syncthreads();  // the sums of the previous turn may still be read
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) shared[segment][i][lane] = sums.at[j][i];
+    __syncthreads();
+    if (segment > 0 || !is_channel) continue;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      T sum = T(0);
+      for (int s = 0; s < kSegments; ++s) sum += shared[s][i][lane];
+      partials[i * (kWidth + 1) + j] = sum;
+    }
+  }
+}
+
+// ---- what remains ----
+
+// One thread adds the slabs of one weight or bias. Grid: one-dimensional.
+template <class Scalar, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) finish(const Args args) {
+  using T = Acc<Scalar>;
+  const i64 columns = args.width + 1, count = args.channels * columns;
+  const i64 at = i64(blockIdx.x) * kBlockSize + threadIdx.x;
+  if (at >= count) return;
+  const T* partials = static_cast<const T*>(args.partials);
+  T sum = T(0);
+#pragma unroll 4
+  for (i64 s = 0; s < args.slabs; ++s) sum += partials[s * count + at];
+  const i64 channel = at / columns, j = at - channel * columns;
+  if (j < args.width) {
+    store_either<Scalar>(args.grad_weight, args.weight_is_float != 0, channel * args.width + j,
+                         sum);
+  } else if (args.grad_bias != nullptr) {
+    store_either<Scalar>(args.grad_bias, args.bias_is_float != 0, channel, sum);
+  }
+}
+
+// One thread for one element of the initial state's gradient. Grid: one-dimensional.
+template <class Scalar, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) initial(const Args args) {
+  const i64 reach = args.width - 1;
+  const i64 at = i64(blockIdx.x) * kBlockSize + threadIdx.x;
+  if (at >= args.batch * args.channels * reach) return;
+  const i64 row = at / reach, batch = row / args.channels;
+  store(static_cast<Scalar*>(args.grad_initial)[at],
+        initial_gradient<Scalar>(args, batch, row - batch * args.channels, int(at - row * reach)));
+}
+
+}  // namespace torchkiln::causal_conv1d

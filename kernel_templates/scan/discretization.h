@@ -1,0 +1,275 @@
+// The rules that turn h'(t) = A h + v(t) into h_k = alpha h_{k-1} + d_k sum_j w_j v_{k+j}, and their derivatives.
+// z = A d_k; v(t) is interpolated between samples at the ends of steps (docs/selective_scan.md has the derivations).
+// Everything is a template over real and complex numbers, shared by CPU and GPU.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "common/numbers.h"
+
+namespace torchkiln::selective_scan {
+
+enum Method {
+  kMamba = 0,
+  kZoh = 1,
+  kFoh = 2,
+  kBilinear = 3,
+  kTustin = 4,
+  kPoly = 5,
+  kHighorder = 6,
+  kRk4 = 7,
+  kRk4Constant = 8,
+  kPolyTrueTime = 9,
+  kHighorderTrueTime = 10,
+};
+constexpr int kMethods = 11;
+
+// Samples before and behind that of its own that a step takes in.
+TORCHKILN_HD constexpr int back_of(int method) {
+  if (method == kHighorder || method == kHighorderTrueTime) return 2;
+  return method == kFoh || method == kTustin || method == kRk4 || method == kPoly ||
+                 method == kPolyTrueTime
+             ? 1
+             : 0;
+}
+TORCHKILN_HD constexpr int ahead_of(int method) {
+  return method == kPoly || method == kPolyTrueTime ? 1 : 0;
+}
+TORCHKILN_HD constexpr int taps_of(int method) { return back_of(method) + 1 + ahead_of(method); }
+
+// The step whose length shapes the weights beside the own one: 1 is the next, -1 the one before, 0 none.
+TORCHKILN_HD constexpr int neighbour_of(int method) {
+  return method == kPolyTrueTime ? 1 : (method == kHighorderTrueTime ? -1 : 0);
+}
+
+// alpha, and w by offset from -back_of to ahead_of.
+template <int kMethod, class V>
+struct Coefficients {
+  V alpha;
+  V weight[taps_of(kMethod)];
+};
+
+// ---- phi ----
+
+// phi_1 ... phi_top, where phi_0 = e^z and phi_{j+1} = (phi_j - 1/j!) / z: a series near 0, where the closed forms
+// cancel, and those elsewhere.
+template <int kTop, class V>
+struct Phi {
+  V at[kTop + 1];
+};
+
+template <class T>
+TORCHKILN_HD constexpr T inverse_factorial(int n) {
+  T product = T(1);
+  for (int i = 2; i <= n; ++i) product *= T(i);
+  return T(1) / product;
+}
+
+template <int kTop, class V>
+TORCHKILN_HD Phi<kTop, V> phi_series(V z) {
+  using T = Real<V>;
+  constexpr int kLast = kTop + (sizeof(T) == 8 ? 15 : 7) - 1;
+  Phi<kTop, V> phi;
+  phi.at[kTop] = number<V>(inverse_factorial<T>(kLast));
+  TORCHKILN_UNROLLED
+  for (int i = kLast - 1; i >= kTop; --i) {
+    phi.at[kTop] = z * phi.at[kTop] + number<V>(inverse_factorial<T>(i));
+  }
+  TORCHKILN_UNROLLED
+  for (int j = kTop - 1; j >= 0; --j) {
+    phi.at[j] = z * phi.at[j + 1] + number<V>(inverse_factorial<T>(j));
+  }
+  return phi;
+}
+
+template <int kTop, class V>
+TORCHKILN_HD Phi<kTop, V> phi_closed(V z) {
+  const V inverse = reciprocal_of(z);
+  Phi<kTop, V> phi;
+  phi.at[0] = quick_exp(z);
+  TORCHKILN_UNROLLED
+  for (int j = 0; j < kTop; ++j) {
+    phi.at[j + 1] = (phi.at[j] - number<V>(inverse_factorial<Real<V>>(j))) * inverse;
+  }
+  return phi;
+}
+
+template <int kTop, class V>
+TORCHKILN_HD Phi<kTop, V> phi_of(V z) {
+  using T = Real<V>;
+  // Half a unit: six digits are left of phi_3 there.
+  constexpr T kSeriesEnd = sizeof(T) == 8 ? T(1) : T(0.25);
+  const bool is_small = inner(z, z) <= kSeriesEnd;
+#if defined(__CUDACC_RTC__)
+  return is_small ? phi_series<kTop>(z) : phi_closed<kTop>(z);
+#else
+  // Both, so that loops become vectors.
+  const Phi<kTop, V> small = phi_series<kTop>(select(is_small, z, number<V>(T(0))));
+  const Phi<kTop, V> large = phi_closed<kTop>(select(is_small, number<V>(T(1)), z));
+  Phi<kTop, V> phi;
+  for (int j = 0; j <= kTop; ++j) phi.at[j] = select(is_small, small.at[j], large.at[j]);
+  return phi;
+#endif
+}
+
+// Which phi the weights of an exponential rule need; 0 where alpha is no exponential, or there are no weights.
+TORCHKILN_HD constexpr int top_of(int method) {
+  if (method == kZoh) return 1;
+  if (method == kFoh) return 2;
+  return method == kPoly || method == kHighorder || neighbour_of(method) != 0 ? 3 : 0;
+}
+
+// ---- weights ----
+
+// Those of the exponential rules, linear in phi_1 ... phi_3: given their derivatives it gives its own.
+template <int kMethod, class V>
+TORCHKILN_HD void weights_of_phi(const V* phi, Real<V> ratio, V* weight) {
+  using T = Real<V>;
+  if constexpr (kMethod == kZoh) {
+    weight[0] = phi[1];
+  } else if constexpr (kMethod == kFoh) {
+    weight[0] = phi[1] - phi[2];
+    weight[1] = phi[2];
+  } else if constexpr (kMethod == kPoly) {
+    weight[0] = phi[1] - T(1.5) * phi[2] + phi[3];
+    weight[1] = T(2) * (phi[2] - phi[3]);
+    weight[2] = phi[3] - T(0.5) * phi[2];
+  } else if constexpr (kMethod == kHighorder) {
+    weight[0] = phi[3] - T(0.5) * phi[2];
+    weight[1] = phi[1] - T(2) * phi[3];
+    weight[2] = phi[3] + T(0.5) * phi[2];
+  } else if constexpr (kMethod == kPolyTrueTime) {
+    const T whole = T(1) + ratio, inverse = reciprocal_of(ratio), part = reciprocal_of(whole);
+    weight[0] = phi[1] + part * (T(2) * phi[3] - (T(1) + whole) * phi[2]);
+    weight[1] = inverse * (whole * phi[2] - T(2) * phi[3]);
+    weight[2] = (inverse * part) * (T(2) * phi[3] - phi[2]);
+  } else if constexpr (kMethod == kHighorderTrueTime) {
+    const T inverse = reciprocal_of(ratio), part = reciprocal_of(T(1) + ratio);
+    weight[0] = (inverse * part) * (T(2) * phi[3] - phi[2]);
+    weight[1] = phi[1] + inverse * ((T(1) - ratio) * phi[2] - T(2) * phi[3]);
+    weight[2] = part * (T(2) * phi[3] + ratio * phi[2]);
+  }
+}
+
+// Derivatives of the weights by the ratio.
+template <int kMethod, class V>
+TORCHKILN_HD void weights_by_ratio(const V* phi, Real<V> ratio, V* weight) {
+  using T = Real<V>;
+  const T inverse = reciprocal_of(ratio), part = reciprocal_of(T(1) + ratio);
+  const V curve = T(2) * phi[3] - phi[2];
+  const T of_far = -(inverse * part) * (inverse * part) * (T(1) + T(2) * ratio);
+  if constexpr (kMethod == kPolyTrueTime) {
+    weight[0] = (-part * part) * curve;
+    weight[1] = (inverse * inverse) * curve;
+    weight[2] = of_far * curve;
+  } else if constexpr (kMethod == kHighorderTrueTime) {
+    weight[0] = of_far * curve;
+    weight[1] = (inverse * inverse) * curve;
+    weight[2] = (-part * part) * curve;
+  }
+}
+
+template <int kMethod, class V>
+TORCHKILN_HD Coefficients<kMethod, V> coefficients(V z, Real<V> ratio) {
+  using T = Real<V>;
+  Coefficients<kMethod, V> c;
+  const V one = number<V>(T(1));
+  if constexpr (kMethod == kMamba) {
+    c.alpha = quick_exp(z);
+    c.weight[0] = one;
+  } else if constexpr (top_of(kMethod) > 0) {
+    const auto phi = phi_of<top_of(kMethod)>(z);
+    c.alpha = phi.at[0];
+    weights_of_phi<kMethod>(phi.at, ratio, c.weight);
+  } else if constexpr (kMethod == kBilinear || kMethod == kTustin) {
+    const V inverse = reciprocal_of(one - T(0.5) * z);
+    c.alpha = (one + T(0.5) * z) * inverse;
+    for (V& weight : c.weight) weight = kMethod == kTustin ? T(0.5) * inverse : inverse;
+  } else {
+    const V constant =
+        one + z * (number<V>(T(0.5)) + z * (number<V>(T(1) / T(6)) + T(1) / T(24) * z));
+    c.alpha = one + z * constant;
+    if constexpr (kMethod == kRk4Constant) {
+      c.weight[0] = constant;
+    } else {
+      c.weight[1] = number<V>(T(0.5)) + z * (number<V>(T(1) / T(6)) + T(1) / T(24) * z);
+      c.weight[0] = constant - c.weight[1];
+    }
+  }
+  return c;
+}
+
+// The same for z = d * a.
+template <int kMethod, class V>
+TORCHKILN_HD Coefficients<kMethod, V> coefficients(Real<V> d, V a, Real<V> ratio) {
+  if constexpr (kMethod == kMamba) {
+    return {quick_exp_of_product(d, a), {number<V>(Real<V>(1))}};
+  } else {
+    return coefficients<kMethod>(d * a, ratio);
+  }
+}
+
+// ---- derivatives ----
+
+// alpha and the weights once more, their derivatives by z, and those of the weights by the ratio.
+template <int kMethod, class V>
+struct Slopes {
+  Coefficients<kMethod, V> value, by_z;
+  V by_ratio[taps_of(kMethod)];
+};
+
+template <int kMethod, class V>
+TORCHKILN_HD Slopes<kMethod, V> slopes(V z, Real<V> ratio) {
+  using T = Real<V>;
+  Slopes<kMethod, V> s;
+  const V one = number<V>(T(1));
+  if constexpr (top_of(kMethod) > 0) {
+    constexpr int kTop = top_of(kMethod);
+    const auto phi = phi_of<kTop + 1>(z);
+    V by_z[kTop + 1];
+    TORCHKILN_UNROLLED
+    for (int j = 0; j <= kTop; ++j) by_z[j] = phi.at[j] - T(j) * phi.at[j + 1];
+    s.value.alpha = s.by_z.alpha = phi.at[0];
+    weights_of_phi<kMethod>(phi.at, ratio, s.value.weight);
+    weights_of_phi<kMethod>(by_z, ratio, s.by_z.weight);
+    if constexpr (neighbour_of(kMethod) != 0) {
+      weights_by_ratio<kMethod>(phi.at, ratio, s.by_ratio);
+    }
+    return s;
+  }
+  s.value = coefficients<kMethod>(z, ratio);
+  if constexpr (kMethod == kMamba) {
+    s.by_z.alpha = s.value.alpha;
+    s.by_z.weight[0] = number<V>(T(0));
+  } else if constexpr (kMethod == kBilinear || kMethod == kTustin) {
+    const V inverse = reciprocal_of(one - T(0.5) * z);
+    s.by_z.alpha = inverse * inverse;
+    const T factor = kMethod == kTustin ? T(0.25) : T(0.5);
+    for (V& weight : s.by_z.weight) weight = factor * s.by_z.alpha;
+  } else if constexpr (kMethod == kRk4 || kMethod == kRk4Constant) {
+    const V of_constant = number<V>(T(0.5)) + z * (number<V>(T(1) / T(3)) + T(0.125) * z);
+    s.by_z.alpha = one + z * (one + z * (number<V>(T(0.5)) + T(1) / T(6) * z));
+    if constexpr (kMethod == kRk4Constant) {
+      s.by_z.weight[0] = of_constant;
+    } else {
+      s.by_z.weight[1] = number<V>(T(1) / T(6)) + T(1) / T(12) * z;
+      s.by_z.weight[0] = of_constant - s.by_z.weight[1];
+    }
+  }
+  return s;
+}
+
+// With alpha known already.
+template <int kMethod, class V>
+TORCHKILN_HD Slopes<kMethod, V> slopes(V z, Real<V> ratio, V alpha) {
+  if constexpr (kMethod == kMamba) {
+    Slopes<kMethod, V> s;
+    s.value.alpha = s.by_z.alpha = alpha;
+    s.value.weight[0] = number<V>(Real<V>(1));
+    s.by_z.weight[0] = number<V>(Real<V>(0));
+    return s;
+  } else {
+    return slopes<kMethod>(z, ratio);
+  }
+}
+
+}  // namespace torchkiln::selective_scan

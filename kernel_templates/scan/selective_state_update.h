@@ -1,0 +1,181 @@
+// Arguments and the step of selective_state_update, shared by CPU and GPU: one position of a selective scan, from a
+// state that is kept. Rules that take in earlier samples find them in rings of the last inputs.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "scan/discretization.h"
+#include "scan/gate.h"
+
+namespace torchkiln::selective_state_update {
+
+using selective_scan::back_of;
+using selective_scan::coefficients;
+using selective_scan::neighbour_of;
+
+// Tensors by strides, in elements; a complex number counts as one. A channel is a place of a head; heads share B and C
+// in groups. Rings are contiguous: sample k of a sequence lies in slot k modulo `slots`, of which there is one more
+// than a rule looks back, so that no thread writes what another one reads.
+struct Args {
+  void* state;          // (rows, heads, places, states), changed
+  const void* x;        // (batch, heads, places)
+  const void* dt;       // (batch, heads, places)
+  const void* A;        // (heads, places, states)
+  const void* B;        // (batch, groups, states)
+  const void* C;        // (batch, groups, states)
+  const void* D;        // (heads, places) or null
+  const void* z;        // (batch, heads, places) or null
+  const void* dt_bias;  // (heads, places) or null
+  const void* indices;  // (batch,) i32 row of the state, below 0: none; or null
+  const void* seen;     // (rows,) i32 samples before this one, or null
+  void* x_history;      // (rows, slots, heads * places), changed, or null
+  void* B_history;      // (rows, slots, groups, states), changed, or null
+  void* dt_history;     // (rows, slots, heads * places) steps in the type of sums, changed, or null
+  void* out;            // (batch, heads, places), contiguous
+  i64 state_strides[4];
+  i64 x_strides[3], dt_strides[3], z_strides[3], A_strides[3], B_strides[3], C_strides[3];
+  i64 D_strides[2], bias_strides[2];
+  i64 batch, heads, places, states, groups, rows, slots;
+  i32 softplus;
+  i32 A_is_float, D_is_float, bias_is_float;
+};
+
+// Element `at` of a tensor of real numbers, or of pairs of them.
+template <class V, class Scalar>
+TORCHKILN_HD V load_number(const void* values, i64 at) {
+  const Scalar* from = static_cast<const Scalar*>(values);
+  if constexpr (is_complex_type<V>) {
+    return {load(from[2 * at]), load(from[2 * at + 1])};
+  } else {
+    return load(from[at]);
+  }
+}
+template <class V, class Scalar>
+TORCHKILN_HD void store_number(void* values, i64 at, V value) {
+  Scalar* to = static_cast<Scalar*>(values);
+  if constexpr (is_complex_type<V>) {
+    store(to[2 * at], value.re);
+    store(to[2 * at + 1], value.im);
+  } else {
+    store(to[at], value);
+  }
+}
+
+// One channel of one sequence. V: a state, real or complex.
+template <class Scalar, class V, int kMethod>
+struct Channel {
+  using T = Acc<Scalar>;
+  static constexpr int kBack = back_of(kMethod);
+
+  const Args& args;
+  i64 batch, head, place, group;
+  i64 row;  // below 0: there is no state
+  T step, ratio;
+  T u[kBack + 1];         // samples, the own one first
+  i64 sample[kBack + 1];  // of what is before it: index in B_history, below 0: the own one
+  i64 slot;
+
+  TORCHKILN_HD Channel(const Args& a, i64 b, i64 channel)
+      : args(a), batch(b), head(channel / a.places), place(channel - head * a.places) {
+    group = head / (a.heads / a.groups);
+    row = a.indices != nullptr ? static_cast<const i32*>(a.indices)[b] : b;
+    if (row >= a.rows) row = -1;
+    if (row < 0) return;
+    step = load(static_cast<const Scalar*>(a.dt)[at(a.dt_strides)]);
+    if (a.dt_bias != nullptr) {
+      step += load_either<Scalar>(a.dt_bias, a.bias_is_float != 0, of_channel(a.bias_strides));
+    }
+    if (a.softplus != 0) step = softplus_of(step);
+    u[0] = load(static_cast<const Scalar*>(a.x)[at(a.x_strides)]);
+    ratio = T(1);
+    if constexpr (kBack > 0) look_back(channel);
+  }
+
+  // Fills in the samples before the own one. Those before the first one repeat it.
+  TORCHKILN_HD void look_back(i64 channel) {
+    const i64 channels = args.heads * args.places;
+    const i64 seen = static_cast<const i32*>(args.seen)[row];
+    slot = row * args.slots + seen % args.slots;
+    for (int j = 1; j <= kBack; ++j) {
+      const i64 index = max_of(seen - j, i64(0));
+      sample[j] = seen == 0 ? -1 : row * args.slots + index % args.slots;
+      u[j] = seen == 0
+                 ? u[0]
+                 : load(static_cast<const Scalar*>(args.x_history)[sample[j] * channels + channel]);
+    }
+    if constexpr (neighbour_of(kMethod) != 0) {
+      T* steps = static_cast<T*>(args.dt_history);
+      if (seen > 0) ratio = steps[sample[1] * channels + channel] / step;
+    }
+  }
+
+  TORCHKILN_HD i64 at(const i64* strides) const {
+    return batch * strides[0] + head * strides[1] + place * strides[2];
+  }
+  TORCHKILN_HD i64 of_channel(const i64* strides) const {
+    return head * strides[0] + place * strides[1];
+  }
+  TORCHKILN_HD i64 state_at(i64 n) const {
+    return row * args.state_strides[0] + head * args.state_strides[1] +
+           place * args.state_strides[2] + n * args.state_strides[3];
+  }
+
+  TORCHKILN_HD V A_of(i64 n) const {
+    const i64 from = of_channel(args.A_strides) + n * args.A_strides[2];
+    if constexpr (is_complex_type<V>)
+      return load_number<V, T>(args.A, from);
+    else
+      return load_either<Scalar>(args.A, args.A_is_float != 0, from);
+  }
+
+  // State n from what it was; adds its part of the output to `sum`.
+  TORCHKILN_HD V advance(V state, i64 n, T& sum) const {
+    const auto c = coefficients<kMethod>(T(step) * A_of(n), ratio);
+    const V b = load_number<V, Scalar>(
+        args.B, batch * args.B_strides[0] + group * args.B_strides[1] + n * args.B_strides[2]);
+    V held = c.weight[kBack] * (u[0] * b);
+    for (int j = 1; j <= kBack; ++j) {
+      V before = b;
+      if (sample[j] >= 0) {
+        before = load_number<V, Scalar>(args.B_history,
+                                        (sample[j] * args.groups + group) * args.states + n);
+      }
+      held = held + c.weight[kBack - j] * (u[j] * before);
+    }
+    state = c.alpha * state + step * held;
+    const V out = load_number<V, Scalar>(
+        args.C, batch * args.C_strides[0] + group * args.C_strides[1] + n * args.C_strides[2]);
+    sum += (is_complex_type<V> ? T(2) : T(1)) * inner(state, conjugate(out));
+    if constexpr (kBack > 0) keep_B(b, n);
+    return state;
+  }
+
+  // The first channel of a group keeps what all of them read.
+  TORCHKILN_HD void keep_B(V b, i64 n) const {
+    if (place != 0 || head % (args.heads / args.groups) != 0) return;
+    store_number<V, Scalar>(args.B_history, (slot * args.groups + group) * args.states + n, b);
+  }
+
+  // Once a channel, with the whole sum.
+  TORCHKILN_HD void finish(T sum) const {
+    const i64 channels = args.heads * args.places, channel = head * args.places + place;
+    Scalar& out = static_cast<Scalar*>(args.out)[batch * channels + channel];
+    if (row < 0) {
+      store(out, T(0));
+      return;
+    }
+    if (args.D != nullptr) {
+      sum += u[0] * load_either<Scalar>(args.D, args.D_is_float != 0, of_channel(args.D_strides));
+    }
+    if (args.z != nullptr)
+      sum *= silu_of(load(static_cast<const Scalar*>(args.z)[at(args.z_strides)]));
+    store(out, sum);
+    if constexpr (kBack > 0) {
+      store(static_cast<Scalar*>(args.x_history)[slot * channels + channel], u[0]);
+      if constexpr (neighbour_of(kMethod) != 0) {
+        static_cast<T*>(args.dt_history)[slot * channels + channel] = step;
+      }
+    }
+  }
+};
+
+}  // namespace torchkiln::selective_state_update

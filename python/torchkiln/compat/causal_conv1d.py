@@ -1,0 +1,139 @@
+"""torchkiln in place of causal-conv1d: import from here, or `install()` and import as ever.
+
+Example:
+    >>> from torchkiln.compat import causal_conv1d as drop_in
+    >>> drop_in.install()
+    >>> from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+    >>> drop_in.uninstall()
+"""
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchkiln import ops
+from torchkiln._backend import backend
+from torchkiln.compat._replaced import Replaced, module
+
+__all__ = [
+    "causal_conv1d_fn",
+    "causal_conv1d_ref",
+    "causal_conv1d_update",
+    "causal_conv1d_update_ref",
+    "install",
+    "uninstall",
+]
+
+
+def _check(activation: str | None) -> None:
+    if activation not in (None, "silu", "swish"):
+        raise NotImplementedError("activation must be None, silu, or swish")
+
+
+def _beside(x: Tensor, weight: Tensor | None) -> Tensor | None:
+    """Weights as our operators take them: the peer's may have any of its dtypes."""
+    if weight is None or weight.dtype == x.dtype:
+        return weight
+    return weight.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def causal_conv1d_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As causal-conv1d's; layouts, widths and states go together as they like."""
+    _check(activation)
+    seq_idx = None if seq_idx is None else seq_idx.int()
+    initial_states = None if initial_states is None else initial_states.to(x.dtype)
+    taken = _beside(x, weight), _beside(x, bias), seq_idx, initial_states
+    result = ops.causal_conv1d_fn(x, *taken, return_final_states, activation)  # type: ignore[arg-type]
+    if not isinstance(result, tuple) or final_states_out is None:
+        return result
+    return result[0], final_states_out.copy_(result[1])
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+) -> Tensor:
+    """As causal-conv1d's; on the CPU, too."""
+    _check(activation)
+    weight, bias = _beside(x, weight), _beside(x, bias)  # type: ignore[assignment]
+    seqlens = None if cache_seqlens is None else cache_seqlens.int()
+    rows = None if conv_state_indices is None else conv_state_indices.int()
+    return ops.causal_conv1d_update(x, conv_state, weight, bias, activation, seqlens, rows)
+
+
+def causal_conv1d_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As causal-conv1d's, in plain PyTorch."""
+    with backend("reference"):
+        return causal_conv1d_fn(
+            x,
+            weight,
+            bias,
+            None,
+            initial_states,
+            return_final_states,
+            final_states_out,
+            activation,
+        )
+
+
+def causal_conv1d_update_ref(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
+) -> Tensor:
+    """As causal-conv1d's, in plain PyTorch."""
+    with backend("reference"):
+        return causal_conv1d_update(x, conv_state, weight, bias, activation, cache_seqlens)
+
+
+_NAMES = {
+    function.__name__: function
+    for function in (
+        causal_conv1d_fn,
+        causal_conv1d_ref,
+        causal_conv1d_update,
+        causal_conv1d_update_ref,
+    )
+}
+_replaced = Replaced(
+    [
+        module(
+            "causal_conv1d",
+            {
+                "__path__": [],
+                "causal_conv1d_fn": causal_conv1d_fn,
+                "causal_conv1d_update": causal_conv1d_update,
+            },
+        ),
+        module("causal_conv1d.causal_conv1d_interface", _NAMES),
+    ]
+)
+install = _replaced.install
+uninstall = _replaced.uninstall

@@ -1,0 +1,329 @@
+"""SelectiveScan, Mamba and BidirectionalMamba: layers around selective_scan."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torchkiln.ops import (
+    ScanHistory,
+    causal_conv1d_fn,
+    causal_conv1d_update,
+    mamba_inner_fn,
+    scan_history,
+    selective_scan,
+    selective_state_update,
+)
+
+__all__ = ["BidirectionalMamba", "Mamba", "MambaState", "SelectiveScan"]
+
+
+class SelectiveScan(nn.Module):
+    """A selective scan with its parameters: steps, B and C are projections of the input.
+
+    Args:
+        dim: channels.
+        d_state: states of a channel.
+        dt_rank: of the projection of the steps; "auto": dim / 16, rounded up.
+        dt_min: smallest step at the start.
+        dt_max: largest step at the start; they are log-uniform between the two.
+        dt_init_floor: no step is smaller at the start.
+        discretization_method: `discretization` of `torchkiln.ops.selective_scan`.
+        reverse: whether it scans from the last position to the first.
+
+    Example:
+        >>> import torch
+        >>> from torchkiln.nn import SelectiveScan
+        >>> SelectiveScan(8)(torch.zeros(2, 8, 5)).shape
+        torch.Size([2, 8, 5])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 16,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        discretization_method: str = "mamba",
+        reverse: bool = False,
+    ) -> None:
+        super().__init__()
+        self.discretization_method = discretization_method
+        self.reverse = reverse
+        self.dt_rank = dt_rank if isinstance(dt_rank, int) else math.ceil(dim / 16)
+        self.d_state = d_state
+        self.x_proj = nn.Linear(dim, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, dim)
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        steps = torch.exp(torch.rand(dim) * math.log(dt_max / dt_min) + math.log(dt_min))
+        steps = steps.clamp(min=dt_init_floor)
+        with torch.no_grad():
+            # The inverse of softplus.
+            self.dt_proj.bias.copy_(steps + torch.log(-torch.expm1(-steps)))
+        self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(dim, 1))
+        self.D = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """Returns (batch, dim, length) for x, and a gate z, of that shape."""
+        rows = torch.matmul(self.x_proj.weight, x)
+        rank, n = self.dt_rank, self.d_state
+        delta = torch.matmul(self.dt_proj.weight, rows[:, :rank])
+        out = selective_scan(
+            x,
+            delta,
+            -self.A_log.float().exp(),
+            rows[:, rank : rank + n],
+            rows[:, rank + n :],
+            self.D.float(),
+            z,
+            self.dt_proj.bias.float(),
+            True,
+            self.discretization_method,
+            reverse=self.reverse,
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    def extra_repr(self) -> str:
+        """Shows the rule."""
+        return f"discretization_method={self.discretization_method!r}, reverse={self.reverse}"
+
+
+@dataclass
+class MambaState:
+    """What `Mamba.step` keeps of a sequence; changed in place.
+
+    Attributes:
+        conv: (batch, d_inner, d_conv - 1), the last inputs of the convolution.
+        scan: (batch, d_inner, d_state), of the scan.
+        history: the last samples, for rules that take them in.
+    """
+
+    conv: Tensor
+    scan: Tensor
+    history: ScanHistory | None
+
+
+class Mamba(nn.Module):
+    """A Mamba block; parameters have the names and shapes of mamba-ssm's.
+
+    Args:
+        d_model: channels of input and output.
+        d_state: states of a channel.
+        d_conv: width of the convolution.
+        expand: inner channels are expand * d_model.
+        dt_rank: of the projection of the steps; "auto": d_model / 16, rounded up.
+        dt_min: smallest step at the start.
+        dt_max: largest step at the start; they are log-uniform between the two.
+        dt_init_floor: no step is smaller at the start.
+        conv_bias: whether the convolution has a bias.
+        bias: whether the projections have one.
+        discretization_method: `discretization` of `torchkiln.ops.selective_scan`.
+        reverse: whether it goes from the last position to the first.
+
+    Example:
+        >>> import torch
+        >>> from torchkiln.nn import Mamba
+        >>> Mamba(8, discretization_method="zoh")(torch.zeros(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        discretization_method: str = "mamba",
+        reverse: bool = False,
+    ) -> None:
+        super().__init__()
+        inner = int(expand * d_model)
+        rank = dt_rank if isinstance(dt_rank, int) else math.ceil(d_model / 16)
+        scan = SelectiveScan(
+            inner, d_state, rank, dt_min, dt_max, dt_init_floor, discretization_method, reverse
+        )
+        self.d_inner, self.d_state, self.dt_rank = inner, d_state, rank
+        self.discretization_method, self.reverse = discretization_method, reverse
+        self.in_proj = nn.Linear(d_model, 2 * inner, bias=bias)
+        self.conv1d = nn.Conv1d(
+            inner, inner, d_conv, groups=inner, padding=d_conv - 1, bias=conv_bias
+        )
+        # Where mamba-ssm has them: state dicts are exchanged.
+        self.x_proj, self.dt_proj = scan.x_proj, scan.dt_proj
+        self.A_log, self.D = scan.A_log, scan.D
+        self.out_proj = nn.Linear(inner, d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns (batch, length, d_model) for x of that shape."""
+        return self._inner(self._project(x), self.out_proj.weight, self.out_proj.bias)
+
+    def mixed(self, xz: Tensor) -> Tensor:
+        """What lies between the projections: (batch, d_inner, length) of (batch, 2 d_inner, L)."""
+        return self._inner(xz, None, None)
+
+    def _project(self, x: Tensor) -> Tensor:
+        """X and z as (batch, 2 d_inner, length), positions contiguous."""
+        xz = torch.matmul(self.in_proj.weight, x.transpose(1, 2))
+        return xz if self.in_proj.bias is None else xz + self.in_proj.bias[:, None].to(xz.dtype)
+
+    def _inner(self, xz: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return mamba_inner_fn(
+            xz,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            weight,
+            bias,
+            -self.A_log.float().exp(),
+            D=self.D.float(),
+            delta_bias=self.dt_proj.bias.float(),
+            discretization=self.discretization_method,
+            reverse=self.reverse,
+        )
+
+    @torch.no_grad()
+    def prefill(self, x: Tensor) -> tuple[Tensor, MambaState]:
+        """Runs (batch, length, d_model), length 0 to begin with nothing, and returns a state too.
+
+        Raises:
+            ValueError: for a reversed block, and for poly, which takes in a later sample.
+        """
+        if self.reverse:
+            raise ValueError("Mamba.prefill: reverse must be False to decode; got True")
+        inner, z = self._project(x).chunk(2, dim=1)
+        inner, conv = causal_conv1d_fn(
+            inner,
+            self.conv1d.weight[:, 0],
+            self.conv1d.bias,
+            return_final_states=True,
+            activation="silu",
+        )
+        rows = torch.matmul(self.x_proj.weight, inner)
+        B, C = rows[:, self.dt_rank :].split(self.d_state, 1)
+        history = scan_history(inner, B, self.discretization_method)
+        out, scan = selective_scan(
+            inner,
+            torch.matmul(self.dt_proj.weight, rows[:, : self.dt_rank]),
+            -self.A_log.float().exp(),
+            B,
+            C,
+            self.D.float(),
+            z,
+            self.dt_proj.bias.float(),
+            True,
+            self.discretization_method,
+            return_last_state=True,
+        )
+        return self.out_proj(out.transpose(1, 2)), MambaState(conv, scan, history)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: MambaState) -> Tensor:
+        """Returns (batch, d_model) for the next position x of that shape; changes the state."""
+        inner, z = self.in_proj(x).chunk(2, dim=1)
+        inner = causal_conv1d_update(
+            inner, state.conv, self.conv1d.weight[:, 0], self.conv1d.bias, "silu"
+        )
+        dt, B, C = self.x_proj(inner).split([self.dt_rank, self.d_state, self.d_state], 1)
+        out = selective_state_update(
+            state.scan,
+            inner,
+            functional.linear(dt, self.dt_proj.weight),
+            -self.A_log.float().exp(),
+            B,
+            C,
+            self.D.float(),
+            z,
+            self.dt_proj.bias.float(),
+            True,
+            discretization=self.discretization_method,
+            history=state.history,
+        )
+        projected: Tensor = self.out_proj(out)
+        return projected
+
+    def extra_repr(self) -> str:
+        """Shows the rule."""
+        return f"discretization_method={self.discretization_method!r}, reverse={self.reverse}"
+
+
+class BidirectionalMamba(nn.Module):
+    """A block as in Vision Mamba: two scans of one projection, from both ends, are added.
+
+    Both directions have parameters of their own and the same rule.
+
+    Args:
+        d_model: channels of input and output.
+        d_state: states of a channel.
+        d_conv: width of the convolutions.
+        expand: inner channels are expand * d_model.
+        dt_rank: of the projection of the steps; "auto": d_model / 16, rounded up.
+        divide: whether the mean of the two is taken instead of their sum.
+        discretization_method: `discretization` of `torchkiln.ops.selective_scan`.
+
+    Source:
+        Zhu et al., "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State
+        Space Model", 2024, algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> from torchkiln.nn import BidirectionalMamba
+        >>> BidirectionalMamba(8)(torch.zeros(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | str = "auto",
+        divide: bool = False,
+        discretization_method: str = "mamba",
+    ) -> None:
+        super().__init__()
+        self.divide = divide
+        self.ahead = Mamba(
+            d_model,
+            d_state,
+            d_conv,
+            expand,
+            dt_rank,
+            discretization_method=discretization_method,
+        )
+        back = Mamba(
+            d_model,
+            d_state,
+            d_conv,
+            expand,
+            dt_rank,
+            discretization_method=discretization_method,
+            reverse=True,
+        )
+        # The projections are shared.
+        del back.in_proj, back.out_proj
+        self.back = back
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns (batch, length, d_model) for x of that shape."""
+        xz = self.ahead._project(x)
+        both = self.ahead.mixed(xz) + self.back.mixed(xz)
+        both = both / 2 if self.divide else both
+        projected: Tensor = self.ahead.out_proj(both.transpose(1, 2))
+        return projected

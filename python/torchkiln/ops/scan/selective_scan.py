@@ -1,0 +1,298 @@
+"""Selective scan: a linear recurrence with input-dependent steps, by nine discretizations."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchkiln._frame import deterministic_default, operator
+
+__all__ = ["selective_scan"]
+
+# Values of the schema's `method`.
+_METHODS = {
+    "mamba": 0,
+    "zoh": 1,
+    "foh": 2,
+    "bilinear": 3,
+    "tustin": 4,
+    "poly": 5,
+    "highorder": 6,
+    "rk4": 7,
+    "rk4_constant": 8,
+}
+# Those whose weights differ when steps are not equal.
+_TRUE_TIME = {"poly": 9, "highorder": 10}
+
+# Steps between two states that are kept for the backward; kCheckpoint of selective_scan.h.
+_CHECKPOINT = 128
+
+
+def _weights_dtype(u: Tensor) -> torch.dtype:
+    return torch.float64 if u.dtype == torch.float64 else torch.float32
+
+
+def _fake(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    method: int = 0,
+    initial_state: Tensor | None = None,
+    reverse: bool = False,
+    with_checkpoints: bool = False,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, dim, length = u.shape
+    chunks = (length + _CHECKPOINT - 1) // _CHECKPOINT
+    weights = _weights_dtype(u)
+    state = u.new_empty((batch, dim, *A.shape[1:]), dtype=weights)
+    kept = (batch, dim, chunks, *A.shape[1:]) if with_checkpoints else (0,)
+    return u.new_empty(u.shape), state, u.new_empty(kept, dtype=weights)
+
+
+def _fake_backward(
+    grad_out: Tensor,
+    grad_last_state: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    checkpoints: Tensor,
+    delta_softplus: bool,
+    method: int,
+    reverse: bool,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weights = _weights_dtype(u)
+
+    def like(tensor: Tensor) -> Tensor:
+        return tensor.new_empty(tensor.shape)
+
+    return (
+        like(u),
+        like(delta),
+        like(A),
+        like(B),
+        like(C),
+        u.new_empty((u.shape[1] if D is not None else 0,), dtype=weights),
+        u.new_empty(u.shape if z is not None else (0,)),
+        u.new_empty((u.shape[1] if delta_bias is not None else 0,), dtype=weights),
+        u.new_empty((u.shape[0], u.shape[1], *A.shape[1:]), dtype=weights),
+    )
+
+
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    *tensors, softplus, method, initial_state, reverse, _, deterministic = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.mark_non_differentiable(output[2])
+    ctx.has_initial_state = initial_state is not None
+    ctx.settings = softplus, method, reverse, deterministic
+
+
+def _backward(
+    ctx: Any, grad_out: Tensor, grad_last_state: Tensor, _: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
+    *tensors, checkpoints = ctx.saved_tensors
+    grads = _selective_scan_backward(
+        grad_out, grad_last_state, *tensors, checkpoints, *ctx.settings
+    )
+    of_inputs = [None if x is None else grad for x, grad in zip(tensors, grads, strict=False)]
+    return (*of_inputs, None, None, grads[-1] if ctx.has_initial_state else None)
+
+
+_selective_scan_backward = operator("_selective_scan_backward", fake=_fake_backward)
+_selective_scan = operator(
+    "selective_scan", fake=_fake, setup_context=_setup_context, backward=_backward
+)
+
+
+def _method(discretization: str, true_time: bool) -> int:
+    if discretization not in _METHODS:
+        names = ", ".join(_METHODS)
+        raise ValueError(
+            f"selective_scan: discretization must be one of {names}; got {discretization!r}"
+        )
+    if true_time and discretization in _TRUE_TIME:
+        return _TRUE_TIME[discretization]
+    return _METHODS[discretization]
+
+
+def _weight(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A floating tensor in the dtype of weights; whatever else as it is, for plan() to refuse."""
+    if tensor is None or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(dtype)
+
+
+def _parts(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Real and imaginary part of a complex number as a last dimension of 2."""
+    return torch.view_as_real(tensor.to(dtype.to_complex()))
+
+
+def _input_matrix(tensor: Tensor, is_complex: bool, dtype: torch.dtype) -> Tensor:
+    """B or C as the schema takes it: constant like A, or (batch, groups, N, length)."""
+    if tensor.dim() == 2:
+        if is_complex:
+            return _parts(tensor, dtype)
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if tensor.is_complex() and is_complex:
+        tensor = torch.view_as_real(tensor).flatten(-2)
+    return tensor.unsqueeze(1) if tensor.dim() == 3 else tensor
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    discretization: str = "mamba",
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+    reverse: bool = False,
+    *,
+    true_time: bool = False,
+    deterministic: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Runs a diagonal state space model whose step, input and output maps depend on the input.
+
+    With d_k = delta_k + delta_bias (through softplus if asked for), z_k = A d_k and v_k = B_k u_k:
+
+        h_k = alpha(z_k) h_{k-1} + d_k sum_j w_j(z_k) v_{k+j}
+        out_k = (sum_n C_{k,n} h_{k,n} + D u_k) * silu(z_k)
+
+    | discretization | alpha | input term | exact for |
+    |---|---|---|---|
+    | mamba | exp(z) | v_k (Mamba's own rule) | - |
+    | zoh | exp(z) | v_k held over the step | constant input |
+    | foh | exp(z) | linear through v_{k-1}, v_k | linear input |
+    | bilinear | (1+z/2)/(1-z/2) | v_k | - |
+    | tustin | (1+z/2)/(1-z/2) | mean of v_{k-1}, v_k | - |
+    | poly | exp(z) | quadratic through v_{k-1}, v_k, v_{k+1}: not causal | quadratic input |
+    | highorder | exp(z) | quadratic through v_{k-2}, v_{k-1}, v_k | quadratic input |
+    | rk4 | Runge-Kutta of order 4 | linear through v_{k-1}, v_k | - |
+    | rk4_constant | Runge-Kutta of order 4 | v_k held over the step | - |
+
+    Samples beyond either end repeat the first or last one. The Runge-Kutta rules are stable only
+    for z in [-2.785, 0]; the others for every A with a negative real part.
+
+    Args:
+        u: (batch, dim, length), float16, bfloat16, float32 or float64.
+        delta: steps, like u.
+        A: (dim, N), real or complex; N up to 256.
+        B: (dim, N) constant; (batch, N, length) or (batch, G, N, length) with the dtype of u,
+            where dim is a multiple of G and channel i is in group i // (dim / G). With a complex
+            A: complex, or 2 * length real numbers, real and imaginary parts in turns.
+        C: like B, one of the forms for itself.
+        D: (dim,).
+        z: like u; the output is multiplied by silu(z).
+        delta_bias: (dim,).
+        delta_softplus: whether the steps go through softplus.
+        discretization: see above.
+        initial_state: (batch, dim, N), complex if A is; None: 0.
+        return_last_state: whether the state after the last step is returned, too.
+        reverse: whether the scan goes from the last position to the first.
+        true_time: whether the quadratic rules (poly, highorder) take the lengths of neighbouring
+            steps into account; without it their weights are those of equal steps. The weights grow
+            without bound where neighbouring steps differ much.
+        deterministic: whether two runs of the gradient give the same bits; None follows
+            `torch.use_deterministic_algorithms`.
+
+    Returns:
+        (batch, dim, length), dtype of u; with return_last_state also (batch, dim, N), float32
+        (complex64 for a complex A; float64 and complex128 for float64).
+
+    Raises:
+        TypeError: for another dtype.
+        ValueError: for another shape, discretization or device, or N above 256.
+
+    Differentiable: u, delta, A, B, C, D, z, delta_bias, initial_state; through both results. A, D,
+    delta_bias, initial_state and constant B and C may have any real dtype and are computed with in
+    float32 (float64 for float64). Deterministic: forward yes; backward on CUDA adds the gradients
+    of variable B and C by atomics unless `deterministic`, which takes more memory. Autocast:
+    nothing is cast; where u, delta, z and variable B and C differ they get their common dtype.
+
+    Note:
+        Real sums are float32 for the half types. For the gradient a state is kept for every 128
+        positions; all others are computed again.
+
+    Source:
+        Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023; the
+        rules: exponential integrators with polynomial holds, and docs/selective_scan.md.
+
+    Example:
+        >>> import torch
+        >>> from torchkiln.ops import selective_scan
+        >>> u, delta = torch.ones(1, 1, 4), torch.full((1, 1, 4), 0.5)
+        >>> A, B, C = -torch.ones(1, 1), torch.ones(1, 1), torch.ones(1, 1)
+        >>> selective_scan(u, delta, A, B, C, discretization="zoh")
+        tensor([[[0.3935, 0.6321, 0.7769, 0.8647]]])
+    """
+    method = _method(discretization, true_time)
+    deterministic = deterministic_default(deterministic)
+    weights = _weights_dtype(u)
+    is_complex = A.is_complex()
+    if torch.is_autocast_enabled(u.device.type):
+        u, delta, z, B, C = _common_dtype(u, delta, z, B, C)
+    B, C = (_input_matrix(tensor, is_complex, weights) for tensor in (B, C))
+    if is_complex:
+        initial_state = None if initial_state is None else _parts(initial_state, weights)
+    tensors = u, delta, A, B, C, D, z, delta_bias, initial_state
+    needs_grad = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
+    )
+    out, last_state, _ = _selective_scan(
+        u,
+        delta,
+        _parts(A, weights) if is_complex else _weight(A, weights),
+        B,
+        C,
+        _weight(D, weights),
+        z,
+        _weight(delta_bias, weights),
+        delta_softplus,
+        method,
+        _weight(initial_state, weights),
+        reverse,
+        needs_grad,
+        deterministic,
+    )
+    if not return_last_state:
+        return out
+    return out, torch.view_as_complex(last_state) if is_complex else last_state
+
+
+def _common_dtype(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """All but the constant matrices (two dimensions) and what is absent, in one floating dtype."""
+    taking_part = [
+        tensor
+        for tensor in tensors
+        if tensor is not None and tensor.dim() > 2 and tensor.is_floating_point()
+    ]
+    dtype = taking_part[0].dtype if taking_part else None
+    for tensor in taking_part:
+        dtype = torch.promote_types(dtype, tensor.dtype)  # type: ignore[arg-type]
+    return tuple(
+        tensor.to(dtype) if any(tensor is other for other in taking_part) else tensor  # type: ignore[union-attr]
+        for tensor in tensors
+    )

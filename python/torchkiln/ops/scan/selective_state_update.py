@@ -1,0 +1,250 @@
+"""One position of a selective scan, from a state that is kept: what decoding does."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchkiln._frame import operator
+from torchkiln.ops.scan.selective_scan import _METHODS, _TRUE_TIME
+
+__all__ = ["ScanHistory", "scan_history", "selective_state_update"]
+
+# Samples before its own that a rule takes in; those of poly lie behind it, too.
+_BACK = {"foh": 1, "tustin": 1, "rk4": 1, "highorder": 2}
+
+
+class ScanHistory(NamedTuple):
+    """The last samples of each sequence, for rules that take them in; changed in place.
+
+    Sample k lies in slot k modulo the number of slots, which is one more than a rule looks back.
+
+    Attributes:
+        x: (rows, slots, D), D all channels.
+        B: (rows, slots, G, N), of a complex A with pairs of numbers as a last dimension.
+        dt: (rows, slots, D), float32 (float64 for float64), the steps; for rules in true time.
+        seen: (rows,) int32, how many samples came before.
+    """
+
+    x: Tensor
+    B: Tensor
+    dt: Tensor | None
+    seen: Tensor
+
+
+def _fake(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+    method: int = 0,
+    is_complex: bool = False,
+    x_history: Tensor | None = None,
+    B_history: Tensor | None = None,
+    dt_history: Tensor | None = None,
+    seen: Tensor | None = None,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_selective_state_update = operator("selective_state_update", fake=_fake)
+
+
+def _method(op: str, discretization: str, true_time: bool) -> int:
+    if discretization not in _METHODS:
+        names = ", ".join(_METHODS)
+        raise ValueError(f"{op}: discretization must be one of {names}; got {discretization!r}")
+    if true_time and discretization in _TRUE_TIME:
+        return _TRUE_TIME[discretization]
+    return _METHODS[discretization]
+
+
+def scan_history(
+    u: Tensor,
+    B: Tensor,
+    discretization: str,
+    *,
+    true_time: bool = False,
+    delta: Tensor | None = None,
+) -> ScanHistory | None:
+    """What `selective_state_update` must know of the samples that came before.
+
+    Args:
+        u: (batch, dim, length) as scanned so far; length 0 to begin with nothing.
+        B: (batch, N, length) or (batch, G, N, length) as scanned so far; complex if A is.
+        discretization: as for `selective_scan`.
+        true_time: as for `selective_scan`.
+        delta: (batch, dim, length), the steps after bias and softplus; needed in true time.
+
+    Returns:
+        None for the rules that take in their own sample only.
+
+    Raises:
+        ValueError: for poly, which takes in a later sample, and for another name.
+
+    Example:
+        >>> import torch
+        >>> from torchkiln.ops import scan_history
+        >>> history = scan_history(torch.ones(2, 4, 0), torch.ones(2, 16, 0), "foh")
+        >>> history.x.shape, history.B.shape, history.seen
+        (torch.Size([2, 2, 4]), torch.Size([2, 2, 1, 16]), tensor([0, 0], dtype=torch.int32))
+    """
+    _method("scan_history", discretization, true_time)
+    if discretization == "poly":
+        raise ValueError(
+            "scan_history: discretization must be a rule that needs no later sample; got 'poly'. "
+            "Decode with highorder, or scan whole sequences"
+        )
+    back = _BACK.get(discretization, 0)
+    if back == 0:
+        return None
+    B = B.unsqueeze(1) if B.dim() == 3 else B
+    last = B.movedim(3, 1).contiguous()
+    if last.is_complex():
+        last = torch.view_as_real(last)
+    needs_steps = true_time and discretization in _TRUE_TIME
+    if needs_steps and delta is None:
+        raise ValueError("scan_history: delta must be given in true time; got None")
+    steps = None
+    if needs_steps and delta is not None:
+        wide = torch.float64 if u.dtype == torch.float64 else torch.float32
+        steps = _ring(delta.movedim(2, 1).to(wide), back + 1)
+    seen = torch.full((u.shape[0],), u.shape[2], dtype=torch.int32, device=u.device)
+    return ScanHistory(
+        _ring(u.movedim(2, 1), back + 1), _ring(last.to(u.dtype), back + 1), steps, seen
+    )
+
+
+def _ring(samples: Tensor, slots: int) -> Tensor:
+    """The last of (batch, length, ...) samples, each in its slot."""
+    length = samples.shape[1]
+    ring = samples.new_zeros(samples.shape[0], slots, *samples.shape[2:])
+    for k in range(max(length - slots, 0), length):
+        ring[:, k % slots] = samples[:, k]
+    return ring
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+    *,
+    discretization: str = "mamba",
+    true_time: bool = False,
+    history: ScanHistory | None = None,
+) -> Tensor:
+    """Goes on with `selective_scan` by one position from its state, which is changed in place.
+
+    Args:
+        state: (B, D, N), or (B, H, D, N) with heads; dtype of `x` or float32, complex64 if A is
+            complex; any strides.
+        x: (B, D) or (B, H, D), float16, bfloat16, float32 or float64.
+        dt: steps, like `x`.
+        A: (D, N) or (H, D, N), dtype of `x` or float32, or complex; strides of 0 cost nothing.
+        B: (B, N) or (B, G, N), dtype of `x`: channels, or heads where there are any, share it in G
+            equal groups. With a complex A: complex, or 2 N real numbers, real and imaginary parts
+            in turns.
+        C: like `B`.
+        D: (D,) or (H, D), dtype of `x` or float32.
+        z: like `x`; the output is multiplied by silu(z).
+        dt_bias: like `D`.
+        dt_softplus: whether the steps go through softplus.
+        state_batch_indices: (B,) int32: `state` is (rows, ...), and this is the row of each
+            sequence, no row twice. Below 0 (on CUDA from `rows` on, too): there is none, the
+            result is 0.
+        discretization: as for `selective_scan`; poly is refused, as it takes in a later sample.
+        true_time: as for `selective_scan`.
+        history: for foh, tustin, rk4 and highorder, of `scan_history`; changed in place.
+
+    Returns:
+        The shape and dtype of `x`, contiguous.
+
+    Raises:
+        TypeError: for another dtype.
+        ValueError: for another shape or discretization, different devices, or a missing history.
+        IndexError: for a row beyond the state, on the CPU.
+
+    Differentiable: no. Deterministic: yes. Autocast: as without.
+
+    Source:
+        Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023,
+        section 3; the rules as for `selective_scan`.
+
+    Example:
+        >>> import torch
+        >>> from torchkiln.ops import selective_state_update
+        >>> state = torch.zeros(1, 1, 1)
+        >>> one = torch.ones(1, 1)
+        >>> for _ in range(2):
+        ...     print(selective_state_update(state, one, one / 2, -one, one, one,
+        ...                                  discretization="zoh"))
+        tensor([[0.3935]])
+        tensor([[0.6321]])
+    """
+    method = _method("selective_state_update", discretization, true_time)
+    is_complex = A.is_complex()
+    if is_complex:
+        if not state.is_complex():
+            raise TypeError(
+                "selective_state_update: state must be complex beside a complex A; got "
+                f"{str(state.dtype).removeprefix('torch.')}"
+            )
+        state, A = torch.view_as_real(state), torch.view_as_real(A)
+        B, C = (_pairs(tensor, x.dtype) for tensor in (B, C))
+    if B.dim() - is_complex == 2:
+        B = B.unsqueeze(1)
+    if C.dim() - is_complex == 2:
+        C = C.unsqueeze(1)
+    out = _selective_state_update(
+        state,
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        dt_softplus,
+        state_batch_indices,
+        method,
+        is_complex,
+        *((None,) * 4 if history is None else history),
+    )
+    if history is not None:
+        _count(history.seen, state_batch_indices)
+    return out
+
+
+def _pairs(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Complex numbers, or real and imaginary parts in turns, as pairs."""
+    if tensor.is_complex():
+        return torch.view_as_real(tensor).to(dtype)
+    parts: Tensor = tensor.unflatten(-1, (-1, 2))
+    return parts
+
+
+def _count(seen: Tensor, rows: Tensor | None) -> None:
+    if rows is None:
+        seen += 1
+    else:
+        seen.index_add_(0, rows.clamp(min=0).long(), (rows >= 0).to(seen.dtype))

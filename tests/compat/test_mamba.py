@@ -1,0 +1,259 @@
+"""mamba-ssm's, causal-conv1d's and the Vision Mamba fork's names: semantics, and where they lie."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchkiln import ops
+from torchkiln._backend import choice
+from torchkiln.compat import causal_conv1d, mamba, visionmamba
+from torchkiln.testing import Inputs
+
+# Independent of the code: signatures as the peers' users know them.
+SIGNATURES = {
+    mamba.selective_scan_fn: "u, delta, A, B, C, D, z, delta_bias, delta_softplus, "
+    "return_last_state",
+    mamba.mamba_inner_fn: "xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, "
+    "out_proj_weight, out_proj_bias, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, "
+    "delta_softplus, checkpoint_lvl, b_rms_weight, c_rms_weight, dt_rms_weight, b_c_dt_rms_eps, "
+    "discretization, reverse",
+    mamba.selective_state_update: "state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, "
+    "state_batch_indices",
+    causal_conv1d.causal_conv1d_fn: "x, weight, bias, seq_idx, initial_states, "
+    "return_final_states, final_states_out, activation",
+    causal_conv1d.causal_conv1d_update: "x, conv_state, weight, bias, activation, cache_seqlens, "
+    "conv_state_indices",
+    visionmamba.selective_scan_fn: "u, delta, A, B, C, D, z, delta_bias, delta_softplus, "
+    "return_last_state, discretization_method, use_cuda_kernel",
+    visionmamba.mamba_inner_fn_no_out_proj: "xz, conv1d_weight, conv1d_bias, x_proj_weight, "
+    "delta_proj_weight, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus, "
+    "checkpoint_lvl, discretization_method",
+    visionmamba.bimamba_inner_fn: "xz, conv1d_weight, conv1d_bias, x_proj_weight, "
+    "delta_proj_weight, out_proj_weight, out_proj_bias, A, A_b, B, C, D, delta_bias, B_proj_bias, "
+    "C_proj_bias, delta_softplus, discretization_method",
+}
+PLACES = {
+    mamba: (
+        ("mamba_ssm", "selective_scan_fn"),
+        ("mamba_ssm", "mamba_inner_fn"),
+        ("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn"),
+        ("mamba_ssm.ops.selective_scan_interface", "selective_scan_ref"),
+        ("mamba_ssm.ops.selective_scan_interface", "mamba_inner_fn"),
+        ("mamba_ssm.ops.selective_scan_interface", "SelectiveScanFn"),
+        ("mamba_ssm.ops.triton.selective_state_update", "selective_state_update"),
+    ),
+    causal_conv1d: (
+        ("causal_conv1d", "causal_conv1d_fn"),
+        ("causal_conv1d", "causal_conv1d_update"),
+        ("causal_conv1d.causal_conv1d_interface", "causal_conv1d_fn"),
+        ("causal_conv1d.causal_conv1d_interface", "causal_conv1d_ref"),
+    ),
+    visionmamba: (
+        ("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn"),
+        ("mamba_ssm.ops.selective_scan_interface", "mamba_inner_fn_no_out_proj"),
+        ("mamba_ssm.ops.selective_scan_interface", "bimamba_inner_fn"),
+    ),
+}
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda f: f"{f.__module__}.{f.__name__}")
+def test_signature(function: Any) -> None:
+    assert ", ".join(inspect.signature(function).parameters) == SIGNATURES[function]
+
+
+@pytest.mark.parametrize("drop_in", PLACES, ids=lambda module: module.__name__.rpartition(".")[2])
+def test_install_puts_the_names_where_users_find_them(drop_in: ModuleType) -> None:
+    before = {name for name in sys.modules if name.startswith(("mamba_ssm", "causal_conv1d"))}
+    drop_in.install()
+    drop_in.install()
+    try:
+        for place, name in PLACES[drop_in]:
+            assert getattr(importlib.import_module(place), name) is getattr(drop_in, name)
+    finally:
+        drop_in.uninstall()
+    after = {name for name in sys.modules if name.startswith(("mamba_ssm", "causal_conv1d"))}
+    assert after == before
+    drop_in.uninstall()
+
+
+def test_over_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own modules stay, but for those that are ours, and come back."""
+    folder = tmp_path / "mamba_ssm" / "ops"
+    folder.mkdir(parents=True)
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text("theirs = 1\n")
+    (folder / "__init__.py").write_text("")
+    (folder / "selective_scan_interface.py").write_text("selective_scan_fn = 'theirs'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    place = "mamba_ssm.ops.selective_scan_interface"
+    theirs = importlib.import_module(place)
+    mamba.install()
+    try:
+        ours = importlib.import_module(place)
+        package = importlib.import_module("mamba_ssm")
+        assert ours.selective_scan_fn is mamba.selective_scan_fn
+        assert package.theirs == 1
+        assert package.ops.selective_scan_interface is ours
+    finally:
+        mamba.uninstall()
+    assert importlib.import_module(place) is theirs
+    assert package.ops.selective_scan_interface is theirs
+    for name in [name for name in sys.modules if name.startswith("mamba_ssm")]:
+        del sys.modules[name]
+
+
+def _scan(new: Inputs, length: int = 9) -> dict[str, Tensor]:
+    return {
+        "u": new.normal(2, 4, length).float(),
+        "delta": new.uniform(2, 4, length, high=0.5).float(),
+        "A": -new.uniform(4, 3, low=0.1).float(),
+        "B": new.normal(2, 3, length).float(),
+        "C": new.normal(2, 3, length).float(),
+    }
+
+
+def _euler(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """mamba-ssm's definition, word for word in tensors."""
+    state, outs = u.new_zeros(*u.shape[:2], A.shape[1]), []
+    for k in range(u.shape[2]):
+        step = delta[:, :, k, None]
+        state = (step * A).exp() * state + step * B[:, None, :, k] * u[:, :, k, None]
+        outs.append((state * C[:, None, :, k]).sum(-1))
+    return torch.stack(outs, 2), state
+
+
+@pytest.mark.parametrize("function", [mamba.selective_scan_fn, visionmamba.selective_scan_fn])
+def test_zoh_is_mambas_rule(function: Any) -> None:
+    arguments = _scan(Inputs())
+    out, last = function(**arguments, return_last_state=True)
+    expected, state = _euler(**arguments)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(last, state)
+    assert torch.equal(mamba.SelectiveScanFn.apply(*arguments.values()), out)
+
+
+@pytest.mark.parametrize("method", visionmamba.DISCRETIZATIONS)
+def test_the_forks_names(method: str) -> None:
+    """Kernel and plain PyTorch agree, gradients too: there, only zoh has right ones."""
+    arguments = _scan(Inputs())
+    grads = []
+    for use_kernel in (True, False):
+        leaves = {name: value.clone().requires_grad_() for name, value in arguments.items()}
+        out = visionmamba.selective_scan_fn(
+            **leaves, discretization_method=method, use_cuda_kernel=use_kernel
+        )
+        grads.append((out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))))
+    for ours, plain in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+    native = ops.selective_scan(**arguments, discretization=visionmamba.DISCRETIZATIONS[method])
+    assert torch.equal(grads[0][0], native)
+
+
+def test_the_forks_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def scan(u: Tensor, *_: Any, **__: Any) -> Tensor:
+        seen.append(choice.reference)
+        return u
+
+    monkeypatch.setattr(ops, "selective_scan", scan)
+    for word in ("0", "1"):
+        monkeypatch.setenv("VIM_USE_CUDA_KERNEL", word)
+        visionmamba.selective_scan_fn(**_scan(Inputs()))
+    visionmamba.selective_scan_fn(**_scan(Inputs()), use_cuda_kernel=False)
+    assert seen == [True, False, True]
+
+
+def test_an_unknown_method() -> None:
+    with pytest.raises(ValueError, match=r"discretization_method must be one of zoh, foh, .*'x'"):
+        visionmamba.selective_scan_fn(**_scan(Inputs()), discretization_method="x")
+
+
+def _inner(new: Inputs) -> dict[str, Tensor | None]:
+    return {
+        "xz": new.normal(2, 8, 7).float(),
+        "conv1d_weight": new.normal(4, 1, 4).float(),
+        "conv1d_bias": new.normal(4).float(),
+        "x_proj_weight": new.normal(8, 4).float() / 2,
+        "delta_proj_weight": new.normal(4, 2).float(),
+        "out_proj_weight": new.normal(5, 4).float(),
+        "out_proj_bias": None,
+        "A": -new.uniform(4, 3, low=0.5).float(),
+    }
+
+
+def test_inner_functions() -> None:
+    arguments = _inner(Inputs())
+    out = mamba.mamba_inner_fn(**arguments)
+    torch.testing.assert_close(out, mamba.mamba_inner_ref(**arguments), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(visionmamba.mamba_inner_fn(**arguments), out)
+    weight, _ = arguments.pop("out_proj_weight"), arguments.pop("out_proj_bias")
+    bare = visionmamba.mamba_inner_fn_no_out_proj(**arguments)
+    torch.testing.assert_close(bare.transpose(1, 2) @ weight.t(), out, rtol=1e-4, atol=1e-4)
+
+
+def test_both_directions_of_one_projection() -> None:
+    """With A alone in both, the sum does not change when the sequence is read backwards."""
+    arguments = _inner(Inputs())
+    arguments["conv1d_weight"] = torch.zeros(4, 1, 4)
+    arguments["conv1d_weight"][..., -1] = 1
+    same = {**arguments, "A_b": arguments["A"]}
+    out = visionmamba.bimamba_inner_fn(**same, discretization_method="bilinear")
+    flipped = visionmamba.bimamba_inner_fn(
+        **{**same, "xz": same["xz"].flip(2)}, discretization_method="bilinear"
+    )
+    torch.testing.assert_close(out, flipped.flip(1), rtol=1e-4, atol=1e-4)
+    ahead = visionmamba.mamba_inner_fn(**arguments, discretization_method="bilinear")
+    assert not torch.allclose(out, ahead)
+
+
+def test_decode_takes_mixed_dtypes() -> None:
+    new = Inputs()
+    state = new.normal(2, 4, 3).float()
+    x, dt = new.normal(2, 4).bfloat16(), new.normal(2, 4).float()
+    A, B, C = -new.uniform(4, 3).float(), new.normal(2, 3).bfloat16(), new.normal(2, 3).float()
+    copies = state.clone(), state.clone()
+    out = mamba.selective_state_update(copies[0], x, dt, A, B, C, dt_softplus=True)
+    plain = mamba.selective_state_update_ref(copies[1], x, dt, A, B, C, dt_softplus=True)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, plain)
+    torch.testing.assert_close(*copies)
+    half = state.half()
+    mamba.selective_state_update(half, x.float(), dt, A, B.float(), C, dt_softplus=True)
+    torch.testing.assert_close(half.float(), copies[0], rtol=1e-2, atol=1e-2)
+
+
+def test_final_states_out() -> None:
+    new = Inputs()
+    x, weight = new.normal(2, 4, 9).float(), new.normal(4, 4).half()
+    kept = torch.empty(2, 4, 3)
+    out, state = causal_conv1d.causal_conv1d_fn(
+        x, weight, return_final_states=True, final_states_out=kept, activation="swish"
+    )
+    assert state is kept
+    assert torch.equal(kept, x[:, :, -3:])
+    plain = causal_conv1d.causal_conv1d_ref(x, weight, activation="silu")
+    torch.testing.assert_close(out, plain)
+    with pytest.raises(NotImplementedError, match="activation must be None, silu, or swish"):
+        causal_conv1d.causal_conv1d_fn(x, weight, activation="relu")
+
+
+def test_update_with_other_index_types() -> None:
+    new = Inputs()
+    state, weight = new.normal(5, 4, 3).float(), new.normal(4, 4).float()
+    x, rows = new.normal(2, 4).float(), torch.tensor([3, 0])
+    copies = state.clone(), state[rows]
+    out = causal_conv1d.causal_conv1d_update(x, copies[0], weight, conv_state_indices=rows)
+    plain = causal_conv1d.causal_conv1d_update_ref(x, copies[1], weight)
+    torch.testing.assert_close(out, plain)
+    torch.testing.assert_close(copies[0][rows], copies[1])

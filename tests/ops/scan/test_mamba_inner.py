@@ -1,0 +1,91 @@
+"""mamba_inner_fn: what is computed again, memory, complex states, autocast."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from support.op_suite import CompositionSuite, Failure
+from torchkiln.ops import causal_conv1d_fn, mamba_inner_fn
+from torchkiln.ops.scan import mamba_inner
+from torchkiln.reference.scan.mamba_inner import mamba_inner_fn as plain
+from torchkiln.reference.scan.mamba_inner import parity
+from torchkiln.testing import Inputs, prepare
+
+
+class TestMambaInner(CompositionSuite):
+    parity = parity()
+    dynamic: ClassVar = {"xz": 0}
+    without: ClassVar = {
+        "expanded": "gradients of rows that are one in memory are sums of many",
+        "autocast": "the projections run in autocast's dtype, the scan does not: see below",
+    }
+    failures = (
+        Failure(
+            "odd",
+            {"xz": lambda xz: xz[:, :7]},
+            ValueError,
+            r"^mamba_inner_fn: xz must have shape \(B, 2 D, L\); got \(2, 7, 9\)",
+        ),
+        Failure(
+            "integers",
+            {"xz": lambda xz: xz.long()},
+            TypeError,
+            r"^mamba_inner_fn: xz must be a floating-point tensor; got int64",
+        ),
+        Failure(
+            "projection",
+            {"x_proj_weight": lambda w: w[:5]},
+            ValueError,
+            r"x_proj_weight must have shape \(8, 4\); got \(5, 4\)",
+        ),
+        Failure(
+            "level",
+            {"checkpoint_lvl": 2},
+            ValueError,
+            r"checkpoint_lvl must be 0 or 1; got 2",
+        ),
+    )
+
+
+def test_level_1_computes_again(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(*arguments: Any, **settings: Any) -> Any:
+        calls.append(1)
+        return causal_conv1d_fn(*arguments, **settings)
+
+    monkeypatch.setattr(mamba_inner, "causal_conv1d_fn", counted)
+    grads = []
+    for level, expected in ((0, 1), (1, 3)):
+        calls.clear()
+        arguments = prepare(parity().cases[0], torch.float64, device)
+        xz = arguments["xz"].requires_grad_()
+        out = mamba_inner_fn(**arguments | {"checkpoint_lvl": level})
+        assert len(calls) == 1
+        grads += torch.autograd.grad(out.square().sum(), xz)
+        # For the scan, and for the projection behind it.
+        assert len(calls) == expected
+    assert torch.equal(*grads)
+
+
+def test_complex_states(device: str) -> None:
+    arguments: dict[str, Any] = prepare(parity().cases[0], torch.float64, device)
+    arguments["A"] = torch.complex(arguments["A"], Inputs().normal(4, 3).to(device))
+    arguments["x_proj_weight"] = Inputs(1).normal(2 + 12, 4).to(device)
+    torch.testing.assert_close(mamba_inner_fn(**arguments), plain(**arguments))
+
+
+def test_under_autocast(device: str) -> None:
+    arguments = prepare(parity().cases[0], torch.float32, device)
+    arguments["xz"].requires_grad_()
+    with torch.autocast(device, torch.bfloat16):
+        out = mamba_inner_fn(**arguments)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), plain(**arguments), rtol=0.05, atol=0.05)
+    (grad,) = torch.autograd.grad(out.float().sum(), arguments["xz"])
+    assert grad.dtype == torch.float32

@@ -1,0 +1,116 @@
+"""SelectiveScan, Mamba and BidirectionalMamba: decoding, both directions, every rule."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn as torch_nn
+
+from torchkiln import nn
+from torchkiln.testing import Inputs
+
+_RULES = ("mamba", "zoh", "foh", "bilinear", "tustin", "poly", "highorder", "rk4", "rk4_constant")
+
+
+def _block(rule: str, *, reverse: bool = False) -> nn.Mamba:
+    torch.manual_seed(0)
+    block = nn.Mamba(6, d_state=4, discretization_method=rule, reverse=reverse)
+    return block.double()
+
+
+@pytest.mark.parametrize("rule", _RULES)
+def test_rules_reach_the_scan_and_differentiate(rule: str) -> None:
+    x = Inputs().normal(2, 7, 6).requires_grad_()
+    out = _block(rule)(x)
+    (grad,) = torch.autograd.grad(out.square().sum(), x)
+    assert grad.isfinite().all()
+    if rule != "mamba":
+        assert not torch.allclose(out, _block("mamba")(x))
+
+
+@pytest.mark.parametrize("rule", [rule for rule in _RULES if rule != "poly"])
+def test_steps_equal_the_whole(rule: str, device: str) -> None:
+    block = _block(rule).to(device)
+    x = Inputs().normal(2, 8, 6).to(device)
+    whole = block(x)
+    for prefix in (0, 1, 5):
+        out, state = block.prefill(x[:, :prefix])
+        torch.testing.assert_close(out, whole[:, :prefix])
+        for k in range(prefix, 8):
+            torch.testing.assert_close(block.step(x[:, k], state), whole[:, k])
+
+
+def test_what_cannot_be_decoded() -> None:
+    x = torch.zeros(1, 3, 6, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"a rule that needs no later sample; got 'poly'"):
+        _block("poly").prefill(x)
+    with pytest.raises(ValueError, match=r"reverse must be False to decode; got True"):
+        _block("mamba", reverse=True).prefill(x)
+
+
+@pytest.mark.parametrize("rule", ["mamba", "poly"])
+def test_reverse_is_the_flipped_sequence(rule: str) -> None:
+    x = Inputs().normal(2, 7, 6)
+    expected = _block(rule)(x.flip(1)).flip(1)
+    torch.testing.assert_close(_block(rule, reverse=True)(x), expected)
+
+
+@pytest.mark.parametrize("rule", ["mamba", "foh"])
+def test_bidirectional_sums_both_directions(rule: str) -> None:
+    """The rule reaches both."""
+    torch.manual_seed(1)
+    block = nn.BidirectionalMamba(6, d_state=4, discretization_method=rule).double()
+    x = Inputs().normal(2, 7, 6)
+    ahead = block.ahead(x)
+    back = _block(rule)
+    back.load_state_dict({**block.ahead.state_dict(), **block.back.state_dict()})
+    torch.testing.assert_close(block(x), ahead + back(x.flip(1)).flip(1))
+    block.divide = True
+    torch.testing.assert_close(block(x), (ahead + back(x.flip(1)).flip(1)) / 2)
+    if rule == "foh":
+        for direction in (block.ahead, block.back):
+            assert direction.discretization_method == "foh"
+
+
+def test_parameters_have_the_peers_names() -> None:
+    """Shapes of mamba-ssm's Mamba(d_model=6, d_state=4)."""
+    assert {name: tuple(p.shape) for name, p in _block("mamba").state_dict().items()} == {
+        "A_log": (12, 4),
+        "D": (12,),
+        "in_proj.weight": (24, 6),
+        "conv1d.weight": (12, 1, 4),
+        "conv1d.bias": (12,),
+        "x_proj.weight": (9, 12),
+        "dt_proj.weight": (12, 1),
+        "dt_proj.bias": (12,),
+        "out_proj.weight": (6, 12),
+    }
+
+
+def test_steps_start_between_their_bounds() -> None:
+    scan = nn.SelectiveScan(256, dt_min=0.01, dt_max=0.2)
+    steps = torch_nn.functional.softplus(scan.dt_proj.bias)
+    assert 0.0099 < steps.min() < 0.02
+    assert 0.1 < steps.max() < 0.2001
+    assert scan.dt_rank == math.ceil(256 / 16)
+    assert repr(nn.SelectiveScan(8)).startswith("SelectiveScan(\n  discretization_method='mamba'")
+
+
+def test_selective_scan_is_gated() -> None:
+    scan = nn.SelectiveScan(8, d_state=4, discretization_method="zoh").double()
+    x, z = Inputs().normal(2, 8, 5), Inputs(1).normal(2, 8, 5)
+    torch.testing.assert_close(scan(x, z), scan(x) * torch_nn.functional.silu(z))
+
+
+def test_mamba_under_autocast(device: str) -> None:
+    torch.manual_seed(0)
+    block = nn.Mamba(6, d_state=4).to(device)
+    x = Inputs().normal(2, 7, 6).to(device, torch.float32)
+    with torch.autocast(device, torch.bfloat16):
+        out = block(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), block(x), rtol=0.1, atol=0.02)

@@ -1,0 +1,203 @@
+"""selective_state_update: steps equal the scan, for each causal rule; rows, heads, complex."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from support.op_suite import Failure, OpSuite
+from torchkiln import backend
+from torchkiln.ops import scan_history, selective_scan, selective_state_update
+from torchkiln.reference.scan.selective_state_update import parity
+from torchkiln.testing import Inputs
+
+_CAUSAL = ("mamba", "zoh", "foh", "bilinear", "tustin", "highorder", "rk4", "rk4_constant")
+
+
+class TestSelectiveStateUpdate(OpSuite):
+    parity = parity()
+    without: ClassVar = {"expanded": "the state is changed in place"}
+    failures = (
+        Failure(
+            "integers",
+            {"x": lambda x: x.long()},
+            TypeError,
+            r"^selective_state_update: x must be a floating-point tensor; got int64",
+        ),
+        Failure(
+            "state_shape",
+            {"state": lambda s: s[:, :4]},
+            ValueError,
+            r"state must have shape \(3, 5, 4\); got \(3, 4, 4\)",
+        ),
+        Failure(
+            "steps",
+            {"dt": lambda dt: dt[:2]},
+            ValueError,
+            r"dt must have shape \(3, 5\); got \(2, 5\)",
+        ),
+        Failure(
+            "A", {"A": lambda a: a[:, :3]}, ValueError, r"A must have shape \(5, 4\); got \(5, 3\)"
+        ),
+        Failure(
+            "groups",
+            {"B": torch.zeros(3, 2, 4, 1), "C": torch.zeros(3, 2, 4, 1)},
+            ValueError,
+            r"B must have a number of groups that divides 5; got 2",
+        ),
+        Failure(
+            "matrix",
+            {"C": lambda c: c[:, :3]},
+            ValueError,
+            r"C must have shape \(3, 1, 4\); got \(3, 1, 3\)",
+        ),
+        Failure(
+            "poly",
+            {"discretization": "poly"},
+            ValueError,
+            r"discretization must be a rule that needs no later sample; got poly\. Decode with "
+            r"highorder",
+        ),
+        Failure(
+            "unknown",
+            {"discretization": "euler"},
+            ValueError,
+            r"discretization must be one of mamba, zoh, .*; got 'euler'",
+        ),
+        Failure(
+            "indices",
+            {"state_batch_indices": torch.zeros(3).long()},
+            TypeError,
+            r"state_batch_indices must be int32; got int64",
+        ),
+    )
+
+
+def _problem(length: int, is_complex: bool, groups: int = 2) -> dict[str, Any]:
+    new = Inputs(7)
+
+    def number(*shape: int) -> Tensor:
+        re, im = new.normal(*shape), new.normal(*shape)
+        return torch.complex(re, im) if is_complex else re
+
+    return {
+        "u": new.normal(3, 4, length),
+        "delta": new.normal(3, 4, length),
+        "A": number(4, 5) - 2 * new.uniform(4, 5, low=1, high=2),
+        "B": number(3, groups, 5, length),
+        "C": number(3, groups, 5, length),
+        "D": new.normal(4),
+        "z": new.normal(3, 4, length),
+        "delta_bias": new.normal(4),
+        "delta_softplus": True,
+    }
+
+
+def _step(state: Tensor, p: dict[str, Any], k: int, **settings: Any) -> Tensor:
+    return selective_state_update(
+        state,
+        p["u"][..., k],
+        p["delta"][..., k],
+        p["A"],
+        p["B"][..., k],
+        p["C"][..., k],
+        p["D"],
+        p["z"][..., k],
+        p["delta_bias"],
+        True,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("true_time", [False, True])
+@pytest.mark.parametrize("is_complex", [False, True])
+@pytest.mark.parametrize("rule", _CAUSAL)
+def test_steps_equal_the_scan(rule: str, is_complex: bool, true_time: bool) -> None:
+    """From the start, and after a prefix that was scanned."""
+    problem = _problem(6, is_complex)
+    settings: dict[str, Any] = {"discretization": rule, "true_time": true_time}
+    with backend("reference"):
+        whole, last = selective_scan(**problem, return_last_state=True, **settings)
+    for prefix in (0, 1, 4):
+        past = {k: v[..., :prefix] if k in ("u", "delta", "B", "C", "z") else v
+                for k, v in problem.items()}  # fmt: skip
+        steps = torch.nn.functional.softplus(past["delta"] + problem["delta_bias"][:, None])
+        history = scan_history(past["u"], past["B"], rule, true_time=true_time, delta=steps)
+        state = torch.zeros_like(last)
+        if prefix:
+            with backend("reference"):
+                _, state = selective_scan(**past, return_last_state=True, **settings)
+            state = state.clone()
+        for k in range(prefix, 6):
+            out = _step(state, problem, k, history=history, **settings)
+            torch.testing.assert_close(out, whole[..., k])
+        torch.testing.assert_close(state, last)
+
+
+def test_only_named_rows_change(device: str) -> None:
+    problem = {k: v.to(device) if isinstance(v, Tensor) else v
+               for k, v in _problem(1, False).items()}  # fmt: skip
+    cache = Inputs().normal(6, 4, 5).to(device)
+    before, rows = cache.clone(), torch.tensor([4, -1, 0], dtype=torch.int32, device=device)
+    history = scan_history(
+        torch.zeros(6, 4, 0, device=device).double(),
+        torch.zeros(6, 2, 5, 0, device=device).double(),
+        "foh",
+    )
+    assert history is not None
+    out = _step(cache, problem, 0, state_batch_indices=rows, discretization="foh", history=history)
+    assert not out[1].any()
+    changed = (cache != before).flatten(1).any(1).tolist()
+    assert changed == [True, False, False, False, True, False]
+    assert history.seen.tolist() == [1, 0, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_state_and_weights_may_stay_in_float32(dtype: torch.dtype, device: str) -> None:
+    problem = _problem(1, False, groups=1)
+    wide = {k: v.to(device) for k, v in problem.items() if isinstance(v, Tensor)}
+    mixed = {k: v.to(dtype if k in ("u", "delta", "B", "C", "z") else torch.float32)
+             for k, v in wide.items()}  # fmt: skip
+    exact = {k: v.double() for k, v in mixed.items()}
+    state = Inputs().normal(3, 4, 5).to(device, torch.float32)
+    expected_state = state.double()
+    out = _step(state, mixed, 0)
+    expected = _step(expected_state, exact, 0)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, expected.to(dtype))
+    torch.testing.assert_close(state, expected_state.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_tied_heads_cost_no_memory(device: str) -> None:
+    """Mamba-2's steps: one number a head, expanded."""
+    new = Inputs()
+    state = new.normal(2, 3, 4, 8).to(device)
+    x, dt = new.normal(2, 3, 4).to(device), new.uniform(2, 3, 1).to(device)
+    A, D = -new.uniform(3, 1, 1).to(device), new.normal(3, 1).to(device)
+    B, C = new.normal(2, 1, 8).to(device), new.normal(2, 1, 8).to(device)
+    outs = []
+    for change in (lambda t: t, Tensor.contiguous):
+        copy = state.clone()
+        tied = (change(dt.expand(2, 3, 4)), change(A.expand(3, 4, 8)), B, C)
+        outs += [selective_state_update(copy, x, *tied, change(D.expand(3, 4))), copy]
+    assert torch.equal(outs[0], outs[2])
+    assert torch.equal(outs[1], outs[3])
+
+
+def test_history_is_needed() -> None:
+    one = torch.ones(1, 1)
+    with pytest.raises(ValueError, match=r"history must be given for a rule that takes in earlier"):
+        selective_state_update(torch.zeros(1, 1, 1), one, one, -one, one, one, discretization="foh")
+
+
+def test_a_row_beyond_the_state() -> None:
+    one, rows = torch.ones(1, 1), torch.tensor([2], dtype=torch.int32)
+    with pytest.raises(IndexError, match=r"state_batch_indices must be below the number of states"):
+        selective_state_update(
+            torch.zeros(2, 1, 1), one, one, -one, one, one, state_batch_indices=rows
+        )
