@@ -144,10 +144,11 @@ struct Source {
 };
 
 // Sums of input channels become blends of orientations. The threads of a bin have its channels one after the other, and
-// those of a block of orientations are in one warp. Every thread must call; `sums` has kVector places for each.
+// those of a block of orientations are in one warp. Every thread must call; `sums` has kVector places for each. A thread
+// that is not active has no neighbours to read from.
 template <int kVector, class T>
 __device__ __forceinline__ void exchange(const Args& args, const Patch<T>& patch, i64 channel,
-                                         T* sums, T* value) {
+                                         bool active, T* sums, T* value) {
   T* own = sums + threadIdx.x * kVector;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) own[i] = value[i];
@@ -156,6 +157,7 @@ __device__ __forceinline__ void exchange(const Args& args, const Patch<T>& patch
   const T* block = own - at;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
+    if (!active) break;
     const i32 first = turned_channel(at + i, patch.turn, orientations);
     const i32 second = turned_channel(at + i, patch.turn - 1, orientations);
     value[i] = (T(1) - patch.blend) * block[first] + patch.blend * block[second];
@@ -233,7 +235,7 @@ __device__ __forceinline__ void forward(const Args& args) {
       }
     }
     if constexpr (kExchanged<Op, kVector>) {
-      exchange<kVector>(args, patch, channel, exchanged, pooled.value);
+      exchange<kVector>(args, patch, channel, active, exchanged, pooled.value);
     }
     if (!active) continue;
     if constexpr (Results::kTwice) {
