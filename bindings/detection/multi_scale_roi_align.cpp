@@ -45,13 +45,17 @@ struct StagedSizes {
   std::int64_t bands_of_groups, k, lists, band_bytes, axis_bins;
 };
 struct BackwardSizes {
-  std::int64_t c, k, n, tiles;  // tiles: of one map of each level
+  std::int64_t c, k, n, levels;
+  std::int64_t pixels, rows, columns;  // of one map of each level
 };
 struct BlockTunables {
   std::int64_t block_size;
 };
 struct PlaneTunables {
   std::int64_t planes, block_size;
+};
+struct TileTunables {
+  std::int64_t tile_h, tile_w, lane_channels, block_size;
 };
 
 const std::vector<const char*> kOperators = {kOp};
@@ -66,17 +70,18 @@ const std::vector<torchkiln_size> kStagedSizes = {{"bands_of_groups", TORCHKILN_
                                                   {"lists", TORCHKILN_BUCKET_NONE},
                                                   {"band_bytes", TORCHKILN_BUCKET_NONE},
                                                   {"axis_bins", TORCHKILN_BUCKET_NONE}};
-const std::vector<torchkiln_size> kBackwardSizes = {{"c", TORCHKILN_BUCKET_POW2},
-                                                    {"k", TORCHKILN_BUCKET_POW2},
-                                                    {"n", TORCHKILN_BUCKET_NONE},
-                                                    {"tiles", TORCHKILN_BUCKET_NONE}};
+const std::vector<torchkiln_size> kBackwardSizes = {
+    {"c", TORCHKILN_BUCKET_POW2},      {"k", TORCHKILN_BUCKET_POW2},
+    {"n", TORCHKILN_BUCKET_NONE},      {"levels", TORCHKILN_BUCKET_NONE},
+    {"pixels", TORCHKILN_BUCKET_NONE}, {"rows", TORCHKILN_BUCKET_NONE},
+    {"columns", TORCHKILN_BUCKET_NONE}};
 
 using Tables = Kernel<Args, TableStatics, Sizes, BlockTunables>;
 using Planes = Kernel<Args, PlaneStatics, Sizes, PlaneTunables>;
 using Last = Kernel<Args, LastStatics, Sizes, BlockTunables>;
 using Quads = Kernel<StagedArgs, TableStatics, StagedSizes, BlockTunables>;
 using Staged = Kernel<StagedArgs, StagedStatics, StagedSizes, BlockTunables>;
-using Backward = Kernel<Args, BackwardStatics, BackwardSizes, GatherTunables>;
+using Backward = Kernel<Args, BackwardStatics, BackwardSizes, TileTunables>;
 
 const Tables tables_kernel({
     .path = "detection/multi_scale_roi_align.cuh",
@@ -167,22 +172,37 @@ const Staged staged_kernel({
         },
 });
 
+// At least as many as there are tiles, and few more: blocks that find none have nothing to do.
+std::int64_t tile_blocks(const BackwardSizes& s, const TileTunables& t) {
+  const std::int64_t h = t.tile_h - 1, w = t.tile_w - 1;
+  const std::int64_t tiles =
+      ceil_div(s.pixels + w * s.rows + h * s.columns + s.levels * h * w, t.tile_h * t.tile_w);
+  return s.n * tiles * ceil_div(s.c, 32 * t.lane_channels);
+}
+
 const Backward backward_kernel({
     .path = "detection/multi_scale_roi_align.cuh",
     .entry = "backward",
     .operators = kOperators,
     .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes), bools("channels_last")},
     .sizes = kBackwardSizes,
-    .tunables = {ints("lane_channels", kGatherLaneChannels), ints("split", kGatherSplits)},
-    .defaults = kGatherDefaults,
-    .legal = [](const Backward::Problem& p,
-                const GatherTunables& t) { return gather_fits(p.statics.scalar, t); },
-    .choose = [](const Backward::Problem& p) { return choose_gather(p.sizes.c); },
-    .geometry =
-        [](const Backward::Problem& p, const GatherTunables& t) {
-          return linear(p.sizes.n * p.sizes.tiles * ceil_div(p.sizes.c, t.channels()),
-                        t.block_size());
+    .tunables = {ints("tile_h", {4, 8, 16}), ints("tile_w", {8, 16, 32}),
+                 ints("lane_channels", {1, 2, 4}), ints("block_size", {128, 256, 512})},
+    .defaults =
+        {{16, 16, 1, 256}, {8, 16, 1, 256}, {8, 16, 2, 256}, {8, 8, 4, 256}, {8, 8, 2, 256}},
+    .legal =
+        [](const Backward::Problem& p, const TileTunables& t) {
+          const std::int64_t bytes = p.statics.scalar == TORCHKILN_DOUBLE ? 8 : 4;
+          return t.tile_h * t.tile_w * (32 * t.lane_channels + 1) * bytes <= 40 * 1024;
         },
+    .choose = [](const Backward::Problem& p) -> std::uint32_t {
+      if (p.statics.scalar == TORCHKILN_DOUBLE) return 1;
+      if (p.sizes.c < 128) return p.sizes.c >= 64 ? 2 : 0;
+      // As in roi_align.
+      return tile_blocks(p.sizes, {8, 8, 4, 256}) < 4 * p.device.multiprocessors ? 4 : 3;
+    },
+    .geometry = [](const Backward::Problem& p,
+                   const TileTunables& t) { return linear(tile_blocks(p.sizes, t), t.block_size); },
 });
 
 // ---- launches ----
@@ -336,9 +356,11 @@ void launch_backward(const CudaPlace& place, MultiScalePlan& p) {
   const auto [taps, ranges, spans] = table.read();
   const auto maps = of_levels(offsetof(Args, pyramid), p.maps, TORCHKILN_WRITE);
   const roi_align::Regions& r = p.args.regions;
-  BackwardSizes sizes{r.c, r.k, r.n, 0};
+  BackwardSizes sizes{r.c, r.k, r.n, p.args.pyramid.count, 0, 0, 0};
   for (const Level& level : p.args.pyramid.levels) {
-    sizes.tiles += GatherTunables::tiles(level.h, level.w);
+    sizes.pixels += std::int64_t{level.h} * level.w;
+    sizes.rows += level.h;
+    sizes.columns += level.w;
   }
   backward_kernel.run(
       place, {kernel_type_of(p), index_type_of(p), p.channels_last}, sizes, p.args,

@@ -37,9 +37,6 @@ struct Sizes {
 struct StagedSizes {
   std::int64_t groups, k, images, bands, band_bytes, axis_bins;  // groups of maps
 };
-struct GatherSizes {
-  std::int64_t c, k, n, tiles;
-};
 struct BlockTunables {
   std::int64_t block_size;
 };
@@ -56,7 +53,6 @@ const std::vector<torchkiln_size> kStagedSizes = {
 using Tables = Kernel<Args, TableStatics, Sizes, BlockTunables>;
 using Lists = Kernel<StagedArgs, TableStatics, StagedSizes, BlockTunables>;
 using Staged = Kernel<StagedArgs, StagedStatics, StagedSizes, BlockTunables>;
-using Gather = Kernel<Args, BoxStatics, GatherSizes, GatherTunables>;
 using Boxes = Kernel<BoxArgs, BoxStatics, Sizes, BlockTunables>;
 
 const Tables tables_kernel({
@@ -108,28 +104,6 @@ const Staged staged_kernel({
         [](const Staged::Problem& p, const BlockTunables& t) {
           return linear(p.sizes.groups * p.sizes.bands, t.block_size,
                         static_cast<std::uint32_t>(p.sizes.band_bytes));
-        },
-});
-
-const Gather gather_kernel({
-    .path = "detection/prroi_pool.cuh",
-    .entry = "gather",
-    .operators = {"prroi_pool"},
-    .statics = {types("scalar", kFloatTypes), types("index", {TORCHKILN_I32, TORCHKILN_I64}),
-                bools("channels_last")},
-    .sizes = {{"c", TORCHKILN_BUCKET_POW2},
-              {"k", TORCHKILN_BUCKET_POW2},
-              {"n", TORCHKILN_BUCKET_NONE},
-              {"tiles", TORCHKILN_BUCKET_NONE}},
-    .tunables = {ints("lane_channels", kGatherLaneChannels), ints("split", kGatherSplits)},
-    .defaults = kGatherDefaults,
-    .legal = [](const Gather::Problem& p,
-                const GatherTunables& t) { return gather_fits(p.statics.scalar, t); },
-    .choose = [](const Gather::Problem& p) { return choose_gather(p.sizes.c); },
-    .geometry =
-        [](const Gather::Problem& p, const GatherTunables& t) {
-          return linear(p.sizes.n * p.sizes.tiles * ceil_div(p.sizes.c, t.channels()),
-                        t.block_size());
         },
 });
 
@@ -258,13 +232,7 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes, std::int64_
   const CudaPlace place(p.maps);
   p.bins = as_layout(place, p.bins, true);
   p.args.bins = const_cast<void*>(p.bins.const_data_ptr());
-  const TapTable<Args> table = make_table(place, p.maps, p.boxes, p.args);
-  const auto [taps, ranges, spans] = table.read();
-  gather_kernel.run(
-      place, {kernel_type(p.maps.scalar_type()), index_type(p.maps, p.bins), p.channels_last},
-      {c, p.args.regions.k, n, GatherTunables::tiles(h, w)}, p.args,
-      {reads(offsetof(Args, regions), p.boxes), reads(offsetof(Args, bins), p.bins),
-       unused(offsetof(Args, argmax)), taps, ranges, spans, writes(offsetof(Args, maps), p.maps)});
+  gather_by_table(place, p, make_table(place, p.maps, p.boxes, p.args));
   return p.maps;
 }
 

@@ -6,7 +6,6 @@
 #include <array>
 #include <cstddef>
 #include <limits>
-#include <vector>
 
 #include "bindings/detection/layout_copy.h"
 #include "bindings/detection/roi_align.h"
@@ -42,27 +41,6 @@ void average_by_table(const CudaPlace& place, const RoiAlignPlan& p,
                       const TapTable<roi_align::Args>& table);
 void gather_by_table(const CudaPlace& place, const RoiAlignPlan& p,
                      const TapTable<roi_align::Args>& table);
-
-// Of kernels that gather gradients (roi_gather.cuh): 32 channels a lane's place, and warps that share a row of a tile.
-struct GatherTunables {
-  std::int64_t lane_channels, split;
-
-  static constexpr std::int64_t kSide = 8;
-  std::int64_t channels() const { return 32 * lane_channels; }
-  std::int64_t block_size() const { return 32 * kSide * split; }
-  static std::int64_t tiles(std::int64_t h, std::int64_t w) {
-    return ceil_div(h, kSide) * ceil_div(w, kSide);
-  }
-};
-inline const std::vector<std::int64_t> kGatherLaneChannels = {1, 2, 4}, kGatherSplits = {1, 2, 4};
-inline const std::vector<GatherTunables> kGatherDefaults = {{2, 2}, {1, 2}};
-
-// What a thread keeps must fit into its registers, and a tile into 48 KB.
-inline bool gather_fits(std::int64_t scalar, const GatherTunables& t) {
-  const std::int64_t bytes = scalar == TORCHKILN_DOUBLE ? 8 : 4;
-  return t.lane_channels * t.split * bytes <= 32;
-}
-inline std::uint32_t choose_gather(std::int64_t channels) { return channels > 32 ? 0 : 1; }
 
 inline std::int64_t index_type(const Tensor& maps, const Tensor& bins) {
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();

@@ -5,12 +5,13 @@
 #pragma once
 
 #include "detection/multi_scale_roi_align.h"
-#include "detection/roi_gather.cuh"
+#include "detection/roi_align.cuh"
 
 namespace torchkiln::multi_scale_roi_align {
 
 using roi_align::AxisBin;
 using roi_align::Picture;
+using roi_align::TileAt;
 
 // Where a region is pooled: its level, the number of its image among those of all levels (-1 for none), and all regions
 // as they lie on that level.
@@ -31,16 +32,18 @@ struct OwnBlock {
   i32 level;
   u32 block;
 };
-template <class BlocksOf>
+template <bool kCoarseFirst = false, class BlocksOf>
 __device__ __forceinline__ OwnBlock own_block(const Pyramid& pyramid, const BlocksOf& blocks_of) {
-  OwnBlock own = {0, blockIdx.x};
+  const i32 count = i32(pyramid.count);
+  u32 block = blockIdx.x;
 #pragma unroll 1
-  for (; own.level < pyramid.count; ++own.level) {
-    const u32 blocks = blocks_of(pyramid.levels[own.level]);
-    if (own.block < blocks) break;
-    own.block -= blocks;
+  for (i32 i = 0; i < count; ++i) {
+    const i32 level = kCoarseFirst ? count - 1 - i : i;
+    const u32 blocks = blocks_of(pyramid.levels[level]);
+    if (block < blocks) return {level, block};
+    block -= blocks;
   }
-  return own;
+  return {count, block};
 }
 
 template <class Scalar, int kBlockSize>
@@ -118,26 +121,24 @@ __global__ void __launch_bounds__(kBlockSize) staged(const StagedArgs args) {
                                                               own.block, own.level * i32(r.n));
 }
 
-// The gradient of all maps, coarse ones first: many regions touch each of their few tiles. A block too many has no level.
-template <class Scalar, class Index, bool kLast, int kLaneChannels, int kSplit>
-__global__ void __launch_bounds__(roi_align::kSide * kWarpSize * kSplit) backward(const Args args) {
-  constexpr int kChannels = kWarpSize * kLaneChannels, kSide = roi_align::kSide;
+template <class Scalar, class Index, bool kLast, int kTileH, int kTileW, int kLaneChannels,
+          int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) backward(const Args args) {
+  constexpr int kWarps = kBlockSize / kWarpSize, kChannels = kWarpSize * kLaneChannels;
   const Regions& r = args.regions;
   const u32 chunks = u32(r.n * ((r.c + kChannels - 1) / kChannels));
-  u32 block = blockIdx.x;
-#pragma unroll 1
-  for (i32 number = i32(args.pyramid.count) - 1; number >= 0; --number) {
-    const Level& level = args.pyramid.levels[number];
-    const u32 blocks =
-        chunks * u32((level.h + kSide - 1) / kSide) * u32((level.w + kSide - 1) / kSide);
-    if (block >= blocks) {
-      block -= blocks;
-      continue;
-    }
-    roi_align::gather_average<Scalar, Index, kLast, kLaneChannels, kSplit>(
-        args, on_level(r, level), level.maps, block, number * i32(r.n));
-    return;
-  }
+  // Many regions touch each of the few tiles of a coarse map: those blocks take longest.
+  const OwnBlock own = own_block<true>(args.pyramid, [&](const Level& level) {
+    return chunks * u32((level.h + kTileH - 1) / kTileH) * u32((level.w + kTileW - 1) / kTileW);
+  });
+  if (own.level >= args.pyramid.count) return;
+  const Level& level = args.pyramid.levels[own.level];
+  const auto add = [&](i64 region, const TileAt& at, auto& tile) {
+    roi_align::add_average<Scalar, Index, kTileH, kTileW, kLaneChannels, kWarps>(args, region, at,
+                                                                                 tile);
+  };
+  roi_align::gather_tile<Scalar, Index, kLast, kTileH, kTileW, kLaneChannels, kBlockSize>(
+      args, on_level(r, level), level.maps, own.block, own.level * i32(r.n), add);
 }
 
 }  // namespace torchkiln::multi_scale_roi_align

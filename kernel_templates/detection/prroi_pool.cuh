@@ -5,8 +5,8 @@
 //   staged    NCHW: a block keeps bands of kMaps maps in shared memory. A warp takes a row of bins: lanes are neighbouring
 //             columns, which they sum over the rows, so that a pixel is read once for all bins of the row; four lanes a bin
 //             then sum over its columns
-//   gather    the gradient of maps: roi_gather.cuh
-//             (averages on channels_last, or where no band fits, are roi_align's last and planes)
+//             (averages on channels_last, or where no band fits, are roi_align's last and planes; the gradient of maps is
+//             its backward)
 //   boxes     the gradient of boxes, one block a region: a thread goes through bins of channels with their edges, then
 //             the block sums in a fixed order
 // SPDX-License-Identifier: Apache-2.0
@@ -14,7 +14,7 @@
 
 #include "common/reduce.cuh"
 #include "detection/prroi_pool.h"
-#include "detection/roi_gather.cuh"
+#include "detection/roi_align.cuh"
 
 namespace torchkiln::prroi_pool {
 
@@ -197,12 +197,6 @@ __global__ void __launch_bounds__(kBlockSize) staged(const StagedArgs args) {
       }
     }
   }
-}
-
-template <class Scalar, class Index, bool kLast, int kLaneChannels, int kSplit>
-__global__ void __launch_bounds__(roi_align::kSide * kWarpSize * kSplit) gather(const Args args) {
-  roi_align::gather_average<Scalar, Index, kLast, kLaneChannels, kSplit>(args, args.regions,
-                                                                         args.maps, blockIdx.x, 0);
 }
 
 template <class Scalar, class Index, bool kLast, int kBlockSize>
