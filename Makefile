@@ -14,10 +14,10 @@ PYTHON ?=
 JOBS ?= $(shell nproc)
 WERROR ?= OFF
 DEMO_ARGS ?=
-PYTEST_ARGS ?= -n $(JOBS)
+PYTEST_ARGS ?= -n $(JOBS) --dist worksteal
 # Debian packages of the same name that some tests are skipped without; .ci/run asks for them.
 EXTRA_TOOLS ?=
-WHEEL_LIMIT := 4000000
+WHEEL_LIMIT := 2000000
 
 # Pinned: installed only where the environment has none. Whatever pins a torch of its own goes without dependencies.
 TORCH := torch==2.13.0

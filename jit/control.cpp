@@ -59,14 +59,6 @@ json types(Engine&, const json&) {
   return {{"types", names}};
 }
 
-const std::map<std::string, std::int64_t>& dtype_types() {
-  static const std::map<std::string, std::int64_t> table = {{"float32", TORCHKILN_FLOAT},
-                                                            {"float16", TORCHKILN_HALF},
-                                                            {"bfloat16", TORCHKILN_BFLOAT16},
-                                                            {"float64", TORCHKILN_DOUBLE}};
-  return table;
-}
-
 Points parse_points(const std::string& name) {
   if (name == "defaults") return Points::kDefaults;
   if (name == "corners") return Points::kCorners;
@@ -311,14 +303,14 @@ json values_to_json(const torchkiln_param& param) {
 std::vector<std::int64_t> parse_dtypes(const json& names) {
   std::vector<std::int64_t> types;
   for (const json& name : names) {
-    const auto found = dtype_types().find(name.get<std::string>());
-    if (found == dtype_types().end()) {
+    const auto found = std::ranges::find(kDtypes, name.get<std::string>(), &Dtype::name);
+    if (found == kDtypes.end()) {
       throw Error(TORCHKILN_ERROR_VALUE,
                   "dtypes must be among float32, float16, bfloat16, float64; got " +
                       name.get<std::string>(),
                   {}, "dtypes");
     }
-    types.push_back(found->second);
+    types.push_back(found->type);
   }
   return types;
 }

@@ -75,13 +75,18 @@ def tunables_of(specialization: Specialization) -> tuple[Any, ...]:
     return tuple(a["value"] for a in specialization["arguments"] if a["name"] in names)
 
 
-def rotate(architectures: list[str]) -> Work:
-    """Each entry's default on every architecture: one dtype in rotation, and the other statics."""
+def rotate(architectures: list[str], share: int) -> Work:
+    """Each entry's default on every architecture: one dtype in rotation, and the other statics.
+
+    With a share each entry goes to one architecture in so many, the next one begins with another.
+    """
     work: Work = []
     for number, arch in enumerate(architectures):
-        for group in by_entry(expand("defaults", arch)):
+        for entry, group in enumerate(by_entry(expand("defaults", arch))):
+            if (number + entry) % share != 0:
+                continue
             dtypes = sorted({dtype_of(s) for s in group})
-            turn, place = divmod(number, len(dtypes))
+            turn, place = divmod(number // share, len(dtypes))
             variants = [s for s in group if dtype_of(s) == dtypes[place]]
             work.append((variants[turn % len(variants)], arch))
     return work
@@ -244,13 +249,11 @@ def main(
     if not architectures:
         raise click.ClickException("no NVRTC was found; install one with torchkiln[compiler]")
     if points == "rotation":
-        work = rotate(architectures)
-    elif points == "spread":
-        work = spread(architectures)
+        work = rotate(architectures, share)
     else:
-        work = product(points, architectures)
-    # By name: the same ones at every run, and of every operator.
-    work = [row for row in work if zlib.crc32(row[0]["text"].encode()) % share == 0]
+        work = spread(architectures) if points == "spread" else product(points, architectures)
+        # By name: the same ones at every run, and of every operator.
+        work = [row for row in work if zlib.crc32(row[0]["text"].encode()) % share == 0]
     if count:
         click.echo(f"{len(work)} kernels")
         return

@@ -1,18 +1,15 @@
-// box_iou in all its modes, pair by pair and row by row: schema, checks and shapes, CPU loops, launches.
+// box_iou in all its modes, pair by pair and row by row: schema, checks and shapes, launches.
 // SPDX-License-Identifier: Apache-2.0
-#include "detection/box_iou.h"
+#include "bindings/detection/box_iou.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <tuple>
-#include <type_traits>
-#include <vector>
 
 #include "bindings/support/check.h"
 #include "bindings/support/cuda.h"
 #include "bindings/support/layout.h"
-#include "bindings/support/parallel.h"
 #include "bindings/support/tensor.h"
 
 namespace torchkiln::bindings {
@@ -23,7 +20,6 @@ using box_iou::Args;
 using box_iou::BackwardArgs;
 
 constexpr const char* kOp = "box_iou";
-constexpr std::int64_t kPairNanoseconds = 4;
 // As many as a multiprocessor holds of this kernel, each with the same number of rows: what a thread does before its
 // first row costs as much as a few rows.
 constexpr std::int64_t kThreadsPerMultiprocessor = 1024;
@@ -117,21 +113,7 @@ const AlignedBackward aligned_backward_kernel({
         },
 });
 
-// What the operator is asked for beside its tensors.
-struct Options {
-  std::int64_t mode;
-  double eps;
-  bool aligned;
-  double offset;
-};
-
-// The kernel arguments, and the tensors that keep their pointers alive.
-struct Plan {
-  Tensor boxes1, boxes2, out;
-  Args args;
-};
-
-void check_pair(const Tensor& boxes1, const Tensor& boxes2, const Options& options,
+void check_pair(const Tensor& boxes1, const Tensor& boxes2, const BoxIouOptions& options,
                 std::int64_t last_mode) {
   check_rows(kOp, "boxes1", boxes1, 4);
   check_rows(kOp, "boxes2", boxes2, 4);
@@ -149,38 +131,14 @@ void check_pair(const Tensor& boxes1, const Tensor& boxes2, const Options& optio
   if (options.aligned) check_shape(kOp, "boxes2", boxes2, {boxes1.size(0), 4});
 }
 
-Plan plan(const Tensor& boxes1, const Tensor& boxes2, const Options& options) {
-  check_pair(boxes1, boxes2, options, box_iou::kMmcvIof);
-  Plan p{.boxes1 = as_contiguous(boxes1),
-         .boxes2 = as_contiguous(boxes2),
-         .out = options.aligned
-                    ? empty(boxes1, boxes1.scalar_type(), {boxes1.size(0)})
-                    : empty(boxes1, boxes1.scalar_type(), {boxes1.size(0), boxes2.size(0)}),
-         .args = {}};
-  p.args = {.boxes1 = p.boxes1.const_data_ptr(),
-            .boxes2 = p.boxes2.const_data_ptr(),
-            .out = p.out.mutable_data_ptr(),
-            .n = p.boxes1.size(0),
-            .m = p.boxes2.size(0),
-            .eps = options.eps,
-            .offset = options.offset};
-  return p;
-}
-
-// One side of the gradient; the other one is the same call with the sets and the strides swapped.
-struct BackwardPlan {
-  Tensor grad_output, boxes, others, grad_boxes;
-  BackwardArgs args;
-};
-
-BackwardPlan plan_side(const Tensor& grad_output, const Tensor& boxes, const Tensor& others,
-                       std::int64_t row_stride, std::int64_t column_stride,
-                       const Options& options) {
-  BackwardPlan p{.grad_output = grad_output,
-                 .boxes = as_contiguous(boxes),
-                 .others = as_contiguous(others),
-                 .grad_boxes = empty(boxes, boxes.scalar_type(), {boxes.size(0), 4}),
-                 .args = {}};
+BoxIouSide plan_side(const Tensor& grad_output, const Tensor& boxes, const Tensor& others,
+                     std::int64_t row_stride, std::int64_t column_stride,
+                     const BoxIouOptions& options) {
+  BoxIouSide p{.grad_output = grad_output,
+               .boxes = as_contiguous(boxes),
+               .others = as_contiguous(others),
+               .grad_boxes = empty(boxes, boxes.scalar_type(), {boxes.size(0), 4}),
+               .args = {}};
   p.args = {.grad_output = grad_output.const_data_ptr(),
             .boxes = p.boxes.const_data_ptr(),
             .others = p.others.const_data_ptr(),
@@ -194,8 +152,28 @@ BackwardPlan plan_side(const Tensor& grad_output, const Tensor& boxes, const Ten
   return p;
 }
 
-void check_backward(const Tensor& grad_output, const Tensor& boxes1, const Tensor& boxes2,
-                    const Options& options) {
+}  // namespace
+
+BoxIouPlan plan_box_iou(const Tensor& boxes1, const Tensor& boxes2, const BoxIouOptions& options) {
+  check_pair(boxes1, boxes2, options, box_iou::kMmcvIof);
+  BoxIouPlan p{.boxes1 = as_contiguous(boxes1),
+               .boxes2 = as_contiguous(boxes2),
+               .out = options.aligned
+                          ? empty(boxes1, boxes1.scalar_type(), {boxes1.size(0)})
+                          : empty(boxes1, boxes1.scalar_type(), {boxes1.size(0), boxes2.size(0)}),
+               .args = {}};
+  p.args = {.boxes1 = p.boxes1.const_data_ptr(),
+            .boxes2 = p.boxes2.const_data_ptr(),
+            .out = p.out.mutable_data_ptr(),
+            .n = p.boxes1.size(0),
+            .m = p.boxes2.size(0),
+            .eps = options.eps,
+            .offset = options.offset};
+  return p;
+}
+
+void check_box_iou_backward(const Tensor& grad_output, const Tensor& boxes1, const Tensor& boxes2,
+                            const BoxIouOptions& options) {
   check_pair(boxes1, boxes2, options, box_iou::kIof);
   check_same_dtype(kOp, "grad_output", grad_output, "boxes1", boxes1);
   check_same_device(kOp, "grad_output", grad_output, "boxes1", boxes1);
@@ -203,26 +181,22 @@ void check_backward(const Tensor& grad_output, const Tensor& boxes1, const Tenso
   check_shape(kOp, "grad_output", grad_output, {boxes1.size(0), boxes2.size(0)});
 }
 
-std::pair<BackwardPlan, BackwardPlan> plan_backward(const Tensor& grad_output, const Tensor& boxes1,
-                                                    const Tensor& boxes2, const Options& options) {
+std::pair<BoxIouSide, BoxIouSide> plan_box_iou_sides(const Tensor& grad_output,
+                                                     const Tensor& boxes1, const Tensor& boxes2,
+                                                     const BoxIouOptions& options) {
   const std::int64_t rows = grad_output.stride(0), columns = grad_output.stride(1);
   return {plan_side(grad_output, boxes1, boxes2, rows, columns, options),
           plan_side(grad_output, boxes2, boxes1, columns, rows, options)};
 }
 
-struct AlignedBackwardPlan {
-  Tensor grad_output, boxes1, boxes2, grad_boxes1, grad_boxes2;
-  AlignedBackwardArgs args;
-};
-
-AlignedBackwardPlan plan_aligned_backward(const Tensor& grad_output, const Tensor& boxes1,
-                                          const Tensor& boxes2, const Options& options) {
-  AlignedBackwardPlan p{.grad_output = grad_output,
-                        .boxes1 = as_contiguous(boxes1),
-                        .boxes2 = as_contiguous(boxes2),
-                        .grad_boxes1 = empty(boxes1, boxes1.scalar_type(), {boxes1.size(0), 4}),
-                        .grad_boxes2 = empty(boxes2, boxes2.scalar_type(), {boxes2.size(0), 4}),
-                        .args = {}};
+AlignedBoxIouPlan plan_aligned_box_iou(const Tensor& grad_output, const Tensor& boxes1,
+                                       const Tensor& boxes2, const BoxIouOptions& options) {
+  AlignedBoxIouPlan p{.grad_output = grad_output,
+                      .boxes1 = as_contiguous(boxes1),
+                      .boxes2 = as_contiguous(boxes2),
+                      .grad_boxes1 = empty(boxes1, boxes1.scalar_type(), {boxes1.size(0), 4}),
+                      .grad_boxes2 = empty(boxes2, boxes2.scalar_type(), {boxes2.size(0), 4}),
+                      .args = {}};
   p.args = {.grad_output = grad_output.const_data_ptr(),
             .boxes1 = p.boxes1.const_data_ptr(),
             .boxes2 = p.boxes2.const_data_ptr(),
@@ -235,199 +209,11 @@ AlignedBackwardPlan plan_aligned_backward(const Tensor& grad_output, const Tenso
   return p;
 }
 
-// Calls f.operator()<Scalar, kMode>().
-template <class F>
-void with_variant(ScalarType dtype, std::int64_t mode, const F& f) {
-  with_float(dtype, [&]<class Scalar>() {
-    switch (mode) {
-      case box_iou::kIou:
-        return f.template operator()<Scalar, box_iou::kIou>();
-      case box_iou::kGiou:
-        return f.template operator()<Scalar, box_iou::kGiou>();
-      case box_iou::kDiou:
-        return f.template operator()<Scalar, box_iou::kDiou>();
-      case box_iou::kCiou:
-        return f.template operator()<Scalar, box_iou::kCiou>();
-      case box_iou::kIof:
-        return f.template operator()<Scalar, box_iou::kIof>();
-      case box_iou::kMmcvIou:
-        return f.template operator()<Scalar, box_iou::kMmcvIou>();
-      case box_iou::kMmcvIof:
-        return f.template operator()<Scalar, box_iou::kMmcvIof>();
-      default:
-        return f.template operator()<Scalar, box_iou::kIofOther>();
-    }
-  });
-}
-
-// One set of boxes with each coordinate in a row of its own, so that a loop over boxes is a vector loop.
-template <class T>
-struct Columns {
-  std::vector<T> x1, y1, x2, y2, area;
-
-  template <class Scalar>
-  Columns(const Scalar* boxes, std::int64_t count, double offset) {
-    const auto size = static_cast<std::size_t>(count);
-    for (std::vector<T>* column : {&x1, &y1, &x2, &y2, &area}) column->resize(size);
-    for (std::size_t j = 0; j < size; ++j) {
-      const Box<T> box = box_iou::load_box(boxes, static_cast<i64>(j), offset);
-      x1[j] = box.x1;
-      y1[j] = box.y1;
-      x2[j] = box.x2;
-      y2[j] = box.y2;
-      area[j] = torchkiln::area(box);
-    }
-  }
-};
-
-// The IoU of one box with all of a set. A NaN coordinate comes through the area. Written out twice, and without calls,
-// because a function with other options is not inlined.
-#define TORCHKILN_IOU_ROW(T)                                                                 \
-  TORCHKILN_VECTORISED void iou_row(const Box<T>& box, T own_area, const T* __restrict__ x1, \
-                                    const T* __restrict__ y1, const T* __restrict__ x2,      \
-                                    const T* __restrict__ y2, const T* __restrict__ areas,   \
-                                    std::size_t count, T* __restrict__ out) {                \
-    const T bx1 = box.x1, by1 = box.y1, bx2 = box.x2, by2 = box.y2;                          \
-    for (std::size_t j = 0; j < count; ++j) {                                                \
-      const T width = (x2[j] < bx2 ? x2[j] : bx2) - (x1[j] > bx1 ? x1[j] : bx1);             \
-      const T height = (y2[j] < by2 ? y2[j] : by2) - (y1[j] > by1 ? y1[j] : by1);            \
-      const T inter = (width > T(0) ? width : T(0)) * (height > T(0) ? height : T(0));       \
-      const T united = own_area + areas[j] - inter;                                          \
-      const T ratio = inter / (united == T(0) ? T(1) : united);                              \
-      out[j] = united == T(0) ? T(0) : ratio;                                                \
-    }                                                                                        \
-  }
-TORCHKILN_IOU_ROW(float)
-TORCHKILN_IOU_ROW(double)
-#undef TORCHKILN_IOU_ROW
-
-template <class Scalar, int kMode>
-constexpr bool kByColumns = kMode == box_iou::kIou && std::is_same_v<Scalar, Acc<Scalar>>;
-
-template <class Scalar, int kMode>
-void forward_rows(const Args& args, const Columns<Acc<Scalar>>& others, std::int64_t begin,
-                  std::int64_t end) {
-  using T = Acc<Scalar>;
-  const auto* boxes1 = static_cast<const Scalar*>(args.boxes1);
-  const auto* boxes2 = static_cast<const Scalar*>(args.boxes2);
-  auto* out = static_cast<Scalar*>(args.out);
-  for (std::int64_t i = begin; i < end; ++i) {
-    const Box<T> box = box_iou::load_box(boxes1, i, args.offset);
-    if constexpr (kByColumns<Scalar, kMode>) {
-      iou_row(box, area(box), others.x1.data(), others.y1.data(), others.x2.data(),
-              others.y2.data(), others.area.data(), others.area.size(), out + i * args.m);
-    } else {
-      for (std::int64_t j = 0; j < args.m; ++j) {
-        const Box<T> other = box_iou::load_box(boxes2, j, args.offset);
-        store(out[i * args.m + j], box_iou::element<kMode>(box, other, static_cast<T>(args.eps),
-                                                           static_cast<T>(args.offset)));
-      }
-    }
-  }
-}
-
-template <class Scalar, int kMode>
-void backward_rows(const BackwardArgs& args, std::int64_t begin, std::int64_t end) {
-  using T = Acc<Scalar>;
-  const auto* grad_output = static_cast<const Scalar*>(args.grad_output);
-  const auto* others = static_cast<const Scalar*>(args.others);
-  auto* grad_boxes = static_cast<Scalar*>(args.grad_boxes);
-  for (std::int64_t i = begin; i < end; ++i) {
-    const Box<T> box = box_iou::load_box(static_cast<const Scalar*>(args.boxes), i, args.offset);
-    Box<T> grad{};
-    for (std::int64_t j = 0; j < args.m; ++j) {
-      const T gradient = load(grad_output[i * args.row_stride + j * args.column_stride]);
-      box_iou::add_gradient<kMode>(box, box_iou::load_box(others, j, args.offset),
-                                   static_cast<T>(args.eps), gradient, grad);
-    }
-    store_box(grad_boxes, i, grad);
-  }
-}
-
-template <class Scalar, int kMode>
-void aligned_rows(const Args& args, std::int64_t begin, std::int64_t end) {
-  using T = Acc<Scalar>;
-  const auto* boxes1 = static_cast<const Scalar*>(args.boxes1);
-  const auto* boxes2 = static_cast<const Scalar*>(args.boxes2);
-  for (std::int64_t i = begin; i < end; ++i) {
-    store(static_cast<Scalar*>(args.out)[i],
-          box_iou::element<kMode>(box_iou::load_box(boxes1, i, args.offset),
-                                  box_iou::load_box(boxes2, i, args.offset),
-                                  static_cast<T>(args.eps), static_cast<T>(args.offset)));
-  }
-}
-
-template <class Scalar, int kMode>
-void aligned_backward_rows(const AlignedBackwardArgs& args, std::int64_t begin, std::int64_t end) {
-  using T = Acc<Scalar>;
-  const auto* grad_output = static_cast<const Scalar*>(args.grad_output);
-  const auto eps = static_cast<T>(args.eps);
-  for (std::int64_t i = begin; i < end; ++i) {
-    const auto box1 = box_iou::load_box(static_cast<const Scalar*>(args.boxes1), i, args.offset);
-    const auto box2 = box_iou::load_box(static_cast<const Scalar*>(args.boxes2), i, args.offset);
-    const T gradient = load(grad_output[i * args.stride]);
-    Box<T> grad1{}, grad2{};
-    box_iou::add_gradient<kMode>(box1, box2, eps, gradient, grad1);
-    box_iou::add_gradient<box_iou::exchanged(kMode)>(box2, box1, eps, gradient, grad2);
-    store_box(static_cast<Scalar*>(args.grad_boxes1), i, grad1);
-    store_box(static_cast<Scalar*>(args.grad_boxes2), i, grad2);
-  }
-}
-
-Tensor cpu(const Tensor& boxes1, const Tensor& boxes2, std::int64_t mode, double eps, bool aligned,
-           double offset) {
-  const Plan p = plan(boxes1, boxes2, {mode, eps, aligned, offset});
-  with_variant(p.out.scalar_type(), mode, [&]<class Scalar, int kMode>() {
-    if (aligned) {
-      return parallel_for(p.args.n, kPairNanoseconds, [&](std::int64_t begin, std::int64_t end) {
-        aligned_rows<Scalar, kMode>(p.args, begin, end);
-      });
-    }
-    const Columns<Acc<Scalar>> others(static_cast<const Scalar*>(p.args.boxes2),
-                                      kByColumns<Scalar, kMode> ? p.args.m : 0, offset);
-    parallel_for(p.args.n, p.args.m * kPairNanoseconds, [&](std::int64_t begin, std::int64_t end) {
-      forward_rows<Scalar, kMode>(p.args, others, begin, end);
-    });
-  });
-  return p.out;
-}
-
-void cpu_side(const BackwardPlan& p, std::int64_t mode) {
-  with_variant(p.boxes.scalar_type(), mode, [&]<class Scalar, int kMode>() {
-    parallel_for(p.args.n, 4 * p.args.m * kPairNanoseconds,
-                 [&](std::int64_t begin, std::int64_t end) {
-                   backward_rows<Scalar, kMode>(p.args, begin, end);
-                 });
-  });
-}
-
-void cpu_aligned_backward(const AlignedBackwardPlan& p, std::int64_t mode) {
-  with_variant(p.boxes1.scalar_type(), mode, [&]<class Scalar, int kMode>() {
-    parallel_for(p.args.n, 8 * kPairNanoseconds, [&](std::int64_t begin, std::int64_t end) {
-      aligned_backward_rows<Scalar, kMode>(p.args, begin, end);
-    });
-  });
-}
-
-std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& boxes1,
-                                        const Tensor& boxes2, std::int64_t mode, double eps,
-                                        bool aligned, double offset) {
-  const Options options{mode, eps, aligned, offset};
-  check_backward(grad_output, boxes1, boxes2, options);
-  if (aligned) {
-    const auto p = plan_aligned_backward(grad_output, boxes1, boxes2, options);
-    cpu_aligned_backward(p, mode);
-    return {p.grad_boxes1, p.grad_boxes2};
-  }
-  const auto [side1, side2] = plan_backward(grad_output, boxes1, boxes2, options);
-  cpu_side(side1, mode);
-  cpu_side(side2, box_iou::exchanged(static_cast<int>(mode)));
-  return {side1.grad_boxes, side2.grad_boxes};
-}
+namespace {
 
 Tensor cuda(const Tensor& boxes1, const Tensor& boxes2, std::int64_t mode, double eps, bool aligned,
             double offset) {
-  const Plan p = plan(boxes1, boxes2, {mode, eps, aligned, offset});
+  const BoxIouPlan p = plan_box_iou(boxes1, boxes2, {mode, eps, aligned, offset});
   if (p.out.numel() == 0) return p.out;
   const std::int64_t scalar = kernel_type(p.out.scalar_type());
   if (aligned) {
@@ -447,7 +233,7 @@ Tensor cuda(const Tensor& boxes1, const Tensor& boxes2, std::int64_t mode, doubl
   return p.out;
 }
 
-void cuda_side(const BackwardPlan& p, std::int64_t mode) {
+void cuda_side(const BoxIouSide& p, std::int64_t mode) {
   if (p.args.n == 0) return;
   backward_kernel.run(CudaPlace(p.boxes), {kernel_type(p.boxes.scalar_type()), mode},
                       {p.args.n, p.args.m}, p.args,
@@ -457,7 +243,7 @@ void cuda_side(const BackwardPlan& p, std::int64_t mode) {
                        writes(offsetof(BackwardArgs, grad_boxes), p.grad_boxes)});
 }
 
-void cuda_aligned_backward(const AlignedBackwardPlan& p, std::int64_t mode) {
+void cuda_aligned_backward(const AlignedBoxIouPlan& p, std::int64_t mode) {
   if (p.args.n == 0) return;
   aligned_backward_kernel.run(CudaPlace(p.boxes1), {kernel_type(p.boxes1.scalar_type()), mode},
                               {p.args.n}, p.args,
@@ -471,14 +257,14 @@ void cuda_aligned_backward(const AlignedBackwardPlan& p, std::int64_t mode) {
 std::tuple<Tensor, Tensor> backward_cuda(const Tensor& grad_output, const Tensor& boxes1,
                                          const Tensor& boxes2, std::int64_t mode, double eps,
                                          bool aligned, double offset) {
-  const Options options{mode, eps, aligned, offset};
-  check_backward(grad_output, boxes1, boxes2, options);
+  const BoxIouOptions options{mode, eps, aligned, offset};
+  check_box_iou_backward(grad_output, boxes1, boxes2, options);
   if (aligned) {
-    const auto p = plan_aligned_backward(grad_output, boxes1, boxes2, options);
+    const auto p = plan_aligned_box_iou(grad_output, boxes1, boxes2, options);
     cuda_aligned_backward(p, mode);
     return {p.grad_boxes1, p.grad_boxes2};
   }
-  const auto [side1, side2] = plan_backward(grad_output, boxes1, boxes2, options);
+  const auto [side1, side2] = plan_box_iou_sides(grad_output, boxes1, boxes2, options);
   cuda_side(side1, mode);
   cuda_side(side2, box_iou::exchanged(static_cast<int>(mode)));
   return {side1.grad_boxes, side2.grad_boxes};
@@ -493,10 +279,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torchkiln, m) {
   m.def(
       "_box_iou_backward(Tensor grad_output, Tensor boxes1, Tensor boxes2, int mode, float eps, "
       "bool aligned, float offset) -> (Tensor, Tensor)");
-}
-STABLE_TORCH_LIBRARY_IMPL(torchkiln, CPU, m) {
-  m.impl("box_iou", TORCH_BOX(&cpu));
-  m.impl("_box_iou_backward", TORCH_BOX(&backward_cpu));
 }
 STABLE_TORCH_LIBRARY_IMPL(torchkiln, CUDA, m) {
   m.impl("box_iou", TORCH_BOX(&cuda));

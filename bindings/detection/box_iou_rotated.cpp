@@ -11,6 +11,7 @@
 #include "bindings/support/cuda.h"
 #include "bindings/support/parallel.h"
 #include "bindings/support/tensor.h"
+#include "bindings/support/widen.h"
 
 namespace torchkiln::bindings {
 namespace {
@@ -160,7 +161,7 @@ Plan plan(const Tensor& boxes1, const Tensor& boxes2, std::int64_t form, std::in
   return p;
 }
 
-// Calls f.operator()<Scalar, kForm, kMode>().
+// Calls f.operator()<T, kForm, kMode>() with the type that dtype is computed in.
 template <class F>
 void with_variant(ScalarType dtype, std::int64_t form, std::int64_t mode, const F& f) {
   if (form == kPeerQuad) {
@@ -169,69 +170,81 @@ void with_variant(ScalarType dtype, std::int64_t form, std::int64_t mode, const 
   }
   if (form == kPeerGround) return f.template operator()<float, kPeerGround, kArea>();
   if (form == kPeerPrism) return f.template operator()<float, kPeerPrism, kIou>();
-  with_float(dtype, [&]<class Scalar>() {
+  with_wide(dtype, [&]<class T>() {
     switch (form) {
       case kQuad:
-        return mode == kIof ? f.template operator()<Scalar, kQuad, kIof>()
-                            : f.template operator()<Scalar, kQuad, kIou>();
+        return mode == kIof ? f.template operator()<T, kQuad, kIof>()
+                            : f.template operator()<T, kQuad, kIou>();
       case kCorners:
-        return f.template operator()<Scalar, kCorners, kIou>();
+        return f.template operator()<T, kCorners, kIou>();
       case kGround:
-        return f.template operator()<Scalar, kGround, kArea>();
+        return f.template operator()<T, kGround, kArea>();
       case kPrism:
-        return f.template operator()<Scalar, kPrism, kIou>();
+        return f.template operator()<T, kPrism, kIou>();
       default:
-        return mode == kIof ? f.template operator()<Scalar, kRectangle, kIof>()
-                            : f.template operator()<Scalar, kRectangle, kIou>();
+        return mode == kIof ? f.template operator()<T, kRectangle, kIof>()
+                            : f.template operator()<T, kRectangle, kIou>();
     }
   });
 }
 
 // Elements [begin, end) of the result, row after row.
-template <class Scalar, int kForm, int kMode>
-void pair_elements(const Args& args, const std::vector<ShapeOf<kForm, Scalar>>& others,
-                   std::int64_t begin, std::int64_t end) {
-  Scalar* out = static_cast<Scalar*>(args.out);
+template <class T, int kForm, int kMode>
+void pair_elements(const Args& args, const T* boxes1, const std::vector<ShapeOf<kForm, T>>& others,
+                   std::int64_t begin, std::int64_t end, T* out) {
   for (std::int64_t i = begin / args.m; i * args.m < end; ++i) {
-    const auto shape = load_shape<kForm>(static_cast<const Scalar*>(args.boxes1), i, args.turn);
+    const auto shape = load_shape<kForm>(boxes1, i, args.turn);
     const std::int64_t row = i * args.m;
     for (std::int64_t at = std::max<std::int64_t>(begin, row);
          at < std::min<std::int64_t>(end, row + args.m); ++at) {
       const auto& other = others[static_cast<std::size_t>(at - row)];
-      store(out[at], value_of<kMode>(shape, other, shared_area(shape, other)));
+      out[at - begin] = value_of<kMode>(shape, other, shared_area(shape, other));
     }
   }
 }
 
-template <class Scalar, int kForm, int kMode>
-void pairs_cpu(const Args& args) {
-  std::vector<ShapeOf<kForm, Scalar>> others(static_cast<std::size_t>(args.m));
-  parallel_for(args.m, kPairNanoseconds, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t j = begin; j < end; ++j)
-      others[static_cast<std::size_t>(j)] =
-          load_shape<kForm>(static_cast<const Scalar*>(args.boxes2), j, args.turn);
-  });
-  parallel_for(args.n * args.m, kPairNanoseconds, [&](std::int64_t begin, std::int64_t end) {
-    pair_elements<Scalar, kForm, kMode>(args, others, begin, end);
+template <class T, int kForm, int kMode>
+void aligned_elements(const Args& args, const T* boxes1, const T* boxes2, std::int64_t begin,
+                      std::int64_t end, T* out) {
+  for (std::int64_t i = begin; i < end; ++i) {
+    const auto a = load_shape<kForm>(boxes1, i, args.turn);
+    const auto b = load_shape<kForm>(boxes2, i, args.turn);
+    out[i - begin] = value_of<kMode>(a, b, shared_area(a, b));
+  }
+}
+
+// f(begin, end, out) writes a part of the result.
+template <class T, class F>
+void for_parts(const Tensor& out, std::int64_t nanoseconds, const F& f) {
+  const ScalarType dtype = out.scalar_type();
+  void* memory = out.mutable_data_ptr();
+  parallel_for(out.numel(), nanoseconds, [&](std::int64_t begin, std::int64_t end) {
+    Narrow<T> part;
+    f(begin, end, part.part(dtype, memory, begin, end - begin));
+    part.round(dtype, memory, begin, end - begin);
   });
 }
 
-template <class Scalar, int kForm, int kMode>
-void aligned_rows(const Args& args, std::int64_t begin, std::int64_t end) {
-  for (std::int64_t i = begin; i < end; ++i) {
-    const auto a = load_shape<kForm>(static_cast<const Scalar*>(args.boxes1), i, args.turn);
-    const auto b = load_shape<kForm>(static_cast<const Scalar*>(args.boxes2), i, args.turn);
-    store(static_cast<Scalar*>(args.out)[i], value_of<kMode>(a, b, shared_area(a, b)));
-  }
+template <class T, int kForm, int kMode>
+void pairs_cpu(const Plan& p, const T* boxes1, const T* boxes2) {
+  std::vector<ShapeOf<kForm, T>> others(static_cast<std::size_t>(p.args.m));
+  parallel_for(p.args.m, kPairNanoseconds, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t j = begin; j < end; ++j)
+      others[static_cast<std::size_t>(j)] = load_shape<kForm>(boxes2, j, p.args.turn);
+  });
+  for_parts<T>(p.out, kPairNanoseconds, [&](std::int64_t begin, std::int64_t end, T* out) {
+    pair_elements<T, kForm, kMode>(p.args, boxes1, others, begin, end, out);
+  });
 }
 
 Tensor cpu(const Tensor& boxes1, const Tensor& boxes2, std::int64_t form, std::int64_t mode,
            bool aligned, bool clockwise) {
   const Plan p = plan(boxes1, boxes2, form, mode, aligned, clockwise);
-  with_variant(p.out.scalar_type(), form, mode, [&]<class Scalar, int kForm, int kMode>() {
-    if (!aligned) return pairs_cpu<Scalar, kForm, kMode>(p.args);
-    parallel_for(p.args.n, 5 * kPairNanoseconds, [&](std::int64_t begin, std::int64_t end) {
-      aligned_rows<Scalar, kForm, kMode>(p.args, begin, end);
+  with_variant(p.out.scalar_type(), form, mode, [&]<class T, int kForm, int kMode>() {
+    const Wide<T> wide1(p.boxes1), wide2(p.boxes2);
+    if (!aligned) return pairs_cpu<T, kForm, kMode>(p, wide1.get(), wide2.get());
+    for_parts<T>(p.out, 5 * kPairNanoseconds, [&](std::int64_t begin, std::int64_t end, T* out) {
+      aligned_elements<T, kForm, kMode>(p.args, wide1.get(), wide2.get(), begin, end, out);
     });
   });
   return p.out;

@@ -10,6 +10,7 @@
 
 #include "bindings/detection/nms.h"
 #include "bindings/support/parallel.h"
+#include "bindings/support/widen.h"
 #include "detection/nms_shapes.h"
 
 // One body per instruction set, chosen at load. Without contraction, so that every set keeps the same boxes.
@@ -201,25 +202,42 @@ std::vector<std::int64_t> kept_rows(const nms::Args& args) {
   return rows;
 }
 
-std::vector<std::int64_t> kept_rows(const NmsPlan& p) {
-  return with_float(p.boxes.scalar_type(), [&]<class Scalar>() {
-    switch (p.kind) {
-      case nms::kRotated:
-        return kept_rows<nms::RotatedBoxes<Scalar>>(p.args);
-      case nms::kQuads:
-        return kept_rows<nms::Quads<Scalar>>(p.args);
-      case nms::kNormal:
-        return kept_rows<nms::NormalBoxes<Scalar>>(p.args);
-      case nms::kLanes:
-        return kept_rows<nms::Lanes<Scalar>>(p.args);
-      case nms::kPeerRotated:
-        return kept_rows<nms::ShapeKind<Scalar, nms::kPeerRotated>>(p.args);
-      case nms::kPeerQuads:
-        return kept_rows<nms::ShapeKind<Scalar, nms::kPeerQuads>>(p.args);
-      default:
-        return kept_rows<nms::Boxes<Scalar>>(p.args);
-    }
+// Calls f.operator()<T>(args) with boxes and scores of the type that they are computed in.
+template <class F>
+void with_numbers(const NmsPlan& p, const F& f) {
+  with_wide(p.boxes.scalar_type(), [&]<class T>() {
+    const Wide<T> boxes(p.boxes), scores(p.scores);
+    nms::Args args = p.args;
+    args.boxes = boxes.get();
+    args.scores = scores.get();
+    f.template operator()<T>(args);
   });
+}
+
+template <class T>
+std::vector<std::int64_t> kept_rows(std::int64_t kind, const nms::Args& args) {
+  switch (kind) {
+    case nms::kRotated:
+      return kept_rows<nms::RotatedBoxes<T>>(args);
+    case nms::kQuads:
+      return kept_rows<nms::Quads<T>>(args);
+    case nms::kNormal:
+      return kept_rows<nms::NormalBoxes<T>>(args);
+    case nms::kLanes:
+      return kept_rows<nms::Lanes<T>>(args);
+    case nms::kPeerRotated:
+      return kept_rows<nms::ShapeKind<T, nms::kPeerRotated>>(args);
+    case nms::kPeerQuads:
+      return kept_rows<nms::ShapeKind<T, nms::kPeerQuads>>(args);
+    default:
+      return kept_rows<nms::Boxes<T>>(args);
+  }
+}
+
+std::vector<std::int64_t> kept_rows(const NmsPlan& p) {
+  std::vector<std::int64_t> rows;
+  with_numbers(p, [&]<class T>(const nms::Args& args) { rows = kept_rows<T>(p.kind, args); });
+  return rows;
 }
 
 }  // namespace
@@ -261,14 +279,14 @@ Groups groups_cpu(const NmsPlan& p) {
   const Groups out{.rows = empty(p.boxes, ScalarType::Long, {p.args.n}),
                    .groups = empty(p.boxes, ScalarType::Long, {p.args.n}),
                    .count = empty(p.boxes, ScalarType::Long, {})};
-  with_float(p.boxes.scalar_type(), [&]<class Scalar>() {
-    using Kind = nms::InclusiveBoxes<Scalar>;
-    const auto threshold = static_cast<typename Kind::T>(p.args.iou_threshold);
+  with_numbers(p, [&]<class T>(const nms::Args& args) {
+    using Kind = nms::InclusiveBoxes<T>;
+    const auto threshold = static_cast<T>(args.iou_threshold);
     KeptShapes<Kind> kept;
     auto* rows = mutable_data<std::int64_t>(out.rows);
     auto* groups = mutable_data<std::int64_t>(out.groups);
-    for (const std::int64_t row : by_score<Scalar>(p.args)) {
-      const auto box = load_part<Kind>(p.args, row);
+    for (const std::int64_t row : by_score<T>(args)) {
+      const auto box = load_part<Kind>(args, row);
       const auto area = Kind::area(box);
       const std::int64_t group = kept.first(0, kept.n, box, area, threshold);
       if (group == kept.n) kept.add(box, area);

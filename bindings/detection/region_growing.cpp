@@ -1,8 +1,7 @@
-// contour_expand and pixel_group: schemas, checks and shapes, CPU loops, launches.
+// contour_expand and pixel_group: schemas, checks and shapes, launches.
 // SPDX-License-Identifier: Apache-2.0
-#include "detection/region_growing.h"
+#include "bindings/detection/region_growing.h"
 
-#include <algorithm>
 #include <cstddef>
 #include <limits>
 #include <optional>
@@ -110,15 +109,9 @@ const Means means_kernel({
 
 // ---- checks and shapes ----
 
-// The kernel arguments, and the tensors that keep their pointers alive.
-struct Plan {
-  Tensor planes, kernels, labels;
-  std::optional<Tensor> contour, scores, embeddings, means, confidence, counts;
-  Args args;
-
-  std::int64_t pixels() const { return kernels.numel(); }
-  Sizes sizes(std::int64_t channels = 1) const { return {pixels(), args.num_labels, channels}; }
-};
+Sizes sizes_of(const GrowthPlan& p, std::int64_t channels = 1) {
+  return {p.pixels(), p.args.num_labels, channels};
+}
 
 void check_mask(const char* op, const char* name, const Tensor& mask, const Tensor& labels) {
   if (mask.scalar_type() != ScalarType::Bool && mask.scalar_type() != ScalarType::Byte) {
@@ -143,28 +136,25 @@ void check_labels(const char* op, const Tensor& labels, std::int64_t num_labels)
          std::to_string(num_labels));
   }
   if (!labels.is_cpu()) return;  // elsewhere they count as background
-  const Tensor own = as_contiguous(labels);
-  const auto* values = data<std::int32_t>(own);
-  for (std::int64_t i = 0; i < own.numel(); ++i) {
-    if (values[i] <= num_labels) continue;
+  if (const std::int32_t largest = largest_label(as_contiguous(labels)); largest > num_labels) {
     fail(TORCHKILN_ERROR_INDEX, op, "labels", "be at most " + std::to_string(num_labels),
-         std::to_string(values[i]), "Pass a larger num_labels");
+         std::to_string(largest), "Pass a larger num_labels");
   }
 }
 
 // What both operators share; `planes` has one for each round.
-Plan plan(const Tensor& planes, const Tensor& labels, std::int64_t rounds,
-          std::int64_t num_labels) {
-  Plan p{.planes = as_contiguous(planes),
-         .kernels = as_contiguous(labels),
-         .labels = empty(labels, ScalarType::Int, shape_of(labels)),
-         .contour = {},
-         .scores = {},
-         .embeddings = {},
-         .means = {},
-         .confidence = {},
-         .counts = {},
-         .args = {}};
+GrowthPlan plan(const Tensor& planes, const Tensor& labels, std::int64_t rounds,
+                std::int64_t num_labels) {
+  GrowthPlan p{.planes = as_contiguous(planes),
+               .kernels = as_contiguous(labels),
+               .labels = empty(labels, ScalarType::Int, shape_of(labels)),
+               .contour = {},
+               .scores = {},
+               .embeddings = {},
+               .means = {},
+               .confidence = {},
+               .counts = {},
+               .args = {}};
   p.args.planes = static_cast<const u8*>(p.planes.const_data_ptr());
   p.args.kernels = data<i32>(p.kernels);
   p.args.labels = mutable_data<i32>(p.labels);
@@ -175,8 +165,10 @@ Plan plan(const Tensor& planes, const Tensor& labels, std::int64_t rounds,
   return p;
 }
 
-Plan plan_expand(const Tensor& masks, const Tensor& labels, std::int64_t min_area,
-                 std::int64_t num_labels) {
+}  // namespace
+
+GrowthPlan plan_expand(const Tensor& masks, const Tensor& labels, std::int64_t min_area,
+                       std::int64_t num_labels) {
   check_labels(kExpand, labels, num_labels);
   check_mask(kExpand, "masks", masks, labels);
   check_dim(kExpand, "masks", masks, 3, "(K, H, W)");
@@ -184,14 +176,14 @@ Plan plan_expand(const Tensor& masks, const Tensor& labels, std::int64_t min_are
   if (masks.size(0) == 0) {
     fail(TORCHKILN_ERROR_VALUE, kExpand, "masks", "have at least one plane", text(masks));
   }
-  Plan p = plan(masks, labels, masks.size(0) - 1, num_labels);
+  GrowthPlan p = plan(masks, labels, masks.size(0) - 1, num_labels);
   p.args.min_area = min_area;
   return p;
 }
 
-Plan plan_group(const Tensor& scores, const Tensor& mask, const Tensor& embeddings,
-                const Tensor& labels, const Tensor& contour, std::int64_t num_labels,
-                double threshold) {
+GrowthPlan plan_group(const Tensor& scores, const Tensor& mask, const Tensor& embeddings,
+                      const Tensor& labels, const Tensor& contour, std::int64_t num_labels,
+                      double threshold) {
   check_labels(kGroup, labels, num_labels);
   const std::int64_t height = labels.size(0), width = labels.size(1);
   check_floating(kGroup, "scores", scores);
@@ -211,7 +203,7 @@ Plan plan_group(const Tensor& scores, const Tensor& mask, const Tensor& embeddin
     check_mask(kGroup, name, *tensor, labels);
     check_shape(kGroup, name, *tensor, {height, width});
   }
-  Plan p = plan(mask, labels, 1, num_labels);
+  GrowthPlan p = plan(mask, labels, 1, num_labels);
   const std::int64_t channels = embeddings.size(2);
   p.contour = as_contiguous(contour);
   p.scores = as_contiguous(scores);
@@ -227,8 +219,9 @@ Plan plan_group(const Tensor& scores, const Tensor& mask, const Tensor& embeddin
   return p;
 }
 
-MeanArgs mean_args(const Plan& p, const Tensor& labels, const Tensor& values, const Tensor& means,
-                   const std::optional<Tensor>& counts, std::int64_t channels) {
+MeanArgs mean_args(const GrowthPlan& p, const Tensor& labels, const Tensor& values,
+                   const Tensor& means, const std::optional<Tensor>& counts,
+                   std::int64_t channels) {
   return {.labels = data<i32>(labels),
           .values = values.const_data_ptr(),
           .means = means.mutable_data_ptr(),
@@ -237,93 +230,7 @@ MeanArgs mean_args(const Plan& p, const Tensor& labels, const Tensor& values, co
           .channels = static_cast<i32>(channels)};
 }
 
-// ---- CPU ----
-
-// Grows all regions through one plane: a queue of the sources, in row-major order, and of what they reach.
-template <class IsNear>
-void grow_cpu(const Args& args, const u8* plane, std::vector<i32>& queue, const IsNear& is_near) {
-  for (std::size_t i = 0; i < queue.size(); ++i) {
-    const i32 label = args.labels[queue[i]];
-    for (const i32 other : region_growing::neighbours(queue[i], args.height, args.width).at) {
-      if (args.labels[other] != 0 || plane[other] == 0 || !is_near(label, other)) continue;
-      args.labels[other] = label;
-      queue.push_back(other);
-    }
-  }
-}
-
-Tensor expand_cpu(const Tensor& masks, const Tensor& labels, std::int64_t min_area,
-                  std::int64_t num_labels) {
-  Plan p = plan_expand(masks, labels, min_area, num_labels);
-  Args& args = p.args;
-  const i32 pixels = static_cast<i32>(p.pixels());
-  std::vector<i32> areas(static_cast<std::size_t>(num_labels) + 1), queue;
-  for (i32 i = 0; i < pixels; ++i) {
-    if (args.kernels[i] > 0) ++areas[static_cast<std::size_t>(args.kernels[i])];
-  }
-  args.areas = areas.data();
-  for (i32 i = 0; i < pixels; ++i) args.labels[i] = region_growing::kept(args, i);
-  for (i32 i = 0; i < pixels; ++i) {
-    if (args.labels[i] != 0) queue.push_back(i);
-  }
-  // Only these have something to do in a round; they start in row-major order.
-  const auto has_no_free = [&](i32 pixel) {
-    const auto around = region_growing::neighbours(pixel, args.height, args.width);
-    return std::ranges::none_of(around.at, [&](i32 other) { return args.labels[other] == 0; });
-  };
-  for (i64 round = args.rounds - 1; round >= 0; --round) {
-    std::erase_if(queue, has_no_free);
-    std::ranges::sort(queue);
-    grow_cpu(args, args.planes + round * pixels, queue, [](i32, i32) { return true; });
-  }
-  return p.labels;
-}
-
-template <class Scalar, class Out>
-void means_cpu(const MeanArgs& args, std::int64_t num_labels) {
-  const auto channels = static_cast<std::size_t>(args.channels);
-  const auto labels = static_cast<std::size_t>(num_labels) + 1;
-  std::vector<double> sums(labels * channels);
-  std::vector<i64> counts(labels);
-  const auto* value = static_cast<const Scalar*>(args.values);
-  for (i64 i = 0; i < args.pixels; ++i, value += channels) {
-    if (args.labels[i] <= 0) continue;
-    const auto label = static_cast<std::size_t>(args.labels[i]);
-    ++counts[label];
-    for (std::size_t c = 0; c < channels; ++c) {
-      sums[label * channels + c] += static_cast<double>(load(value[c]));
-    }
-  }
-  for (std::size_t i = 0; i < sums.size(); ++i) {
-    const i64 count = counts[i / channels];
-    const double mean = count > 0 ? sums[i] / static_cast<double>(count) : 0.0;
-    store(static_cast<Out*>(args.means)[i], static_cast<Acc<Out>>(mean));
-  }
-  for (std::size_t i = 0; i < labels && args.counts != nullptr; ++i) args.counts[i] = counts[i];
-}
-
-std::tuple<Tensor, Tensor, Tensor> group_cpu(const Tensor& scores, const Tensor& mask,
-                                             const Tensor& embeddings, const Tensor& labels,
-                                             const Tensor& contour, std::int64_t num_labels,
-                                             double threshold) {
-  const Plan p = plan_group(scores, mask, embeddings, labels, contour, num_labels, threshold);
-  const Args& args = p.args;
-  with_float(scores.scalar_type(), [&]<class Scalar>() {
-    means_cpu<Scalar, double>(mean_args(p, p.kernels, *p.embeddings, *p.means, {}, args.channels),
-                              num_labels);
-    std::vector<i32> queue;
-    for (i32 i = 0; i < static_cast<i32>(p.pixels()); ++i) {
-      args.labels[i] = region_growing::kept(args, i);
-      if (args.labels[i] != 0 && args.contour[i] != 0) queue.push_back(i);
-    }
-    grow_cpu(args, args.planes, queue, [&](i32 label, i32 pixel) {
-      return region_growing::is_near<Scalar>(args, label, pixel);
-    });
-    means_cpu<Scalar, Scalar>(mean_args(p, p.labels, *p.scores, *p.confidence, p.counts, 1),
-                              num_labels);
-  });
-  return {p.labels, *p.confidence, *p.counts};
-}
+namespace {
 
 // ---- CUDA ----
 
@@ -332,7 +239,7 @@ Buffer reads_if(std::size_t offset, const std::optional<Tensor>& tensor) {
 }
 
 // Seeds, then grows. `zeros` holds areas (used if `by_area`) and the number of sources behind them.
-void launch_growing(const CudaPlace& place, Plan& p, const Tensor& zeroed, bool by_area) {
+void launch_growing(const CudaPlace& place, GrowthPlan& p, const Tensor& zeroed, bool by_area) {
   const ScalarType scalar = p.scores ? p.scores->scalar_type() : ScalarType::Float;
   const std::int64_t pixels = p.pixels(), list_bytes = 2 * pixels * 4;
   const std::int64_t area_bytes = (p.args.num_labels + std::int64_t{1}) * 4;
@@ -349,24 +256,25 @@ void launch_growing(const CudaPlace& place, Plan& p, const Tensor& zeroed, bool 
       buffer(offsetof(Args, lists), TORCHKILN_READ_WRITE, list_bytes, TORCHKILN_SCRATCH);
   const Buffer claims =
       buffer(offsetof(Args, claims), TORCHKILN_READ_WRITE, pixels * 4, TORCHKILN_SCRATCH);
-  seed_kernel.run(place, {}, p.sizes(), p.args,
+  seed_kernel.run(place, {}, sizes_of(p), p.args,
                   {kernels, contour, areas, writes(offsetof(Args, labels), p.labels), claims, lists,
                    updates(offsetof(Args, count), std::int64_t{4}), unused(offsetof(Args, planes)),
                    unused(offsetof(Args, embeddings)), unused(offsetof(Args, means))});
   if (p.args.rounds == 0) return;
   grow_kernel.run(
-      place, {kernel_type(scalar), p.embeddings.has_value()}, p.sizes(), p.args,
+      place, {kernel_type(scalar), p.embeddings.has_value()}, sizes_of(p), p.args,
       {kernels, contour, areas, reads(offsetof(Args, planes), p.planes),
        reads_if(offsetof(Args, embeddings), p.embeddings), reads_if(offsetof(Args, means), p.means),
        updates(offsetof(Args, labels), p.labels), claims, lists,
        reads(offsetof(Args, count), std::int64_t{4})});
 }
 
-void launch_means(const CudaPlace& place, const Plan& p, const Tensor& labels, const Tensor& values,
-                  const Tensor& means, const std::optional<Tensor>& counts, std::int64_t channels) {
+void launch_means(const CudaPlace& place, const GrowthPlan& p, const Tensor& labels,
+                  const Tensor& values, const Tensor& means, const std::optional<Tensor>& counts,
+                  std::int64_t channels) {
   means_kernel.run(
       place, {kernel_type(values.scalar_type()), kernel_type(means.scalar_type())},
-      p.sizes(channels), mean_args(p, labels, values, means, counts, channels),
+      sizes_of(p, channels), mean_args(p, labels, values, means, counts, channels),
       {reads(offsetof(MeanArgs, labels), labels), reads(offsetof(MeanArgs, values), values),
        writes(offsetof(MeanArgs, means), means),
        counts ? writes(offsetof(MeanArgs, counts), *counts) : unused(offsetof(MeanArgs, counts))});
@@ -374,12 +282,12 @@ void launch_means(const CudaPlace& place, const Plan& p, const Tensor& labels, c
 
 Tensor expand_cuda(const Tensor& masks, const Tensor& labels, std::int64_t min_area,
                    std::int64_t num_labels) {
-  Plan p = plan_expand(masks, labels, min_area, num_labels);
+  GrowthPlan p = plan_expand(masks, labels, min_area, num_labels);
   if (p.pixels() == 0) return p.labels;
   const CudaPlace place(p.labels);
   const Tensor zeroed = zeros(labels, ScalarType::Int, {num_labels + 2});
   const CountArgs args = {p.args.kernels, mutable_data<i32>(zeroed), p.pixels(), p.args.num_labels};
-  count_kernel.run(place, {}, p.sizes(), args,
+  count_kernel.run(place, {}, sizes_of(p), args,
                    {reads(offsetof(CountArgs, kernels), p.kernels),
                     updates(offsetof(CountArgs, areas), zeroed)});
   launch_growing(place, p, zeroed, true);
@@ -390,7 +298,7 @@ std::tuple<Tensor, Tensor, Tensor> group_cuda(const Tensor& scores, const Tensor
                                               const Tensor& embeddings, const Tensor& labels,
                                               const Tensor& contour, std::int64_t num_labels,
                                               double threshold) {
-  Plan p = plan_group(scores, mask, embeddings, labels, contour, num_labels, threshold);
+  GrowthPlan p = plan_group(scores, mask, embeddings, labels, contour, num_labels, threshold);
   const CudaPlace place(p.labels);
   if (p.args.channels > 0) {
     launch_means(place, p, p.kernels, *p.embeddings, *p.means, {}, p.args.channels);
@@ -409,10 +317,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torchkiln, m) {
   m.def(
       "pixel_group(Tensor scores, Tensor mask, Tensor embeddings, Tensor labels, Tensor contour, "
       "int num_labels, float threshold) -> (Tensor groups, Tensor confidence, Tensor counts)");
-}
-STABLE_TORCH_LIBRARY_IMPL(torchkiln, CPU, m) {
-  m.impl("contour_expand", TORCH_BOX(&expand_cpu));
-  m.impl("pixel_group", TORCH_BOX(&group_cpu));
 }
 STABLE_TORCH_LIBRARY_IMPL(torchkiln, CUDA, m) {
   m.impl("contour_expand", TORCH_BOX(&expand_cuda));

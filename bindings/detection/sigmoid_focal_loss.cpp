@@ -1,10 +1,6 @@
-// sigmoid_focal_loss for labels and for soft targets: schema, checks and shapes, CPU loops, launches.
+// sigmoid_focal_loss for labels and for soft targets: schema, checks and shapes, launches.
 // SPDX-License-Identifier: Apache-2.0
-#if defined(__GNUC__) && !defined(__clang__)
-// A comparison might raise a floating-point exception, and g++ keeps that, at the price of no vectors.
-#pragma GCC optimize("O3", "no-trapping-math")
-#endif
-#include "detection/sigmoid_focal_loss.h"
+#include "bindings/detection/sigmoid_focal_loss.h"
 
 #include <algorithm>
 #include <cstddef>
@@ -15,15 +11,7 @@
 
 #include "bindings/support/check.h"
 #include "bindings/support/cuda.h"
-#include "bindings/support/parallel.h"
 #include "bindings/support/tensor.h"
-
-// Loops over floats, compiled for each width of vectors; the best one is picked when the library is loaded.
-#if !defined(__x86_64__) || !defined(__GNUC__) || defined(__clang__)
-#define TORCHKILN_VECTORIZED
-#else
-#define TORCHKILN_VECTORIZED __attribute__((target_clones("avx512f", "arch=haswell", "default")))
-#endif
 
 namespace torchkiln::bindings {
 namespace {
@@ -32,13 +20,9 @@ using sigmoid_focal_loss::Args;
 using sigmoid_focal_loss::FinishArgs;
 using sigmoid_focal_loss::kMaxBlocks;
 using sigmoid_focal_loss::ScaleArgs;
-using sigmoid_focal_loss::Terms;
 
 constexpr const char* kOp = "sigmoid_focal_loss";
 constexpr std::int64_t kMaxI32 = 2'147'483'647;
-
-// torch's numbers.
-enum Reduction : std::int64_t { kNone = 0, kMean = 1, kReduceSum = 2 };
 
 struct Statics {
   std::int64_t scalar, index, labels, gamma, output, vector;
@@ -149,17 +133,6 @@ const Scale scale_kernel({
         },
 });
 
-// The kernel arguments, and the tensors that keep their pointers alive.
-struct Plan {
-  Tensor inputs, targets, loss, gradient;
-  std::optional<Tensor> weight, grad_output, partials;
-  bool labels;
-  Args args;
-
-  ScalarType dtype() const { return inputs.scalar_type(); }
-  std::int64_t numel() const { return args.rows * args.columns; }
-};
-
 void check_labels(const Tensor& inputs, const Tensor& targets,
                   const std::optional<Tensor>& weight) {
   check_dim(kOp, "inputs", inputs, 2, "(N, C) when targets are labels");
@@ -199,8 +172,8 @@ void check_settings(double alpha, double gamma, std::int64_t reduction) {
 }
 
 // What forward and backward share.
-Plan plan(const Tensor& inputs, const Tensor& targets, const std::optional<Tensor>& weight,
-          double alpha, double gamma, std::int64_t reduction) {
+FocalPlan plan(const Tensor& inputs, const Tensor& targets, const std::optional<Tensor>& weight,
+               double alpha, double gamma, std::int64_t reduction) {
   check_floating(kOp, "inputs", inputs);
   check_same_device(kOp, "targets", targets, "inputs", inputs);
   const bool labels = targets.scalar_type() == ScalarType::Long;
@@ -210,15 +183,15 @@ Plan plan(const Tensor& inputs, const Tensor& targets, const std::optional<Tenso
     check_soft(inputs, targets, weight);
   }
   check_settings(alpha, gamma, reduction);
-  Plan p{.inputs = as_contiguous(inputs),
-         .targets = as_contiguous(targets),
-         .loss = {},
-         .gradient = {},
-         .weight = weight ? std::optional(as_contiguous(*weight)) : std::nullopt,
-         .grad_output = {},
-         .partials = {},
-         .labels = labels,
-         .args = {}};
+  FocalPlan p{.inputs = as_contiguous(inputs),
+              .targets = as_contiguous(targets),
+              .loss = {},
+              .gradient = {},
+              .weight = weight ? std::optional(as_contiguous(*weight)) : std::nullopt,
+              .grad_output = {},
+              .partials = {},
+              .labels = labels,
+              .args = {}};
   const std::int64_t rows = labels ? inputs.size(0) : 1;
   // As torch's: the mean of nothing is NaN.
   const double count = static_cast<double>(labels ? rows : inputs.numel());
@@ -239,9 +212,12 @@ Plan plan(const Tensor& inputs, const Tensor& targets, const std::optional<Tenso
   return p;
 }
 
-Plan plan_forward(const Tensor& inputs, const Tensor& targets, const std::optional<Tensor>& weight,
-                  double alpha, double gamma, std::int64_t reduction, bool with_gradient) {
-  Plan p = plan(inputs, targets, weight, alpha, gamma, reduction);
+}  // namespace
+
+FocalPlan plan_focal_forward(const Tensor& inputs, const Tensor& targets,
+                             const std::optional<Tensor>& weight, double alpha, double gamma,
+                             std::int64_t reduction, bool with_gradient) {
+  FocalPlan p = plan(inputs, targets, weight, alpha, gamma, reduction);
   const bool sums = reduction != kNone;
   const Shape shape = shape_of(inputs);
   p.loss = sums ? empty(inputs, p.dtype(), {}) : empty(inputs, p.dtype(), shape);
@@ -252,10 +228,10 @@ Plan plan_forward(const Tensor& inputs, const Tensor& targets, const std::option
   return p;
 }
 
-Plan plan_backward(const Tensor& grad_output, const Tensor& inputs, const Tensor& targets,
-                   const std::optional<Tensor>& weight, double alpha, double gamma,
-                   std::int64_t reduction) {
-  Plan p = plan(inputs, targets, weight, alpha, gamma, reduction);
+FocalPlan plan_focal_backward(const Tensor& grad_output, const Tensor& inputs,
+                              const Tensor& targets, const std::optional<Tensor>& weight,
+                              double alpha, double gamma, std::int64_t reduction) {
+  FocalPlan p = plan(inputs, targets, weight, alpha, gamma, reduction);
   check_same_dtype(kOp, "grad_output", grad_output, "inputs", inputs);
   check_same_device(kOp, "grad_output", grad_output, "inputs", inputs);
   const Shape wanted = reduction == kNone ? shape_of(inputs) : Shape{}, got = shape_of(grad_output);
@@ -270,185 +246,22 @@ Plan plan_backward(const Tensor& grad_output, const Tensor& inputs, const Tensor
   return p;
 }
 
-// ---- CPU -----------------------------------------------------------------------------------------------------------
-
-// Elements of one step of the CPU loops: their buffers stay in the first cache.
-constexpr std::int64_t kSpan = 512;
-// Elements of one partial sum, whatever the number of threads.
-constexpr std::int64_t kPiece = 16'384;
-constexpr std::int64_t kElementNanoseconds = 4;
-
-// What a span is computed from and into: x and t are read, loss and gradient written.
-template <class T>
-struct Span {
-  T x[kSpan], t[kSpan], loss[kSpan], gradient[kSpan];
-};
-
-template <class T>
-struct Factors {
-  T positive, negative, gamma;
-};
-
-template <int kGamma, class T>
-inline void negative_loop(Span<T>& s, std::int64_t n, const Factors<T>& f) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    const Terms<T> terms = sigmoid_focal_loss::negative_terms<kGamma>(s.x[i], f.gamma);
-    s.loss[i] = f.negative * terms.loss;
-    s.gradient[i] = f.negative * terms.gradient;
+FocalScalePlan plan_focal_scale(const Tensor& gradient, const Tensor& grad_output) {
+  check_floating(kOp, "gradient", gradient);
+  if (!gradient.is_contiguous()) {
+    fail(TORCHKILN_ERROR_VALUE, kOp, "gradient", "be contiguous", "strides of another layout");
   }
-}
-template <int kGamma, class T>
-inline void soft_loop(Span<T>& s, std::int64_t n, const Factors<T>& f) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    const Terms<T> terms =
-        sigmoid_focal_loss::soft_terms<kGamma>(s.x[i], s.t[i], f.positive, f.negative, f.gamma);
-    s.loss[i] = terms.loss;
-    s.gradient[i] = terms.gradient;
-  }
-}
-
-TORCHKILN_VECTORIZED void negative_squared(Span<float>& s, std::int64_t n, Factors<float> f) {
-  negative_loop<2>(s, n, f);
-}
-TORCHKILN_VECTORIZED void negative_any(Span<float>& s, std::int64_t n, Factors<float> f) {
-  negative_loop<0>(s, n, f);
-}
-TORCHKILN_VECTORIZED void soft_squared(Span<float>& s, std::int64_t n, Factors<float> f) {
-  soft_loop<2>(s, n, f);
+  check_same_dtype(kOp, "grad_output", grad_output, "gradient", gradient);
+  check_same_device(kOp, "grad_output", grad_output, "gradient", gradient);
+  check_shape(kOp, "grad_output", grad_output, {});
+  FocalScalePlan p{.gradient = gradient, .grad_output = grad_output, .args = {}};
+  p.args = {.gradient = p.gradient.mutable_data_ptr(),
+            .grad_output = p.grad_output.const_data_ptr(),
+            .numel = p.gradient.numel()};
+  return p;
 }
 
-template <class T>
-void negative_span(Span<T>& s, std::int64_t n, const Factors<T>& f) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    f.gamma == 2 ? negative_squared(s, n, f) : negative_any(s, n, f);
-  } else {
-    f.gamma == 2 ? negative_loop<2>(s, n, f) : negative_loop<0>(s, n, f);
-  }
-}
-template <class T>
-void soft_span(Span<T>& s, std::int64_t n, const Factors<T>& f) {
-  if (f.gamma != 2) return soft_loop<0>(s, n, f);
-  if constexpr (sizeof(T) == sizeof(float)) {
-    soft_squared(s, n, f);
-  } else {
-    soft_loop<2>(s, n, f);
-  }
-}
-
-// The one positive element of a span of negative ones.
-template <class T>
-void set_positive(Span<T>& s, std::int64_t i, const Factors<T>& f) {
-  const Terms<T> terms = f.gamma == 2 ? sigmoid_focal_loss::negative_terms<2>(-s.x[i], f.gamma)
-                                      : sigmoid_focal_loss::negative_terms<0>(-s.x[i], f.gamma);
-  s.loss[i] = f.positive * terms.loss;
-  s.gradient[i] = -f.positive * terms.gradient;
-}
-
-// Computes the elements [offset, offset + n), all of one row when there are labels.
-template <class Scalar>
-void compute_span(const Args& args, bool labels, std::int64_t offset, std::int64_t n,
-                  Span<Acc<Scalar>>& s) {
-  using T = Acc<Scalar>;
-  Factors<T> f{static_cast<T>(args.positive * args.scale),
-               static_cast<T>(args.negative * args.scale), static_cast<T>(args.gamma)};
-  const auto* inputs = static_cast<const Scalar*>(args.inputs) + offset;
-  for (std::int64_t i = 0; i < n; ++i) s.x[i] = load(inputs[i]);
-  if (!labels) {
-    const auto* targets = static_cast<const Scalar*>(args.targets) + offset;
-    for (std::int64_t i = 0; i < n; ++i) s.t[i] = load(targets[i]);
-    return soft_span(s, n, f);
-  }
-  const std::int64_t row = offset / args.columns;
-  const std::int64_t label = static_cast<const i64*>(args.targets)[row];
-  const bool is_class = label >= 0 && label < args.columns;
-  if (args.weight != nullptr && is_class) {
-    const T weight = load(static_cast<const Scalar*>(args.weight)[label]);
-    f.positive *= weight;
-    f.negative *= weight;
-  }
-  negative_span(s, n, f);
-  const std::int64_t hit = label - (offset - row * args.columns);
-  if (is_class && hit >= 0 && hit < n) set_positive(s, hit, f);
-}
-
-// Writes what is asked for.
-template <class Scalar>
-void write_span(const Args& args, bool sums, std::int64_t offset, std::int64_t n,
-                Span<Acc<Scalar>>& s) {
-  if (args.loss != nullptr && !sums) {
-    for (std::int64_t i = 0; i < n; ++i) {
-      store(static_cast<Scalar*>(args.loss)[offset + i], s.loss[i]);
-    }
-  }
-  if (args.gradient == nullptr) return;
-  if (args.grad_output != nullptr) {
-    const auto* grad_output = static_cast<const Scalar*>(args.grad_output);
-    for (std::int64_t i = 0; i < n; ++i) {
-      s.gradient[i] *= load(grad_output[args.grad_output_is_one ? 0 : offset + i]);
-    }
-  }
-  for (std::int64_t i = 0; i < n; ++i) {
-    store(static_cast<Scalar*>(args.gradient)[offset + i], s.gradient[i]);
-  }
-}
-
-// The elements of one piece, in spans that do not cross a row; returns the sum of their losses.
-template <class Scalar>
-double run_piece(const Args& args, bool labels, bool sums, std::int64_t begin, std::int64_t end) {
-  Span<Acc<Scalar>> span;
-  double sum = 0;
-  while (begin < end) {
-    const std::int64_t row_end = labels ? (begin / args.columns + 1) * args.columns : end;
-    const std::int64_t n = std::min({kSpan, end - begin, row_end - begin});
-    compute_span<Scalar>(args, labels, begin, n, span);
-    write_span<Scalar>(args, sums, begin, n, span);
-    if (sums) sum = std::accumulate(span.loss, span.loss + n, sum);
-    begin += n;
-  }
-  return sum;
-}
-
-// Runs all pieces on torch's threads; returns the sum of the losses, in the order of the pieces.
-double run_cpu(const Plan& p, bool sums) {
-  const std::int64_t pieces = ceil_div(p.numel(), kPiece);
-  std::vector<double> partials(static_cast<std::size_t>(pieces));
-  with_float(p.dtype(), [&]<class Scalar>() {
-    parallel_for(pieces, kPiece * kElementNanoseconds, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t i = begin; i < end; ++i) {
-        partials[static_cast<std::size_t>(i)] = run_piece<Scalar>(
-            p.args, p.labels, sums, i * kPiece, std::min((i + 1) * kPiece, p.numel()));
-      }
-    });
-  });
-  return std::accumulate(partials.begin(), partials.end(), 0.0);
-}
-
-// The loss of no elements: 0, or NaN for the mean of nothing.
-double empty_loss(const Plan& p) { return 0.0 * p.args.scale; }
-
-void store_loss(const Plan& p, double loss) {
-  with_float(p.dtype(), [&]<class Scalar>() {
-    store(*mutable_data<Scalar>(p.loss), static_cast<Acc<Scalar>>(loss));
-  });
-}
-
-std::tuple<Tensor, Tensor> cpu(const Tensor& inputs, const Tensor& targets,
-                               const std::optional<Tensor>& weight, double alpha, double gamma,
-                               std::int64_t reduction, bool with_gradient) {
-  const Plan p = plan_forward(inputs, targets, weight, alpha, gamma, reduction, with_gradient);
-  const bool sums = reduction != kNone;
-  const double loss = run_cpu(p, sums);
-  if (sums) store_loss(p, p.numel() == 0 ? empty_loss(p) : loss);
-  return {p.loss, p.gradient};
-}
-
-Tensor backward_cpu(const Tensor& grad_output, const Tensor& inputs, const Tensor& targets,
-                    const std::optional<Tensor>& weight, double alpha, double gamma,
-                    std::int64_t reduction) {
-  const Plan p = plan_backward(grad_output, inputs, targets, weight, alpha, gamma, reduction);
-  run_cpu(p, false);
-  return p.gradient;
-}
+namespace {
 
 // ---- CUDA ----------------------------------------------------------------------------------------------------------
 
@@ -457,7 +270,7 @@ bool is_aligned(const void* pointer) {
 }
 
 // 16 bytes where every row and every pointer allows it.
-std::int64_t vector_of(const Plan& p) {
+std::int64_t vector_of(const FocalPlan& p) {
   const std::int64_t full = full_vector(kernel_type(p.dtype()));
   const bool fits = p.args.columns % full == 0 && is_aligned(p.args.inputs) &&
                     (p.labels || is_aligned(p.args.targets)) &&
@@ -466,7 +279,7 @@ std::int64_t vector_of(const Plan& p) {
   return fits ? full : 1;
 }
 
-BackwardStatics statics_of(const Plan& p) {
+BackwardStatics statics_of(const FocalPlan& p) {
   return {.scalar = kernel_type(p.dtype()),
           .index = p.numel() <= kMaxI32 / 2 ? TORCHKILN_I32 : TORCHKILN_I64,
           .labels = p.labels,
@@ -478,7 +291,7 @@ Buffer reads_if(std::size_t offset, const std::optional<Tensor>& tensor) {
   return tensor ? reads(offset, *tensor) : reads(offset, 0);
 }
 
-void launch_forward(const CudaPlace& place, const Plan& p, bool sums) {
+void launch_forward(const CudaPlace& place, const FocalPlan& p, bool sums) {
   const BackwardStatics s = statics_of(p);
   const std::int64_t output = sums ? sigmoid_focal_loss::kSum : sigmoid_focal_loss::kElements;
   const Buffer inputs = reads(offsetof(Args, inputs), p.inputs);
@@ -503,10 +316,10 @@ void launch_forward(const CudaPlace& place, const Plan& p, bool sums) {
 std::tuple<Tensor, Tensor> cuda(const Tensor& inputs, const Tensor& targets,
                                 const std::optional<Tensor>& weight, double alpha, double gamma,
                                 std::int64_t reduction, bool with_gradient) {
-  Plan p = plan_forward(inputs, targets, weight, alpha, gamma, reduction, with_gradient);
+  FocalPlan p = plan_focal_forward(inputs, targets, weight, alpha, gamma, reduction, with_gradient);
   const bool sums = reduction != kNone;
   if (p.numel() == 0) {
-    if (sums) torch::stable::fill_(p.loss, empty_loss(p));
+    if (sums) torch::stable::fill_(p.loss, empty_focal_loss(p));
     return {p.loss, p.gradient};
   }
   if (sums) {
@@ -522,7 +335,8 @@ std::tuple<Tensor, Tensor> cuda(const Tensor& inputs, const Tensor& targets,
 Tensor backward_cuda(const Tensor& grad_output, const Tensor& inputs, const Tensor& targets,
                      const std::optional<Tensor>& weight, double alpha, double gamma,
                      std::int64_t reduction) {
-  const Plan p = plan_backward(grad_output, inputs, targets, weight, alpha, gamma, reduction);
+  const FocalPlan p =
+      plan_focal_backward(grad_output, inputs, targets, weight, alpha, gamma, reduction);
   if (p.numel() == 0) return p.gradient;
   backward_kernel.run(
       CudaPlace(p.inputs), statics_of(p), {p.numel()}, p.args,
@@ -533,48 +347,8 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& inputs, const Tens
   return p.gradient;
 }
 
-// ---- scaling a finished gradient -----------------------------------------------------------------------------------
-
-// Multiplies in place; not at all when the factor is 1.
-struct ScalePlan {
-  Tensor gradient, grad_output;
-  ScaleArgs args;
-};
-
-ScalePlan plan_scale(const Tensor& gradient, const Tensor& grad_output) {
-  check_floating(kOp, "gradient", gradient);
-  if (!gradient.is_contiguous()) {
-    fail(TORCHKILN_ERROR_VALUE, kOp, "gradient", "be contiguous", "strides of another layout");
-  }
-  check_same_dtype(kOp, "grad_output", grad_output, "gradient", gradient);
-  check_same_device(kOp, "grad_output", grad_output, "gradient", gradient);
-  check_shape(kOp, "grad_output", grad_output, {});
-  ScalePlan p{.gradient = gradient, .grad_output = grad_output, .args = {}};
-  p.args = {.gradient = p.gradient.mutable_data_ptr(),
-            .grad_output = p.grad_output.const_data_ptr(),
-            .numel = p.gradient.numel()};
-  return p;
-}
-
-template <class Scalar>
-void scale_elements(const ScaleArgs& args, std::int64_t begin, std::int64_t end) {
-  const Acc<Scalar> factor = load(*static_cast<const Scalar*>(args.grad_output));
-  if (factor == 1) return;
-  auto* gradient = static_cast<Scalar*>(args.gradient);
-  for (std::int64_t i = begin; i < end; ++i) store(gradient[i], load(gradient[i]) * factor);
-}
-
-void scale_cpu(Tensor gradient, const Tensor& grad_output) {
-  const ScalePlan p = plan_scale(gradient, grad_output);
-  with_float(p.gradient.scalar_type(), [&]<class Scalar>() {
-    parallel_for(p.args.numel, 1, [&](std::int64_t begin, std::int64_t end) {
-      scale_elements<Scalar>(p.args, begin, end);
-    });
-  });
-}
-
 void scale_cuda(Tensor gradient, const Tensor& grad_output) {
-  const ScalePlan p = plan_scale(gradient, grad_output);
+  const FocalScalePlan p = plan_focal_scale(gradient, grad_output);
   if (p.args.numel == 0) return;
   const std::int64_t scalar = kernel_type(p.gradient.scalar_type()), full = full_vector(scalar);
   const bool fits = p.args.numel % full == 0 && is_aligned(p.args.gradient);
@@ -594,11 +368,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torchkiln, m) {
       "_sigmoid_focal_loss_backward(Tensor grad_output, Tensor inputs, Tensor targets, "
       "Tensor? weight, float alpha, float gamma, int reduction) -> Tensor");
   m.def("_sigmoid_focal_loss_scale_(Tensor(a!) gradient, Tensor grad_output) -> ()");
-}
-STABLE_TORCH_LIBRARY_IMPL(torchkiln, CPU, m) {
-  m.impl("sigmoid_focal_loss", TORCH_BOX(&cpu));
-  m.impl("_sigmoid_focal_loss_backward", TORCH_BOX(&backward_cpu));
-  m.impl("_sigmoid_focal_loss_scale_", TORCH_BOX(&scale_cpu));
 }
 STABLE_TORCH_LIBRARY_IMPL(torchkiln, CUDA, m) {
   m.impl("sigmoid_focal_loss", TORCH_BOX(&cuda));

@@ -1,25 +1,33 @@
-// soft_nms and soft_nms_padded on the CPU. What is left of a class lies as separate arrays in the order of its rows; a
-// step lowers all scores by the box selected last, then drops the low ones and finds the best in one walk. Classes are
-// independent of each other and run in parallel.
+// soft_nms and soft_nms_padded on the CPU. Scores only fall, so a box that is still the best after all boxes selected
+// before it have lowered it is the next one: only those that come into question are lowered at once. The others wait
+// until many boxes have been selected, which then lower them chunk by chunk, in vector loops, on all threads.
 // SPDX-License-Identifier: Apache-2.0
+#if defined(__GNUC__) && !defined(__clang__)
+// Without contraction every instruction set has the same scores. A comparison might raise a floating-point exception, and
+// g++ keeps that, at the price of no vectors.
+#pragma GCC optimize("O3", "fp-contract=off", "no-trapping-math")
+#endif
 #include <algorithm>
 #include <array>
+#include <bit>
+#include <limits>
 #include <numeric>
+#include <optional>
 #include <span>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "bindings/detection/soft_nms.h"
 #include "bindings/support/parallel.h"
 
-// Without contraction, so that every instruction set has the same scores.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define TORCHKILN_UNCONTRACTED                                          \
-  __attribute__((optimize("O3", "fp-contract=off", "no-trapping-math"), \
-                 target_clones("avx512f", "avx2", "default")))
+#define TORCHKILN_CLONED __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
-#define TORCHKILN_UNCONTRACTED
+#define TORCHKILN_CLONED
 #endif
+#define TORCHKILN_INLINE [[gnu::always_inline]] inline
 
 namespace torchkiln::bindings {
 namespace {
@@ -27,26 +35,126 @@ namespace {
 using soft_nms::Args;
 
 constexpr double kPairNanoseconds = 1.0;
+// Boxes whose arrays stay in the first cache while others lower them; of these, boxes that exp() is tried for together.
+constexpr std::size_t kChunk = 128, kLanes = 32;
+// Selected boxes that have not lowered everything yet.
+constexpr std::size_t kMostWaiting = 64;
+constexpr std::int32_t kTaken = std::numeric_limits<std::int32_t>::max();
 
-// Intersections and unions of one box with many. The maths is guarded_intersection() of geometry/overlap.h, written out
-// because a call of a function with other options is not inlined.
-#define TORCHKILN_MEET(T)                                                                        \
-  TORCHKILN_UNCONTRACTED void meet(const T* x1, const T* y1, const T* x2, const T* y2,           \
-                                   const T* area, std::int64_t n, const Box<T>& box, T box_area, \
-                                   T* inter, T* total) {                                         \
-    const T bx1 = box.x1, by1 = box.y1, bx2 = box.x2, by2 = box.y2;                              \
-    for (std::int64_t j = 0; j < n; ++j) {                                                       \
-      T width = (bx2 < x2[j] ? bx2 : x2[j]) - (bx1 > x1[j] ? bx1 : x1[j]);                       \
-      T height = (by2 < y2[j] ? by2 : y2[j]) - (by1 > y1[j] ? by1 : y1[j]);                      \
-      width = width > T(0) ? width : T(0);                                                       \
-      height = height > T(0) ? height : T(0);                                                    \
-      inter[j] = width * height;                                                                 \
-      total[j] = (box_area + area[j]) - inter[j];                                                \
-    }                                                                                            \
+// A score as an integer: the better the higher, NaN lowest. Integers have maxima in vector loops, whatever they hold.
+template <class T>
+using Key = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+template <class T>
+constexpr Key<T> kGone = std::numeric_limits<Key<T>>::min();
+
+template <class T>
+TORCHKILN_INLINE Key<T> key_of(T score) {
+  const auto bits = std::bit_cast<Key<T>>(score + T(0));  // there are two zeros
+  const Key<T> key = bits < 0 ? bits ^ std::numeric_limits<Key<T>>::max() : bits;
+  return is_nan(score) ? kGone<T> + 1 : key;
+}
+
+template <class T>
+struct Chunk {
+  std::array<T, kChunk> x1, y1, x2, y2, area, score;
+  // Of the score; and by how many of the boxes that wait it has been lowered. kGone and kTaken without a box that is left.
+  std::array<Key<T>, kChunk> key;
+  std::array<std::int32_t, kChunk> lowered;
+  std::array<std::int64_t, kChunk> row;
+
+  Box<T> box(std::size_t i) const { return {x1[i], y1[i], x2[i], y2[i]}; }
+};
+
+template <class T>
+struct Waiting {
+  std::array<Box<T>, kMostWaiting> boxes;
+  std::array<T, kMostWaiting> areas;
+  std::size_t count = 0;
+};
+
+template <class T>
+struct Rule {
+  i64 method;
+  T threshold, sigma, min_score;
+};
+
+// ---- what runs in vectors: inlined into a function for each instruction set ----
+
+template <class T>
+TORCHKILN_INLINE void lower_by_factor(Chunk<T>& c, const Box<T> box, T area, std::int32_t at,
+                                      const Rule<T> rule) {
+  const bool is_linear = rule.method == soft_nms::kLinear;
+  for (std::size_t i = 0; i < kChunk; ++i) {
+    const T inter = guarded_intersection(box, c.box(i)), total = (area + c.area[i]) - inter;
+    const T rest = T(1) - inter / total, factor = is_linear ? rest : T(0);
+    const bool acts = (c.lowered[i] <= at) & (total > T(0)) & (inter >= rule.threshold * total) &
+                      !(c.score[i] < rule.min_score);
+    c.score[i] = acts ? c.score[i] * factor : c.score[i];
   }
-TORCHKILN_MEET(float)
-TORCHKILN_MEET(double)
-#undef TORCHKILN_MEET
+}
+
+template <class T>
+TORCHKILN_INLINE void lower_by_exp(Chunk<T>& c, const Box<T> box, T area, std::int32_t at,
+                                   const Rule<T> rule) {
+  for (std::size_t begin = 0; begin < kChunk; begin += kLanes) {
+    T exponents[kLanes];
+    std::int32_t acting = 0;
+    for (std::size_t k = 0; k < kLanes; ++k) {
+      const std::size_t i = begin + k;
+      const T inter = guarded_intersection(box, c.box(i)), total = (area + c.area[i]) - inter;
+      const T iou = inter / total, exponent = -(iou * iou) / rule.sigma;
+      const bool acts =
+          (c.lowered[i] <= at) & (total > T(0)) & (inter > T(0)) & !(c.score[i] < rule.min_score);
+      exponents[k] = acts ? exponent : T(1);
+      acting += acts;
+    }
+    if (acting == 0) continue;
+    for (std::size_t k = 0; k < kLanes; ++k) {
+      if (!(exponents[k] > T(0))) c.score[begin + k] *= exp_of(exponents[k]);
+    }
+  }
+}
+
+template <class T>
+TORCHKILN_INLINE Key<T> best_key(const Chunk<T>& c) {
+  Key<T> best = kGone<T>;
+  for (std::size_t i = 0; i < kChunk; ++i) best = std::max(best, c.key[i]);
+  return best;
+}
+
+// Lowers a chunk by all that wait, then by nothing: its keys are those of its scores. Returns how many boxes are left.
+template <class T>
+TORCHKILN_INLINE std::int32_t settle(Chunk<T>& c, const Waiting<T>& waiting, const Rule<T>& rule) {
+  for (std::size_t p = 0; p < waiting.count; ++p) {
+    const auto at = static_cast<std::int32_t>(p);
+    if (rule.method == soft_nms::kGaussian) {
+      lower_by_exp(c, waiting.boxes[p], waiting.areas[p], at, rule);
+    } else {
+      lower_by_factor(c, waiting.boxes[p], waiting.areas[p], at, rule);
+    }
+  }
+  std::int32_t left = 0;
+  for (std::size_t i = 0; i < kChunk; ++i) {
+    const bool is_gone = (c.lowered[i] == kTaken) | (c.score[i] < rule.min_score);
+    c.key[i] = is_gone ? kGone<T> : key_of(c.score[i]);
+    c.lowered[i] = is_gone ? kTaken : 0;
+    left += !is_gone;
+  }
+  return left;
+}
+
+TORCHKILN_CLONED Key<float> best_of(const Chunk<float>& c) { return best_key(c); }
+TORCHKILN_CLONED Key<double> best_of(const Chunk<double>& c) { return best_key(c); }
+TORCHKILN_CLONED std::int32_t settle_all(Chunk<float>& c, const Waiting<float>& waiting,
+                                         const Rule<float>& rule) {
+  return settle(c, waiting, rule);
+}
+TORCHKILN_CLONED std::int32_t settle_all(Chunk<double>& c, const Waiting<double>& waiting,
+                                         const Rule<double>& rule) {
+  return settle(c, waiting, rule);
+}
+
+// ---- selection ----
 
 template <class T>
 struct Found {
@@ -61,68 +169,116 @@ bool comes_before(const Found<T>& a, const Found<T>& b) {
   return a.score != b.score && !is_nan(a.score) ? a.score > b.score : a.row < b.row;
 }
 
-// What is left of one class.
+// What is left of one class, in the order of its rows.
 template <class T>
 class Left {
  public:
   template <class Scalar>
   Left(const Args& args, std::span<const std::int64_t> rows, const Scalar*)
-      : inter_(rows.size()), total_(rows.size()) {
-    rows_.reserve(rows.size());
-    for (auto* column : {&x1_, &y1_, &x2_, &y2_, &area_, &score_}) column->reserve(rows.size());
+      : rule_{args.method, static_cast<T>(args.iou_threshold), static_cast<T>(args.sigma),
+              static_cast<T>(args.min_score)},
+        // A negative score would rise: nothing may wait then.
+        most_waiting_(args.min_score >= 0 ? kMostWaiting : 1) {
     for (const std::int64_t row : rows) {
       const T score = load(static_cast<const Scalar*>(args.scores)[row]);
-      if (score < static_cast<T>(args.min_score)) continue;
+      if (score < rule_.min_score) continue;
       const Box<T> box = nms::participant<nms::Boxes<Scalar>>(
           load_box(static_cast<const Scalar*>(args.boxes), row), score);
-      x1_.push_back(box.x1), y1_.push_back(box.y1), x2_.push_back(box.x2), y2_.push_back(box.y2);
-      area_.push_back(guarded_area(box)), score_.push_back(score), rows_.push_back(row);
+      add(box, guarded_area(box), score, row);
     }
+    rank_all();
   }
-
-  std::size_t size() const { return rows_.size(); }
 
   // Takes out the best.
-  Found<T> take_best() {
-    const std::size_t n = size();
-    std::size_t best = 0;
-    for (std::size_t i = 1; i < n; ++i) {
-      if (score_[i] > score_[best] || (is_nan(score_[best]) && !is_nan(score_[i]))) best = i;
+  std::optional<Found<T>> take_best() {
+    if (waiting_.count == most_waiting_) lower_all();
+    while (!chunks_.empty()) {
+      const auto at = static_cast<std::size_t>(std::ranges::max_element(bests_) - bests_.begin());
+      if (bests_[at] == kGone<T>) break;
+      Chunk<T>& c = chunks_[at];
+      const auto i = static_cast<std::size_t>(std::ranges::find(c.key, bests_[at]) - c.key.begin());
+      const bool is_ready = c.lowered[i] == static_cast<std::int32_t>(waiting_.count);
+      is_ready ? take(c, i) : lower(c, i);
+      bests_[at] = best_of(c);
+      if (is_ready) return Found<T>{c.score[i], c.row[i]};
     }
-    const Found<T> found{score_[best], rows_[best]};
-    taken_ = {x1_[best], y1_[best], x2_[best], y2_[best]};
-    taken_area_ = area_[best];
-    rows_[best] = -1;
-    return found;
-  }
-
-  // Lowers the scores of the others by the box taken last, drops it and those that fall too low.
-  void lower(const Args& args) {
-    const T threshold = static_cast<T>(args.iou_threshold), sigma = static_cast<T>(args.sigma);
-    const T min_score = static_cast<T>(args.min_score);
-    const std::size_t n = size();
-    meet(x1_.data(), y1_.data(), x2_.data(), y2_.data(), area_.data(), static_cast<std::int64_t>(n),
-         taken_, taken_area_, inter_.data(), total_.data());
-    std::size_t kept = 0;
-    for (std::size_t i = 0; i < n; ++i) {
-      if (rows_[i] < 0) continue;
-      const bool is_lowered = soft_nms::is_lowered(args.method, inter_[i], total_[i], threshold);
-      const T score = !is_lowered
-                          ? score_[i]
-                          : score_[i] * soft_nms::factor(args.method, inter_[i], total_[i], sigma);
-      if (score < min_score) continue;
-      rows_[kept] = rows_[i], score_[kept] = score, area_[kept] = area_[i];
-      x1_[kept] = x1_[i], y1_[kept] = y1_[i], x2_[kept] = x2_[i], y2_[kept] = y2_[i];
-      ++kept;
-    }
-    rows_.resize(kept);
+    return std::nullopt;
   }
 
  private:
-  std::vector<std::int64_t> rows_;
-  std::vector<T> x1_, y1_, x2_, y2_, area_, score_, inter_, total_;
-  Box<T> taken_{};
-  T taken_area_{};
+  void add(const Box<T>& box, T area, T score, std::int64_t row) {
+    if (count_ % kChunk == 0) {
+      chunks_.emplace_back();
+      chunks_.back().lowered.fill(kTaken);
+      chunks_.back().key.fill(kGone<T>);
+    }
+    Chunk<T>& c = chunks_.back();
+    const std::size_t i = count_++ % kChunk;
+    c.x1[i] = box.x1, c.y1[i] = box.y1, c.x2[i] = box.x2, c.y2[i] = box.y2;
+    c.area[i] = area, c.score[i] = score, c.row[i] = row;
+    c.key[i] = key_of(score), c.lowered[i] = 0;
+  }
+
+  void rank_all() {
+    bests_.resize(chunks_.size());
+    std::ranges::transform(chunks_, bests_.begin(), [](const Chunk<T>& c) { return best_of(c); });
+  }
+
+  void take(Chunk<T>& c, std::size_t i) {
+    waiting_.boxes[waiting_.count] = c.box(i);
+    waiting_.areas[waiting_.count++] = c.area[i];
+    c.key[i] = kGone<T>;
+    c.lowered[i] = kTaken;
+  }
+
+  // Lowers one box by those that wait.
+  void lower(Chunk<T>& c, std::size_t i) {
+    const Box<T> box = c.box(i);
+    auto p = static_cast<std::size_t>(c.lowered[i]);
+    for (; p < waiting_.count && !(c.score[i] < rule_.min_score); ++p) {
+      const T inter = guarded_intersection(waiting_.boxes[p], box);
+      const T total = (waiting_.areas[p] + c.area[i]) - inter;
+      if (!soft_nms::is_lowered(rule_.method, inter, total, rule_.threshold)) continue;
+      c.score[i] *= soft_nms::factor(rule_.method, inter, total, rule_.sigma);
+    }
+    const bool is_gone = c.score[i] < rule_.min_score;
+    c.key[i] = is_gone ? kGone<T> : key_of(c.score[i]);
+    c.lowered[i] = is_gone ? kTaken : static_cast<std::int32_t>(p);
+  }
+
+  // Lowers all boxes by those that wait.
+  void lower_all() {
+    std::vector<std::int32_t> left(chunks_.size());
+    const double cost = kPairNanoseconds * static_cast<double>(kChunk * waiting_.count);
+    parallel_for(static_cast<std::int64_t>(chunks_.size()), static_cast<std::int64_t>(cost),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end);
+                        ++i) {
+                     left[i] = settle_all(chunks_[i], waiting_, rule_);
+                     bests_[i] = best_of(chunks_[i]);
+                   }
+                 });
+    waiting_.count = 0;
+    const auto all_left = std::accumulate(left.begin(), left.end(), std::size_t{0});
+    if (all_left < count_ / 4 * 3) drop_gone();
+  }
+
+  void drop_gone() {
+    const std::vector<Chunk<T>> old = std::exchange(chunks_, {});
+    count_ = 0;
+    for (const Chunk<T>& c : old) {
+      for (std::size_t i = 0; i < kChunk; ++i) {
+        if (c.key[i] != kGone<T>) add(c.box(i), c.area[i], c.score[i], c.row[i]);
+      }
+    }
+    rank_all();
+  }
+
+  Rule<T> rule_;
+  std::size_t most_waiting_, count_ = 0;
+  std::vector<Chunk<T>> chunks_;
+  std::vector<Key<T>> bests_;  // of each chunk
+  Waiting<T> waiting_;
 };
 
 template <class Scalar>
@@ -130,9 +286,10 @@ std::vector<Found<Acc<Scalar>>> select(const Args& args, std::span<const std::in
                                        std::int64_t most) {
   std::vector<Found<Acc<Scalar>>> found;
   Left<Acc<Scalar>> left(args, rows, static_cast<const Scalar*>(nullptr));
-  while (left.size() > 0 && static_cast<std::int64_t>(found.size()) < most) {
-    found.push_back(left.take_best());
-    left.lower(args);
+  while (static_cast<std::int64_t>(found.size()) < most) {
+    const auto best = left.take_best();
+    if (!best) break;
+    found.push_back(*best);
   }
   return found;
 }

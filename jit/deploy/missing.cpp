@@ -3,7 +3,6 @@
 #include "jit/deploy/missing.h"
 
 #include <algorithm>
-#include <map>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -98,17 +97,13 @@ std::string quoted(const std::string& word) {
 // --ops nms --dtypes float32 --arch sm_90: the generic variants, one of which serves the launch.
 std::string selection(const Kernel& kernel, const Specialization& wanted,
                       const std::string& target) {
-  static const std::map<std::int64_t, const char*> kDtypes = {{TORCHKILN_FLOAT, "float32"},
-                                                              {TORCHKILN_HALF, "float16"},
-                                                              {TORCHKILN_BFLOAT16, "bfloat16"},
-                                                              {TORCHKILN_DOUBLE, "float64"}};
   const char* module = kernel.declaration.module;
   std::string text = module == nullptr ? "" : " --import " + quoted(module);
   text += std::string(" --ops ") + kernel.declaration.operators[0];
   for (const TemplateArgument& argument : wanted.arguments) {
-    const auto dtype = kDtypes.find(argument.value);
+    const auto dtype = std::ranges::find(kDtypes, argument.value, &Dtype::type);
     if (argument.kind != TORCHKILN_PARAM_TYPE || dtype == kDtypes.end()) continue;
-    text += std::string(" --dtypes ") + dtype->second;
+    text += " --dtypes " + std::string(dtype->name);
     break;
   }
   return text + " --arch " + target;

@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -18,6 +19,16 @@ namespace torchkiln::jit {
 const char* type_name(std::int64_t type);
 std::optional<std::int64_t> type_from_name(std::string_view name);
 std::string all_type_names();  // "float, half, ..."
+
+// The floating types by torch's names, which users write and read.
+struct Dtype {
+  std::string_view name;
+  std::int64_t type;
+};
+inline constexpr std::array<Dtype, 4> kDtypes = {{{"float32", TORCHKILN_FLOAT},
+                                                  {"float16", TORCHKILN_HALF},
+                                                  {"bfloat16", TORCHKILN_BFLOAT16},
+                                                  {"float64", TORCHKILN_DOUBLE}}};
 
 struct TemplateArgument {
   std::string name;

@@ -16,7 +16,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-MAX_BYTES = 4_000_000
+MAX_BYTES = 2_000_000
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,8 @@ print(torchkiln.ops.box_iou(boxes, boxes)[0, 1].item() * 7)
 
 
 def test_warm_compiles_without_a_compiler_or_gpu(environment: Path, tmp_path: Path) -> None:
-    command = ("torchkiln", "warm", "--ops", "box_iou", "--arch", "sm_90", "--json")
+    # An operator with few variants.
+    command = ("torchkiln", "warm", "--ops", "min_area_polygons", "--arch", "sm_90", "--json")
     for status in ("compiled", "hit"):
         kernels = json.loads(run(environment, tmp_path, *command))["kernels"]
         assert kernels

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 
 from support.op_suite import Failure, OpSuite
 from support.strategies import seeds
+from support.threads import threads
 from torchkiln import ops, reference
 from torchkiln.reference.detection.contour_expand import parity
 from torchkiln.testing import Inputs
@@ -77,6 +78,17 @@ def test_reference_by_hand() -> None:
     # By the outer mask alone the 1 gets half of it.
     flood = reference.contour_expand(masks[[0, 0]], labels, 0, 2)
     assert torch.equal(flood, _rows("11112 11022 11222"))
+
+
+def test_on_several_threads() -> None:
+    """Enough pixels at one distance for all of them; labels go past the ends of rows and pieces."""
+    new = Inputs(3)
+    masks = (new.uniform(3, 301, 211) < torch.tensor([0.9, 0.7, 0.5]).view(3, 1, 1)).byte()
+    labels = torch.where(new.uniform(301, 211) < 0.05, new.integers(301, 211, low=1, high=40), 0)
+    alone = ops.contour_expand(masks, labels.int(), 70, 39)
+    with threads(4):
+        assert torch.equal(ops.contour_expand(masks, labels.int(), 70, 39), alone)
+    assert torch.equal(alone, reference.contour_expand(masks, labels.int(), 70, 39))
 
 
 def test_label_out_of_range(device: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from support.op_suite import Failure, OpSuite
+from support.threads import threads
 from torchkiln import ops, reference
 from torchkiln.reference.detection.pixel_group import _problem, parity
 from torchkiln.testing import Inputs
@@ -81,3 +82,15 @@ def test_label_out_of_range() -> None:
     problem = prepare(parity().cases[0], torch.float32, "cpu")
     with pytest.raises(IndexError, match="labels must be at most 2; got"):
         ops.pixel_group(**(problem | {"num_labels": 2}))
+
+
+def test_on_several_threads() -> None:
+    """Enough pixels at one distance for all of them."""
+    problem: dict[str, Any] = _problem(301, 211, 4, Inputs(5))
+    problem["scores"] = problem["scores"].to(problem["embeddings"].dtype)
+    alone = ops.pixel_group(**problem)
+    with threads(4):
+        shared = ops.pixel_group(**problem)
+    for one, other in zip(alone, shared, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(alone[0], reference.pixel_group(**problem)[0])

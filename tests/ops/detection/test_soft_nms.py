@@ -15,6 +15,7 @@ from torch import Tensor
 
 from support.op_suite import Failure, OpSuite
 from support.strategies import boxes, seeds
+from support.threads import threads
 from torchkiln import ops, reference
 from torchkiln.reference.detection.soft_nms import parity
 from torchkiln.testing import Inputs
@@ -131,6 +132,22 @@ class TestSoftNms(OpSuite):
         indices, values = ops.soft_nms(rows, scores, 0.4321, method="naive", min_score=0.1)
         assert torch.equal(indices, ops.nms(rows, scores, 0.4321))
         assert torch.equal(values, scores[indices])
+
+    @pytest.mark.parametrize("method", ["naive", "linear", "gaussian"])
+    @pytest.mark.parametrize("min_score", [-1.0, 0.0, 0.3])
+    def test_many_boxes_of_one_class(self, method: str, min_score: float) -> None:
+        """So many that most are lowered by several at once, and that the array shrinks."""
+        new = Inputs(700)
+        rows, scores = new.boxes(700, 60.0).double(), new.uniform(700).double()
+        number = ["naive", "linear", "gaussian"].index(method)
+        expected = reference.soft_nms(rows, scores, 0.3, 0.5, min_score, number)
+        for count in (1, 4):
+            with threads(count):
+                indices, values = ops.soft_nms(
+                    rows, scores, 0.3, min_score=min_score, method=method
+                )
+            assert torch.equal(indices, expected[0])
+            torch.testing.assert_close(values, expected[1])
 
     def test_ties_go_to_the_lower_row(self, device: str) -> None:
         rows = torch.tensor([[0.0, 0, 2, 2], [9, 9, 10, 10], [0, 0, 2, 2], [0, 1, 2, 3]])
