@@ -220,7 +220,7 @@ def test_importing_torchkiln_or_the_drop_in_changes_nothing():
         import sys
         import torchkiln
         assert "torchkiln.compat.mmcv" not in sys.modules
-        from torchkiln.compat import mmcv
+        mmcv = torchkiln.compat.mmcv
         assert "torchkiln.compat.mmcv._names" not in sys.modules
         assert not [name for name in sys.modules if name.split(".")[0] in ("mmcv", "mmengine")]
         finders = list(sys.meta_path)
