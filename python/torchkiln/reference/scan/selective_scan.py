@@ -272,6 +272,9 @@ def parity() -> Parity:
                 Case(f"chunks_{name}", functools.partial(_long, method=name))
                 for name in ("poly", "highorder")
             ),
+            # Few rows that are long enough to be split.
+            Case("splits", lambda new: _scan_of(new, 1, 2, 4200, 1, groups=1, without=("z",))),
+            Case("deterministic", lambda new: _scan_of(new, 2, 22, 24, 2, deterministic=True)),
             Case("plain", lambda new: _scan_of(new, 2, 4, 21, 3, without=_NAMES[5:])),
             Case("no_softplus", lambda new: _scan_of(new, 1, 4, 21, 3, delta_softplus=False)),
             Case("constant", lambda new: _scan_of(new, 2, 4, 21, 3, constant="BC", groups=1)),
