@@ -454,6 +454,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
   }
   of_D = warp_sum(of_D);
   of_bias = warp_sum(of_bias);
+  __syncwarp();  // the first lane has written what all read now
   if (!place.is_row) return;
   if (lane == 0) {
     if (args.grad_D != nullptr) static_cast<T*>(args.grad_D)[place.row(p)] = of_D;
