@@ -177,7 +177,7 @@ const Backward backward_kernel({
     .defaults = kGatherDefaults,
     .legal = [](const Backward::Problem& p,
                 const GatherTunables& t) { return gather_fits(p.statics.scalar, t); },
-    .choose = [](const Backward::Problem& p) { return choose_gather(p.sizes.c); },
+    .choose = [](const Backward::Problem& p) { return choose_gather(p.statics.scalar, p.sizes.c); },
     .geometry =
         [](const Backward::Problem& p, const GatherTunables& t) {
           return linear(p.sizes.n * p.sizes.tiles * ceil_div(p.sizes.c, t.channels()),

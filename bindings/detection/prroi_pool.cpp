@@ -125,7 +125,7 @@ const Gather gather_kernel({
     .defaults = kGatherDefaults,
     .legal = [](const Gather::Problem& p,
                 const GatherTunables& t) { return gather_fits(p.statics.scalar, t); },
-    .choose = [](const Gather::Problem& p) { return choose_gather(p.sizes.c); },
+    .choose = [](const Gather::Problem& p) { return choose_gather(p.statics.scalar, p.sizes.c); },
     .geometry =
         [](const Gather::Problem& p, const GatherTunables& t) {
           return linear(p.sizes.n * p.sizes.tiles * ceil_div(p.sizes.c, t.channels()),

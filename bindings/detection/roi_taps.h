@@ -57,14 +57,20 @@ struct GatherTunables {
   }
 };
 inline const std::vector<std::int64_t> kGatherLaneChannels = {1, 2, 4}, kGatherSplits = {1, 2, 4};
-inline const std::vector<GatherTunables> kGatherDefaults = {{2, 2}, {1, 2}};
+inline const std::vector<GatherTunables> kGatherDefaults = {{4, 1}, {2, 1}, {1, 1}};
 
 // What a thread keeps must fit into its registers, and a tile into 48 KB.
 inline bool gather_fits(std::int64_t scalar, const GatherTunables& t) {
   const std::int64_t bytes = scalar == TORCHKILN_DOUBLE ? 8 : 4;
-  return t.lane_channels * t.split * bytes <= 32;
+  const std::int64_t pixels = GatherTunables::kSide * GatherTunables::kSide;
+  return t.lane_channels * t.split * bytes <= 32 &&
+         pixels * (t.channels() + 1) * bytes <= 40 * 1024;
 }
-inline std::uint32_t choose_gather(std::int64_t channels) { return channels > 32 ? 0 : 1; }
+// As many channels a block as there are: its list of regions serves them all.
+inline std::uint32_t choose_gather(std::int64_t scalar, std::int64_t channels) {
+  if (channels <= 32) return 2;
+  return channels > 64 && scalar != TORCHKILN_DOUBLE ? 0 : 1;
+}
 
 inline std::int64_t index_type(const Tensor& maps, const Tensor& bins) {
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();

@@ -25,8 +25,7 @@ __device__ __forceinline__ Home home_of(const Regions& r, const Pyramid& pyramid
   return {level, image < 0 ? -1 : level * i32(r.n) + image, on_level(r, pyramid.levels[level])};
 }
 
-// Divides blocks among the levels: that of this block, and its number there. blocks_of(level) says how many a level has;
-// a block too many gets a level that is not there.
+// Divides blocks among the levels: that of this block, and its number there. blocks_of(level) says how many a level has.
 struct OwnBlock {
   i32 level;
   u32 block;
@@ -118,7 +117,7 @@ __global__ void __launch_bounds__(kBlockSize) staged(const StagedArgs args) {
                                                               own.block, own.level * i32(r.n));
 }
 
-// The gradient of all maps, coarse ones first: many regions touch each of their few tiles. A block too many has no level.
+// The gradient of all maps, coarse ones first: many regions touch each of their few tiles.
 template <class Scalar, class Index, bool kLast, int kLaneChannels, int kSplit>
 __global__ void __launch_bounds__(roi_align::kSide * kWarpSize * kSplit) backward(const Args args) {
   constexpr int kChannels = kWarpSize * kLaneChannels, kSide = roi_align::kSide;

@@ -99,8 +99,14 @@ __device__ __forceinline__ void add_piece(const AnyArgs& args, const TileAt& at,
   const i32 pooled_w = i32(r.pooled_w);
   const Index first_bin = Index(piece.region) * Index(r.pooled_h * r.pooled_w) +
                           piece.first_row_bin * pooled_w + piece.first_column_bin;
-  const i64 channel = at.channel + lane;
-  const Scalar* bins = static_cast<const Scalar*>(args.bins) + first_bin * Index(r.c) + channel;
+  const Scalar* bins = static_cast<const Scalar*>(args.bins) + first_bin * Index(r.c);
+  // Channels and bins that are not there read their neighbours, and nobody takes it.
+  Index channels[kLaneChannels];
+#pragma unroll
+  for (int i = 0; i < kLaneChannels; ++i) {
+    channels[i] = Index(min_of(at.channel + lane + i * kWarpSize, r.c - 1));
+  }
+  const i32 last_bin = pooled_w - 1 - piece.first_column_bin;
 #pragma unroll 1
   for (u32 columns = piece.column_bins; columns != 0;) {
     const int first = __ffs(columns) - 1;
@@ -115,16 +121,15 @@ __device__ __forceinline__ void add_piece(const AnyArgs& args, const TileAt& at,
       const bool has_other = rest != 0;
       const int other = has_other ? __ffs(rest) - 1 : one;
       T of_one[kGroupBins][kLaneChannels], of_other[kGroupBins][kLaneChannels];
-      const Scalar* from_one = bins + Index(one * pooled_w + first) * Index(r.c);
-      const Scalar* from_other = bins + Index(other * pooled_w + first) * Index(r.c);
+      const Scalar* from_one = bins + Index(one * pooled_w) * Index(r.c);
+      const Scalar* from_other = bins + Index(other * pooled_w) * Index(r.c);
 #pragma unroll
       for (int j = 0; j < kGroupBins; ++j) {
+        const Index bin = Index(min_of(first + j, last_bin)) * Index(r.c);
 #pragma unroll
         for (int i = 0; i < kLaneChannels; ++i) {
-          const bool exists = (group >> j & 1) != 0 && channel + i * kWarpSize < r.c;
-          const Index offset = Index(j) * Index(r.c) + i * kWarpSize;
-          of_one[j][i] = exists ? load(from_one[offset]) : T(0);
-          of_other[j][i] = exists && has_other ? load(from_other[offset]) : T(0);
+          of_one[j][i] = load(from_one[bin + channels[i]]);
+          of_other[j][i] = has_other ? load(from_other[bin + channels[i]]) : T(0);
         }
       }
       const T weight = piece.rows[row][one], other_weight = piece.rows[row][other];
