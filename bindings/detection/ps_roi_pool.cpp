@@ -181,16 +181,19 @@ const Staged staged_kernel({
         },
 });
 
-std::int64_t tile_bytes(const Sizes& s, std::int64_t scalar, std::int64_t maps) {
+// The sums of a tile wait there for the next regions.
+std::int64_t kept_bytes(const Sizes& s, std::int64_t scalar, const StagedTunables& t) {
   const ps_roi_pool::TileSize tile = ps_roi_pool::tile_size(s.h, s.w);
-  return maps * tile.height * tile.width * sum_bytes(scalar);
+  return s.k <= t.block_size ? 0 : t.maps * tile.height * tile.width * sum_bytes(scalar);
 }
 
-// Beside the sums a block keeps the entries of its regions.
-bool tile_fits(const StagedBackward::Problem& p, const StagedTunables& t) {
-  const std::int64_t entries = t.block_size * (40 + t.maps * sum_bytes(p.statics.scalar));
-  return tile_bytes(p.sizes, p.statics.scalar, t.maps) + entries <=
-         p.device.shared_bytes_per_block - 1024;
+// Entries of regions, and the bits of rows and columns: static, so at most 48 KB.
+bool entries_fit(const StagedBackward::Problem& p, const StagedTunables& t) {
+  const std::int64_t entry = 24 + (t.maps + 16) * sum_bytes(p.statics.scalar);
+  const std::int64_t bits = (ps_roi_pool::kMostTileHeight + ps_roi_pool::kMostTileWidth) / 8;
+  const std::int64_t fixed = t.block_size * (entry + bits) + 256;
+  return fixed <= 48 * 1024 &&
+         fixed + kept_bytes(p.sizes, p.statics.scalar, t) <= p.device.shared_bytes_per_block - 1024;
 }
 
 const StagedBackward staged_backward_kernel({
@@ -200,19 +203,20 @@ const StagedBackward staged_backward_kernel({
     .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes)},
     .sizes = kSizes,
     .tunables = {ints("maps", kStagedMaps), ints("block_size", kStagedBlocks)},
-    .defaults = kStagedDefaults,
-    .legal = &tile_fits,
-    .choose =
-        [](const StagedBackward::Problem& p) {
-          return choose_staged(p.sizes, tile_fits(p, kStagedDefaults[2]));
-        },
+    .defaults = {{3, 128}, {3, 320}, {1, 128}, {1, 256}},
+    .legal = &entries_fit,
+    .choose = [](const StagedBackward::Problem& p) -> std::uint32_t {
+      const bool many = p.sizes.k > 128;
+      const bool several = p.sizes.outputs() >= 3 && entries_fit(p, {3, many ? 320 : 128});
+      return (several ? 0u : 2u) + (many ? 1u : 0u);
+    },
     .geometry =
         [](const StagedBackward::Problem& p, const StagedTunables& t) {
           const ps_roi_pool::TileSize tile = ps_roi_pool::tile_size(p.sizes.h, p.sizes.w);
           const std::int64_t tiles =
               ceil_div(p.sizes.h, tile.height) * ceil_div(p.sizes.w, tile.width);
           return linear(map_groups(p.sizes, t.maps) * tiles, t.block_size,
-                        static_cast<std::uint32_t>(tile_bytes(p.sizes, p.statics.scalar, t.maps)));
+                        static_cast<std::uint32_t>(kept_bytes(p.sizes, p.statics.scalar, t)));
         },
 });
 

@@ -9,6 +9,7 @@
 //             its backward)
 //   boxes     the gradient of boxes, one block a region: a thread goes through bins of channels with their edges, then
 //             the block sums in a fixed order
+// spills: up to 36 bytes where 1024 threads leave 64 registers each, and by ptxas' own choice in lists.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -83,14 +84,14 @@ struct OwnBand {
   i32 pitch, top, height, width;
 };
 
-// Adds neighbouring rows, as many as weights, to the sums of a lane's columns, of which `columns` are there.
+// Adds rows begin to end to the sums of a lane's columns, of which `columns` are there; lane i has the weight of row i.
 template <int kUnrolled, class Scalar, class Index, class T, int kMaps>
-__device__ __forceinline__ void add_rows(const Scalar* from, Index pitch, i32 width,
-                                         const Tap<T>* taps, i32 count, i32 columns,
+__device__ __forceinline__ void add_rows(const Scalar* from, Index pitch, i32 width, T weights,
+                                         i32 begin, i32 end, i32 columns,
                                          T (&sums)[kMaps][kLaneColumns]) {
 #pragma unroll kUnrolled
-  for (i32 i = 0; i < count; ++i, from += width) {
-    const T weight = taps[i].weight;
+  for (i32 i = begin; i < end; ++i, from += width) {
+    const T weight = __shfl_sync(0xffffffffu, weights, i);
 #pragma unroll
     for (int j = 0; j < kLaneColumns; ++j) {
       if (j >= columns) break;
@@ -100,18 +101,23 @@ __device__ __forceinline__ void add_rows(const Scalar* from, Index pitch, i32 wi
   }
 }
 
-// The sums of a lane's columns over the rows of a bin, which are neighbours.
+// The sums of a lane's columns over the rows of a bin, which are neighbours. Their taps come at once, one a lane.
 template <class Scalar, class Index, int kMaps, class T = Acc<Scalar>>
 __device__ __forceinline__ void sum_rows(const OwnBand<Scalar>& band, Index map_size,
                                          const Tap<T>* taps, i32 count, i32 x, i32 columns,
                                          T (&sums)[kMaps][kLaneColumns]) {
-  const i32 first = taps[0].pixel, in_band = min_of(count, band.top + band.height - first);
-  add_rows<4>(band.cells + (first - band.top) * band.width + x, band.pitch, band.width, taps,
-              in_band, columns, sums);
-  // A bin that ends below the band, which is rare: out of the whole map.
-  if (in_band >= count) return;
-  add_rows<1>(band.map + Index(first + in_band) * band.width + x, map_size, band.width,
-              taps + in_band, count - in_band, columns, sums);
+#pragma unroll 1
+  for (i32 base = 0; base < count; base += kWarpSize) {
+    const i32 lane = threadIdx.x % kWarpSize, rows = min_of(count - base, i32(kWarpSize));
+    const Tap<T> own = lane < rows ? taps[base + lane] : Tap<T>{T(0), 0, 0};
+    const i32 first = __shfl_sync(0xffffffffu, own.pixel, 0);
+    const i32 in_band = min_of(max_of(band.top + band.height - first, 0), rows);
+    add_rows<4>(band.cells + (first - band.top) * band.width + x, band.pitch, band.width,
+                own.weight, 0, in_band, columns, sums);
+    // A bin that ends below the band, which is rare: out of the whole map.
+    add_rows<1>(band.map + Index(first + in_band) * band.width + x, map_size, band.width,
+                own.weight, in_band, rows, columns, sums);
+  }
 }
 
 // Grid: one block per band of kMaps maps. Dynamic shared memory: their bands.
@@ -148,9 +154,11 @@ __global__ void __launch_bounds__(kBlockSize) staged(const StagedArgs args) {
   const i32 pooled_w = i32(r.pooled_w);
   const Index bins = Index(r.pooled_h) * pooled_w;
   Scalar* all_bins = static_cast<Scalar*>(args.bins) + channel * bins;
+  BandEntry next = list.entries[min_of(part.begin + warp, part.end - 1)];
 #pragma unroll 1
   for (i32 i = part.begin + warp; i < part.end; i += kWarps) {
-    const BandEntry entry = list.entries[i];
+    const BandEntry entry = next;
+    next = list.entries[min_of(i + kWarps, part.end - 1)];
     const Table<T> table = roi_align::table_of<T>(args, entry.region);
     const Span span = static_cast<const Span*>(args.spans)[entry.region];
     const Range rows = table.row_bins[entry.row];
@@ -160,6 +168,11 @@ __global__ void __launch_bounds__(kBlockSize) staged(const StagedArgs args) {
       const i32 bin = first_bin + lane / roi_align::kLanesPerBin;
       const bool has_bin = bin < pooled_w;
       const Range columns = has_bin ? table.column_bins[bin] : Range{0, 0};
+      // A bin's columns are neighbours; the lane's first two are on their way while it sums rows.
+      constexpr i32 kStep = roi_align::kLanesPerBin;
+      const i32 own = columns.begin + sub;
+      const Tap<T> first = own < columns.end ? table.columns[own] : Tap<T>{T(0), 0, 0};
+      const T second = own + kStep < columns.end ? table.columns[own + kStep].weight : T(0);
       T sums[kMaps] = {};
 #pragma unroll 1
       for (i32 x = rows.is_empty() ? span.x_last + 1 : span.x_first; x <= span.x_last;
@@ -177,13 +190,14 @@ __global__ void __launch_bounds__(kBlockSize) staged(const StagedArgs args) {
           }
         }
         __syncwarp();
-#pragma unroll 2
-        for (i32 c = columns.begin + sub; c < columns.end; c += roi_align::kLanesPerBin) {
-          const Tap<T> column = table.columns[c];
-          const i32 at = column.pixel - x;
+        i32 at = first.pixel - x;
+#pragma unroll 1
+        for (i32 c = own; c < columns.end; c += kStep, at += kStep) {
           if (at < 0 || at >= kStripe) continue;
+          const T weight =
+              c == own ? first.weight : (c == own + kStep ? second : table.columns[c].weight);
 #pragma unroll
-          for (int m = 0; m < kMaps; ++m) sums[m] += column.weight * stripes[warp][m][at];
+          for (int m = 0; m < kMaps; ++m) sums[m] += weight * stripes[warp][m][at];
         }
         __syncwarp();
       }

@@ -3,9 +3,9 @@
 //
 //   staged    NCHW, maps that fit into shared memory: a block keeps those of kMaps outputs of one bin and walks all
 //             regions; one thread, one region, its geometry included
-//   staged_backward  NCHW: the same for the gradient of these maps, or of a tile of them. A warp owns a few rows and adds
-//             the regions that touch them in order, lanes on pixels. Each pixel is written once: no atomics, no zero fill,
-//             the same bits every time
+//   staged_backward  NCHW: the same for the gradient of these maps, or of a tile of them. A thread owns pixels, and finds
+//             the regions of each by two words of bits, those on its row and those on its column: proposals crowd on
+//             objects, so that many share a pixel. No atomics, no zero fill, the same bits every time
 //
 // The others go by the tables of roi_align, what a bin takes of rows and of columns, as staged_backward does too:
 //
@@ -14,7 +14,7 @@
 //             image, so that these maps are fetched from L2 once and then hit L1; one thread, one bin
 //   backward  channels_last: roi_align's tiles of the gradient, lanes on channels. A lane's bin is that of its channel, so
 //             it adds its own taps; gradients of bins lie as channels do, and are read as one piece
-// spills: up to 20 bytes in staged_backward, by ptxas' own choice: no kernel asks for a number of blocks.
+// spills: up to 28 bytes in staged_backward, by ptxas' own choice: no kernel asks for a number of blocks.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -137,6 +137,22 @@ __device__ __forceinline__ void average_cells(const Args& args, i64 region, cons
   }
 }
 
+// Copies maps that lie `step` apart to shared memory, kWidth elements at once, those of all maps in flight together. Those
+// that are not there are zeros: they are read all the same.
+template <int kWidth, int kMaps, int kBlockSize, class Scalar, class Index>
+__device__ __forceinline__ void copy_maps(const Scalar* from, Index step, i32 count, i32 size,
+                                          Scalar* to, i32 pitch) {
+#pragma unroll 4
+  for (i32 i = threadIdx.x * kWidth; i < size; i += kBlockSize * kWidth) {
+#pragma unroll
+    for (int m = 0; m < kMaps; ++m) {
+      Pack<Scalar, kWidth> cells = {};
+      if (m < count) cells = load_pack<kWidth>(from + m * step + i);
+      store_pack<kWidth>(to + m * pitch + i, cells);
+    }
+  }
+}
+
 // Grid: x over groups of kMaps maps, y over groups of regions. Dynamic shared memory: the maps.
 template <class Scalar, class Index, int kPooling, int kMaps, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) staged(const Args args) {
@@ -148,14 +164,12 @@ __global__ void __launch_bounds__(kBlockSize) staged(const Args args) {
   const OwnMaps own = own_maps<kMaps>(r, block);
   const i32 size = i32(r.h * r.w), pitch = roi_align::band_pitch(i32(r.h), i32(r.w));
   const Scalar* maps = static_cast<const Scalar*>(args.maps) + Index(own.image) * Index(r.c) * size;
-#pragma unroll 1
-  for (i32 m = 0; m < own.count; ++m) {
-    roi_align::stage<kBlockSize>(maps + Index(own.channel(m)) * size, size, cells + m * pitch);
-  }
-  // Those that are not there are read all the same.
-#pragma unroll 1
-  for (i32 i = own.count * pitch + threadIdx.x; i < kMaps * pitch; i += kBlockSize) {
-    store(cells[i], T(0));
+  const Index step = Index(own.bins) * size;
+  const Scalar* first = maps + Index(own.channel(0)) * size;
+  if (size % 2 == 0 && reinterpret_cast<u64>(first) % (2 * sizeof(Scalar)) == 0) {
+    copy_maps<2, kMaps, kBlockSize>(first, step, own.count, size, cells, pitch);
+  } else {
+    copy_maps<1, kMaps, kBlockSize>(first, step, own.count, size, cells, pitch);
   }
   __syncthreads();
 #pragma unroll 1
@@ -182,165 +196,200 @@ __global__ void __launch_bounds__(kBlockSize) staged(const Args args) {
   }
 }
 
+constexpr int kEntrySide = 8;  // pixels of an axis whose weights an entry holds
+
 // One region's bin on the maps of a block.
 template <class T, int kMaps>
 struct Entry {
-  i32 region, y_first, y_last;
-  Range rows, columns;  // of taps
+  i32 region, y_first, y_last, x_first, x_last;
   T gradients[kMaps];
+  T rows[kEntrySide], columns[kEntrySide];  // weights from the first pixel on
 };
 
-// The tile of a block, and the sums of kMaps maps there.
-template <class T>
+// The tile of a block.
 struct OwnTile {
-  T* sums;
-  i32 pitch;  // of maps
   i32 y, x, height, width;
-
-  __device__ __forceinline__ bool has_column(i32 pixel) const {
-    return pixel >= x && pixel < x + width;
-  }
 };
 
+// What a bin takes of a pixel, out of its taps, which ascend.
+template <class T>
+__device__ __noinline__ T find_weight(const Tap<T>* taps, const Range* range, i32 pixel) {
+  i32 i = min_of(range->begin + pixel - taps[range->begin].pixel, range->end - 1);
+  while (i > range->begin && taps[i].pixel > pixel) --i;
+  return taps[i].pixel == pixel ? taps[i].weight : T(0);
+}
+
+// The first weights of a bin, with 0 where it has none.
+template <class T>
+__device__ __forceinline__ void copy_weights(const Tap<T>* taps, Range range, i32 first,
+                                             T* weights) {
+#pragma unroll
+  for (int i = 0; i < kEntrySide; ++i) weights[i] = T(0);
+#pragma unroll 1
+  for (i32 i = range.begin; i < range.end; ++i) {
+    const Tap<T> tap = taps[i];
+    if (tap.pixel >= first + kEntrySide) break;
+    weights[tap.pixel - first] = tap.weight;
+  }
+}
+
+// Whether a region has pixels of the tile, and where.
 template <class Scalar, class Index, int kMaps, class T = Acc<Scalar>>
-__device__ __forceinline__ bool make_entry(const Args& args, const OwnMaps& own,
-                                           const OwnTile<T>& tile, i64 region,
-                                           Entry<T, kMaps>& entry) {
+__device__ __forceinline__ bool find_pixels(const Args& args, const OwnMaps& own,
+                                            const OwnTile& tile, i64 region,
+                                            Entry<T, kMaps>& entry) {
   const Regions& r = args.regions;
   if (region >= r.k || static_cast<const Span*>(args.spans)[region].image != own.image)
     return false;
   const Table<T> table = roi_align::table_of<T>(args, region);
+  const Range rows = table.row_bins[own.row_bin], columns = table.column_bins[own.column_bin];
+  if (rows.is_empty() || columns.is_empty()) return false;
   entry.region = i32(region);
-  entry.rows = table.row_bins[own.row_bin];
-  entry.columns = table.column_bins[own.column_bin];
-  const Scalar* gradients = static_cast<const Scalar*>(args.bins) + Index(region) * Index(r.c);
+  entry.y_first = table.rows[rows.begin].pixel;
+  entry.y_last = table.rows[rows.end - 1].pixel;
+  entry.x_first = table.columns[columns.begin].pixel;
+  entry.x_last = table.columns[columns.end - 1].pixel;
+  return entry.y_first < tile.y + tile.height && entry.y_last >= tile.y &&
+         entry.x_first < tile.x + tile.width && entry.x_last >= tile.x;
+}
+template <class Scalar, class Index, int kMaps, class T = Acc<Scalar>>
+__device__ __forceinline__ void fill_entry(const Args& args, const OwnMaps& own,
+                                           const Entry<T, kMaps>& found, Entry<T, kMaps>& entry) {
+  const Regions& r = args.regions;
+  const Table<T> table = roi_align::table_of<T>(args, found.region);
+  const Scalar* gradients =
+      static_cast<const Scalar*>(args.bins) + Index(found.region) * Index(r.c);
+  entry.region = found.region;
+  entry.y_first = found.y_first;
+  entry.y_last = found.y_last;
+  entry.x_first = found.x_first;
+  entry.x_last = found.x_last;
 #pragma unroll
   for (int m = 0; m < kMaps; ++m) {
     entry.gradients[m] = m < own.count ? load(gradients[own.channel(m)]) : T(0);
   }
-  if (entry.rows.is_empty() || entry.columns.is_empty()) return false;
-  entry.y_first = table.rows[entry.rows.begin].pixel;
-  entry.y_last = table.rows[entry.rows.end - 1].pixel;
-  return entry.y_first < tile.y + tile.height && entry.y_last >= tile.y &&
-         table.columns[entry.columns.begin].pixel < tile.x + tile.width &&
-         table.columns[entry.columns.end - 1].pixel >= tile.x;
+  copy_weights(table.rows, table.row_bins[own.row_bin], found.y_first, entry.rows);
+  copy_weights(table.columns, table.column_bins[own.column_bin], found.x_first, entry.columns);
 }
 
-// Lanes lie over the taps of a bin as 4 rows of 8 columns.
-constexpr i32 kLaneColumns = 8, kLaneRows = kWarpSize / kLaneColumns;
-
-template <class T>
-struct LaneTaps {
-  Tap<T> row, column;  // the lane's first ones
+// One bit for each entry that covers a row, or a column, of the tile.
+template <int kWords>
+struct Cover {
+  u32 rows[kMostTileHeight][kWords], columns[kMostTileWidth][kWords];
 };
-template <class T, int kMaps>
-__device__ __forceinline__ LaneTaps<T> first_taps(const Args& args, const Entry<T, kMaps>& entry) {
-  const i32 lane = threadIdx.x % kWarpSize;
-  const Table<T> table = roi_align::table_of<T>(args, entry.region);
-  const i32 y = entry.rows.begin + lane / kLaneColumns;
-  const i32 x = entry.columns.begin + lane % kLaneColumns;
-  return {y < entry.rows.end ? table.rows[y] : Tap<T>{T(0), -1, 0},
-          x < entry.columns.end ? table.columns[x] : Tap<T>{T(0), -1, 0}};
-}
-
-// Adds a bin to rows y_first to y_last of a tile. No pixel is two lanes'.
-template <class T, int kMaps>
-__device__ __forceinline__ void add_bin(const Args& args, const Entry<T, kMaps>& entry,
-                                        const LaneTaps<T>& first, const OwnTile<T>& tile,
-                                        i32 y_first, i32 y_last) {
-  const i32 lane = threadIdx.x % kWarpSize;
-  const Table<T> table = roi_align::table_of<T>(args, entry.region);
-  Tap<T> row = first.row;
+// Each warp does it for its 32 entries.
+template <class T, int kMaps, int kWords>
+__device__ __forceinline__ void mark(const Entry<T, kMaps>* entries, int total, const OwnTile& tile,
+                                     Cover<kWords>& cover) {
+  const int word = threadIdx.x / kWarpSize;
+  const bool exists = int(threadIdx.x) < total;
+  const Entry<T, kMaps>& entry = entries[exists ? threadIdx.x : 0];
+  const i32 y_first = exists ? entry.y_first - tile.y : 0,
+            y_last = exists ? entry.y_last - tile.y : -1;
+  const i32 x_first = exists ? entry.x_first - tile.x : 0,
+            x_last = exists ? entry.x_last - tile.x : -1;
 #pragma unroll 1
-  for (i32 y = entry.rows.begin + lane / kLaneColumns; y < entry.rows.end;) {
-    if (row.pixel >= y_first && row.pixel <= y_last) {
-      T* of_row = tile.sums + (row.pixel - tile.y) * tile.width - tile.x;
-      Tap<T> column = first.column;
+  for (i32 y = 0; y < tile.height; ++y) {
+    const u32 bits = __ballot_sync(0xffffffffu, y_first <= y && y <= y_last);
+    if (threadIdx.x % kWarpSize == 0) cover.rows[y][word] = bits;
+  }
 #pragma unroll 1
-      for (i32 x = entry.columns.begin + lane % kLaneColumns; x < entry.columns.end;) {
-        if (tile.has_column(column.pixel)) {
-          const T weight = row.weight * column.weight;
-#pragma unroll
-          for (int m = 0; m < kMaps; ++m) {
-            of_row[m * tile.pitch + column.pixel] += weight * entry.gradients[m];
-          }
-        }
-        x += kLaneColumns;
-        if (x < entry.columns.end) column = table.columns[x];
-      }
-    }
-    y += kLaneRows;
-    if (y < entry.rows.end) row = table.rows[y];
+  for (i32 x = 0; x < tile.width; ++x) {
+    const u32 bits = __ballot_sync(0xffffffffu, x_first <= x && x <= x_last);
+    if (threadIdx.x % kWarpSize == 0) cover.columns[x][word] = bits;
   }
 }
 
-template <class Scalar, class Index, class T = Acc<Scalar>>
-__device__ __forceinline__ OwnTile<T> own_tile(const Regions& r, u32 block, void* sums) {
+// Adds to a pixel what it gives to the entries, in order.
+template <int kWords, class T, int kMaps>
+__device__ __forceinline__ void add_entries(const Args& args, const OwnMaps& own,
+                                            const Entry<T, kMaps>* entries,
+                                            const Cover<kWords>& cover, int words, i32 y, i32 x,
+                                            const OwnTile& tile, T (&sums)[kMaps]) {
+#pragma unroll 1
+  for (int word = 0; word < words; ++word) {
+#pragma unroll 1
+    for (u32 bits = cover.rows[y][word] & cover.columns[x][word]; bits != 0; bits &= bits - 1) {
+      const Entry<T, kMaps>& entry = entries[word * kWarpSize + __ffs(bits) - 1];
+      const i32 row = tile.y + y - entry.y_first, column = tile.x + x - entry.x_first;
+      T of_row, of_column;
+      if (row < kEntrySide && column < kEntrySide) {
+        of_row = entry.rows[row];
+        of_column = entry.columns[column];
+      } else {
+        const Table<T> table = roi_align::table_of<T>(args, entry.region);
+        of_row = find_weight(table.rows, table.row_bins + own.row_bin, tile.y + y);
+        of_column = find_weight(table.columns, table.column_bins + own.column_bin, tile.x + x);
+      }
+      const T weight = of_row * of_column;
+      if (weight == T(0)) continue;  // a pixel between those that samples touch
+#pragma unroll
+      for (int m = 0; m < kMaps; ++m) sums[m] += weight * entry.gradients[m];
+    }
+  }
+}
+
+__device__ __forceinline__ OwnTile own_tile(const Regions& r, u32 block) {
   const TileSize size = tile_size(r.h, r.w);
   const u32 across = u32((r.w + size.width - 1) / size.width);
   const i32 y = i32(block / across) * size.height, x = i32(block % across) * size.width;
-  const i32 height = min_of(size.height, i32(r.h) - y), width = min_of(size.width, i32(r.w) - x);
-  return {static_cast<T*>(sums), height * width, y, x, height, width};
+  return {y, x, min_of(size.height, i32(r.h) - y), min_of(size.width, i32(r.w) - x)};
 }
 
-// Grid: one-dimensional, groups of kMaps maps for each tile. Dynamic shared memory: the sums of a tile.
+// Grid: one-dimensional, groups of kMaps maps for each tile. Dynamic shared memory: the sums of a tile, where there are
+// more regions than threads.
 template <class Scalar, class Index, int kMaps, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) staged_backward(const Args args) {
   using T = Acc<Scalar>;
-  constexpr i32 kWarps = kBlockSize / kWarpSize;
+  constexpr int kWarps = kBlockSize / kWarpSize, kPatchW = 8, kPatchH = kWarpSize / kPatchW;
   extern __shared__ uint4 memory[];
   __shared__ Entry<T, kMaps> entries[kBlockSize];
+  __shared__ Cover<kWarps> cover;
   __shared__ int partial[kWarps];
   const Regions& r = args.regions;
   u32 block = blockIdx.x;
   const OwnMaps own = own_maps<kMaps>(r, block);
-  const OwnTile<T> tile = own_tile<Scalar, Index>(r, block, memory);
+  const OwnTile tile = own_tile(r, block);
   const i32 lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const i32 rows = (tile.height + kWarps - 1) / kWarps;
-  const i32 y_first = tile.y + warp * rows;
-  const i32 y_last = min_of(y_first + rows, tile.y + tile.height) - 1;
-#pragma unroll 1
-  for (i32 i = threadIdx.x; i < kMaps * tile.pitch; i += kBlockSize) tile.sums[i] = T(0);
+  const i32 across = (tile.width + kPatchW - 1) / kPatchW;
+  const i32 patches = across * ((tile.height + kPatchH - 1) / kPatchH);
+  const Index size = Index(r.h) * Index(r.w), step = Index(own.bins) * size;
+  Scalar* maps =
+      static_cast<Scalar*>(args.maps) + (Index(own.image) * Index(r.c) + own.channel(0)) * size;
+  T* kept = reinterpret_cast<T*>(memory);
 #pragma unroll 1
   for (i64 begin = 0; begin < r.k; begin += kBlockSize) {
-    Entry<T, kMaps> own_entry;
+    Entry<T, kMaps> found;
     const bool listed =
-        make_entry<Scalar, Index, kMaps>(args, own, tile, begin + threadIdx.x, own_entry);
+        find_pixels<Scalar, Index, kMaps>(args, own, tile, begin + threadIdx.x, found);
     int total;
     const int slot = block_exclusive_sum<kBlockSize>(listed ? 1 : 0, partial, total);
-    if (listed) entries[slot] = own_entry;
+    if (listed) fill_entry<Scalar, Index, kMaps>(args, own, found, entries[slot]);
     __syncthreads();
+    mark(entries, total, tile, cover);
+    __syncthreads();
+    const bool is_first = begin == 0, is_last = begin + kBlockSize >= r.k;
+    const int words = (total + kWarpSize - 1) / kWarpSize;
+    // Neighbouring patches, which are crowded together, go to different warps.
 #pragma unroll 1
-    for (i32 base = 0; base < total; base += kWarpSize) {
-      const i32 at = base + lane;
-      u32 rest = __ballot_sync(0xffffffffu, at < total && entries[at].y_first <= y_last &&
-                                                entries[at].y_last >= y_first);
-      if (rest == 0) continue;
-      // The taps of the next region are on their way while one is added.
-      LaneTaps<T> next = first_taps(args, entries[base + __ffs(rest) - 1]);
-#pragma unroll 1
-      while (rest != 0) {
-        const Entry<T, kMaps>& entry = entries[base + __ffs(rest) - 1];
-        const LaneTaps<T> taps = next;
-        rest &= rest - 1;
-        if (rest != 0) next = first_taps(args, entries[base + __ffs(rest) - 1]);
-        add_bin(args, entry, taps, tile, y_first, y_last);
-        __syncwarp();
+    for (i32 patch = warp; patch < patches; patch += kWarps) {
+      const i32 y = patch / across * kPatchH + lane / kPatchW;
+      const i32 x = (patch - patch / across * across) * kPatchW + lane % kPatchW;
+      if (y >= tile.height || x >= tile.width) continue;
+      T* sums_before = kept + (y * tile.width + x) * kMaps;
+      T sums[kMaps];
+#pragma unroll
+      for (int m = 0; m < kMaps; ++m) sums[m] = is_first ? T(0) : sums_before[m];
+      add_entries(args, own, entries, cover, words, y, x, tile, sums);
+      Scalar* pixel = maps + Index(tile.y + y) * Index(r.w) + (tile.x + x);
+#pragma unroll
+      for (int m = 0; m < kMaps; ++m) {
+        if (!is_last) {
+          sums_before[m] = sums[m];
+        } else if (m < own.count) {
+          store(pixel[Index(m) * step], sums[m]);
+        }
       }
-    }
-  }
-  __syncthreads();
-  const Index size = Index(r.h) * Index(r.w);
-  Scalar* maps = static_cast<Scalar*>(args.maps) + Index(own.image) * Index(r.c) * size +
-                 Index(tile.y) * Index(r.w) + tile.x;
-  const float inverse = 1.0f / static_cast<float>(tile.width);
-#pragma unroll 1
-  for (i32 m = 0; m < own.count; ++m) {
-    Scalar* map = maps + Index(own.channel(m)) * size;
-#pragma unroll 4
-    for (i32 i = threadIdx.x; i < tile.pitch; i += kBlockSize) {
-      const i32 y = quotient(i, inverse);
-      store(map[y * Index(r.w) + (i - y * tile.width)], tile.sums[m * tile.pitch + i]);
     }
   }
 }

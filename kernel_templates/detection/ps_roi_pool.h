@@ -27,7 +27,8 @@ struct Args {
   float of_none;  // kSamples: the bins of a region without samples
 };
 
-// The tiles that staged_backward cuts maps into: whole maps if they are small. quotient() divides by their width.
+// The tiles that staged_backward cuts maps into: whole maps if they are small.
+constexpr i32 kMostTileHeight = 64, kMostTileWidth = 64;
 struct TileSize {
   i32 height, width;
 };
@@ -36,9 +37,7 @@ TORCHKILN_HD i32 even_part(i64 size, i64 most) {
   return i32((size + parts - 1) / parts);
 }
 TORCHKILN_HD TileSize tile_size(i64 h, i64 w) {
-  constexpr i64 kPixels = 4096, kMostWidth = 256, kMostHeight = 1024;
-  const i32 width = even_part(w, kMostWidth);
-  return {even_part(h, min_of(kPixels / width, kMostHeight)), width};
+  return {even_part(h, kMostTileHeight), even_part(w, kMostTileWidth)};
 }
 
 // The cells of a region on one axis, with the functions of roi_align::Axis.
