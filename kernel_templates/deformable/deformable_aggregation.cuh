@@ -1,0 +1,575 @@
+// Kernels of deformable aggregation (deformable_aggregation.h).
+//
+//   normalize  fused softmax: the normalizer of each query and group, logits read once
+//   forward    one block, a query and kChannels channels: points that no camera sees are left out before anything is
+//              read for them, taps are worked out once, in shared memory, and read for all channels, 16 bytes each.
+//              Blocks with the same channels of an image stand together: these then fit into L2
+//   points     one block, kBlockSize points of a query in their cameras; a warp for each that is seen: the gradients of
+//              its place and weights, summed in the warp; with kScatter that of the maps, by vector atomics on floats
+//   collect    the samples that each camera sees, in order
+//   gather     the gradient of the maps with the same bits every time: a block owns rows of maps and a channel a thread,
+//              looks through the list of their camera for samples that touch them, and adds those in order; every row
+//              is written once, whatever the maps are
+// spills: up to 16 bytes of a few variants, which ptxas trades for one more block on a multiprocessor
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "common/atomics.cuh"
+#include "common/pack.cuh"
+#include "common/scan.cuh"
+#include "deformable/deformable_aggregation.h"
+
+namespace torchkiln::deformable_aggregation {
+
+// ---- what kernels share --------------------------------------------------------------------------------------------
+
+// Points in cameras, of a query, that are seen.
+template <class T, int kBlockSize>
+struct Visible {
+  T x[kBlockSize], y[kBlockSize];
+  i32 pair[kBlockSize];  // point * cameras + camera
+  int partial[kBlockSize / kWarpSize];
+  Tap<T> taps[kBlockSize];
+  T w[kBlockSize], h[kBlockSize];  // of their maps
+};
+
+// Lists, in order, which of the pairs [first, first + kBlockSize) are seen; returns how many. Every thread of the block
+// must call.
+template <int kBlockSize, class T>
+__device__ __forceinline__ i32 list_visible(const Args& args, Visible<T, kBlockSize>& list,
+                                            i64 query, i32 first) {
+  const i32 pairs = i32(args.points * args.cameras), pair = first + i32(threadIdx.x);
+  T x = T(0), y = T(0);  // not seen
+  if (pair < pairs) location_at(args, query * pairs + pair, x, y);
+  const bool seen = is_seen(x, y);
+  int total;
+  const int place = block_exclusive_sum<kBlockSize>(seen, list.partial, total);
+  if (seen) {
+    list.x[place] = x;
+    list.y[place] = y;
+    list.pair[place] = pair;
+  }
+  __syncthreads();
+  return total;
+}
+
+// The taps on all levels of listed pairs [begin, begin + count), which are at most kBlockSize. Every thread must call; a
+// barrier ends it, and one before it is the caller's.
+template <int kBlockSize, class T>
+__device__ __forceinline__ void fill_taps(const Args& args, Visible<T, kBlockSize>& list, i64 image,
+                                          i32 begin, i32 count) {
+  const i32 levels = i32(args.levels), cameras = i32(args.cameras), i = i32(threadIdx.x);
+  if (i < count * levels) {
+    const i32 listed = i / levels, level = i - listed * levels, pair = list.pair[begin + listed];
+    const i32 point = pair / cameras, camera = pair - point * cameras;
+    const Map map = map_of(args, image, camera, level);
+    Tap<T> tap = tap_of(map, list.x[begin + listed], list.y[begin + listed]);
+    tap.weight = weight_row(args, point, camera, level);
+    list.taps[i] = tap;
+    list.w[i] = T(map.w);
+    list.h[i] = T(map.h);
+  }
+  __syncthreads();
+}
+
+// ---- softmax -------------------------------------------------------------------------------------------------------
+
+template <class Scalar, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) normalize(const Args args) {
+  using T = Acc<Scalar>;
+  __shared__ T most[kBlockSize], sum[kBlockSize];
+  const i64 query = blockIdx.x;
+  const i32 groups = i32(args.groups), rows = i32(args.points * args.cameras * args.levels);
+  const i32 width = min_of(groups, kBlockSize), slices = kBlockSize / width;
+  const i32 slice = i32(threadIdx.x) / width, lane = i32(threadIdx.x) - slice * width;
+  const Scalar* logits = static_cast<const Scalar*>(args.weights) + query * rows * groups;
+  T* to = static_cast<T*>(args.normalizer) + query * 2 * groups;
+#pragma unroll 1
+  for (i32 first = 0; first < groups; first += width) {
+    const i32 group = first + lane;
+    Softmax<T> own = empty_softmax<T>();
+    if (group < groups && slice < slices) {
+#pragma unroll 4
+      for (i32 row = slice; row < rows; row += slices) {
+        own.add(T(load(logits[i64(row) * groups + group])));
+      }
+    }
+    most[threadIdx.x] = own.most;
+    sum[threadIdx.x] = own.sum;
+    __syncthreads();
+    if (slice == 0 && group < groups) {
+#pragma unroll 1
+      for (i32 other = 1; other < slices; ++other) {
+        own.add(Softmax<T>{most[other * width + lane], sum[other * width + lane]});
+      }
+      to[group] = own.most;
+      to[groups + group] = own.inverse();
+    }
+    __syncthreads();
+  }
+}
+
+// ---- forward -------------------------------------------------------------------------------------------------------
+
+// A sample of kVector channels, times its weight; maps have `channels` elements a row.
+template <int kVector, class Scalar, class T>
+__device__ __forceinline__ void add_sample(const Scalar* map, i32 channels, const Tap<T>& tap,
+                                           T weight, T* sum) {
+#pragma unroll
+  for (int corner = 0; corner < 4; ++corner) {
+    const i32 pixel = tap.pixels[corner];
+    Pack<Scalar, kVector> values = {};
+    if (pixel >= 0) values = load_pack<kVector>(map + i64(pixel) * channels);
+    const T factor = weight * tap.share(corner);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) sum[i] += factor * load(values.at[i]);
+  }
+}
+
+template <class Scalar, class Weight, int kVector, int kChannels, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) forward(const Args args) {
+  using T = Acc<Scalar>;
+  constexpr int kLanes = kChannels / kVector, kSlices = kBlockSize / kLanes;
+  static_assert(kSlices >= 1 && kSlices * kLanes == kBlockSize);
+  // Four loads of 16 bytes are in flight for each; eight half values or two doubles a load want too many registers.
+  constexpr int kTapsAtOnce = kVector == 8 || sizeof(T) == 8 ? 1 : 2;
+  __shared__ Visible<T, kBlockSize> list;
+  __shared__ T partial[kSlices][kChannels];
+  const u32 queries = u32(args.queries), rest = blockIdx.x / queries;
+  const u32 chunks = (u32(args.channels) + kChannels - 1) / kChannels;
+  const i64 image = rest / chunks, query = image * args.queries + blockIdx.x % queries;
+  const i32 first_channel = i32(rest % chunks) * kChannels, channels = i32(args.channels);
+  const i32 lane = i32(threadIdx.x) % kLanes, slice = i32(threadIdx.x) / kLanes;
+  const i32 channel = first_channel + lane * kVector;
+  const bool active = channel < channels;
+  const i32 group = active ? channel / (channels / i32(args.groups)) : 0;
+  const Normalizer<T> normalized = normalizer_of<T>(args, query, group);
+  const Weight* weights =
+      static_cast<const Weight*>(args.weights) + weights_of_query(args, query) + group;
+  const i32 pairs = i32(args.points * args.cameras), levels = i32(args.levels);
+  const i32 at_once = kBlockSize / levels;
+  T sum[kVector] = {};
+#pragma unroll 1
+  for (i32 first = 0; first < pairs; first += kBlockSize) {
+    const i32 total = list_visible<kBlockSize>(args, list, query, first);
+#pragma unroll 1
+    for (i32 begin = 0; begin < total; begin += at_once) {
+      const i32 count = min_of(at_once, total - begin);
+      fill_taps<kBlockSize>(args, list, image, begin, count);
+      if (active) {
+#pragma unroll(kTapsAtOnce)
+        for (i32 i = slice; i < count * levels; i += kSlices) {
+          const Tap<T> tap = list.taps[i];
+          const Scalar* map = static_cast<const Scalar*>(args.maps[tap.source]) + channel;
+          const T weight = normalized(T(load(weights[tap.weight])));
+          add_sample<kVector>(map, channels, tap, weight, sum);
+        }
+      }
+      __syncthreads();
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) partial[slice][lane * kVector + i] = sum[i];
+  __syncthreads();
+#pragma unroll 1
+  for (i32 c = threadIdx.x; c < min_of(kChannels, channels - first_channel); c += kBlockSize) {
+    T all = T(0);
+#pragma unroll
+    for (int k = 0; k < kSlices; ++k) all += partial[k][c];
+    store_as(args.output, args.output_type, query * channels + first_channel + c, all);
+  }
+}
+
+// ---- gradient of places and weights --------------------------------------------------------------------------------
+
+// Of shared memory, at an address that is a multiple of the bytes wanted.
+template <int kCount, class T>
+__device__ __forceinline__ void load_shared(const T* from, T* to) {
+  constexpr int kWords = int(sizeof(uint4) / sizeof(T));
+  if constexpr (kCount % kWords == 0) {
+#pragma unroll
+    for (int first = 0; first < kCount; first += kWords) {
+      Pack<T, kWords> pack;
+      const uint4 words = *reinterpret_cast<const uint4*>(from + first);
+      pack.words[0] = words.x;
+      pack.words[1] = words.y;
+      pack.words[2] = words.z;
+      pack.words[3] = words.w;
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) to[first + i] = pack.at[i];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) to[i] = from[i];
+  }
+}
+
+// How the lanes of a warp share the channels of groups: several whole groups at a time, or one that takes several steps.
+struct Lanes {
+  i32 per_group;  // packs of channels of a group
+  i32 span;       // neighbouring lanes that work on one group
+  i32 at_once;    // groups
+  i32 group, inner;
+
+  __device__ __forceinline__ Lanes(i32 channels, i32 groups, i32 vector)
+      : per_group(channels / groups / vector),
+        span(min_of(per_group, kWarpSize)),
+        at_once(kWarpSize / span),
+        group(i32(threadIdx.x) % kWarpSize / span),
+        inner(i32(threadIdx.x) % kWarpSize - group * span) {}
+
+  // The sum over the lanes of a group, in its first lane.
+  template <class T>
+  __device__ __forceinline__ T sum(T value) const {
+#pragma unroll 1
+    for (i32 distance = 1; distance < span; distance *= 2) {
+      const T other = __shfl_down_sync(0xffffffffu, value, distance);
+      if (inner + distance < span) value += other;
+    }
+    return value;
+  }
+};
+
+// A query's gradient, and what softmax takes off each of its group's.
+template <class T>
+struct Query {
+  i64 number;
+  const T* gradient;
+  const T* mean;
+};
+
+// Adds kVector channels of a query's gradient to the pixels of a sample.
+template <int kVector, class T>
+__device__ __forceinline__ void add_taps(const Args& args, const Tap<T>& tap, T weight, i32 channel,
+                                         const T* gradient) {
+  constexpr int kWords = kVector % 4 == 0 ? 4 : 1;
+  T* sums = static_cast<T*>(args.gradients[tap.source]) + channel;
+#pragma unroll
+  for (int corner = 0; corner < 4; ++corner) {
+    if (tap.pixels[corner] < 0) continue;
+    T* to = sums + i64(tap.pixels[corner]) * args.channels;
+#pragma unroll
+    for (int i = 0; i < kVector; i += kWords) {
+      add_atomically<kWords>(to + i, weight * tap.share(corner), gradient + i);
+    }
+  }
+}
+
+// One level of a pair: stores the gradients of its weights, and adds to (dx, dy) in pixels, of which each lane has a
+// part. The whole warp must call.
+template <class Scalar, class Weight, int kVector, bool kScatter, class T>
+__device__ __forceinline__ void differentiate(const Args& args, const Tap<T>& tap,
+                                              const Query<T>& query, const Lanes& lanes, T& dx,
+                                              T& dy) {
+  const i32 channels = i32(args.channels), groups = i32(args.groups);
+  const i32 channels_per_group = lanes.per_group * kVector;
+  const i64 row = weights_of_query(args, query.number) + tap.weight;
+  const Scalar* map = static_cast<const Scalar*>(args.maps[tap.source]);
+#pragma unroll 1
+  for (i32 first = 0; first < groups; first += lanes.at_once) {
+    const i32 group = first + lanes.group;
+    const bool active = lanes.group < lanes.at_once && group < groups;
+    T weight = T(0), dots[4] = {};
+    if (active) {
+      weight = normalizer_of<T>(args, query.number, group)(
+          T(load(static_cast<const Weight*>(args.weights)[row + group])));
+#pragma unroll 1
+      for (i32 pack = lanes.inner; pack < lanes.per_group; pack += kWarpSize) {
+        const i32 channel = group * channels_per_group + pack * kVector;
+        T gradient[kVector];
+        load_shared<kVector>(query.gradient + channel, gradient);
+        Pack<Scalar, kVector> values[4] = {};
+#pragma unroll
+        for (int corner = 0; corner < 4; ++corner) {
+          const i32 pixel = tap.pixels[corner];
+          if (pixel >= 0)
+            values[corner] = load_pack<kVector>(map + i64(pixel) * channels + channel);
+        }
+#pragma unroll
+        for (int corner = 0; corner < 4; ++corner) {
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) {
+            dots[corner] += gradient[i] * T(load(values[corner].at[i]));
+          }
+        }
+        if constexpr (kScatter) add_taps<kVector>(args, tap, weight, channel, gradient);
+      }
+    }
+    const T top = dots[1] - dots[0], bottom = dots[3] - dots[2];
+    const T upper = dots[0] + tap.right * top, lower = dots[2] + tap.right * bottom;
+    dx += weight * (top + tap.down * (bottom - top));
+    dy += weight * (lower - upper);
+    T value = lanes.sum(upper + tap.down * (lower - upper));
+    if (!active || lanes.inner != 0) continue;
+    if (args.normalizer != nullptr) value = weight * (value - query.mean[group]);
+    store(static_cast<Weight*>(args.grad_weights)[row + group], value);
+  }
+}
+
+// What points get that no camera sees: nothing; under softmax, their weight's share of the mean.
+template <class Weight, int kBlockSize, class T>
+__device__ __forceinline__ void fill_unseen(const Args& args, const Query<T>& query, i32 first,
+                                            i32 count) {
+  constexpr int kWarps = kBlockSize / kWarpSize;
+  const i32 lane = i32(threadIdx.x) % kWarpSize, warp = i32(threadIdx.x) / kWarpSize;
+  const i32 cameras = i32(args.cameras), groups = i32(args.groups), levels = i32(args.levels);
+  const i64 base = weights_of_query(args, query.number);
+#pragma unroll 1
+  for (i32 i = lane; i < levels * groups; i += kWarpSize) {
+    const i32 level = i / groups, group = i - level * groups;
+    const Normalizer<T> normalized = normalizer_of<T>(args, query.number, group);
+#pragma unroll 1
+    for (i32 pair = first + warp; pair < first + count; pair += kWarps) {
+      const i32 point = pair / cameras, camera = pair - point * cameras;
+      const i64 at = base + weight_row(args, point, camera, level) + group;
+      T value = T(0);
+      if (normalized.used) {
+        value =
+            -normalized(T(load(static_cast<const Weight*>(args.weights)[at]))) * query.mean[group];
+      }
+      store(static_cast<Weight*>(args.grad_weights)[at], value);
+    }
+  }
+  const i64 locations = (query.number * args.points * cameras + first) * 2;
+#pragma unroll 1
+  for (i32 i = threadIdx.x; i < 2 * count; i += kBlockSize) {
+    store_as(args.grad_locations, args.location_type, locations + i, T(0));
+  }
+}
+
+// Dynamic shared memory: a number for each channel and group.
+template <class Scalar, class Weight, int kVector, bool kScatter, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize, 768 / kBlockSize) points(const Args args) {
+  using T = Acc<Scalar>;
+  constexpr int kWarps = kBlockSize / kWarpSize;
+  extern __shared__ uint4 memory[];
+  __shared__ Visible<T, kBlockSize> list;
+  const i32 channels = i32(args.channels), groups = i32(args.groups), levels = i32(args.levels);
+  const i32 cameras = i32(args.cameras), pairs = i32(args.points) * cameras;
+  const u32 parts = u32((pairs + kBlockSize - 1) / kBlockSize);
+  const i32 first = i32(blockIdx.x % parts) * kBlockSize;
+  const i32 lane = i32(threadIdx.x) % kWarpSize, warp = i32(threadIdx.x) / kWarpSize;
+  T* gradient = reinterpret_cast<T*>(memory);
+  T* mean = gradient + channels;
+  const Query<T> query = {i64(blockIdx.x / parts), gradient, mean};
+#pragma unroll 1
+  for (i32 c = threadIdx.x; c < channels; c += kBlockSize) {
+    gradient[c] = load_as<T>(args.grad_output, args.gradient_type, query.number * channels + c);
+  }
+  __syncthreads();
+  if (args.normalizer != nullptr) {
+    // The mean of the gradients of weights, by weight: what it sums to over samples is the output.
+    const i32 per_group = channels / groups;
+#pragma unroll 1
+    for (i32 group = warp; group < groups; group += kWarps) {
+      T sum = T(0);
+#pragma unroll 1
+      for (i32 c = group * per_group + lane; c < (group + 1) * per_group; c += kWarpSize) {
+        const i64 at = query.number * channels + c;
+        sum += gradient[c] * load_as<T>(args.output, args.output_type, at);
+      }
+      sum = warp_sum(sum);
+      if (lane == 0) mean[group] = sum;
+    }
+    __syncthreads();
+  }
+  fill_unseen<Weight, kBlockSize>(args, query, first, min_of(kBlockSize, pairs - first));
+  // Its barriers also order what was stored above before what is stored below.
+  const i32 total = list_visible<kBlockSize>(args, list, query.number, first);
+  const Lanes lanes(channels, groups, kVector);
+  const i64 image = i32(query.number) / i32(args.queries);
+  const i32 at_once = kBlockSize / levels;
+#pragma unroll 1
+  for (i32 begin = 0; begin < total; begin += at_once) {
+    const i32 count = min_of(at_once, total - begin);
+    fill_taps<kBlockSize>(args, list, image, begin, count);
+#pragma unroll 1
+    for (i32 i = warp; i < count; i += kWarps) {
+      const i32 pair = list.pair[begin + i];
+      T dx = T(0), dy = T(0);
+#pragma unroll 1
+      for (i32 tap = i * levels; tap < (i + 1) * levels; ++tap) {
+        T x = T(0), y = T(0);
+        differentiate<Scalar, Weight, kVector, kScatter>(args, list.taps[tap], query, lanes, x, y);
+        dx += x * list.w[tap];
+        dy += y * list.h[tap];
+      }
+      dx = warp_sum(dx);
+      dy = warp_sum(dy);
+      if (lane == 0) {
+        const i64 at = (query.number * pairs + pair) * 2;
+        store_as(args.grad_locations, args.location_type, at, dx);
+        store_as(args.grad_locations, args.location_type, at + 1, dy);
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// ---- gradient of maps, in a fixed order ----------------------------------------------------------------------------
+
+template <class Scalar, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) collect(const Args args) {
+  using T = Acc<Scalar>;
+  constexpr int kItems = 4;
+  __shared__ int partial[kBlockSize / kWarpSize];
+  const i32 cameras = i32(args.cameras), camera = i32(blockIdx.x % u32(cameras));
+  const i64 image = blockIdx.x / u32(cameras);
+  const i32 samples = i32(args.queries * args.points);
+  Seen<T>* list = static_cast<Seen<T>*>(args.seen) + i64(blockIdx.x) * samples;
+  i32 listed = 0;
+#pragma unroll 1
+  for (i32 first = 0; first < samples; first += kBlockSize * kItems) {
+    Seen<T> items[kItems];
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const i32 sample = first + i32(threadIdx.x) * kItems + i;
+      items[i] = {T(0), T(0), sample};
+      if (sample >= samples) continue;
+      location_at(args, (image * samples + sample) * cameras + camera, items[i].x, items[i].y);
+      count += is_seen(items[i].x, items[i].y);
+    }
+    int total;
+    i32 place = listed + block_exclusive_sum<kBlockSize>(count, partial, total);
+    listed += total;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      if (is_seen(items[i].x, items[i].y)) list[place++] = items[i];
+    }
+  }
+  if (threadIdx.x == 0) args.seen_counts[blockIdx.x] = listed;
+}
+
+template <class T, int kRows, int kBlockSize>
+struct Owned {
+  static constexpr int kItems = 2;                     // candidates a thread looks at, at a time
+  static constexpr int kListed = kItems * kBlockSize;  // may be found at a time
+  T sums[kRows][kBlockSize];
+  Touch<T> touches[kListed + kBlockSize];
+  int partial[kBlockSize / kWarpSize];
+};
+
+// Adds the listed samples to the channel of this thread, in order. `weights` begins at the camera and level.
+template <class Weight, class Grad, int kRows, int kBlockSize, class T>
+__device__ __forceinline__ void add_touches(const Args& args, Owned<T, kRows, kBlockSize>& owned,
+                                            i32 count, i64 image, i32 channel, i64 weights) {
+  constexpr int kAtOnce = 4;  // loads in flight
+  const i32 group = channel / (i32(args.channels) / i32(args.groups));
+  const Grad* gradient = static_cast<const Grad*>(args.grad_output) + channel;
+  const i64 first = image * args.queries;
+#pragma unroll 1
+  for (i32 i = 0; i < count; i += kAtOnce) {
+    T values[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const Touch<T>& touch = owned.touches[min_of(i + k, count - 1)];
+      const i64 query = first + touch.query;
+      const i64 at = weights_of_query(args, query) + weights + touch.weight + group;
+      const T weight = normalizer_of<T>(
+          args, query, group)(T(load(static_cast<const Weight*>(args.weights)[at])));
+      values[k] = weight * T(load(gradient[query * args.channels]));
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (i + k >= count) break;
+      const Touch<T>& touch = owned.touches[i + k];
+      const T bottom = values[k] * touch.down, top = values[k] - bottom;
+      const T shares[4] = {top - top * touch.right, top * touch.right,
+                           bottom - bottom * touch.right, bottom * touch.right};
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) {
+        const i32 row = touch.rows[corner];
+        if (row >= 0) owned.sums[row][threadIdx.x] += shares[corner];
+      }
+    }
+  }
+}
+
+// Adds what one camera sees on one level to the rows [begin, end) of the maps. Every thread of the block must call.
+template <class Weight, class Grad, int kRows, int kBlockSize, class T>
+__device__ __forceinline__ void add_level(const Args& args, Owned<T, kRows, kBlockSize>& owned,
+                                          i64 image, i32 camera, i32 level, i32 begin, i32 end,
+                                          i32 channel) {
+  constexpr int kItems = Owned<T, kRows, kBlockSize>::kItems;
+  const Map map = map_of(args, image, camera, level);
+  if (map.first >= end || map.first + i64(map.h) * map.w <= begin) return;  // the same for all
+  const i64 of_camera = image * args.cameras + camera;
+  const Seen<T>* seen =
+      static_cast<const Seen<T>*>(args.seen) + of_camera * args.queries * args.points;
+  const i32 total = args.seen_counts[of_camera], points = i32(args.points);
+  const i64 weights = weight_row(args, 0, camera, level);
+  i32 listed = 0;
+#pragma unroll 1
+  for (i32 first = 0; first < total; first += kBlockSize * kItems) {
+    Touch<T> found[kItems];
+    bool touches[kItems];
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const i32 candidate = first + i32(threadIdx.x) * kItems + i;
+      touches[i] = false;
+      if (candidate >= total) continue;
+      const Seen<T> sample = seen[candidate];
+      const Tap<T> tap = tap_of(map, sample.x, sample.y);
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) {
+        const i32 row = tap.pixels[corner];
+        const bool own = row >= begin && row < end;
+        found[i].rows[corner] = own ? short(row - begin) : short(-1);
+        touches[i] |= own;
+      }
+      found[i].down = tap.down;
+      found[i].right = tap.right;
+      found[i].query = sample.sample / points;
+      found[i].weight = (sample.sample - found[i].query * points) * i32(args.point_stride);
+      count += touches[i];
+    }
+    int all;
+    i32 place = listed + block_exclusive_sum<kBlockSize>(count, owned.partial, all);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      if (touches[i]) owned.touches[place++] = found[i];
+    }
+    listed += all;
+    if (listed > kBlockSize || first + kBlockSize * kItems >= total) {
+      __syncthreads();
+      if (channel < args.channels) {
+        add_touches<Weight, Grad>(args, owned, listed, image, channel, weights);
+      }
+      listed = 0;
+    }
+  }
+}
+
+template <class Scalar, class Weight, class Grad, int kRows, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) gather(const Args args) {
+  using T = Acc<Scalar>;
+  __shared__ Owned<T, kRows, kBlockSize> owned;
+  const u32 chunks = (u32(args.channels) + kBlockSize - 1) / kBlockSize;
+  const Run run = run_at(args, i32(blockIdx.x / chunks), kRows);
+  if (run.image >= args.batch) return;  // the host counts a run too many for some sources
+  const i32 channel = i32(blockIdx.x % chunks) * kBlockSize + i32(threadIdx.x);
+  const i32 begin = run.image * rows_of(args, run.source) + run.first, end = begin + run.rows;
+#pragma unroll 1
+  for (i32 row = 0; row < kRows; ++row) owned.sums[row][threadIdx.x] = T(0);
+  const bool one_by_one = args.shapes == nullptr;
+  const i32 first = one_by_one ? run.source : 0;
+  const i32 last = one_by_one ? run.source + 1 : i32(args.levels);
+#pragma unroll 1
+  for (i32 camera = 0; camera < args.cameras; ++camera) {
+#pragma unroll 1
+    for (i32 level = first; level < last; ++level) {
+      add_level<Weight, Grad>(args, owned, run.image, camera, level, begin, end, channel);
+    }
+  }
+  if (channel >= args.channels) return;
+  Scalar* to =
+      static_cast<Scalar*>(args.gradients[run.source]) + i64(begin) * args.channels + channel;
+#pragma unroll 1
+  for (i32 row = 0; row < run.rows; ++row) {
+    store(to[row * args.channels], owned.sums[row][threadIdx.x]);
+  }
+}
+
+}  // namespace torchkiln::deformable_aggregation

@@ -1,0 +1,220 @@
+// Deformable aggregation: a query's features are a weighted sum of bilinear samples at points that each camera sees in
+// another place, on several levels. Shared by CPU and GPU.
+// Floor: e (touched share of the maps + output) bytes, 8 for each point and camera, and the weights of those that are
+// seen. What binds are the taps: 4 e C for each level of a point that a camera sees.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "common/any_float.h"
+
+namespace torchkiln::deformable_aggregation {
+
+constexpr i32 kMostMaps = 8;     // levels that are given one by one
+constexpr i32 kMostLevels = 32;  // levels in one tensor
+constexpr i64 kMostChannels = 2048;
+
+struct Args {
+  const void* maps[kMostMaps];     // (bs, rows, C) in maps[0]; or (bs, M, h, w, C) of each level
+  void* gradients[kMostMaps];      // as maps; sums of floats for `points`
+  const void* shapes;              // (M, L, 2) h and w in maps[0]; null for levels one by one
+  const void* starts;              // (M, L) first row of a map
+  const void* locations;           // (bs, Q, P, M, 2) x and y, from 0 to 1 in the image
+  const void* weights;             // a row of G for each query, point, camera and level
+  void* normalizer;                // (bs, Q, 2, G): see `normalized`; null where weights are final
+  void* output;                    // (bs, Q, C)
+  const void* grad_output;         // (bs, Q, C)
+  void* grad_locations;            // as locations
+  void* grad_weights;              // as weights
+  void* seen;                      // (bs, M, Q * P) samples that a camera sees, in order
+  i32* seen_counts;                // (bs, M)
+  i32 h[kMostMaps], w[kMostMaps];  // of levels that are given one by one
+  i64 wide_indices;                // shapes and starts are 64 bits wide, else 32
+  i64 location_type, output_type, gradient_type;  // FloatType
+  i64 rows;                                       // of an image in maps[0]
+  i64 batch, queries, points, cameras, levels, channels, groups;
+  i64 point_stride, camera_stride, level_stride;  // of weights, inside of a query
+};
+
+// One level of one camera of one image: `first` is a row of maps[source]. Without pixels, h is 0.
+struct Map {
+  i64 first;
+  i32 h, w, source;
+};
+
+TORCHKILN_HD i64 index_at(const void* from, i64 wide, i64 at) {
+  return wide ? static_cast<const i64*>(from)[at] : i64(static_cast<const i32*>(from)[at]);
+}
+
+// A map that does not lie inside of the rows has no pixels.
+TORCHKILN_HD Map map_of(const Args& args, i64 image, i32 camera, i32 level) {
+  if (args.shapes == nullptr) {
+    const i32 h = args.h[level], w = args.w[level];
+    return {(image * args.cameras + camera) * h * w, h, w, level};
+  }
+  const i64 at = i64(camera) * args.levels + level;
+  const i64 h = index_at(args.shapes, args.wide_indices, 2 * at);
+  const i64 w = index_at(args.shapes, args.wide_indices, 2 * at + 1);
+  const i64 first = index_at(args.starts, args.wide_indices, at);
+  const bool inside = h > 0 && w > 0 && h <= args.rows && w <= args.rows && first >= 0 &&
+                      h * w <= args.rows - first;
+  if (!inside) return {0, 0, 0, 0};
+  return {image * args.rows + first, i32(h), i32(w), 0};
+}
+
+// Where a camera sees a point; `pair` counts cameras of points of queries.
+template <class T>
+TORCHKILN_HD void location_at(const Args& args, i64 pair, T& x, T& y) {
+  const auto read = [&](const auto* from) {
+    x = T(load(from[2 * pair]));
+    y = T(load(from[2 * pair + 1]));
+  };
+  switch (args.location_type) {
+    case kHalfNumbers:
+      return read(static_cast<const half*>(args.locations));
+    case kBfloat16Numbers:
+      return read(static_cast<const bfloat16*>(args.locations));
+    case kDoubleNumbers:
+      return read(static_cast<const double*>(args.locations));
+    default:
+      return read(static_cast<const float*>(args.locations));
+  }
+}
+
+// Whether a camera sees the point. NaN is not seen.
+template <class T>
+TORCHKILN_HD bool is_seen(T x, T y) {
+  return x > T(0) && x < T(1) && y > T(0) && y < T(1);
+}
+
+// What a sample takes of a map: the rows of four pixels, -1 for those outside, which count as 0; and how far it lies
+// from the first towards the last. Sampler B: pixel centres at half numbers, nothing is clamped.
+template <class T>
+struct alignas(16) Tap {
+  i32 pixels[4];
+  T down, right;
+  i32 weight;  // where the row of weights begins, inside of the query
+  i32 source;
+
+  TORCHKILN_HD T share(int corner) const {
+    return (corner & 2 ? down : T(1) - down) * (corner & 1 ? right : T(1) - right);
+  }
+};
+
+template <class T>
+TORCHKILN_HD Tap<T> tap_of(const Map& map, T x, T y) {
+  Tap<T> tap = {{-1, -1, -1, -1}, T(0), T(0), 0, map.source};
+  if (map.h == 0 || map.w == 0) return tap;
+  const T down = y * T(map.h) - T(0.5), right = x * T(map.w) - T(0.5);
+  const T top = floor_of(down), left = floor_of(right);
+  tap.down = down - top;
+  tap.right = right - left;
+  const i32 i = i32(top), j = i32(left), first = i32(map.first);
+  const bool rows[2] = {i >= 0 && i < map.h, i + 1 < map.h};
+  const bool columns[2] = {j >= 0 && j < map.w, j + 1 < map.w};
+  for (int corner = 0; corner < 4; ++corner) {
+    const int di = corner >> 1, dj = corner & 1;
+    if (rows[di] && columns[dj]) tap.pixels[corner] = first + (i + di) * map.w + j + dj;
+  }
+  return tap;
+}
+
+TORCHKILN_HD i64 weights_of_query(const Args& args, i64 query) {
+  return query * (args.points * args.cameras * args.levels * args.groups);
+}
+
+// Where the row of weights of a point, camera and level begins, inside of its query.
+TORCHKILN_HD i32 weight_row(const Args& args, i32 point, i32 camera, i32 level) {
+  return i32(point * args.point_stride + camera * args.camera_stride + level * args.level_stride);
+}
+
+// The greatest logit and the sum of exp(logit - greatest), one after the other.
+template <class T>
+struct Softmax {
+  T most, sum;
+
+  TORCHKILN_HD static T scale(T from, T to) { return from == to ? T(1) : exp_of(from - to); }
+  TORCHKILN_HD void add(T logit) {
+    if (logit > most) {
+      sum = sum * scale(most, logit) + T(1);
+      most = logit;
+    } else {
+      sum += scale(logit, most);
+    }
+  }
+  TORCHKILN_HD void add(const Softmax& other) {
+    const T both = max_of(other.most, most);
+    sum = sum * scale(most, both) + other.sum * scale(other.most, both);
+    most = both;
+  }
+  // Not a number where the greatest is infinite, as torch has it.
+  TORCHKILN_HD T inverse() const { return T(1) / sum + (most - most); }
+};
+template <class T>
+TORCHKILN_HD Softmax<T> empty_softmax() {
+  return {T(bits_float(0xff800000u)), T(0)};
+}
+
+// A group's part of the normalizer of a query: the greatest logit, and the inverse of the sum.
+template <class T>
+struct Normalizer {
+  T most, inverse;
+  bool used;
+
+  TORCHKILN_HD T operator()(T weight) const {
+    return used ? exp_of(weight - most) * inverse : weight;
+  }
+};
+
+template <class T>
+TORCHKILN_HD Normalizer<T> normalizer_of(const Args& args, i64 query, i32 group) {
+  if (args.normalizer == nullptr) return {T(0), T(1), false};
+  const T* row = static_cast<const T*>(args.normalizer) + query * 2 * args.groups;
+  return {row[group], row[args.groups + group], true};
+}
+
+// A sample that a camera sees.
+template <class T>
+struct Seen {
+  T x, y;
+  i32 sample;  // query * points + point
+};
+
+// A sample that touches a block of the gradient: its pixels as rows of the block, -1 for others.
+template <class T>
+struct Touch {
+  short rows[4];
+  T down, right;
+  i32 query, weight;
+};
+
+// How much of maps one block of the gradient owns: rows [first, first + rows) of one source of an image. There are fewer
+// than 2^31 rows in all.
+struct Run {
+  i32 source, image, first, rows;
+};
+
+TORCHKILN_HD i32 rows_of(const Args& args, i32 source) {
+  return i32(args.shapes != nullptr ? args.rows : args.cameras * args.h[source] * args.w[source]);
+}
+TORCHKILN_HD i32 sources_of(const Args& args) {
+  return args.shapes != nullptr ? 1 : i32(args.levels);
+}
+
+// The run of a number that may be too large: its image is then beyond the last.
+TORCHKILN_HD Run run_at(const Args& args, i32 at, i32 rows) {
+  const i32 sources = sources_of(args);
+  i32 runs = 0;
+  for (i32 source = 0; source < sources; ++source)
+    runs += (rows_of(args, source) + rows - 1) / rows;
+  Run run = {0, at / runs, at % runs, 0};
+  for (; run.source < sources - 1; ++run.source) {
+    const i32 own = (rows_of(args, run.source) + rows - 1) / rows;
+    if (run.first < own) break;
+    run.first -= own;
+  }
+  run.first *= rows;
+  run.rows = min_of(rows, rows_of(args, run.source) - run.first);
+  return run;
+}
+
+}  // namespace torchkiln::deformable_aggregation
