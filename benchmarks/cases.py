@@ -669,6 +669,7 @@ GPU_TABLES: Sequence[Callable[[], Iterator[Case]]] = (
 )
 # Other files of rows; each has GPU_TABLES, cpu_rows(threads) and tiny_rows().
 SUBJECTS = (
+    "benchmarks.cases_msda",
     "benchmarks.cases_rotated",
     "benchmarks.cases_rotated_roi",
     "benchmarks.cases_segmentation",

@@ -5,6 +5,7 @@
 from torchkiln.nn.bezier_align import *  # noqa: F403
 from torchkiln.nn.border_align import *  # noqa: F403
 from torchkiln.nn.corner_pool import *  # noqa: F403
+from torchkiln.nn.multi_scale_deformable_attention import *  # noqa: F403
 from torchkiln.nn.multi_scale_roi_align import *  # noqa: F403
 from torchkiln.nn.prroi_pool import *  # noqa: F403
 from torchkiln.nn.ps_roi_pool import *  # noqa: F403

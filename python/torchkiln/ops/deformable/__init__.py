@@ -1,3 +1,5 @@
 """Operators for deformable convolution, attention and aggregation."""
 
 # SPDX-License-Identifier: Apache-2.0
+
+from torchkiln.ops.deformable.multi_scale_deformable_attention import *  # noqa: F403
