@@ -677,6 +677,7 @@ GPU_TABLES: Sequence[Callable[[], Iterator[Case]]] = (
 SUBJECTS = (
     "benchmarks.cases_deformable_aggregation",
     "benchmarks.cases_mamba",
+    "benchmarks.cases_msda",
     "benchmarks.cases_roi_family",
     "benchmarks.cases_rotated",
     "benchmarks.cases_rotated_roi",

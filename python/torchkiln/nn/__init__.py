@@ -7,6 +7,7 @@ from torchkiln.nn.border_align import *  # noqa: F403
 from torchkiln.nn.corner_pool import *  # noqa: F403
 from torchkiln.nn.deformable_aggregation import *  # noqa: F403
 from torchkiln.nn.mamba import *  # noqa: F403
+from torchkiln.nn.multi_scale_deformable_attention import *  # noqa: F403
 from torchkiln.nn.multi_scale_roi_align import *  # noqa: F403
 from torchkiln.nn.prroi_pool import *  # noqa: F403
 from torchkiln.nn.ps_roi_pool import *  # noqa: F403

@@ -220,9 +220,9 @@ _TABLE = """
 + class ModulatedDeformConv2d | in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, deform_groups=1, bias=True | x, offset, mask
 + class ModulatedDeformConv2dPack < ModulatedDeformConv2d @ DCNv2 | *args, **kwargs | x
 [multi_scale_deform_attn]
-- function MultiScaleDeformableAttnFunction | value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights, im2col_step
-- def multi_scale_deformable_attn_pytorch | value, value_spatial_shapes, sampling_locations, attention_weights
-+ class MultiScaleDeformableAttention @ MultiScaleDeformableAttention | embed_dims=256, num_heads=8, num_levels=4, num_points=4, im2col_step=64, dropout=0.1, batch_first=False, norm_cfg=None, init_cfg=None, value_proj_ratio=1.0 | query, key=None, value=None, identity=None, query_pos=None, key_padding_mask=None, reference_points=None, spatial_shapes=None, level_start_index=None, **kwargs
+- function MultiScaleDeformableAttnFunction | value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights, im2col_step |  | multi_scale_deformable_attention
+- def multi_scale_deformable_attn_pytorch | value, value_spatial_shapes, sampling_locations, attention_weights |  | torch
++ class MultiScaleDeformableAttention @ MultiScaleDeformableAttention | embed_dims=256, num_heads=8, num_levels=4, num_points=4, im2col_step=64, dropout=0.1, batch_first=False, norm_cfg=None, init_cfg=None, value_proj_ratio=1.0 | query, key=None, value=None, identity=None, query_pos=None, key_padding_mask=None, reference_points=None, spatial_shapes=None, level_start_index=None, **kwargs | multi_scale_deformable_attention
 [nms]
 - function NMSop | bboxes, scores, iou_threshold, offset, score_threshold, max_num |  | nms
 - function SoftNMSop | boxes, scores, iou_threshold, sigma, min_score, method, offset |  | soft_nms

@@ -1,0 +1,204 @@
+// Multi-scale deformable attention: each query and head takes a weighted sum of bilinear samples at points of its own, P
+// on each of L levels of a feature pyramid. Shared by CPU and GPU. Outside of a level everything is 0 (sampler B: samples
+// fade out within a pixel of the border). What the samples need besides the value comes in one of two forms:
+//   locations and weights as they are, or, with references, offsets from reference points and logits of a softmax.
+// Floor: e (b s m d + b q m d + 3 b q m l p) bytes. What binds are the taps, 4 e b q m l p d bytes through L1 and L2.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "common/types.h"
+
+namespace torchkiln::multi_scale_deformable_attention {
+
+// Samples of a level whose pixels are bounded together (Args::spans): of neighbouring queries of one head.
+constexpr i32 kRun = 32;
+// A place in Args::firsts for a sample outside; every pixel lies above it.
+constexpr i32 kOutside = -2147483647 - 1;
+
+struct Args {
+  const void* value;   // (b, s, m, d)
+  const i64* shapes;   // (l, 2): height and width of a level
+  const i64* starts;   // (l,): its first pixel among s
+  const u8* mask;      // (b, s), not 0: the pixel counts as 0; null for none
+  const void* places;  // (b, q, m, l, p, 2): x and y in parts of the level; with references offsets
+  const void* weights;     // (b, q, m, l, p); with references logits
+  const void* references;  // (b, q, l, reference_size): x, y and, of 4, width, height; or null
+  void* output;            // (b, q, m, d): the output, or its gradient
+  void* grad_value;        // (b, s, m, d): the gradient, or float sums where queries scatter
+  void* grad_places;       // as places; `positions` says of what
+  void* grad_weights;      // as weights
+  i32* firsts;             // (b, m, l, q * p): Taps::first of each sample
+  void* shares;            // (b, m, l, q * p): with references the weight of each sample; or null
+  i32* spans;              // (b, m, l, ceil(q * p / kRun), 2): least of them, and last pixel of any
+  i64 b, s, m, d, q, l, p;
+  i64 reference_size;
+  i64 positions;  // the gradient is that of positions in pixels, in the accumulator's type
+};
+
+// A level; 0 by 0 where what it says does not fit into the value.
+struct Level {
+  i32 h, w, start;
+};
+
+TORCHKILN_HD Level level_of(const i64* shapes, const i64* starts, i64 pixels, i64 level) {
+  const i64 h = shapes[2 * level], w = shapes[2 * level + 1], start = starts[level];
+  const bool fits = h > 0 && w > 0 && h <= pixels && w <= pixels && start >= 0 && start <= pixels &&
+                    h * w <= pixels - start;
+  return fits ? Level{i32(h), i32(w), i32(start)} : Level{0, 0, 0};
+}
+
+// In pixels of its level.
+template <class T>
+struct Position {
+  T y, x;
+};
+
+// One query of one image and head, and where its samples stand in `places` and `weights`.
+struct Query {
+  i64 first;      // its first sample
+  i64 reference;  // its first reference point
+};
+
+TORCHKILN_HD Query query_at(const Args& args, i64 image, i64 head, i64 query) {
+  const i64 row = image * args.q + query;
+  return {(row * args.m + head) * args.l * args.p, row * args.l};
+}
+
+// What an offset of one means in pixels, by axis.
+template <class T, class Place>
+TORCHKILN_HD Position<T> scale_of(const Args& args, Query query, i32 level, Level size) {
+  if (args.references == nullptr) return {T(size.h), T(size.w)};
+  if (args.reference_size == 2) return {T(1), T(1)};
+  const Place* box = static_cast<const Place*>(args.references) + (query.reference + level) * 4;
+  const T share = T(0.5) / T(args.p);
+  return {load(box[3]) * share * T(size.h), load(box[2]) * share * T(size.w)};
+}
+
+template <class T, class Place>
+TORCHKILN_HD Position<T> position_of(const Args& args, Query query, i32 sample, i32 level,
+                                     Level size) {
+  const Place* place = static_cast<const Place*>(args.places) + (query.first + sample) * 2;
+  const Position<T> scale = scale_of<T, Place>(args, query, level, size);
+  Position<T> result = {load(place[1]) * scale.y - T(0.5), load(place[0]) * scale.x - T(0.5)};
+  if (args.references != nullptr) {
+    const Place* reference = static_cast<const Place*>(args.references) +
+                             (query.reference + level) * args.reference_size;
+    result.y += load(reference[1]) * T(size.h);
+    result.x += load(reference[0]) * T(size.w);
+  }
+  return result;
+}
+
+// The pixel up and to the left of a position, perhaps one before the level's.
+struct Corner {
+  i32 y, x;
+  bool inside;  // whether there is a sample at all; not for NaN
+};
+
+template <class T>
+TORCHKILN_HD Corner corner_of(Position<T> at, Level level) {
+  if (!(at.y > T(-1) && at.x > T(-1) && at.y < T(level.h) && at.x < T(level.w)))
+    return {0, 0, false};
+  return {i32(floor_of(at.y)), i32(floor_of(at.x)), true};
+}
+
+// The four pixels around a position: upper left, upper right, lower left, lower right. One that is masked or off the level
+// is not live: it has the weight 0, and the place of one that is.
+struct alignas(16) Pixels {
+  i32 at[4];
+};
+template <class T>
+struct alignas(16) Weights {
+  T at[4];
+};
+template <class T>
+struct Taps {
+  Pixels pixels;
+  Weights<T> weights;
+  T fraction_y, fraction_x;
+  // The upper left pixel, counted on where it lies before the level; kOutside for no sample.
+  i32 first;
+  u32 live;  // a bit for each pixel; 0: none to add
+};
+
+// mask: of the image, or null.
+template <class T>
+TORCHKILN_HD Taps<T> taps_at(Position<T> at, Level level, const u8* mask) {
+  Taps<T> taps = {{{0, 0, 0, 0}}, {{T(0), T(0), T(0), T(0)}}, T(0), T(0), kOutside, 0};
+  const Corner corner = corner_of(at, level);
+  if (!corner.inside) return taps;
+  const T y = at.y - T(corner.y), x = at.x - T(corner.x);
+  taps.fraction_y = y;
+  taps.fraction_x = x;
+  taps.first = level.start + corner.y * level.w + corner.x;
+  const T weights[4] = {(T(1) - y) * (T(1) - x), (T(1) - y) * x, y * (T(1) - x), y * x};
+  i32 some = 0;
+  for (i32 i = 0; i < 4; ++i) {
+    const i32 row = corner.y + i / 2, column = corner.x + i % 2;
+    if (row < 0 || row >= level.h || column < 0 || column >= level.w) continue;
+    const i32 pixel = level.start + row * level.w + column;
+    if (mask != nullptr && mask[pixel] != 0) continue;
+    taps.live |= 1u << i;
+    taps.pixels.at[i] = some = pixel;
+    taps.weights.at[i] = weights[i];
+  }
+  for (i32 i = 0; i < 4; ++i) {
+    if ((taps.live >> i & 1u) == 0) taps.pixels.at[i] = some;
+  }
+  return taps;
+}
+
+// Gradients of a sample, of the products of the gradient of the output and the four pixels.
+template <class T>
+struct SampleGradient {
+  T weight;        // of the sample's weight
+  Position<T> at;  // of its position, for the weight 1
+};
+
+template <class T>
+TORCHKILN_HD SampleGradient<T> gradient_of(const Taps<T>& taps, Weights<T> products) {
+  T sum = T(0);
+  for (i32 i = 0; i < 4; ++i) {
+    if ((taps.live >> i & 1u) == 0) products.at[i] = T(0);
+    sum += taps.weights.at[i] * products.at[i];
+  }
+  const T* v = products.at;
+  const T y = taps.fraction_y, x = taps.fraction_x;
+  return {sum,
+          {(T(1) - x) * (v[2] - v[0]) + x * (v[3] - v[1]),
+           (T(1) - y) * (v[1] - v[0]) + y * (v[3] - v[2])}};
+}
+
+constexpr float kLowest = -3.402823466e38f;
+
+// The weights of a query are exp(logit - greatest) * inverse.
+template <class T>
+struct Softmax {
+  T greatest, inverse;
+
+  TORCHKILN_HD T operator()(T logit) const { return exp_of(logit - greatest) * inverse; }
+};
+
+template <class T, class Place>
+TORCHKILN_HD T weight_of(const Args& args, Query query, i32 sample, Softmax<T> softmax) {
+  const T given = load(static_cast<const Place*>(args.weights)[query.first + sample]);
+  return args.references != nullptr ? softmax(given) : given;
+}
+
+// Of a position, in pixels, to the gradient of what it was made of.
+template <class T, class Place>
+TORCHKILN_HD void write_places(const Args& args, Query query, i32 sample, i32 level, Level size,
+                               Position<T> gradient) {
+  const i64 at = (query.first + sample) * 2;
+  if (args.positions != 0) {
+    static_cast<T*>(args.grad_places)[at] = gradient.x;
+    static_cast<T*>(args.grad_places)[at + 1] = gradient.y;
+    return;
+  }
+  const Position<T> scale = scale_of<T, Place>(args, query, level, size);
+  Place* to = static_cast<Place*>(args.grad_places) + at;
+  store(to[0], gradient.x * scale.x);
+  store(to[1], gradient.y * scale.y);
+}
+
+}  // namespace torchkiln::multi_scale_deformable_attention
