@@ -27,6 +27,7 @@ from benchmarks.cases import (
     Target,
     name_of,
     nbytes,
+    oracle_of,
     ours,
     side,
 )
@@ -35,6 +36,8 @@ from benchmarks.harness import Inputs, Work
 MAMBA = "mamba-ssm"
 METHODS = ("mamba", "zoh", "foh", "bilinear", "tustin", "poly", "highorder", "rk4", "rk4_constant")
 
+# The reference has a number for each batch, channel, position and state, in float64.
+MOST_STATES = 2**27
 # Batch, channels, length, states.
 Size = tuple[int, int, int, int]
 # Microseconds of mamba-ssm e9594ce, forward and forward + backward.
@@ -114,13 +117,17 @@ def selective_scan(
         ]
         if method == "mamba" and device.type == "cuda":
             sides.append(side(MAMBA, lambda: scan_bind(peer_scan(), direction), direction))
+        plain = scan_bind(reference_scan, direction, discretization=method)
         if device.type == "cpu":
-            plain = scan_bind(reference_scan, direction, discretization=method)
             sides.append(side(PLAIN, lambda: plain, direction))
         rows, matrices = batch * dim * length, 2 * batch * states * length
         moved = (4 * rows + matrices) + (is_both and 8 * rows + 2 * matrices)
+        has_oracle = direction == FORWARD and rows * states <= MOST_STATES
         return Work(
-            inputs_of(size, device, dtype, is_both), sides, floor_bytes=nbytes(dtype) * moved
+            inputs_of(size, device, dtype, is_both),
+            sides,
+            oracle=oracle_of(plain) if has_oracle else None,
+            floor_bytes=nbytes(dtype) * moved,
         )
 
     label = "x".join(map(str, size))

@@ -12,6 +12,7 @@
 #include "bindings/support/check.h"
 #include "bindings/support/cuda.h"
 #include "bindings/support/layout.h"
+#include "scan/selective_scan_shared.h"
 
 namespace torchkiln::bindings {
 namespace {
@@ -60,14 +61,17 @@ std::int64_t state_bytes(const Problem& p) {
 }
 template <class Problem>
 std::int64_t tile_numbers(const Problem& p, const Tunables& t) {
-  return 2 * (p.statics.is_complex ? 4 : 8) * (kWarp * t.items + 4);
+  return 2 * selective_scan::tile_states(p.statics.is_complex != 0) *
+         selective_scan::tile_slots(static_cast<int>(kWarp * t.items));
 }
 std::int64_t shared_bytes(const Forward::Problem& p, const Tunables& t) {
-  return state_bytes(p) * (tile_numbers(p, t) + t.warps * p.sizes.states * 2);
+  return state_bytes(p) *
+         (tile_numbers(p, t) + t.warps * p.sizes.states * selective_scan::kForwardCarry);
 }
 std::int64_t shared_bytes(const Backward::Problem& p, const Tunables& t) {
   const std::int64_t exchange = 2 * t.warps * 2 * kWarp * t.items;
-  return state_bytes(p) * (tile_numbers(p, t) + exchange + t.warps * p.sizes.states * 6);
+  return state_bytes(p) * (tile_numbers(p, t) + exchange +
+                           t.warps * p.sizes.states * selective_scan::kBackwardCarry);
 }
 // Each block needs a part of its own.
 template <class Problem>

@@ -12,9 +12,6 @@
 
 namespace torchkiln::selective_scan {
 
-// What a warp keeps from chunk to chunk for each state: the state, and the product of all alphas for a summary.
-constexpr int kForwardCarry = 2;
-
 // The state before this split: out of the initial one and the summaries of the splits before.
 template <class V>
 __device__ __forceinline__ V entering_state(const Args& args, const Place& place, i64 split,

@@ -2,6 +2,7 @@
 // the one that the forward kept before it; the adjoint states are scanned from the other end. The gradients of variable B
 // and C, which all channels of a group share, are summed over the warps of a block before they go to memory.
 // compile time: above 250 ms; every position of a lane is unrolled, with the rule's derivatives.
+// spills: up to 32 bytes for the exact holds, so that two blocks share a multiprocessor.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -11,16 +12,6 @@
 namespace torchkiln::selective_scan_backward {
 
 using namespace torchkiln::selective_scan;
-
-// What a warp keeps from chunk to chunk for each state.
-enum BackwardCarry {
-  kAdjoint = 0,  // conj(alpha) lambda of the first position behind
-  kPushed = 1,   // what the two positions behind have for the samples one and two before them
-  kSumA = 3,     // gradients, summed over positions
-  kSumB = 4,
-  kSumC = 5,
-  kBackwardCarry = 6,
-};
 
 // The gradient of the sum over states, at the positions of a lane; 0 beyond the end.
 template <class Scalar, int kItems>
@@ -108,8 +99,7 @@ __device__ __forceinline__ void scan_state_backward(
   // The states of the chunk.
   V alpha[kItems], state[kItems];
   const Affine<V> map = lane_map<kMethod, kItems>(steps, v, a, alpha, state);
-  const V start = static_cast<const V*>(
-      args.checkpoints)[(place.row(p) * p.checkpoints + chunk_first / kCheckpoint) * p.states + n];
+  const V start = carry[kStart];
   V entering = shuffle_up(scan_up(map, lane)(start), 1);
   if (lane == 0) entering = start;
   // Its adjoints: conj(alpha) lambda goes to the position before.
@@ -144,7 +134,13 @@ __device__ __forceinline__ void scan_state_backward(
     }
     const V of_z = lambda * conjugate(by_z);
     of_A = of_A + steps.d[i] * of_z;
-    sums.d[i] += inner(of_z, a) + inner(lambda, held);
+    sums.d[i] += inner(of_z, a);
+    if constexpr (kTaps == 1) {
+      // u and d get it times the other one, once all states are in.
+      sums.u[i] += inner(lambda, kMethod == kMamba ? B[i] : s.value.weight[0] * B[i]);
+    } else {
+      sums.d[i] += inner(lambda, held);
+    }
     sums.y[i] += inner(C[i], conjugate(state[i]));
     out.C[i] = (factor * g[i]) * conjugate(state[i]);
     if constexpr (neighbour_of(kMethod) != 0) {
@@ -203,7 +199,7 @@ __device__ __forceinline__ void scan_state_backward(
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     out.B[i] = steps.u[i] * samples[i];
-    sums.u[i] += inner(samples[i], B[i]);
+    if constexpr (kTaps > 1) sums.u[i] += inner(samples[i], B[i]);
     of_B = of_B + out.B[i];
     of_C = of_C + out.C[i];
   }
@@ -402,6 +398,10 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
     load_steps<Scalar, kMethod, kItems>(p, place, first, steps);
     T g[kItems], before = T(0);
     load_gradient<Scalar, kItems>(args, place, first, g);
+    // All at once: one by one each state would wait for its own.
+    const V* kept = static_cast<const V*>(args.checkpoints) +
+                    (place.row(p) * p.checkpoints + chunk_first / kCheckpoint) * states;
+    for (int n = lane; n < states; n += kWarpSize) carry[n * kBackwardCarry + kStart] = kept[n];
     LaneSums<kItems, T> sums;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) sums.u[i] = sums.d[i] = sums.y[i] = sums.ratio[i] = T(0);
@@ -437,6 +437,13 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
         turn ^= 1;
       }
     }
+    if constexpr (taps_of(kMethod) == 1) {
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        sums.d[i] += steps.u[i] * sums.u[i];
+        sums.u[i] *= steps.d[i];
+      }
+    }
     if constexpr (neighbour_of(kMethod) != 0) {
       behind = add_ratios<kMethod, kItems>(steps, first, p.length, behind, before, sums);
     }
@@ -447,6 +454,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
   }
   of_D = warp_sum(of_D);
   of_bias = warp_sum(of_bias);
+  __syncwarp();  // the first lane has written what all read now
   if (!place.is_row) return;
   if (lane == 0) {
     if (args.grad_D != nullptr) static_cast<T*>(args.grad_D)[place.row(p)] = of_D;

@@ -7,6 +7,7 @@
 #include "common/pack.cuh"
 #include "common/reduce.cuh"
 #include "scan/selective_scan.h"
+#include "scan/selective_scan_shared.h"
 
 namespace torchkiln::selective_scan {
 
@@ -171,15 +172,14 @@ __device__ __forceinline__ void store_items(Scalar* row, i64 first, const Proble
 
 // ---- tiles of B and C ----
 
-// States of a tile: as many as leave room for several blocks.
 template <class V>
-constexpr int kTileStates = is_complex_type<V> ? 4 : 8;
+constexpr int kTileStates = tile_states(is_complex_type<V>);
 
 // The positions of a chunk for each state of the tile, in fours: the fours of neighbouring lanes are neighbours, so that
 // no two lanes meet in a bank. Behind them the samples just outside.
 template <int kItems>
 struct Layout {
-  static constexpr int kChunk = kWarpSize * kItems, kSlots = kChunk + 4;
+  static constexpr int kChunk = kWarpSize * kItems, kSlots = tile_slots(kChunk);
   __device__ __forceinline__ static int slot(int position) {
     if (position < 0 || position == kChunk) return position < 0 ? kChunk - position : kChunk;
     return ((position % kItems) / 4 * kWarpSize + position / kItems) * 4 + position % 4;

@@ -124,13 +124,19 @@ def _softplus(x: Tensor) -> Tensor:
     return torch.where(x > 20, x, torch.log1p(torch.where(x > 20, 0.0, x).exp()))
 
 
+def _complex(pairs: Tensor) -> Tensor:
+    """Of real and imaginary parts along the last dimension; half types become float32."""
+    wide = pairs if pairs.dtype == torch.float64 else pairs.float()
+    return torch.complex(*wide.unbind(-1))
+
+
 def _by_channel(matrix: Tensor, like_A: Tensor, channels: int) -> Tensor:
     """B or C as (batch or 1, channels, N, length or 1); complex if A is."""
     if matrix.dim() < 4:
-        constant = torch.view_as_complex(matrix) if like_A.is_complex() else matrix
+        constant = _complex(matrix) if like_A.is_complex() else matrix
         return constant[None, :, :, None]
     if like_A.is_complex():
-        matrix = torch.view_as_complex(matrix.unflatten(-1, (-1, 2)).contiguous())
+        matrix = _complex(matrix.unflatten(-1, (matrix.shape[-1] // 2, 2)))
     return matrix.repeat_interleave(channels // matrix.shape[1], dim=1)
 
 
@@ -204,14 +210,14 @@ def selective_scan(
     A = A.to(wide)
     is_complex = A.dim() == 3
     if is_complex:
-        A = torch.view_as_complex(A.contiguous())
+        A = _complex(A)
     channels, length = u.shape[1:]
     v = _by_channel(B.to(wide), A, channels) * u_wide[:, :, None]
     if initial_state is None:
         state = A.new_zeros((len(u), *A.shape))
     else:
         state = initial_state.to(wide)
-        state = torch.view_as_complex(state.contiguous()) if is_complex else state
+        state = _complex(state) if is_complex else state
     if reverse:
         v, steps = v.flip(-1), steps.flip(-1)
     states, last = _scan(v, steps[:, :, None], A, state, method)
@@ -229,12 +235,22 @@ def selective_scan(
     return y.to(dtype), last, u.new_empty(0, dtype=wide)
 
 
+_METHOD_NAMES = (
+    "mamba",
+    "zoh",
+    "foh",
+    "bilinear",
+    "tustin",
+    "poly",
+    "highorder",
+    "rk4",
+    "rk4_constant",
+)
 _NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 
 
 def parity() -> Parity:
     """What selective_scan is tried on. Every case has every tensor; `without` leaves some out."""
-    methods = ("zoh", "foh", "bilinear", "tustin", "poly", "highorder", "rk4", "rk4_constant")
     return Parity(
         op="selective_scan",
         tier="C",
@@ -244,7 +260,7 @@ def parity() -> Parity:
         fuzz=_fuzz,
         cases=(
             Case("typical", lambda new: _scan_of(new, 2, 4, 21, 3)),
-            *(_rule(name) for name in methods),
+            *(_rule(name) for name in _METHOD_NAMES[1:]),
             Case("poly_true_time", lambda new: _of_rule(new, "poly", true_time=True)),
             Case("highorder_true_time", lambda new: _of_rule(new, "highorder", true_time=True)),
             # More than a chunk of the kernels, and than a tile of states; the last one not full.
@@ -256,6 +272,9 @@ def parity() -> Parity:
                 Case(f"chunks_{name}", functools.partial(_long, method=name))
                 for name in ("poly", "highorder")
             ),
+            # Few rows that are long enough to be split.
+            Case("splits", lambda new: _scan_of(new, 1, 2, 4200, 1, groups=1, without=("z",))),
+            Case("deterministic", lambda new: _scan_of(new, 2, 22, 24, 2, deterministic=True)),
             Case("plain", lambda new: _scan_of(new, 2, 4, 21, 3, without=_NAMES[5:])),
             Case("no_softplus", lambda new: _scan_of(new, 1, 4, 21, 3, delta_softplus=False)),
             Case("constant", lambda new: _scan_of(new, 2, 4, 21, 3, constant="BC", groups=1)),
@@ -269,6 +288,10 @@ def parity() -> Parity:
             ),
             Case(
                 "complex_constant", lambda new: _of_rule(new, "highorder", parts=2, constant="BC")
+            ),
+            *(
+                Case(f"golden_{name}", functools.partial(_golden, method=name))
+                for name in _METHOD_NAMES
             ),
             Case("steep", lambda new: _steep(new)),
             Case("single", lambda new: _scan_of(new, 1, 1, 1, 1, groups=1)),
@@ -336,6 +359,25 @@ def _scan_of(
     }
 
 
+def _golden(new: Inputs, method: str) -> dict[str, object]:
+    """The example whose states tests/ops/scan has as numbers."""
+
+    def row(*values: float) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64).view(1, 1, -1)
+
+    return {
+        **_scan_of(new, 1, 1, 4, 1, groups=1),
+        "u": row(0.5, 1.2, -0.3, 0.9),
+        "delta": row(0.1, 0.3, 0.2, 0.4),
+        "A": torch.full((1, 1), -0.7, dtype=torch.float64),
+        "B": row(1, -0.5, 2, 0.8)[None],
+        "C": row(1, 1, 1, 1)[None],
+        "delta_softplus": False,
+        "discretization": method,
+        "without": _NAMES[5:],
+    }
+
+
 def _steep(new: Inputs) -> dict[str, object]:
     """Steps of five units: |z| up to 80, where every exponential is gone."""
     case = _of_rule(new, "highorder", delta_softplus=False)
@@ -346,21 +388,19 @@ def _steep(new: Inputs) -> dict[str, object]:
     }
 
 
-def _arranged(without: tuple[str, ...] = (), **arguments: object) -> dict[str, object]:
+def _arranged(without: tuple[str, ...] = (), **arguments: Any) -> dict[str, Any]:
     """The public function's arguments: pairs as complex numbers, without what is left out."""
     kept = {name: value for name, value in arguments.items() if name not in without}
-    A = kept["A"]
-    if isinstance(A, Tensor) and A.dim() == 3:
+    if _is_pairs(kept["A"]) and kept["A"].dim() == 3:
         for name in ("A", "B", "C", "initial_state"):
             tensor = kept.get(name)
-            if not isinstance(tensor, Tensor):
-                continue
-            if tensor.dim() == 5:
-                kept[name] = tensor.flatten(-2)
-            else:
-                wide = tensor if tensor.dtype == torch.float64 else tensor.float()
-                kept[name] = torch.view_as_complex(wide.contiguous())
+            if tensor is not None and _is_pairs(tensor):
+                kept[name] = tensor.flatten(-2) if tensor.dim() == 5 else _complex(tensor)
     return kept
+
+
+def _is_pairs(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dim() > 2 and tensor.shape[-1] == 2
 
 
 def _workload(sizes: Sizes, discretization: str) -> dict[str, object]:
@@ -412,16 +452,3 @@ def _fuzz(draw: Draw) -> dict[str, object]:
     # States that overflow on the way, or meet infinities, depend on the order of sums.
     draw.undefined("special", "scaled")
     return arguments
-
-
-_METHOD_NAMES = (
-    "mamba",
-    "zoh",
-    "foh",
-    "bilinear",
-    "tustin",
-    "poly",
-    "highorder",
-    "rk4",
-    "rk4_constant",
-)
