@@ -20,7 +20,6 @@ import contextlib
 import os
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,6 +27,7 @@ from torchkiln import ops
 from torchkiln._backend import backend
 from torchkiln.compat import mamba
 from torchkiln.compat._replaced import Replaced, module
+from torchkiln.ops.scan.mamba_inner import project
 
 __all__ = [
     "DISCRETIZATIONS",
@@ -218,7 +218,7 @@ def bimamba_inner_fn(
     x, z = xz.chunk(2, dim=1)
     u: Any = ops.causal_conv1d_fn(x, conv1d_weight[:, 0], conv1d_bias, activation="silu")
     rank, columns = delta_proj_weight.shape[1], A.shape[1] * (2 if A.is_complex() else 1)
-    rows = torch.matmul(x_proj_weight, u)
+    rows = project(x_proj_weight, u)
 
     def matrix(part: Tensor, bias: Tensor | None) -> Tensor:
         part = part if bias is None else part + bias[:, None].to(part.dtype)
@@ -229,7 +229,7 @@ def bimamba_inner_fn(
 
     B = matrix(rows[:, rank : rank + columns], B_proj_bias) if B is None else B
     C = matrix(rows[:, -columns:], C_proj_bias) if C is None else C
-    delta = torch.matmul(delta_proj_weight, rows[:, :rank])
+    delta = project(delta_proj_weight, rows[:, :rank])
     rule = _discretization(discretization_method)
     ahead, back = (
         ops.selective_scan(

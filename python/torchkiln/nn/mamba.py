@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from torchkiln.ops import (
-    ScanHistory,
     causal_conv1d_fn,
     causal_conv1d_update,
     mamba_inner_fn,
@@ -20,6 +19,9 @@ from torchkiln.ops import (
     selective_scan,
     selective_state_update,
 )
+from torchkiln.ops._arguments import widened
+from torchkiln.ops.scan.mamba_inner import project
+from torchkiln.ops.scan.selective_state_update import ScanHistory
 
 __all__ = ["BidirectionalMamba", "Mamba", "MambaState", "SelectiveScan"]
 
@@ -73,18 +75,18 @@ class SelectiveScan(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Returns (batch, dim, length) for x, and a gate z, of that shape."""
-        rows = torch.matmul(self.x_proj.weight, x)
+        rows = project(self.x_proj.weight, x)
         rank, n = self.dt_rank, self.d_state
-        delta = torch.matmul(self.dt_proj.weight, rows[:, :rank])
+        delta = project(self.dt_proj.weight, rows[:, :rank])
         out = selective_scan(
             x,
             delta,
-            -self.A_log.float().exp(),
+            -widened(self.A_log).exp(),
             rows[:, rank : rank + n],
             rows[:, rank + n :],
-            self.D.float(),
+            widened(self.D),
             z,
-            self.dt_proj.bias.float(),
+            widened(self.dt_proj.bias),
             True,
             self.discretization_method,
             reverse=self.reverse,
@@ -178,7 +180,7 @@ class Mamba(nn.Module):
 
     def _project(self, x: Tensor) -> Tensor:
         """X and z as (batch, 2 d_inner, length), positions contiguous."""
-        xz = torch.matmul(self.in_proj.weight, x.transpose(1, 2))
+        xz = project(self.in_proj.weight, x.transpose(1, 2))
         return xz if self.in_proj.bias is None else xz + self.in_proj.bias[:, None].to(xz.dtype)
 
     def _inner(self, xz: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -190,9 +192,9 @@ class Mamba(nn.Module):
             self.dt_proj.weight,
             weight,
             bias,
-            -self.A_log.float().exp(),
-            D=self.D.float(),
-            delta_bias=self.dt_proj.bias.float(),
+            -widened(self.A_log).exp(),
+            D=widened(self.D),
+            delta_bias=widened(self.dt_proj.bias),
             discretization=self.discretization_method,
             reverse=self.reverse,
         )
@@ -214,18 +216,18 @@ class Mamba(nn.Module):
             return_final_states=True,
             activation="silu",
         )
-        rows = torch.matmul(self.x_proj.weight, inner)
+        rows = project(self.x_proj.weight, inner)
         B, C = rows[:, self.dt_rank :].split(self.d_state, 1)
         history = scan_history(inner, B, self.discretization_method)
         out, scan = selective_scan(
             inner,
-            torch.matmul(self.dt_proj.weight, rows[:, : self.dt_rank]),
-            -self.A_log.float().exp(),
+            project(self.dt_proj.weight, rows[:, : self.dt_rank]),
+            -widened(self.A_log).exp(),
             B,
             C,
-            self.D.float(),
+            widened(self.D),
             z,
-            self.dt_proj.bias.float(),
+            widened(self.dt_proj.bias),
             True,
             self.discretization_method,
             return_last_state=True,
@@ -244,12 +246,12 @@ class Mamba(nn.Module):
             state.scan,
             inner,
             functional.linear(dt, self.dt_proj.weight),
-            -self.A_log.float().exp(),
+            -widened(self.A_log).exp(),
             B,
             C,
-            self.D.float(),
+            widened(self.D),
             z,
-            self.dt_proj.bias.float(),
+            widened(self.dt_proj.bias),
             True,
             discretization=self.discretization_method,
             history=state.history,

@@ -114,7 +114,7 @@ def mamba_inner_fn(
         return out.flip(2) if reverse else out
 
     def steps(projected: Tensor) -> Tensor:
-        delta = torch.matmul(delta_proj_weight, projected[:, :rank])
+        delta = project(delta_proj_weight, projected[:, :rank])
         return delta if dt_rms_weight is None else _rms_norm(delta, dt_rms_weight, b_c_dt_rms_eps)
 
     def matrix(rows: Tensor, bias: Tensor | None, norm: Tensor | None) -> Tensor:
@@ -128,8 +128,7 @@ def mamba_inner_fn(
     if forgotten is not None:
         forgotten.add(u, convolve)
     with forgotten.hooks() if forgotten is not None else contextlib.nullcontext():
-        # (R + 2 N, dim) by (batch, dim, length): nothing is transposed or copied.
-        projected = torch.matmul(x_proj_weight, u.to(x_proj_weight.dtype))
+        projected = project(x_proj_weight, u.to(x_proj_weight.dtype))
         delta = steps(projected)
         if forgotten is not None:
             forgotten.add(delta, partial(steps, projected.detach()))
@@ -144,6 +143,11 @@ def mamba_inner_fn(
     if out_proj_weight is None:
         return out  # type: ignore[no-any-return]
     return functional.linear(out.transpose(1, 2), out_proj_weight, out_proj_bias)
+
+
+def project(weight: Tensor, x: Tensor) -> Tensor:
+    """(rows, dim) by (batch, dim, length). Nothing is transposed or copied; matmul would fold x."""
+    return torch.bmm(weight.expand(x.shape[0], -1, -1), x)
 
 
 def _rms_norm(rows: Tensor, weight: Tensor, eps: float) -> Tensor:

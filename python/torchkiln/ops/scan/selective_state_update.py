@@ -12,7 +12,7 @@ from torch import Tensor
 from torchkiln._frame import operator
 from torchkiln.ops.scan.selective_scan import _METHODS, _TRUE_TIME
 
-__all__ = ["ScanHistory", "scan_history", "selective_state_update"]
+__all__ = ["scan_history", "selective_state_update"]
 
 # Samples before its own that a rule takes in; those of poly lie behind it, too.
 _BACK = {"foh": 1, "tustin": 1, "rk4": 1, "highorder": 2}
@@ -91,7 +91,10 @@ def scan_history(
         None for the rules that take in their own sample only.
 
     Raises:
-        ValueError: for poly, which takes in a later sample, and for another name.
+        ValueError: for poly, which takes in a later sample, for another name, or steps that are
+            missing.
+
+    Differentiable: no. Deterministic: yes. Autocast: as without.
 
     Example:
         >>> import torch
