@@ -14,9 +14,27 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torchkiln.compat import causal_conv1d, mamba, mmcv, mmdet, torchvision, visionmamba
+    from torchkiln.compat import (
+        causal_conv1d,
+        deformable_detr,
+        mamba,
+        mmcv,
+        mmdet,
+        sparsedrive,
+        torchvision,
+        visionmamba,
+    )
 
-__all__ = ["causal_conv1d", "mamba", "mmcv", "mmdet", "torchvision", "visionmamba"]
+__all__ = [
+    "causal_conv1d",
+    "deformable_detr",
+    "mamba",
+    "mmcv",
+    "mmdet",
+    "sparsedrive",
+    "torchvision",
+    "visionmamba",
+]
 
 
 def __getattr__(name: str) -> ModuleType:
