@@ -120,6 +120,15 @@ const Forward forward_kernel({
         },
 });
 
+// Static and dynamic shared memory together stay within the 48 KB that every device gives unasked.
+bool points_fit(std::int64_t scalar, const Sizes& s, const BlockTunables& t) {
+  const bool wide = scalar == TORCHKILN_DOUBLE;
+  // For a thread: place and number of a pair, a tap, the sides of its map.
+  const std::int64_t each = wide ? 4 * 8 + 4 + sizeof(deformable_aggregation::Tap<double>)
+                                 : 4 * 4 + 4 + sizeof(deformable_aggregation::Tap<float>);
+  return t.block_size * each + 256 + (s.channels + s.groups) * (wide ? 8 : 4) <= 48 * 1024;
+}
+
 const Points points_kernel({
     .path = kPath,
     .entry = "points",
@@ -136,7 +145,12 @@ const Points points_kernel({
           return is_own_or_sum(s.scalar, s.weight) && !(s.scatter != 0 && is_half(s.scalar)) &&
                  (s.vector == 1 || s.vector == full_vector(s.scalar));
         },
-    .choose = [](const Points::Problem& p) { return p.sizes.pairs > 128 ? 1u : 0u; },
+    .legal = [](const Points::Problem& p,
+                const BlockTunables& t) { return points_fit(p.statics.scalar, p.sizes, t); },
+    .choose =
+        [](const Points::Problem& p) {
+          return p.sizes.pairs > 128 && p.statics.scalar != TORCHKILN_DOUBLE ? 1u : 0u;
+        },
     .geometry =
         [](const Points::Problem& p, const BlockTunables& t) {
           const Sizes& s = p.sizes;

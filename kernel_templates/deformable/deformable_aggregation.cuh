@@ -30,7 +30,12 @@ struct Visible {
   i32 pair[kBlockSize];  // point * cameras + camera
   int partial[kBlockSize / kWarpSize];
   Tap<T> taps[kBlockSize];
-  T w[kBlockSize], h[kBlockSize];  // of their maps
+};
+
+// With the sides of the map of each tap, which the gradient of a place is scaled by.
+template <class T, int kBlockSize>
+struct VisibleSides : Visible<T, kBlockSize> {
+  T w[kBlockSize], h[kBlockSize];
 };
 
 // Lists, in order, which of the pairs [first, first + kBlockSize) are seen; returns how many. Every thread of the block
@@ -53,11 +58,11 @@ __device__ __forceinline__ i32 list_visible(const Args& args, Visible<T, kBlockS
   return total;
 }
 
-// The taps on all levels of listed pairs [begin, begin + count), which are at most kBlockSize. Every thread must call; a
-// barrier ends it, and one before it is the caller's.
-template <int kBlockSize, class T>
+// The taps on all levels of listed pairs [begin, begin + count), which are at most kBlockSize; `tell(i, map)` for that of
+// this thread. Every thread must call; a barrier ends it, and one before it is the caller's.
+template <int kBlockSize, class T, class Tell>
 __device__ __forceinline__ void fill_taps(const Args& args, Visible<T, kBlockSize>& list, i64 image,
-                                          i32 begin, i32 count) {
+                                          i32 begin, i32 count, const Tell& tell) {
   const i32 levels = i32(args.levels), cameras = i32(args.cameras), i = i32(threadIdx.x);
   if (i < count * levels) {
     const i32 listed = i / levels, level = i - listed * levels, pair = list.pair[begin + listed];
@@ -66,8 +71,7 @@ __device__ __forceinline__ void fill_taps(const Args& args, Visible<T, kBlockSiz
     Tap<T> tap = tap_of(map, list.x[begin + listed], list.y[begin + listed]);
     tap.weight = weight_row(args, point, camera, level);
     list.taps[i] = tap;
-    list.w[i] = T(map.w);
-    list.h[i] = T(map.h);
+    tell(i, map);
   }
   __syncthreads();
 }
@@ -155,7 +159,7 @@ __global__ void __launch_bounds__(kBlockSize) forward(const Args args) {
 #pragma unroll 1
     for (i32 begin = 0; begin < total; begin += at_once) {
       const i32 count = min_of(at_once, total - begin);
-      fill_taps<kBlockSize>(args, list, image, begin, count);
+      fill_taps<kBlockSize>(args, list, image, begin, count, [](i32, const Map&) {});
       if (active) {
 #pragma unroll(kTapsAtOnce)
         for (i32 i = slice; i < count * levels; i += kSlices) {
@@ -343,7 +347,7 @@ __global__ void __launch_bounds__(kBlockSize, 768 / kBlockSize) points(const Arg
   using T = Acc<Scalar>;
   constexpr int kWarps = kBlockSize / kWarpSize;
   extern __shared__ uint4 memory[];
-  __shared__ Visible<T, kBlockSize> list;
+  __shared__ VisibleSides<T, kBlockSize> list;
   const i32 channels = i32(args.channels), groups = i32(args.groups), levels = i32(args.levels);
   const i32 cameras = i32(args.cameras), pairs = i32(args.points) * cameras;
   const u32 parts = u32((pairs + kBlockSize - 1) / kBlockSize);
@@ -375,14 +379,17 @@ __global__ void __launch_bounds__(kBlockSize, 768 / kBlockSize) points(const Arg
   }
   fill_unseen<Weight, kBlockSize>(args, query, first, min_of(kBlockSize, pairs - first));
   // Its barriers also order what was stored above before what is stored below.
-  const i32 total = list_visible<kBlockSize>(args, list, query.number, first);
+  const i32 total = list_visible<kBlockSize, T>(args, list, query.number, first);
   const Lanes lanes(channels, groups, kVector);
   const i64 image = i32(query.number) / i32(args.queries);
   const i32 at_once = kBlockSize / levels;
 #pragma unroll 1
   for (i32 begin = 0; begin < total; begin += at_once) {
     const i32 count = min_of(at_once, total - begin);
-    fill_taps<kBlockSize>(args, list, image, begin, count);
+    fill_taps<kBlockSize, T>(args, list, image, begin, count, [&](i32 tap, const Map& map) {
+      list.w[tap] = T(map.w);
+      list.h[tap] = T(map.h);
+    });
 #pragma unroll 1
     for (i32 i = warp; i < count; i += kWarps) {
       const i32 pair = list.pair[begin + i];
