@@ -94,7 +94,7 @@ template <class T, class Place>
 Softmax<T> softmax_of(const Args& a, Query query) {
   if (a.references == nullptr) return {T(0), T(1)};
   const Place* logits = static_cast<const Place*>(a.weights) + query.first;
-  T greatest = T(msda::kLowest), sum = T(0);
+  T greatest = msda::kLowest<T>, sum = T(0);
   for (std::int64_t s = 0; s < a.l * a.p; ++s) greatest = max_of(T(load(logits[s])), greatest);
   for (std::int64_t s = 0; s < a.l * a.p; ++s) sum += exp_of(T(load(logits[s])) - greatest);
   return {greatest, T(1) / sum};

@@ -83,7 +83,7 @@ __device__ __forceinline__ Softmax<T> softmax_of(const Args& args, const Item& i
   if (args.references == nullptr) return {T(0), T(1)};
   const Place* logits = static_cast<const Place*>(args.weights) + item.query.first;
   const i32 lane = threadIdx.x % kLanes, samples = item.active ? i32(args.l * args.p) : 0;
-  T greatest = T(kLowest), sum = T(0);
+  T greatest = kLowest<T>, sum = T(0);
 #pragma unroll 1
   for (i32 s = lane; s < samples; s += kLanes) greatest = max_of(load(logits[s]), greatest);
   greatest = over_lanes<kLanes>(greatest, [](T a, T b) { return max_of(a, b); });

@@ -169,7 +169,11 @@ TORCHKILN_HD SampleGradient<T> gradient_of(const Taps<T>& taps, Weights<T> produ
            (T(1) - y) * (v[1] - v[0]) + y * (v[3] - v[2])}};
 }
 
-constexpr float kLowest = -3.402823466e38f;
+// The lowest number.
+template <class T>
+constexpr T kLowest = T(-3.402823466e38f);
+template <>
+inline constexpr double kLowest<double> = -1.7976931348623157e308;
 
 // The weights of a query are exp(logit - greatest) * inverse.
 template <class T>
