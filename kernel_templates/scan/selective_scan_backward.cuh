@@ -2,7 +2,8 @@
 // the one that the forward kept before it; the adjoint states are scanned from the other end. The gradients of variable B
 // and C, which all channels of a group share, are summed over the warps of a block before they go to memory.
 // compile time: above 250 ms; every position of a lane is unrolled, with the rule's derivatives.
-// spills: up to 32 bytes for the exact holds, so that two blocks share a multiprocessor.
+// spills: up to 32 bytes for the exact holds, so that two blocks share a multiprocessor; more on sm_75 and for complex
+// numbers in double, which do not fit into registers.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
