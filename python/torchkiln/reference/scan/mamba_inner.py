@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from torchkiln.reference.scan.causal_conv1d import causal_conv1d
 from torchkiln.reference.scan.selective_scan import _METHOD_NAMES, selective_scan
 from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
@@ -48,13 +49,8 @@ def mamba_inner_fn(
     if reverse:
         xz = xz.flip(2)
     x, z = xz.chunk(2, dim=1)
-    width, length = conv1d_weight.shape[2], xz.shape[2]
-    if length:
-        x = functional.conv1d(x, conv1d_weight, conv1d_bias, padding=width - 1, groups=x.shape[1])[
-            ..., :length
-        ]
     # Tokens in rows from here on.
-    tokens = functional.silu(x).transpose(1, 2)
+    tokens = causal_conv1d(x, conv1d_weight[:, 0], conv1d_bias, silu=True).transpose(1, 2)
     rank, n = delta_proj_weight.shape[1], A.shape[1] * (2 if A.is_complex() else 1)
     rows = tokens @ x_proj_weight.t()
     delta = rows[..., :rank] @ delta_proj_weight.t()
