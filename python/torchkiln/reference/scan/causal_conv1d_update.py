@@ -5,13 +5,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchkiln._backend import backend
 from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import _decoding as decoding
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["causal_conv1d_update"]
@@ -70,26 +69,13 @@ def causal_conv1d_update(
     return out
 
 
-def _step(x: Tensor, conv_state: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
-    """The public function on a copy of the state, which it returns too."""
-    from torchkiln import ops
-
-    state = conv_state.clone()
-    return ops.causal_conv1d_update(x, state, **arguments), state
-
-
-def _reference_step(x: Tensor, conv_state: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
-    with backend("reference"):
-        return _step(x, conv_state, **arguments)
-
-
 def parity() -> Parity:
     """What causal_conv1d_update is tried on."""
     return Parity(
         op="causal_conv1d_update",
         tier="B",
-        function=_step,
-        reference=_reference_step,
+        function=decoding.convolved,
+        reference=decoding.convolved_plainly,
         fuzz=_fuzz,
         cases=(
             Case("typical", functools.partial(_make, 3, 5, None, 3, 4)),

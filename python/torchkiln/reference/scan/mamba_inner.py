@@ -5,13 +5,13 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchkiln._backend import backend
+from torchkiln.reference.scan.causal_conv1d import causal_conv1d
+from torchkiln.reference.scan.selective_scan import _METHOD_NAMES, selective_scan
 from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
@@ -46,18 +46,11 @@ def mamba_inner_fn(
     Returns:
         (batch, length, E), or (batch, dim, length) without `out_proj_weight`.
     """
-    from torchkiln import ops
-
     if reverse:
         xz = xz.flip(2)
     x, z = xz.chunk(2, dim=1)
-    width, length = conv1d_weight.shape[2], xz.shape[2]
-    if length:
-        x = functional.conv1d(x, conv1d_weight, conv1d_bias, padding=width - 1, groups=x.shape[1])[
-            ..., :length
-        ]
     # Tokens in rows from here on.
-    tokens = functional.silu(x).transpose(1, 2)
+    tokens = causal_conv1d(x, conv1d_weight[:, 0], conv1d_bias, silu=True).transpose(1, 2)
     rank, n = delta_proj_weight.shape[1], A.shape[1] * (2 if A.is_complex() else 1)
     rows = tokens @ x_proj_weight.t()
     delta = rows[..., :rank] @ delta_proj_weight.t()
@@ -76,23 +69,22 @@ def mamba_inner_fn(
         B = matrix(rows[..., rank : rank + n], B_proj_bias, b_rms_weight)
     if C is None:
         C = matrix(rows[..., rows.shape[-1] - n :], C_proj_bias, c_rms_weight)
-    with backend("reference"):
-        out: Any = ops.selective_scan(
-            tokens.transpose(1, 2),
-            delta.transpose(1, 2),
-            A,
-            B,
-            C,
-            D,
-            z,
-            delta_bias,
-            delta_softplus,
-            discretization,
-        )
+    out, *_ = selective_scan(
+        tokens.transpose(1, 2),
+        delta.transpose(1, 2),
+        torch.view_as_real(A) if A.is_complex() else A,
+        B if B.dim() == 2 else B[:, None],
+        C if C.dim() == 2 else C[:, None],
+        D,
+        z,
+        delta_bias,
+        delta_softplus,
+        _METHOD_NAMES.index(discretization),
+    )
     if reverse:
         out = out.flip(2)
     if out_proj_weight is None:
-        return out  # type: ignore[no-any-return]
+        return out
     return functional.linear(out.transpose(1, 2), out_proj_weight, out_proj_bias)
 
 

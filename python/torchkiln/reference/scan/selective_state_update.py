@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchkiln._backend import backend
 from torchkiln.reference.scan.selective_scan import _NEIGHBOUR, _RULES, _softplus
 from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
+from torchkiln.testing import _decoding as decoding
 from torchkiln.testing import _scenes as scenes
 
 __all__ = ["selective_state_update"]
@@ -112,68 +112,6 @@ def _by_channel(matrix: Tensor, x: Tensor, is_complex: bool) -> Tensor:
     return matrix if x.dim() == 1 else matrix[:, None]
 
 
-def _steps(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    discretization: str = "mamba",
-    true_time: bool = False,
-    imaginary: Tensor | None = None,
-    **rest: Any,
-) -> tuple[Tensor, Tensor]:
-    """As many calls of the public function as x has positions, on a copy of the state.
-
-    x, dt, B and C have the positions as a last dimension; a complex A is A + i imaginary, and then
-    state, B and C have pairs in the dimension before N.
-    """
-    from torchkiln import ops
-
-    state = state.clone()
-    if imaginary is not None:
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        A = torch.complex(A.to(wide), imaginary.to(wide))
-        state = torch.complex(state.to(wide), 0.5 * state.to(wide))
-        B, C = (torch.cat([m, 0.5 * m.flip(-2)], -2) for m in (B, C))
-    history = None
-    if discretization in ("foh", "tustin", "rk4", "highorder"):
-        # Channels without positions, and B with groups.
-        flat = x[..., :0].flatten(1, -2)
-        first = B[..., :0] if B.dim() == 4 else B[:, None, :, :0]
-        if imaginary is not None:
-            first = torch.complex(first[..., ::2, :].float(), first[..., 1::2, :].float())
-        rows = torch.zeros(len(state), dtype=torch.long, device=x.device)
-        history = ops.scan_history(
-            flat[rows], first[rows], discretization, true_time=true_time, delta=flat[rows]
-        )
-        if history is not None and imaginary is not None:
-            history = history._replace(B=history.B.to(x.dtype))
-    outs = [
-        ops.selective_state_update(
-            state,
-            x[..., k],
-            dt[..., k],
-            A,
-            B[..., k],
-            C[..., k],
-            discretization=discretization,
-            true_time=true_time,
-            history=history,
-            **rest,
-        )
-        for k in range(x.shape[-1])
-    ]
-    out = torch.stack(outs, -1) if outs else torch.zeros_like(x)
-    return out, torch.view_as_real(state) if state.is_complex() else state
-
-
-def _reference_steps(**arguments: Any) -> tuple[Tensor, Tensor]:
-    with backend("reference"):
-        return _steps(**arguments)
-
-
 _LOOKING_BACK = ("foh", "tustin", "rk4", "highorder")
 # Of several steps.
 _ROUNDED: dict[str, Any] = {
@@ -187,8 +125,8 @@ def parity() -> Parity:
     return Parity(
         op="selective_state_update",
         tier="B",
-        function=_steps,
-        reference=_reference_steps,
+        function=decoding.scanned,
+        reference=decoding.scanned_plainly,
         fuzz=_fuzz,
         cases=(
             Case("typical", functools.partial(_make, (3, 5), 4)),
