@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
-from torchkiln.ops._arguments import require_floating, shape
+from torchkiln.ops._arguments import require_floating, require_pair, shape
 from torchkiln.ops.scan.causal_conv1d import causal_conv1d_fn
 from torchkiln.ops.scan.selective_scan import selective_scan
 
@@ -70,7 +70,8 @@ def mamba_inner_fn(
         delta_softplus: whether the steps go through softplus.
         checkpoint_lvl: 0 keeps all for the backward; 1 computes the convolution's result and the
             steps again, which saves two tensors of (batch, dim, length).
-        b_rms_weight: (N,), weight of a root-mean-square norm of B; None: none.
+        b_rms_weight: (N,), 2 N with a complex A, weight of a root-mean-square norm of B; None: no
+            norm.
         c_rms_weight: (N,), of C.
         dt_rms_weight: (dim,), of the steps before bias and softplus.
         b_c_dt_rms_eps: of these norms.
@@ -100,12 +101,28 @@ def mamba_inner_fn(
         torch.Size([1, 5, 6])
     """
     _check(xz, conv1d_weight, x_proj_weight, delta_proj_weight, A, B, C, checkpoint_lvl)
+    complexity = 2 if A.is_complex() else 1
+    columns = A.shape[1] * complexity
+    _check_others(
+        xz,
+        out_proj_weight,
+        out_proj_bias,
+        {
+            "conv1d_bias": (conv1d_bias, xz.shape[1] // 2),
+            "D": (D, xz.shape[1] // 2),
+            "delta_bias": (delta_bias, xz.shape[1] // 2),
+            "dt_rms_weight": (dt_rms_weight, xz.shape[1] // 2),
+            "B_proj_bias": (B_proj_bias, columns),
+            "C_proj_bias": (C_proj_bias, columns),
+            "b_rms_weight": (b_rms_weight, columns),
+            "c_rms_weight": (c_rms_weight, columns),
+        },
+    )
     if torch.is_autocast_enabled(xz.device.type):
         dtype = torch.get_autocast_dtype(xz.device.type)
         x_proj_weight, delta_proj_weight = x_proj_weight.to(dtype), delta_proj_weight.to(dtype)
     x, z = xz.chunk(2, dim=1)
-    rank, complexity = delta_proj_weight.shape[1], 2 if A.is_complex() else 1
-    columns = A.shape[1] * complexity
+    rank = delta_proj_weight.shape[1]
 
     def convolve() -> Tensor:
         ahead = x.flip(2) if reverse else x
@@ -119,9 +136,8 @@ def mamba_inner_fn(
 
     def matrix(rows: Tensor, bias: Tensor | None, norm: Tensor | None) -> Tensor:
         rows = rows if bias is None else rows + bias[:, None].to(rows.dtype)
-        if complexity == 2:
-            rows = rows.unflatten(1, (-1, 2)).movedim(2, 3).flatten(2)
-        return rows if norm is None else _rms_norm(rows, norm, b_c_dt_rms_eps)
+        rows = rows if norm is None else _rms_norm(rows, norm, b_c_dt_rms_eps)
+        return rows.unflatten(1, (-1, 2)).movedim(2, 3).flatten(2) if complexity == 2 else rows
 
     u = convolve()
     forgotten = _Forgotten() if checkpoint_lvl == 1 and _may_forget() else None
@@ -234,5 +250,42 @@ def _check(
         raise ValueError(
             f"{op}: x_proj_weight must have shape ({rows}, {dim}); got {shape(x_proj_weight)}"
         )
+    if not torch.is_autocast_enabled(xz.device.type):
+        require_pair(op, xz=xz, x_proj_weight=x_proj_weight)
+        require_pair(op, xz=xz, delta_proj_weight=delta_proj_weight)
     if checkpoint_lvl not in (0, 1):
         raise ValueError(f"{op}: checkpoint_lvl must be 0 or 1; got {checkpoint_lvl!r}")
+
+
+def _check_others(
+    xz: Tensor,
+    out_proj_weight: Tensor | None,
+    out_proj_bias: Tensor | None,
+    vectors: Mapping[str, tuple[Tensor | None, int]],
+) -> None:
+    """What may be None."""
+    op, dim = "mamba_inner_fn", xz.shape[1] // 2
+    for name, (tensor, size) in vectors.items():
+        if tensor is None:
+            continue
+        require_floating(op, **{name: tensor})
+        if tensor.shape != (size,):
+            raise ValueError(f"{op}: {name} must have shape ({size},); got {shape(tensor)}")
+    if out_proj_weight is None:
+        return
+    require_floating(op, out_proj_weight=out_proj_weight)
+    if out_proj_weight.dim() != 2 or out_proj_weight.shape[1] != dim:
+        raise ValueError(
+            f"{op}: out_proj_weight must have shape (E, {dim}); got {shape(out_proj_weight)}"
+        )
+    if out_proj_bias is not None:
+        require_floating(op, out_proj_bias=out_proj_bias)
+        if out_proj_bias.shape != out_proj_weight.shape[:1]:
+            raise ValueError(
+                f"{op}: out_proj_bias must have shape ({len(out_proj_weight)},); "
+                f"got {shape(out_proj_bias)}"
+            )
+    if not torch.is_autocast_enabled(xz.device.type):
+        require_pair(op, xz=xz, out_proj_weight=out_proj_weight)
+        if out_proj_bias is not None:
+            require_pair(op, xz=xz, out_proj_bias=out_proj_bias)

@@ -42,7 +42,7 @@ def causal_conv1d(
     out = torch.zeros_like(x) if bias is None else bias[:, None].expand_as(x)
     for j in range(width):
         seen = extended[:, :, j : j + length]
-        if seq_idx is not None:
+        if seq_idx is not None and length:
             from_ids = torch.cat([seq_idx[:, :1].expand(-1, width - 1), seq_idx], 1)
             joined = from_ids[:, j : j + length] == seq_idx
             seen = torch.where(joined[:, None], seen, 0)
