@@ -17,7 +17,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?= -n $(JOBS) --dist worksteal
 # Debian packages of the same name that some tests are skipped without; .ci/run asks for them.
 EXTRA_TOOLS ?=
-WHEEL_LIMIT := 2000000
+WHEEL_LIMIT := 3000000
 
 # Pinned: installed only where the environment has none. Whatever pins a torch of its own goes without dependencies.
 TORCH := torch==2.13.0

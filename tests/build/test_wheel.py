@@ -16,7 +16,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-MAX_BYTES = 2_000_000
+MAX_BYTES = 3_000_000
 
 
 @pytest.fixture(scope="module")
