@@ -39,6 +39,8 @@ OPTIONS = {
 }
 COMMON = ["--print-limit", "20", "--kernel-name", "kns=torchkiln", "--error-exitcode", "86"]
 ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+# Without the stack on the host, which is the way of any call.
+FINDING = re.compile(r"^=========(?!.*(?:Host Frame|host backtrace)).*", re.MULTILINE)
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
 
 
@@ -227,7 +229,7 @@ def run_share(share: Share, folder: Path, limit: float) -> None:
         silent = bool(share.tool) and summary is None
         count = int(summary[1]) if summary else 0
         if dead is not None or silent or count:
-            said = "\n".join(re.findall(r"^=========.*", output, re.MULTILINE)[:60])
+            said = "\n".join(FINDING.findall(output)[:60])
             share.errors.append((dead, max(1, count), said or output[-2000:]))
         if silent and not notes:  # it does not even start
             return
