@@ -21,7 +21,7 @@ MOST_APART = 1.5
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 sys.path.insert(0, str(FOLDER))
-import train  # noqa: E402
+import train_digits as train  # noqa: E402
 
 
 @pytest.mark.parametrize("rule", train.RULES)

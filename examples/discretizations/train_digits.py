@@ -3,7 +3,7 @@
 The images are scikit-learn's, 1797 of 8 x 8 pixels: 16 patches of 2 x 2 are read as a sequence from
 both ends. All runs start from the same weights and see the same batches.
 
-    python examples/discretizations/train.py --picture docs/images/discretizations.png
+    python examples/discretizations/train_digits.py --picture docs/images/discretizations.png
 """
 
 # SPDX-License-Identifier: Apache-2.0
