@@ -33,11 +33,12 @@ from benchmarks.cases import (
     ours,
 )
 from benchmarks.harness import Call, Inputs, Side, Work
+from benchmarks.mmcv_sides import MMCV, is_built
 from torchkiln import backend
 from torchkiln.reference.deformable import multi_scale_deformable_attention as reference
 
 OPERATOR = "multi_scale_deformable_attention"
-MMCV, DEFORMOPS, COMPOSITION = "mmcv", "deformops", "grid_sample"
+DEFORMOPS, COMPOSITION = "deformops", "grid_sample"
 
 # By workload, images, dtype and direction: microseconds of mmcv and of the better of deformops' two
 # implementations, measured together on another H200 (mmcv a8073c74b, deformops 3.0.1, torch 2.11).
@@ -172,7 +173,8 @@ def row(
                 inputs[name].requires_grad_()
         sides: dict[str, Callable[[], Callable[..., Tensor]]] = {OURS: lambda: function}
         if operator == OPERATOR and not deterministic:
-            sides |= {MMCV: mmcv_function, DEFORMOPS: deformops_function, COMPOSITION: composition}
+            sides |= {MMCV: mmcv_function} if is_built() else {}
+            sides |= {DEFORMOPS: deformops_function, COMPOSITION: composition}
         moved = sum(inputs[name].numel() for name in NAMES[operator])
         output = torch.Size(output_shape).numel()
         return Work(

@@ -29,12 +29,12 @@ def _turned(boxes: Tensor) -> Tensor:
     return torch.cat([(first + last) / 2, last - first, angle], 1)
 
 
-def _best(scores: Tensor, count: int | None) -> Tensor | None:
+def _best(op: str, scores: Tensor, count: int | None) -> Tensor | None:
     """Rows of the best scores, NaN last; None for all of them."""
     if count is None or count >= scores.shape[0]:
         return None
     if count < 0:
-        raise ValueError(f"nms_bev: pre_max_size must be at least 0; got {count}")
+        raise ValueError(f"{op}: pre_max_size must be at least 0; got {count}")
     by_score = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf)
     return by_score.argsort(dim=0, descending=True, stable=True)[:count]
 
@@ -79,7 +79,8 @@ def nms_bev(
     _require("nms_bev", boxes, scores)
     if post_max_size is not None and post_max_size < 0:
         raise ValueError(f"nms_bev: post_max_size must be at least 0; got {post_max_size}")
-    turned, scores, rows = _turned(boxes), widened(scores), _best(scores, pre_max_size)
+    rows = _best("nms_bev", scores, pre_max_size)
+    turned, scores = _turned(boxes), widened(scores)
     if rows is None:
         return nms_rotated(turned, scores, iou_threshold)[:post_max_size]
     return rows[nms_rotated(turned[rows], scores[rows], iou_threshold)][:post_max_size]
@@ -121,7 +122,8 @@ def nms_bev_padded(
         (tensor([ 1, -1]), tensor(1))
     """
     _require("nms_bev_padded", boxes, scores)
-    turned, scores, rows = _turned(boxes), widened(scores), _best(scores, pre_max_size)
+    rows = _best("nms_bev_padded", scores, pre_max_size)
+    turned, scores = _turned(boxes), widened(scores)
     if rows is None:
         return nms_rotated_padded(turned, scores, iou_threshold, max_output)
     kept, count = nms_rotated_padded(turned[rows], scores[rows], iou_threshold, max_output)
