@@ -20,14 +20,15 @@
 
 #include "detection/ps_roi_pool.h"
 #include "detection/roi_align.cuh"
+#include "detection/roi_align_backward.cuh"
 
 namespace torchkiln::ps_roi_pool {
 
 using roi_align::AxisBin;
 using roi_align::Span;
 using roi_align::Table;
-using roi_align::Tile;
-using roi_align::TileAt;
+using roi_align_backward::Tile;
+using roi_align_backward::TileAt;
 
 template <class Scalar, int kPooling, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) tables(const Args args) {
@@ -489,7 +490,7 @@ __global__ void __launch_bounds__(kBlockSize) backward(const Args args) {
   const auto add = [&](i64 region, const TileAt& at, auto& tile) {
     add_region<Scalar, Index, kTileH, kTileW, kLaneChannels, kWarps>(args, region, at, tile);
   };
-  roi_align::gather_tile<Scalar, Index, true, kTileH, kTileW, kLaneChannels, kBlockSize>(
+  roi_align_backward::gather_tile<Scalar, Index, true, kTileH, kTileW, kLaneChannels, kBlockSize>(
       args, args.regions, args.maps, blockIdx.x, 0, add);
 }
 
