@@ -28,14 +28,16 @@ SEED = scenes.SEED
 THRESHOLD = 0.5
 RPN_THRESHOLD = 0.7
 OURS, TORCHVISION, PLAIN, COMPILED = "torchkiln", "torchvision", "PyTorch", "torch.compile"
+MMCV, DEFORMOPS, SPARSEDRIVE = "mmcv", "deformops", "SparseDrive"
+MAMBA, CONV = "mamba-ssm", "causal-conv1d"
 
 
 @dataclass(frozen=True)
 class Target:
     """What a row must reach, and what it aims at.
 
-    kind: "speedup" (peer's time / ours), "host" (ours / peer's, of eager calls), "mmcv" (the time
-    of mmcv, or of a peer that is named, from another machine / ours), "floor" (share of the floor),
+    kind: "speedup" (peer's time / ours), "baseline" (the same, by the row's baseline of that peer
+    where it did not run), "host" (ours / peer's, of eager calls), "floor" (share of the floor),
     "memory" (bytes beyond inputs and outputs).
     """
 
@@ -46,14 +48,20 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Mmcv:
-    """Microseconds of mmcv, or of the peer that a target names, on another H200.
+class Baseline:
+    """Microseconds of a peer on another H200.
 
-    And of torchvision in the same table, if it is there.
+    Args:
+        peer: name of the peer's side.
+        us: its time.
+        beside_us: the time of another side in the same table, if it is there.
+        beside: that side; where it runs here, too, the peer's time is scaled by it.
     """
 
+    peer: str
     us: float
-    torchvision_us: float | None = None
+    beside_us: float | None = None
+    beside: str = TORCHVISION
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class Case:
     device: str = "cuda"
     threads: int = 0  # CPU: 0 for all
     targets: tuple[Target, ...] = ()
-    mmcv: Mmcv | None = None
+    baselines: tuple[Baseline, ...] = ()
     quick: bool = False
 
     @property
@@ -86,7 +94,7 @@ class Case:
         names = ("operator", "size", "dtype", "direction", "layout", "data", "device", "threads")
         row: dict[str, Any] = {name: getattr(self, name) for name in names}
         row["targets"] = [dataclasses.asdict(target) for target in self.targets]
-        row["mmcv"] = dataclasses.asdict(self.mmcv) if self.mmcv else None
+        row["baselines"] = [dataclasses.asdict(baseline) for baseline in self.baselines]
         return row
 
 
@@ -131,20 +139,24 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def timed_call(bind: Bind, inputs: Inputs, direction: str) -> Call:
-    """The call of one direction.
+def timed_call(
+    bind: Bind, inputs: Inputs, direction: str, leaves: Sequence[str] = ("input",)
+) -> Call:
+    """The call of one direction; gradients are those of the inputs that `leaves` names.
 
     "backward" runs the forward once, outside the timing, and differentiates it again and again with
-    inputs["grad"] in the layout of the output. "forward+backward" differentiates a scalar.
+    inputs["grad"] in the layout of the output. "forward+backward" differentiates with that tensor
+    where there is one, else a scalar.
     """
     forward = bind(inputs)
     if direction == "forward":
         return forward
+    wanted = [inputs[name] for name in leaves]
     if direction == "forward+backward":
-        return lambda: torch.autograd.grad(forward(), inputs["input"])[0]
+        return lambda: torch.autograd.grad(forward(), wanted, inputs.get("grad"))
     out = forward()
     grad = torch.empty_like(out).copy_(inputs["grad"])
-    return lambda: torch.autograd.grad(out, inputs["input"], grad, retain_graph=True)[0]
+    return lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True)
 
 
 def side(
@@ -152,15 +164,18 @@ def side(
     find: Callable[[], Bind],
     direction: str = "forward",
     adapt: Callable[[Inputs], Inputs] = lambda inputs: inputs,
+    leaves: Sequence[str] = ("input",),
     **options: Any,
 ) -> Side:
     """A side whose operator is looked up, and whose inputs are adapted, outside the timing."""
-    return Side(name, lambda i: timed_call(find(), adapt(i), direction), **options)
+    return Side(name, lambda i: timed_call(find(), adapt(i), direction, leaves), **options)
 
 
-def oracle_of(bind: Bind, direction: str = "forward") -> Callable[[Inputs], Any]:
+def oracle_of(
+    bind: Bind, direction: str = "forward", leaves: Sequence[str] = ("input",)
+) -> Callable[[Inputs], Any]:
     """The float64 answer of one direction."""
-    return lambda inputs: timed_call(bind, inputs, direction)()
+    return lambda inputs: timed_call(bind, inputs, direction, leaves)()
 
 
 # --- nms ----------------------------------------------------------------------------------------
@@ -523,10 +538,10 @@ def speedup(must: float, aim: float) -> tuple[Target, ...]:
 
 # mmcv's RoIAlign of FPN in microseconds, and torchvision's in the same table.
 MMCV_ROI_ALIGN = {
-    (FORWARD, F32): Mmcv(410.6, 412.7),
-    (FORWARD, F16): Mmcv(417.3, 471.4),
-    (BACKWARD, F32): Mmcv(1984.0, 1986.1),
-    (BACKWARD, F16): Mmcv(3347.0, 1889.6),
+    (FORWARD, F32): (Baseline(MMCV, 410.6, 412.7),),
+    (FORWARD, F16): (Baseline(MMCV, 417.3, 471.4),),
+    (BACKWARD, F32): (Baseline(MMCV, 1984.0, 1986.1),),
+    (BACKWARD, F16): (Baseline(MMCV, 3347.0, 1889.6),),
 }
 
 
@@ -535,16 +550,16 @@ def nms_rows() -> Iterator[Case]:
     # One bit for every pair, as the peers keep it.
     mask_bytes = 20_000**2 / 8
     memory = Target("memory", mask_bytes, mask_bytes / 10)
-    largest = (Target("mmcv", 8, 16), memory)
+    largest = (Target("baseline", 8, 16, MMCV), memory)
     for kind in ("uniform", "clustered"):
         is_uniform = kind == "uniform"
-        of_1000 = Mmcv(546.0, 507.9) if is_uniform else None
-        of_4000 = Mmcv(1838.9, 1800.0) if is_uniform else None
-        of_20000 = Mmcv(8174.3, 18398.9) if is_uniform else None
-        yield nms(1000, kind, targets=speedup(4, 8), mmcv=of_1000, quick=True)
-        yield nms(4000, kind, targets=speedup(4, 12), mmcv=of_4000, quick=True)
+        of_1000 = (Baseline(MMCV, 546.0, 507.9),) if is_uniform else ()
+        of_4000 = (Baseline(MMCV, 1838.9, 1800.0),) if is_uniform else ()
+        of_20000 = (Baseline(MMCV, 8174.3, 18398.9),) if is_uniform else ()
+        yield nms(1000, kind, targets=speedup(4, 8), baselines=of_1000, quick=True)
+        yield nms(4000, kind, targets=speedup(4, 12), baselines=of_4000, quick=True)
         targets = largest if is_uniform else (memory,)
-        yield nms(20_000, kind, targets=targets, mmcv=of_20000, quick=True)
+        yield nms(20_000, kind, targets=targets, baselines=of_20000, quick=True)
     yield nms(8, "uniform", targets=(HOST_NMS,), quick=True)
     yield nms(100)
     yield nms(12_345)
@@ -552,9 +567,9 @@ def nms_rows() -> Iterator[Case]:
     yield nms_padded(1000, 1000)
     yield nms_padded(4000, 1000)
     yield nms_padded(20_000, 2000)
-    mmcv = (Target("mmcv", 6, 20),)
+    mmcv = (Target("baseline", 6, 20, MMCV),)
     yield batched_nms(
-        5000, 80, "uniform", targets=mmcv, mmcv=Mmcv(2531.2, 3160.7), quick=True
+        5000, 80, "uniform", targets=mmcv, baselines=(Baseline(MMCV, 2531.2, 3160.7),), quick=True
     )  # fmt: skip
     yield batched_nms(5000, 80, targets=speedup(6, 20), quick=True)
     yield batched_nms(100, 80)
@@ -567,9 +582,9 @@ def roi_align_rows() -> Iterator[Case]:
     for layout in ("NCHW", "channels_last"):
         for dtype in (F32, F16):
             for direction, goal in ((FORWARD, speedup(3, 5)), (BACKWARD, speedup(4, 8))):
-                mmcv = MMCV_ROI_ALIGN[direction, dtype] if layout == "NCHW" else None
+                mmcv = MMCV_ROI_ALIGN[direction, dtype] if layout == "NCHW" else ()
                 yield roi_align(
-                    FPN, direction, dtype, layout, targets=goal, mmcv=mmcv, quick=True
+                    FPN, direction, dtype, layout, targets=goal, baselines=mmcv, quick=True
                 )  # fmt: skip
     for layout in ("NCHW", "channels_last"):
         yield roi_align(
@@ -605,12 +620,14 @@ def roi_pool_rows() -> Iterator[Case]:
 
 def focal_rows() -> Iterator[Case]:
     """RetinaNet's logits of one image, both forms of targets; then others."""
-    goals = (Target("mmcv", 3, 5), FLOOR)
+    goals = (Target("baseline", 3, 5, MMCV), FLOOR)
     both: dict[str, Any] = {"direction": BOTH, "quick": True}
     yield sigmoid_focal_loss(
-        *LOGITS, "labels", targets=(FLOOR,), mmcv=Mmcv(239.4), quick=True
+        *LOGITS, "labels", targets=(FLOOR,), baselines=(Baseline(MMCV, 239.4),), quick=True
     )  # fmt: skip
-    yield sigmoid_focal_loss(*LOGITS, "labels", targets=goals, mmcv=Mmcv(511.9), **both)
+    yield sigmoid_focal_loss(
+        *LOGITS, "labels", targets=goals, baselines=(Baseline(MMCV, 511.9),), **both
+    )
     yield sigmoid_focal_loss(*LOGITS, "soft", targets=(FLOOR,), **both)
     yield sigmoid_focal_loss(*LOGITS, "soft")
     yield sigmoid_focal_loss(*LOGITS, "labels", BOTH, F16)
@@ -625,8 +642,8 @@ def box_iou_rows() -> Iterator[Case]:
     """RetinaNet's anchors against an image's objects, then others."""
     yield box_iou(*ANCHORS, targets=(FLOOR,), quick=True)
     yield box_iou(*ANCHORS, F16)
-    overlaps = (Target("mmcv", 5, 10),)
-    yield box_iou(20_000, 100, targets=overlaps, mmcv=Mmcv(205.0), quick=True)
+    overlaps = (Target("baseline", 5, 10, MMCV),)
+    yield box_iou(20_000, 100, targets=overlaps, baselines=(Baseline(MMCV, 205.0),), quick=True)
     yield box_iou(2000, 100)
     yield box_iou(12_345, 37)
     yield box_iou(50_000, 5000)

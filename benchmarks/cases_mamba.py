@@ -1,4 +1,4 @@
-"""Rows of what stands around a selective scan. causal-conv1d and mamba-ssm run where installed.
+"""Rows of what stands around a selective scan. causal-conv1d and mamba-ssm run where they are.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -14,13 +14,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import data
+from benchmarks import peer_sides as peers
 from benchmarks.cases import (
     BACKWARD,
     BF16,
+    CONV,
     F16,
     F32,
     FLOOR,
     FORWARD,
+    MAMBA,
     OURS,
     PLAIN,
     SEED,
@@ -37,8 +40,6 @@ from benchmarks.cases import (
 )
 from benchmarks.harness import Inputs, Work
 
-CONV, MAMBA = "causal-conv1d", "mamba-ssm"
-
 # --- causal_conv1d ------------------------------------------------------------------------------
 
 
@@ -49,11 +50,9 @@ def plain_conv(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return functional.silu(out[..., :length])
 
 
-def peer_conv() -> Callable[..., Any]:
-    """causal-conv1d's own."""
-    from causal_conv1d import causal_conv1d_fn  # type: ignore[import-not-found]
-
-    return partial(causal_conv1d_fn, activation="silu")
+def has_peer(device: torch.device, module: str) -> bool:
+    """Whether a peer runs beside ours."""
+    return device.type == "cuda" and peers.can_import(module)
 
 
 def causal_conv1d(
@@ -81,8 +80,8 @@ def causal_conv1d(
         answer = bound(plain_conv, names)
         own = bound(partial(ours("causal_conv1d_fn"), activation="silu"), names)
         sides = [side(OURS, lambda: own, direction), side(PLAIN, lambda: answer, direction)]
-        if device.type == "cuda":
-            sides.append(side(CONV, lambda: bound(peer_conv(), names), direction))
+        if has_peer(device, peers.CONV_MODULE) and width in peers.CONV_WIDTHS:
+            sides.append(side(CONV, lambda: bound(peers.causal_conv1d, names), direction))
         return Work(
             inputs,
             sides,
@@ -121,15 +120,6 @@ def plain_state_update(
     return (out * functional.silu(z)).to(x.dtype)
 
 
-def peer_state_update() -> Callable[..., Any]:
-    """mamba-ssm's own."""
-    from mamba_ssm.ops.triton.selective_state_update import (  # type: ignore[import-not-found]
-        selective_state_update,
-    )
-
-    return partial(selective_state_update, dt_softplus=True)
-
-
 def state_update(
     batch: int, dtype: torch.dtype, rule: str = "mamba", channels: int = 1536, **options: Any
 ) -> Case:
@@ -162,8 +152,8 @@ def state_update(
         sides = [side(OURS, lambda: own)]
         if rule == "mamba":
             sides.append(side(PLAIN, lambda: plain))
-            if device.type == "cuda":
-                sides.append(side(MAMBA, lambda: bound(peer_state_update(), names)))
+            if has_peer(device, peers.STATE_UPDATE_MODULE):
+                sides.append(side(MAMBA, lambda: bound(peers.selective_state_update(), names)))
         moved = 8 * inputs["state"].numel() + 4 * nbytes(dtype) * inputs["x"].numel()
         return Work(inputs, sides, floor_bytes=moved)
 
@@ -186,7 +176,10 @@ def conv_update(batch: int, dtype: torch.dtype, channels: int = 1536, **options:
         names = tuple(inputs)
         own: Bind = bound(partial(ours("causal_conv1d_update"), activation="silu"), names)
         moved = nbytes(dtype) * (2 * inputs["conv_state"].numel() + 2 * inputs["x"].numel())
-        return Work(inputs, [side(OURS, lambda: own)], floor_bytes=moved)
+        sides = [side(OURS, lambda: own)]
+        if has_peer(device, peers.CONV_MODULE):
+            sides.append(side(CONV, lambda: bound(peers.causal_conv1d_update, names)))
+        return Work(inputs, sides, floor_bytes=moved)
 
     size = f"{batch}x{channels}, width {width}"
     return Case("causal_conv1d_update", size, name_of(dtype), FORWARD, make, **options)

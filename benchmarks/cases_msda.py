@@ -1,7 +1,6 @@
 """Rows of multi-scale deformable attention: Deformable DETR's encoder and decoder.
 
-mmcv's and deformops' times stand in a table below; both are sides, too, where they are installed. A
-row must beat the better one of them.
+mmcv's and deformops' times stand in a table below; both are sides, too, where they are installed.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -17,28 +16,34 @@ import torch
 from torch import Tensor
 
 from benchmarks import data
+from benchmarks import peer_sides as peers
 from benchmarks.cases import (
     BF16,
     BOTH,
+    DEFORMOPS,
     F16,
     F32,
     FORWARD,
+    MMCV,
     OURS,
     SEED,
+    Baseline,
+    Bind,
     Case,
-    Mmcv,
     Target,
     name_of,
     nbytes,
+    oracle_of,
     ours,
+    side,
 )
-from benchmarks.harness import Call, Inputs, Side, Work
-from benchmarks.mmcv_sides import MMCV, is_built
+from benchmarks.harness import Inputs, Work
+from benchmarks.mmcv_sides import is_built
 from torchkiln import backend
 from torchkiln.reference.deformable import multi_scale_deformable_attention as reference
 
 OPERATOR = "multi_scale_deformable_attention"
-DEFORMOPS, COMPOSITION = "deformops", "grid_sample"
+COMPOSITION = "grid_sample"
 
 # By workload, images, dtype and direction: microseconds of mmcv and of the better of deformops' two
 # implementations, measured together on another H200 (mmcv a8073c74b, deformops 3.0.1, torch 2.11).
@@ -75,32 +80,20 @@ TINY = {"images": 1, "heads": 2, "channels": 8, "shrink": 12}
 
 
 def goals(workload: str, images: int, dtype: torch.dtype, direction: str) -> dict[str, Any]:
-    """Targets in mmcv's time; those against deformops are turned into it."""
-    peers = PEERS.get((workload, images, dtype, direction))
-    if peers is None:
+    """Faster than mmcv by its goal, and faster than deformops."""
+    found = PEERS.get((workload, images, dtype, direction))
+    if found is None:
         return {}
-    mmcv, deformops = peers
     must, aim = GOALS[dtype, direction] if workload == "encoder" else (1, 1.4)
-    target = Target("mmcv", max(must, mmcv / deformops), max(aim, 1.4 * mmcv / deformops))
-    return {"targets": (target,), "mmcv": Mmcv(mmcv), "quick": True}
+    targets = Target("baseline", must, aim, MMCV), Target("baseline", 1, 1.4, DEFORMOPS)
+    baselines = tuple(Baseline(*named) for named in zip((MMCV, DEFORMOPS), found, strict=True))
+    return {"targets": targets, "baselines": baselines, "quick": True}
 
 
-def timed(function: Callable[..., Tensor], operator: str, direction: str, inputs: Inputs) -> Call:
-    """The forward; or forward and all gradients."""
-    grad = inputs.get("grad")
-    tensors = {name: value for name, value in inputs.items() if name != "grad"}
-    call: Callable[[], Tensor] = partial(function, **tensors)
-    if direction == FORWARD:
-        return call
-    leaves = [tensors[name] for name in NAMES[operator]]
-    return lambda: torch.autograd.grad(call(), leaves, grad)
-
-
-def side(
-    name: str, find: Callable[[], Callable[..., Tensor]], operator: str, direction: str
-) -> Side:
-    """A side whose function is looked up outside the timing."""
-    return Side(name, lambda inputs: timed(find(), operator, direction, inputs))
+def by_names(find: Callable[[], Callable[..., Tensor]]) -> Bind:
+    """Passes the inputs by name."""
+    function = find()
+    return lambda i: partial(function, **{name: x for name, x in i.items() if name != "grad"})
 
 
 def mmcv_function() -> Callable[..., Tensor]:
@@ -114,14 +107,26 @@ def mmcv_function() -> Callable[..., Tensor]:
     return call
 
 
-def deformops_function() -> Callable[..., Tensor]:
-    """Deformops' implementation that it chooses itself; weights are used as they are."""
-    function = importlib.import_module("deformops.registry").msda
+def deformops_function(with_kernels: bool = False) -> Callable[..., Tensor]:
+    """Deformops takes the same tensors, by position."""
+    function = peers.deformops_attention(with_kernels)
 
     def call(**tensors: Tensor) -> Tensor:
-        return function(*tensors.values(), method="linear")  # type: ignore[no-any-return]
+        return function(*tensors.values())
 
     return call
+
+
+def peer_functions(device: torch.device) -> dict[str, Callable[[], Callable[..., Tensor]]]:
+    """What runs beside the plain form."""
+    found: dict[str, Callable[[], Callable[..., Tensor]]] = {}
+    if is_built():
+        found[MMCV] = mmcv_function
+    if device.type == "cuda" and peers.can_import(peers.DEFORMOPS_MODULE):
+        found[DEFORMOPS] = deformops_function
+        if peers.has_deformops_kernels():
+            found[f"{DEFORMOPS}, CUDA"] = partial(deformops_function, True)
+    return {**found, COMPOSITION: composition}
 
 
 def composition() -> Callable[..., Tensor]:
@@ -171,16 +176,19 @@ def row(
             inputs["grad"] = data.normal(output_shape, SEED).to(device, dtype, copy=True)
             for name in NAMES[operator]:
                 inputs[name].requires_grad_()
-        sides: dict[str, Callable[[], Callable[..., Tensor]]] = {OURS: lambda: function}
+        functions: dict[str, Callable[[], Callable[..., Tensor]]] = {OURS: lambda: function}
         if operator == OPERATOR and not deterministic:
-            sides |= {MMCV: mmcv_function} if is_built() else {}
-            sides |= {DEFORMOPS: deformops_function, COMPOSITION: composition}
+            functions |= peer_functions(device)
+        leaves = NAMES[operator]
         moved = sum(inputs[name].numel() for name in NAMES[operator])
         output = torch.Size(output_shape).numel()
         return Work(
             inputs,
-            [side(name, find, operator, direction) for name, find in sides.items()],
-            oracle=lambda i: timed(by_reference(operator), operator, direction, i)(),
+            [
+                side(name, partial(by_names, find), direction, leaves=leaves)
+                for name, find in functions.items()
+            ],
+            oracle=oracle_of(by_names(lambda: by_reference(operator)), direction, leaves),
             # Both directions read all; the gradient reads its own and writes as much as it reads.
             floor_bytes=nbytes(dtype) * (moved + output) * (1 if direction == FORWARD else 3),
         )

@@ -18,6 +18,7 @@ from benchmarks.cases import (
     F16,
     F32,
     FORWARD,
+    MMCV,
     OURS,
     SEED,
     TORCHVISION,
@@ -34,7 +35,7 @@ from benchmarks.cases import (
     workload,
 )
 from benchmarks.harness import Call, Inputs, Side, Work
-from benchmarks.mmcv_sides import MMCV, mmcv_sides
+from benchmarks.mmcv_sides import mmcv_sides
 from torchkiln.testing import _scenes as scenes
 
 # --- position-sensitive pooling -----------------------------------------------------------------

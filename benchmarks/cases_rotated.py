@@ -18,11 +18,12 @@ from benchmarks.cases import (
     F32,
     FLOOR,
     FORWARD,
+    MMCV,
     OURS,
     PARITIES,
     PLAIN,
+    Baseline,
     Case,
-    Mmcv,
     Target,
     bound,
     name_of,
@@ -119,17 +120,21 @@ def loss(
 
 def rotated_rows() -> Iterator[Case]:
     """Sizes of oriented detectors and of detectors in space."""
-    goal = (Target("mmcv", 5, 10),)
+    goal = (Target("baseline", 5, 10, MMCV),)
     rotated = partial(pairs, "box_iou_rotated", 0)
-    yield rotated("proposals", 2000, 512, targets=goal, mmcv=Mmcv(143.5), quick=True)
+    yield rotated(
+        "proposals", 2000, 512, targets=goal, baselines=(Baseline(MMCV, 143.5),), quick=True
+    )
     yield rotated("anchors", 21_824, 500, targets=(FLOOR,), quick=True)
     yield rotated("proposals", 2000, 512, F16)
     yield rotated("proposals", 4096, 4096)
     yield rotated("proposals", 123, 37)
     yield pairs("box_iou_quadri", 1, "text", 2000, 512, quick=True)
     in_space = partial(pairs, m=1000, quick=True, workload="proposals_in_space")
-    goal_in_space = (Target("mmcv", 3, 6),)
-    yield in_space("boxes_iou3d", 4, n=1000, targets=goal_in_space, mmcv=Mmcv(167.8))
+    goal_in_space = (Target("baseline", 3, 6, MMCV),)
+    yield in_space(
+        "boxes_iou3d", 4, n=1000, targets=goal_in_space, baselines=(Baseline(MMCV, 167.8),)
+    )
     yield in_space("boxes_overlap_bev", 3, n=1000)
     for direction in (FORWARD, BOTH):
         yield loss("diff_iou_rotated_2d", "aerial_loss", 512, direction, quick=True)

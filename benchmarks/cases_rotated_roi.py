@@ -21,6 +21,7 @@ from benchmarks.cases import (
     F16,
     F32,
     FORWARD,
+    MMCV,
     OURS,
     PARITIES,
     SEED,
@@ -34,7 +35,7 @@ from benchmarks.cases import (
     side,
 )
 from benchmarks.harness import Inputs, Work
-from benchmarks.mmcv_sides import MMCV, mmcv_sides
+from benchmarks.mmcv_sides import mmcv_sides
 from torchkiln import backend
 
 GOAL = (Target("speedup", 3, 6, MMCV),)

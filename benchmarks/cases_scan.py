@@ -1,4 +1,4 @@
-"""Rows of the selective scan. mamba-ssm runs beside it where it is installed.
+"""Rows of the selective scan. mamba-ssm runs beside it where its extension module is.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -12,18 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import peer_sides as peers
 from benchmarks.cases import (
     BF16,
     BOTH,
     F16,
     F32,
     FORWARD,
+    MAMBA,
     OURS,
     PARITIES,
     PLAIN,
+    Baseline,
     Bind,
     Case,
-    Mmcv,
     Target,
     name_of,
     nbytes,
@@ -33,7 +35,6 @@ from benchmarks.cases import (
 )
 from benchmarks.harness import Inputs, Work
 
-MAMBA = "mamba-ssm"
 METHODS = ("mamba", "zoh", "foh", "bilinear", "tustin", "poly", "highorder", "rk4", "rk4_constant")
 
 # The reference has a number for each batch, channel, position and state, in float64.
@@ -83,15 +84,6 @@ def scan_bind(scan: Callable[..., Any], direction: str, **settings: Any) -> Bind
     return bind
 
 
-def peer_scan() -> Callable[..., Any]:
-    """mamba-ssm's own."""
-    from mamba_ssm.ops.selective_scan_interface import (  # type: ignore[import-not-found]
-        selective_scan_fn,
-    )
-
-    return selective_scan_fn  # type: ignore[no-any-return]
-
-
 def reference_scan(*tensors: Tensor, discretization: str) -> Tensor:
     """A loop over positions in PyTorch."""
     import torchkiln
@@ -115,8 +107,9 @@ def selective_scan(
                 direction,
             )
         ]
-        if method == "mamba" and device.type == "cuda":
-            sides.append(side(MAMBA, lambda: scan_bind(peer_scan(), direction), direction))
+        has_peer = device.type == "cuda" and peers.can_import(peers.SCAN_MODULE)
+        if method == "mamba" and has_peer:
+            sides.append(side(MAMBA, lambda: scan_bind(peers.selective_scan, direction), direction))
         plain = scan_bind(reference_scan, direction, discretization=method)
         if device.type == "cpu":
             sides.append(side(PLAIN, lambda: plain, direction))
@@ -138,8 +131,10 @@ def gpu_rows() -> Iterator[Case]:
     """The peer's table, then every rule, then the longest row."""
     for (size, dtype), (forward, both) in PEER.items():
         for direction, us, aim in ((FORWARD, forward, 2), (BOTH, both, 2.5)):
-            goal = (Target("mmcv", 1.2, aim, MAMBA),)
-            yield selective_scan(size, dtype, direction, targets=goal, mmcv=Mmcv(us), quick=True)
+            goal = (Target("baseline", 1.2, aim, MAMBA),)
+            yield selective_scan(
+                size, dtype, direction, targets=goal, baselines=(Baseline(MAMBA, us),), quick=True
+            )
     for method in METHODS[1:]:
         for direction in (FORWARD, BOTH):
             for dtype in (F32, F16):

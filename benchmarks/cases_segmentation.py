@@ -20,12 +20,13 @@ from benchmarks.cases import (
     F32,
     FLOOR,
     FORWARD,
+    MMCV,
     OURS,
     PARITIES,
     PLAIN,
     SEED,
+    Baseline,
     Case,
-    Mmcv,
     Target,
     bound,
     name_of,
@@ -87,8 +88,8 @@ def corner_pool_rows() -> Iterator[Case]:
     """CornerNet's heads in every direction, then other dtypes, layouts and sizes."""
     sizes = workload("corner_pool", "top")
     shape = sizes["images"], sizes["channels"], sizes["height"], sizes["width"]
-    goals = (Target("mmcv", 3, 5), FLOOR)
-    yield corner_pool(shape, "top", targets=goals, mmcv=Mmcv(136.0), quick=True)
+    goals = (Target("baseline", 3, 5, MMCV), FLOOR)
+    yield corner_pool(shape, "top", targets=goals, baselines=(Baseline(MMCV, 136.0),), quick=True)
     for mode in ("bottom", "left", "right"):
         yield corner_pool(shape, mode, targets=(FLOOR,), quick=True)
     for mode in ("top", "left"):

@@ -11,7 +11,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import F32, FORWARD, OURS, PARITIES, Case, Mmcv, Target, name_of, ours, side
+from benchmarks.cases import (
+    F32,
+    FORWARD,
+    MMCV,
+    OURS,
+    PARITIES,
+    Baseline,
+    Case,
+    Target,
+    name_of,
+    ours,
+    side,
+)
 from benchmarks.harness import Inputs, Work
 from benchmarks.mmcv_sides import mmcv_sides, suppression
 
@@ -63,21 +75,37 @@ def row(
 def suppression_rows() -> Iterator[Case]:
     """The issue's sizes, then others."""
     # mmcv's soft_nms leaves the GPU, and takes 80 classes one after the other.
-    of_class = Mmcv(975.1)
-    of_classes = Mmcv(80 * 975.1)
-    one, all_classes = (Target("mmcv", 3, 6),), (Target("mmcv", 20, 60),)
+    of_class = (Baseline(MMCV, 975.1),)
+    of_classes = (Baseline(MMCV, 80 * 975.1),)
+    one, all_classes = (Target("baseline", 3, 6, MMCV),), (Target("baseline", 20, 60, MMCV),)
     classes = {"boxes": 40_000, "classes": 80}
-    yield row("soft_nms", "class", {"boxes": 500}, targets=one, mmcv=of_class, quick=True)
-    yield row("soft_nms", "classes", classes, targets=all_classes, mmcv=of_classes, quick=True)
+    yield row("soft_nms", "class", {"boxes": 500}, targets=one, baselines=of_class, quick=True)
+    yield row("soft_nms", "classes", classes, targets=all_classes, baselines=of_classes, quick=True)
     shown = {**classes, "most": 100}
-    yield row("soft_nms", "shown", shown, "soft_nms_padded", targets=all_classes, mmcv=of_classes)
+    yield row(
+        "soft_nms", "shown", shown, "soft_nms_padded", targets=all_classes, baselines=of_classes
+    )
     yield row("soft_nms", "large", {"boxes": 4000})
-    goal = (Target("mmcv", 5, 10),)
-    yield row("nms_rotated", "image", {"boxes": 2000}, targets=goal, mmcv=Mmcv(670.0), quick=True)
+    goal = (Target("baseline", 5, 10, MMCV),)
+    yield row(
+        "nms_rotated",
+        "image",
+        {"boxes": 2000},
+        targets=goal,
+        baselines=(Baseline(MMCV, 670.0),),
+        quick=True,
+    )
     yield row("nms_rotated", "padded", {"boxes": 2000, "most": 500}, "nms_rotated_padded")
     yield row("nms_rotated", "many", {"boxes": 10_000, "classes": 15})
     yield row("nms_quadri", "image", {"boxes": 2000}, quick=True)
-    yield row("nms3d", "image", {"boxes": 1000}, targets=goal, mmcv=Mmcv(652.7), quick=True)
+    yield row(
+        "nms3d",
+        "image",
+        {"boxes": 1000},
+        targets=goal,
+        baselines=(Baseline(MMCV, 652.7),),
+        quick=True,
+    )
     yield row("nms3d", "image", {"boxes": 4096})
     yield row("nms3d_normal", "image", {"boxes": 4096})
     yield row("nms_groups", "proposals", {"boxes": 4000}, quick=True)

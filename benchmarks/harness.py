@@ -25,7 +25,8 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,6 +75,27 @@ class Side:
     compiled: bool = False  # by torch.compile: slow to start, and skipped on request
     result: Callable[[Any], Any] = lambda out: out  # what is compared with the oracle
     compared: bool = True  # False: its answer has another form
+
+
+def on_default_stream(side: Side) -> Side:
+    """A side whose kernels run on the default stream, whatever the current one is.
+
+    Then all of its call does, in order with what the current stream does before and after it; no
+    graph can capture that.
+    """
+
+    def ordered(call: Callable[[], Any]) -> Any:
+        current, default = torch.cuda.current_stream(), torch.cuda.default_stream()
+        default.wait_stream(current)
+        with torch.cuda.stream(default):
+            result = call()
+        current.wait_stream(default)
+        return result
+
+    def prepare(inputs: Inputs) -> Call:
+        return partial(ordered, ordered(lambda: side.prepare(inputs)))
+
+    return replace(side, prepare=prepare, synchronises=True)
 
 
 @dataclass(frozen=True)

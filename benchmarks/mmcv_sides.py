@@ -7,7 +7,6 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -16,10 +15,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import FORWARD, side
-from benchmarks.harness import Call, Inputs, Side
+from benchmarks.cases import FORWARD, MMCV, side
+from benchmarks.harness import Call, Inputs, Side, on_default_stream
 
-MMCV = "mmcv"
 # Makes the timed call from mmcv.ops and the inputs.
 PeerCall = Callable[[Any, Inputs], Call]
 
@@ -46,24 +44,8 @@ def mmcv_sides(
     def find() -> Callable[[Inputs], Call]:
         return functools.partial(made, importlib.import_module("mmcv.ops"))
 
-    found = side(MMCV, find, direction, **{"synchronises": unordered, **options})
-    if unordered:
-        prepare = found.prepare
-        found = dataclasses.replace(found, prepare=lambda i: on_default_stream(prepare(i)))
-    return [found]
-
-
-def on_default_stream(call: Call) -> Call:
-    """Orders a call before and after what the current stream does."""
-
-    def ordered() -> Any:
-        current, default = torch.cuda.current_stream(), torch.cuda.default_stream()
-        default.wait_stream(current)
-        result = call()
-        current.wait_stream(default)
-        return result
-
-    return ordered
+    found = side(MMCV, find, direction, **options)
+    return [on_default_stream(found) if unordered else found]
 
 
 def by_name(operator: str, *names: str) -> PeerCall:

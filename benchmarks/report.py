@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-OURS, TORCHVISION, MMCV = "torchkiln", "torchvision", "mmcv"
+OURS, TORCHVISION = "torchkiln", "torchvision"
 # Mean error over the largest value of the answer, above which a side counts as wrong.
 WRONG = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 # Kept boxes may differ from the float64 answer where an overlap lies on the threshold.
@@ -39,10 +39,11 @@ measured copy bandwidth.
 """
 
 BASELINES = """\
-mmcv's times that stand in a column of their own come from another H200 (mmcv a8073c74b, built for
-sm_90, torch 2.11), random inputs; rows in which mmcv ran beside ours have no need of them. Where
-that table has torchvision's time of the same operator, mmcv's is scaled by torchvision's time here
-over torchvision's time there; a time marked *unscaled* is as it stood.
+Times of a peer *elsewhere* come from another H200 with random inputs (mmcv a8073c74b, deformops
+3.0.1, mamba-ssm e9594ce, SparseDrive ec0225d, built for sm_90, torch 2.11); rows in which that peer
+ran beside ours have no need of them. Where that table has the time of another side of the row, the
+peer's is scaled by that side's time here over its time there; a time marked *unscaled* is as it
+stood.
 """
 
 
@@ -111,15 +112,23 @@ class Row:
         floor, own = self.floor_us(), self.time(OURS, "cold_us")
         return floor / own if floor and own else None
 
-    def mmcv_us(self) -> tuple[float, bool] | None:
-        """The time of mmcv elsewhere where it did not run here, and whether it was scaled."""
-        mmcv = self.data.get("mmcv")
-        if not mmcv or self.time(MMCV):
-            return None
-        here = self.time(TORCHVISION)
-        if mmcv["torchvision_us"] and here:
-            return mmcv["us"] * here / mmcv["torchvision_us"], True
-        return mmcv["us"], False
+    def peer_us(self, peer: str) -> float | None:
+        """The best right time of a peer's sides; those of one with several begin with its name."""
+        names = [name for name in self.sides if name == peer or name.startswith(f"{peer}, ")]
+        times = [self.time(name) for name in names if not self.is_wrong(name)]
+        return min((time for time in times if time), default=None)
+
+    def elsewhere(self) -> dict[str, tuple[float, bool]]:
+        """Times of peers that did not run here, by name, and whether they were scaled."""
+        found = {}
+        for baseline in self.data.get("baselines", []):
+            if self.peer_us(baseline["peer"]):
+                continue
+            here = self.time(baseline["beside"])
+            is_scaled = bool(baseline["beside_us"] and here)
+            scale = here / baseline["beside_us"] if is_scaled and here else 1.0
+            found[baseline["peer"]] = (baseline["us"] * scale, is_scaled)
+        return found
 
     def reached(self, target: dict[str, Any]) -> float | None:
         """What the row has of a target's measure."""
@@ -132,9 +141,9 @@ class Row:
         if target["kind"] == "host":
             ours, peer = self.time(OURS, "eager_us"), self.time(target["peer"], "eager_us")
             return ours / peer if ours and peer else None
-        if target["kind"] == "mmcv":
-            mmcv = self.mmcv_us()
-            peer = self.time(MMCV) or (mmcv[0] if mmcv else None)
+        if target["kind"] == "baseline":
+            name = target["peer"]
+            peer = self.peer_us(name) or self.elsewhere().get(name, (None, False))[0]
             return peer / own if peer else None
         if target["kind"] == "floor":
             return self.floor_share()
@@ -186,6 +195,13 @@ def time_text(row: Row, side: str) -> str:
     return f"{number(found['median'])} ({spread})" + "".join(f", *{note}*" for note in notes)
 
 
+def elsewhere_text(found: tuple[float, bool] | None) -> str:
+    """A time from another machine."""
+    if found is None:
+        return ""
+    return number(found[0]) + ("" if found[1] else ", *unscaled*")
+
+
 def error_text(error: dict[str, Any] | None) -> str:
     """Largest error over the largest value, or how many indices differ."""
     if not error:
@@ -212,9 +228,7 @@ def target_texts(target: dict[str, Any], reached: float | None) -> tuple[str, st
         rule = f"host time ≤ {must:g}x {target['peer']}, aim {aim:g}x"
         found = number(reached, "x")
     else:
-        from_table = kind == "mmcv" and target["peer"] == TORCHVISION
-        peer = "mmcv" if from_table else target["peer"]
-        rule, found = f"{must:g}x {peer}, aim {aim:g}x", number(reached, "x")
+        rule, found = f"{must:g}x {target['peer']}, aim {aim:g}x", number(reached, "x")
     if reached is None:
         return rule, "not measured", "**open**"
 
@@ -237,7 +251,7 @@ def targets_table(rows: Sequence[Row]) -> str:
 def times_table(rows: Sequence[Row]) -> str:
     """Times of every side, and the ratios."""
     names = list(dict.fromkeys(name for row in rows for name in row.sides))
-    with_mmcv = any(row.mmcv_us() for row in rows)
+    absent = list(dict.fromkeys(name for row in rows for name in row.elsewhere()))
     lines = []
     for row in rows:
         if "failure" in row.data:
@@ -248,13 +262,10 @@ def times_table(rows: Sequence[Row]) -> str:
         line = [row.title, *(time_text(row, name) for name in names)]
         line += [f"{number(ratio, 'x')}{verdict}", peer[0] if peer else ""]
         line += ["" if share is None else f"{share:.0%}"]
-        if with_mmcv:
-            mmcv = row.mmcv_us()
-            scaled = "" if not mmcv or mmcv[1] else ", *unscaled*"
-            line += [number(mmcv[0]) + scaled if mmcv else ""]
+        line += [elsewhere_text(row.elsewhere().get(name)) for name in absent]
         lines.append(line)
     head = ["row", *(f"{name}, µs" for name in names), "speed-up", "against", "floor"]
-    head += ["mmcv, µs"] if with_mmcv else []
+    head += [f"{name} elsewhere, µs" for name in absent]
     width = len(head)
     return table(head, ([*line, *[""] * (width - len(line))] for line in lines))
 
@@ -368,7 +379,7 @@ def page(data: dict[str, Any], source: str, picture: str | None) -> str:
     text = "# Benchmarks\n\n"
     text += f"Generated by `python -m benchmarks.report {source}`; edit nothing here.\n\n"
     text += facts_table(runs) + "\n\n" + METHOD + "\n"
-    text += (BASELINES + "\n" if any(row.mmcv_us() for row in rows) else "") + clock_text(rows)
+    text += (BASELINES + "\n" if any(row.elsewhere() for row in rows) else "") + clock_text(rows)
     text += "\n## Targets\n\n" + targets_table(rows) + "\n"
     text += "\n## Operators\n\n" + geometric_means(rows) + "\n"
     if picture:

@@ -29,13 +29,13 @@ from typing import Any
 import click
 import torch
 
-from benchmarks import cases, mmcv_sides
+from benchmarks import cases, mmcv_sides, peer_sides
 from benchmarks.cases import OURS, Case
 from benchmarks.clock import ClockLog
 from benchmarks.harness import CpuBench, CudaBench, Settings, short
 
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMA = 1
+SCHEMA = 2
 # A row is not begun with less left than this.
 LEAST_SECONDS = 5.0
 # A kernel that hangs cannot be interrupted; this long after the budget the process is ended.
@@ -85,6 +85,7 @@ def facts(commit: str, settings: Settings, on_gpu: bool) -> dict[str, Any]:
         "torch": torch.__version__,
         "torchvision": version_of("torchvision"),
         "mmcv": importlib.import_module("mmcv").__version__ if mmcv_sides.is_built() else "none",
+        "peers": ", ".join(filter(peer_sides.can_import, peer_sides.MODULES)) or "none",
         "triton": version_of("triton"),
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),

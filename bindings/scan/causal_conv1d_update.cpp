@@ -76,11 +76,7 @@ void check_state(const Tensor& state, const Tensor& x, std::int64_t width, bool 
          "hold at least the " + std::to_string(width - 1) + " inputs that the weight reaches back",
          text(state));
   }
-  for (std::int64_t dim = 0; dim < 3; ++dim) {
-    if (state.size(dim) <= 1 || state.stride(dim) != 0) continue;
-    fail(TORCHKILN_ERROR_VALUE, kOp, "conv_state", "have memory for each element",
-         "an expanded tensor", "Make it with conv_state.contiguous()");
-  }
+  check_own_memory(kOp, "conv_state", state);
 }
 
 Plan plan(const Tensor& x, const Tensor& conv_state, const Tensor& weight, const Optional& bias,

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 #include "bindings/support/check.h"
@@ -19,6 +20,16 @@ inline void check_parameter(const char* op, const char* name, const Tensor& tens
          text(tensor.scalar_type()));
   }
   check_same_device(op, name, tensor, "x", x);
+}
+
+// What is changed in place must have a place for each element.
+inline void check_own_memory(const char* op, const char* name, const Tensor& state) {
+  if (state.numel() == 0) return;
+  for (std::int64_t dim = 0; dim < state.dim(); ++dim) {
+    if (state.size(dim) <= 1 || state.stride(dim) != 0) continue;
+    fail(TORCHKILN_ERROR_VALUE, op, name, "have memory for each element", "an expanded tensor",
+         std::string("Make it with ") + name + ".contiguous()");
+  }
 }
 
 // (count,) int32 on the device of x.

@@ -124,11 +124,7 @@ void check_state(const Inputs& in) {
     fail(TORCHKILN_ERROR_TYPE, kOp, "state", "be complex64 beside a complex A",
          text(in.state.scalar_type()));
   }
-  for (std::int64_t i = 0; i < in.state.dim(); ++i) {
-    if (in.state.size(i) <= 1 || in.state.stride(i) != 0) continue;
-    fail(TORCHKILN_ERROR_VALUE, kOp, "state", "have memory for each element", "an expanded tensor",
-         "Make it with state.contiguous()");
-  }
+  check_own_memory(kOp, "state", in.state);
   if (in.x.dim() != dim - 1) {
     fail(TORCHKILN_ERROR_VALUE, kOp, "x",
          in.has_heads() ? "have shape (B, H, D)" : "have shape (B, D)", text(in.x));

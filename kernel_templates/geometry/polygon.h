@@ -18,6 +18,14 @@ struct Hull {
   T area;               // NaN where a point is not finite
 };
 
+// Twice the area of a triangle: of the ways from a vertex to the others, a and b, and the one from a's end to b's, c.
+// Positive where b lies to the left of a. The shorter of a and b and c are what rounding harms least: points that lie
+// near each other keep their sense however far away the third one is.
+template <class T>
+TORCHKILN_HD T turn_of(T ax, T ay, T bx, T by, T cx, T cy) {
+  return dot(ax, ay, ax, ay) < dot(bx, by, bx, by) ? cross(ax, ay, cx, cy) : cross(bx, by, cx, cy);
+}
+
 // Of the first n points, by gift wrapping (Jarvis 1973): from each corner to the point that has all others on its left.
 template <class T, int kPoints>
 TORCHKILN_HD_CALLED void find_hull(const T* px, const T* py, int n, Hull<T, kPoints>& hull) {
@@ -44,7 +52,7 @@ TORCHKILN_HD_CALLED void find_hull(const T* px, const T* py, int n, Hull<T, kPoi
     TORCHKILN_ROLLED
     for (int k = 0; k < n; ++k) {
       const T ex = px[k] - x, ey = py[k] - y;
-      const T turn = cross(dx, dy, ex, ey);
+      const T turn = turn_of(dx, dy, ex, ey, px[k] - next_x, py[k] - next_y);
       if (turn < T(0) || (turn == T(0) && dot(ex, ey, ex, ey) > dot(dx, dy, dx, dy))) {
         dx = ex;
         dy = ey;
@@ -58,7 +66,7 @@ TORCHKILN_HD_CALLED void find_hull(const T* px, const T* py, int n, Hull<T, kPoi
     const bool falls = dy < T(0) || (dy == T(0) && dx < T(0));
     if (is_falling && !falls) break;
     is_falling = falls;
-    twice += cross(x - first_x, y - first_y, dx, dy);
+    twice += turn_of(x - first_x, y - first_y, next_x - first_x, next_y - first_y, dx, dy);
     x = next_x;
     y = next_y;
     is_open = x != first_x || y != first_y;

@@ -85,12 +85,16 @@ TORCHKILN_HD T unit_integral(T x0, T y0, T x1, T y1) {
   return beyond + (end - begin) * ((near + far) / T(2) - above);
 }
 
+// Twice an area up to here is none: its reciprocal would pass the range when it meets a vertex that is far away.
+template <class T>
+constexpr T kNoArea = sizeof(T) == 8 ? T(1e-240) : T(1e-30);
+
 // The area that `q`, moved by (dx, dy), shares with the triangle of the origin, a and b; negative where that triangle
 // turns clockwise, which one of a concave quadrilateral does.
 template <class T>
 TORCHKILN_HD T shared_with_triangle(const Quad<T>& q, T dx, T dy, T ax, T ay, T bx, T by) {
   const T twice = cross(ax, ay, bx, by);
-  if (!(abs_of(twice) > T(1e-30))) return T(0);
+  if (!(abs_of(twice) > kNoArea<T>)) return T(0);
   const T inverse = fast_quotient(T(1), twice);
   T x[5], y[5], sum = T(0);
   for (int i = 0; i < 4; ++i) {

@@ -22,8 +22,10 @@ from click.testing import CliRunner, Result
 
 from support import planted
 from torchkiln import testing
+from torchkiln.reference.detection.roi_align import takes_all_samples
 from torchkiln.testing import _fuzz
 from torchkiln.testing._cases import declared
+from torchkiln.testing._draw import Draw
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -34,7 +36,7 @@ OURS = {
     op: parity
     for op, parity in testing.find().items()
     # Other tests of the process may have declared operators of their own.
-    if parity.function is None or isinstance(parity.function, str)
+    if getattr(parity.function, "__module__", "torchkiln.").startswith("torchkiln.")
 }
 PLANTED = declared(planted)
 CALLS = 12
@@ -109,6 +111,28 @@ def _fuzz_kinds() -> list[str]:
     from torchkiln.testing._draw import KINDS
 
     return list(KINDS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ratio", "is_judged"),
+    [("scaled", -1, False), ("scaled", 2, True), ("plain", -1, True)],
+)
+def test_no_value_may_be_promised_for_arguments_as_they_were_spoiled(
+    kind: str, ratio: int, is_judged: bool
+) -> None:
+    """A ratio of -1 is right where 2 was drawn, and the reference would go over every sample."""
+    draw = Draw("call", "configuration", ("roi_align",), (torch.float32,))
+    draw.kind, draw.is_judged = kind, True
+    draw.undefined("scaled", where=takes_all_samples)
+    draw.settle({"sampling_ratio": ratio})
+    assert draw.is_judged == is_judged
+
+
+def test_rows_that_must_differ_are_not_repeated() -> None:
+    for number in range(200):
+        call = _fuzz.draw_call(OURS["causal_conv1d_update"], 0, number)
+        rows = call.arguments["conv_state_indices"]
+        assert call.is_spoiled or len(rows.unique()) == len(rows)
 
 
 # ---- the judge ----

@@ -36,15 +36,24 @@ def scanned(
     discretization: str = "mamba",
     true_time: bool = False,
     imaginary: Tensor | None = None,
+    wide_state: bool = False,
     **rest: Any,
 ) -> tuple[Tensor, Tensor]:
     """As many calls of the public function as x has positions, on a copy of the state.
 
     x, dt, B and C have the positions as a last dimension; a complex A is A + i imaginary, and then
-    state, B and C have pairs in the dimension before N.
+    state, B and C have pairs in the dimension before N. A wide state is kept in float32 beside half
+    types.
     """
     from torchkiln import ops
 
+    for name, tensor in (("dt", dt), ("B", B), ("C", C)):
+        if tensor.shape[-1:] != x.shape[-1:]:
+            raise ValueError(
+                f"scanned: {name} must have as many positions as x ({x.shape[-1]}); "
+                f"got {list(tensor.shape)}"
+            )
+    state = state.to(torch.promote_types(state.dtype, torch.float32)) if wide_state else state
     state = state.clone()
     if imaginary is not None:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from torchkiln.testing._cases import Inputs
+from torchkiln.testing._cases import Arguments, Inputs
 
 T = TypeVar("T")
 
@@ -50,6 +50,7 @@ class Draw(Inputs):
         device: type of device.
         promised: what the call must raise; None: it must return.
         is_judged: whether the result is compared with the reference; see `undefined`.
+        distinct: names of arguments whose rows no layout may repeat.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class Draw(Inputs):
         self.device = device
         self.promised: type[Exception] | None = None
         self.is_judged = self.kind != "beyond"
+        self.distinct: set[str] = set()
+        self._unsure: list[Callable[[Arguments], bool]] = []
 
     # ---- choices ----
 
@@ -97,9 +100,20 @@ class Draw(Inputs):
         """Says that the call must raise this, with a sentence."""
         self.promised = error
 
-    def undefined(self, *kinds: str) -> None:
-        """Says that the operator promises no value for these kinds: the call must only end."""
-        self.is_judged &= self.kind not in kinds
+    def undefined(self, *kinds: str, where: Callable[[Arguments], bool] | None = None) -> None:
+        """Says that the operator promises no value for these kinds: the call must only end.
+
+        Args:
+            kinds: keys of KINDS.
+            where: for which arguments, as the call has them at last: one that was made wrong may
+                be right, and mean something else. None: for all.
+        """
+        if self.kind in kinds:
+            self._unsure.append(where or (lambda _: True))
+
+    def settle(self, arguments: Arguments) -> None:
+        """Decides by the arguments of the call whether its result is compared."""
+        self.is_judged &= not any(where(arguments) for where in self._unsure)
 
     # ---- values ----
 

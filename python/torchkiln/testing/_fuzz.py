@@ -105,7 +105,10 @@ def draw_call(
     )
     arguments = convert(parity.fuzz(draw), draw.dtype, device)
     for key, value in arguments.items():
-        layout = LAYOUTS[draw.option(f"layout of {key}", "contiguous", *LAYOUTS)]
+        names = ["contiguous", *LAYOUTS]
+        if key in draw.distinct:
+            names.remove("expanded")
+        layout = LAYOUTS[draw.option(f"layout of {key}", *names)]
         arguments[key] = pytree.tree_map_only(Tensor, layout, value)
     with_gradient = bool(parity.differentiable) and draw.option("gradient", True, False)
     names = [name for name in parity.differentiable if isinstance(arguments.get(name), Tensor)]
@@ -113,6 +116,7 @@ def draw_call(
     if is_spoiled:
         draw.spoil(arguments)
         with_gradient = False
+    draw.settle(arguments)
     return Call(draw, arguments, tuple(names) if with_gradient else (), is_spoiled)
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from support.op_suite import Failure, OpSuite
 from support.strategies import seeds
-from torchkiln import ops
-from torchkiln.reference.detection.box_iou_rotated import parity, rectangles, uprights
+from torchkiln import ops, reference
+from torchkiln.reference.detection.box_iou_rotated import corners, parity, rectangles, uprights
 from torchkiln.testing import Inputs
 
 FORMS = {
@@ -217,3 +217,21 @@ def test_a_concave_quad() -> None:
     common = torch.tensor([[8 / 3]])
     torch.testing.assert_close(ops.box_iou_quadri(dart, square, mode="iof"), common / 4)
     torch.testing.assert_close(ops.box_iou_quadri(square, dart, mode="iof"), common / 4)
+
+
+@pytest.mark.parametrize("size", [2.0**-200, 2.0**-100, 2.0**200])
+def test_quads_of_any_size_in_float64(size: float, device: str) -> None:
+    """A power of two changes no ratio of areas."""
+    quads = corners(rectangles(Inputs(), 12)).flatten(1).to(device)
+    for mode in ("iou", "iof"):
+        expected = ops.box_iou_quadri(quads, quads, mode=mode)
+        torch.testing.assert_close(
+            ops.box_iou_quadri(size * quads, size * quads, mode=mode), expected
+        )
+
+
+@pytest.mark.parametrize("angle", [0.0, -5.510936260])
+def test_a_box_as_thin_as_a_number_can_be_overlaps_itself(angle: float) -> None:
+    thin = torch.tensor([[7e-40, 1015.0, 1.4e-39, 698.0, angle]])
+    assert ops.box_iou_rotated(thin, thin).item() == pytest.approx(1)
+    assert reference.box_iou_rotated(thin.double(), thin.double()).item() == pytest.approx(1)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from support.op_suite import Failure, OpSuite
 from support.strategies import seeds
 from torchkiln import ops, reference
-from torchkiln.reference.detection.convex_iou import parities
+from torchkiln.reference.detection.convex_iou import _rows, parities
 from torchkiln.testing import Inputs
 
 _IOU, _GIOU = parities()
@@ -131,3 +131,24 @@ def test_overlap_moves_and_turns_with_both(seed: int) -> None:
     torch.testing.assert_close(ops.convex_iou(*turned), iou)
     torch.testing.assert_close(ops.convex_giou(*turned), giou)
     assert bool((giou <= iou.diagonal() + 1e-12).all())
+
+
+# Corners of polygons, and where the points lie around the origin.
+@pytest.mark.parametrize(("far", "near"), [(1e9, 1e-9), (1e-9, 1e9), (1e3, 1e-16), (1.0, 1e-17)])
+@pytest.mark.parametrize("seed", range(8))
+def test_giou_of_points_far_smaller_or_larger_than_the_polygon(
+    far: float, near: float, seed: int, device: str
+) -> None:
+    """The hull around both keeps a few corners of what looks like one point."""
+    rows = {name: value.to(device) for name, value in _rows(4, Inputs(seed)).items()}
+    points, polygons = near * rows["pointsets"], far * rows["polygons"]
+    expected = reference.convex_giou(points.cpu(), polygons.cpu())[0]
+    torch.testing.assert_close(ops.convex_giou(points, polygons).cpu(), expected)
+
+
+def test_giou_of_a_tiny_hull_and_a_point_far_away(device: str) -> None:
+    """What lies between them is nearly nothing beside the distance, and all there is."""
+    point = torch.tensor([5.9e11, 4.06e11], dtype=torch.float64).repeat(64, 4)
+    points = 1e-7 * Inputs().normal(64, 18)
+    giou = ops.convex_giou(points.to(device), point.to(device))
+    torch.testing.assert_close(giou.cpu(), -torch.ones(64).double())

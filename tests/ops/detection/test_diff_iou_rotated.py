@@ -15,7 +15,7 @@ from torch import Tensor
 
 from support.op_suite import Failure, OpSuite
 from support.strategies import seeds
-from torchkiln import ops
+from torchkiln import ops, reference
 from torchkiln.reference.detection.box_iou_rotated import rectangles, uprights
 from torchkiln.reference.detection.diff_iou_rotated import parity
 from torchkiln.testing import Inputs
@@ -135,3 +135,9 @@ class TestDiffIouRotated(OpSuite):
             (1 - ops.diff_iou_rotated_2d(box, target)).sum().backward()
             optimizer.step()
         assert float(ops.diff_iou_rotated_2d(box.detach(), target)) > 0.97
+
+
+def test_a_box_as_thin_as_a_number_can_be_overlaps_itself() -> None:
+    thin = torch.tensor([[7e-40, 1015.0, 1.4e-39, 698.0, -5.510936260]])
+    assert ops.diff_iou_rotated_2d(thin, thin).item() == pytest.approx(1)
+    assert reference.diff_iou_rotated(thin.double(), thin.double()).item() == pytest.approx(1)

@@ -17,6 +17,7 @@ from support.op_suite import Failure, OpSuite
 from support.strategies import counts, seeds
 from torchkiln import ops, reference
 from torchkiln.reference.detection import nms_rotated as declared
+from torchkiln.reference.detection.box_iou_rotated import corners
 from torchkiln.testing import Inputs
 
 PARITIES = {parity.op: parity for parity in declared.parities()}
@@ -219,3 +220,15 @@ def test_reference_by_hand() -> None:
     upright = torch.cat([boxes[:, :2], boxes[:, :1], boxes[:, 2:4], boxes[:, 2:3], boxes[:, 4:]], 1)
     assert reference.nms3d(upright, scores, 0.7).tolist() == [2, 1]
     assert reference.nms3d_normal(upright, scores, 0.99).tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("size", [2.0**-200, 2.0**-100, 2.0**200])
+def test_quads_of_any_size_in_float64(size: float, device: str) -> None:
+    new = Inputs()
+    boxes = corners(declared._turned(new, 60)).flatten(1).to(device)
+    scores = new.uniform(60).to(device)
+    kept = ops.nms_quadri(boxes, scores, 0.2)
+    assert len(kept) < 60
+    assert torch.equal(ops.nms_quadri(size * boxes, scores, 0.2), kept)
+    padded, count = ops.nms_quadri_padded(size * boxes, scores, 0.2, 60)
+    assert torch.equal(padded[: int(count)], kept)

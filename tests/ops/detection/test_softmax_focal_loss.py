@@ -17,7 +17,7 @@ from support.op_suite import CompositionSuite, Failure
 from support.strategies import seeds
 from torchkiln import nn, ops, reference
 from torchkiln.reference.detection.softmax_focal_loss import parity
-from torchkiln.testing import Inputs
+from torchkiln.testing import Inputs, _fuzz
 
 
 class TestSoftmaxFocalLoss(CompositionSuite):
@@ -135,3 +135,19 @@ def test_without_alpha_and_gamma_it_is_the_cross_entropy(size: tuple[int, int, i
     logits, targets = 4 * new.normal(*size[1:]), new.integers(size[1], high=size[2])
     expected = torch.nn.functional.cross_entropy(logits, targets)
     torch.testing.assert_close(ops.softmax_focal_loss(logits, targets, 1, 0, "mean"), expected)
+
+
+@pytest.mark.parametrize("space", [ops, reference])
+@pytest.mark.parametrize("row", [[-math.inf], [math.nan], [-math.inf, -math.inf], [0.0, math.nan]])
+def test_a_row_without_a_softmax_is_nan(row: list[float], space: Any, device: str) -> None:
+    target = torch.zeros(1, device=device).long()
+    for gamma in (0.0, 2.0):
+        loss = space.softmax_focal_loss(torch.tensor([row], device=device), target, 0.25, gamma)
+        assert loss.isnan().all()
+
+
+def test_random_logits_are_below_infinity_in_every_dtype() -> None:
+    calls = [_fuzz.draw_call(parity(), 0, number) for number in range(1000)]
+    usual = [call for call in calls if call.draw.kind != "beyond" and not call.is_spoiled]
+    assert not any(call.arguments["inputs"].isposinf().any() for call in usual)
+    assert any(call.arguments["inputs"].isneginf().any() for call in usual)

@@ -126,3 +126,11 @@ def test_the_state_keeps_its_strides(device: str) -> None:
         causal_conv1d_update(x, state, weight), causal_conv1d_update(x, copy, weight)
     )
     assert torch.equal(state, copy)
+
+
+def test_a_state_without_channels(device: str) -> None:
+    """A contiguous one has a stride of 0, too."""
+    state = torch.zeros(1, 0, 4, device=device).expand(3, 0, 4).contiguous()
+    x, weight = torch.zeros(3, 0, device=device), torch.zeros(0, 4, device=device)
+    assert state.stride(0) == 0
+    assert causal_conv1d_update(x, state, weight).shape == (3, 0)

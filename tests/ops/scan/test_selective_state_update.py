@@ -201,3 +201,31 @@ def test_a_row_beyond_the_state() -> None:
         selective_state_update(
             torch.zeros(2, 1, 1), one, one, -one, one, one, state_batch_indices=rows
         )
+
+
+def test_a_state_without_numbers(device: str) -> None:
+    """It may have strides of 0."""
+    state = torch.zeros(1, 2, 0, device=device).expand(3, 2, 0)
+    x, empty = torch.ones(3, 2, device=device), torch.zeros(3, 0, device=device)
+    out = selective_state_update(state, x, x, x.new_zeros(2, 0), empty, empty)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_state_is_rounded_once_a_step_and_the_output_comes_before(
+    dtype: torch.dtype, device: str
+) -> None:
+    """As mamba-ssm has it: the sum is of what the state was before it was rounded."""
+    new = Inputs()
+    state = new.normal(2, 3, 40).to(device, dtype)
+    x, dt = new.normal(2, 3).to(device, dtype), new.uniform(2, 3).to(device, dtype)
+    A, B, C = (
+        -new.uniform(3, 40).to(device, dtype),
+        *(new.normal(2, 40).to(device, dtype) for _ in "BC"),
+    )
+    for _ in range(4):
+        exact = state.double()
+        expected = selective_state_update(exact, *(tensor.double() for tensor in (x, dt, A, B, C)))
+        out = selective_state_update(state, x, dt, A, B, C)
+        torch.testing.assert_close(out, expected.to(dtype))
+        torch.testing.assert_close(state, exact.to(dtype))

@@ -91,8 +91,9 @@ def softmax_focal_loss(
 
     Note:
         Computed in float32 for the half types. Never saturates: the loss of a wrong row grows with
-        its logits, where mmcv's stops at 87. Nothing synchronises with the device. The mean of no
-        rows is NaN, as in `sigmoid_focal_loss`.
+        its logits, where mmcv's stops at 87. A logit of -inf excludes its class; where all are
+        excluded, and beside NaN or +inf, the loss of the row is NaN, as that of a softmax. Nothing
+        synchronises with the device. The mean of no rows is NaN, as in `sigmoid_focal_loss`.
 
     Source:
         Lin et al., "Focal Loss for Dense Object Detection", 2017, equation 5, of a softmax.

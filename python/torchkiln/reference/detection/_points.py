@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchkiln.reference.detection.roi_align import takes_all_samples
 from torchkiln.testing import Draw, Inputs
 
 
@@ -110,8 +111,7 @@ def channels_last(arguments: dict[str, Any]) -> dict[str, Any]:
 def drawn(draw: Draw, channels: int) -> dict[str, Any]:
     """A map and the options that operators on regions share, for a random call."""
     ratio = draw.option("sampling_ratio", 0, 1, 3)
-    if ratio == 0:
-        draw.undefined("scaled")  # the reference would take all samples of a region of any size
+    draw.undefined("scaled", where=takes_all_samples)
     return {
         "input": draw.values(draw.size(3), channels, draw.size(16), draw.size(16), special=False),
         "output_size": draw.option("output_size", 1, 2, (3, 1)),

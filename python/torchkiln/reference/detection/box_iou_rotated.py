@@ -73,15 +73,39 @@ def corners(boxes: Tensor, turn: int = 1) -> Tensor:
     return center + torch.stack([x * cos - y * sin, x * sin + y * cos], -1)
 
 
-def _polygons(boxes: Tensor, form: int, turn: int) -> Tensor:
-    if form == _QUAD:
-        return boxes.reshape(*boxes.shape[:-1], 4, 2)
+def facing(a: Tensor, b: Tensor, turn: int = 1) -> tuple[Tensor, Tensor]:
+    """Vertices of rectangles a and b, where b lies around the origin along the axes.
+
+    A side that is far shorter than the other one would be lost in the vertices of a turned b.
+    """
+    angle = turn * b[..., 4]
+    cos, sin = angle.cos(), angle.sin()
+    x, y = (a[..., :2] - b[..., :2]).unbind(-1)
+    center = torch.stack([x * cos + y * sin, y * cos - x * sin], -1)
+    size, between = a[..., 2:4].expand_as(center), (a[..., 4:] - b[..., 4:])
+    straight = torch.zeros_like(b)
+    straight[..., 2:4] = b[..., 2:4]
+    return corners(torch.cat([center, size, between], -1), turn), corners(straight)
+
+
+def _rectangles(boxes: Tensor, form: int) -> Tensor:
+    """x, y, w, h, angle of what a row covers on the ground."""
     if form == _CORNERS:
         first, last = boxes[..., :2], boxes[..., 2:4]
-        boxes = torch.cat([(first + last) / 2, last - first, boxes[..., 4:]], -1)
-    elif form in (_GROUND, _PRISM):
-        boxes = boxes[..., [0, 1, 3, 4, 6]]
-    return corners(boxes, turn)
+        return torch.cat([(first + last) / 2, last - first, boxes[..., 4:]], -1)
+    return boxes[..., [0, 1, 3, 4, 6]] if form in (_GROUND, _PRISM) else boxes
+
+
+def _polygons(a: Tensor, b: Tensor, form: int, turn: int) -> tuple[Tensor, Tensor]:
+    if form == _QUAD:
+        return a.reshape(*a.shape[:-1], 4, 2), b.reshape(*b.shape[:-1], 4, 2)
+    return facing(_rectangles(a, form), _rectangles(b, form), turn)
+
+
+def _area(boxes: Tensor, form: int) -> Tensor:
+    if form == _QUAD:
+        return signed_area(boxes.reshape(*boxes.shape[:-1], 4, 2)).abs()
+    return _rectangles(boxes, form)[..., 2:4].clamp(min=0).prod(-1)
 
 
 def common_height(a: Tensor, b: Tensor) -> Tensor:
@@ -125,9 +149,8 @@ def box_iou_rotated(
     wide = torch.promote_types(boxes1.dtype, torch.float32)
     a, b, turn = boxes1.to(wide), boxes2.to(wide), 1 if clockwise else -1
     a = a if aligned else a[:, None]
-    polygon_a, polygon_b = _polygons(a, form, turn), _polygons(b, form, turn)
-    common = common_area(polygon_a, polygon_b)
-    size_a, size_b = signed_area(polygon_a).abs(), signed_area(polygon_b).abs()
+    common = common_area(*_polygons(a, b, form, turn))
+    size_a, size_b = _area(a, form), _area(b, form)
     if form == _PRISM:
         common = common * common_height(a, b)
         size_a, size_b = size_a * a[..., 5].clamp(min=0), size_b * b[..., 5].clamp(min=0)

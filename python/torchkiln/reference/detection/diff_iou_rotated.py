@@ -13,7 +13,7 @@ from torch import Tensor
 from torchkiln.reference.detection.box_iou_rotated import (
     common_area,
     common_height,
-    corners,
+    facing,
     ratio,
     rectangles,
     uprights,
@@ -43,10 +43,8 @@ def diff_iou_rotated(boxes1: Tensor, boxes2: Tensor, space: bool = False) -> Ten
         sides = boxes[..., width : 6 if space else 4].clamp(min=0)
         return torch.stack(sides.unbind(-1)).prod(0)
 
-    def base(boxes: Tensor) -> Tensor:
-        return corners(boxes[..., [0, 1, 3, 4, 6]] if space else boxes)
-
-    common = common_area(base(a), base(b))
+    columns = [0, 1, 3, 4, 6] if space else [0, 1, 2, 3, 4]
+    common = common_area(*facing(a[..., columns], b[..., columns]))
     if space:
         common = common * common_height(a, b)
     finite = a.isfinite().all(-1) & b.isfinite().all(-1)

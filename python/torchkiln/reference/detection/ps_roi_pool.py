@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchkiln.reference.detection.roi_align import roi_align
+from torchkiln.reference.detection.roi_align import roi_align, takes_all_samples
 from torchkiln.testing import FORMATS, Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
@@ -210,6 +210,5 @@ def _fuzz(draw: Draw) -> dict[str, Any]:
     if draw.function == "ps_roi_pool":
         return arguments
     ratio = draw.option("sampling_ratio", 0, 1, 3)
-    if ratio == 0:
-        draw.undefined("scaled")  # the reference would take all samples of a region of any size
+    draw.undefined("scaled", where=takes_all_samples)
     return {**arguments, "sampling_ratio": ratio}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torchkiln.testing import FORMATS, Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
+from torchkiln.testing._cases import Arguments
 
 __all__ = ["roi_align"]
 
@@ -226,12 +227,16 @@ def _degenerate(new: Inputs) -> dict[str, Any]:
     }
 
 
+def takes_all_samples(arguments: Arguments) -> bool:
+    """Whether the reference would take all samples of a region, of any size."""
+    return not arguments["sampling_ratio"] > 0
+
+
 def _fuzz(draw: Draw) -> dict[str, Any]:
     shape = (draw.size(3), draw.option("channels", 0, 1, 3, 8, 40), draw.size(16), draw.size(16))
     output_size = draw.option("output_size", 1, 2, (3, 1), 7)
     ratio = draw.option("sampling_ratio", 0, 1, 2, 3)
-    if ratio == 0:
-        draw.undefined("scaled")  # the reference would take all samples of a region of any size
+    draw.undefined("scaled", where=takes_all_samples)
     return {
         "input": draw.values(*shape, special=False),
         "boxes": draw.regions(draw.size(8), shape[0], 60.0),

@@ -18,8 +18,9 @@ __all__ = ["softmax_focal_loss"]
 def _row(x: Tensor, target: int, alpha: float, gamma: float) -> Tensor:
     """-alpha (1 - p)^gamma log p, where p = 1 / (1 + odds) and odds = sum of exp(x_c - x_t)."""
     others = torch.cat([x[:target], x[target + 1 :]])
-    # The logarithm of the odds; of a single class they are 0.
-    odds = torch.logsumexp(others - x[target], 0)
+    # The logarithm of the odds; of a single class they are 0, unless its logit is no number or
+    # excludes it, too: NaN.
+    odds = torch.logsumexp(others - x[target], 0) + (0 if len(others) else x[target] - x[target])
     return alpha * odds.sigmoid() ** gamma * torch.logaddexp(odds, torch.zeros_like(odds))
 
 
@@ -116,8 +117,8 @@ def _fuzz(draw: Draw) -> dict[str, object]:
     rows, classes = draw.size(), draw.size()
     weight = {"weight": draw.uniform(classes, high=2)} if draw.option("weight", False, True) else {}
     return {
-        # Infinity is no logit; its negative excludes a class.
-        "inputs": draw.values(rows, classes).clamp(max=1e4) * draw.pick(1, 3, 30),
+        # Infinity is no logit, nor what a half type rounds to it; its negative excludes a class.
+        "inputs": (draw.values(rows, classes) * draw.pick(1, 3, 30)).clamp(max=1e4),
         "targets": draw.labels(rows, classes),
         "alpha": draw.pick(0.25, 1.0, 0.0),
         "gamma": draw.option("gamma", 2.0, 0.0, 1.5),

@@ -142,6 +142,7 @@ def _workload(sizes: Sizes) -> dict[str, object]:
 def _fuzz(draw: Draw) -> dict[str, object]:
     # NaN and infinities times a weight of 0 depend on the order of sums.
     draw.undefined("special")
+    draw.distinct.add("conv_state_indices")
     batch, channels, length = draw.size(3), draw.size(9), draw.size(5)
     width = draw.option("width", 2, 3, 4, 7)
     size = width - 1 + draw.pick(0, 1, 3)
