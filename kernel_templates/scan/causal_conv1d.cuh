@@ -134,7 +134,11 @@ struct Tile {
       return;
     }
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) at[i] = line.at(first + i, reach);
+    for (int i = 0; i < kVector; ++i) {
+      const i64 position = first + i;
+      const bool given = line.initial != nullptr && position < 0 && position >= -reach;
+      at[i] = given ? load(line.initial[position]) : T(0);
+    }
   }
   __device__ __forceinline__ void load_gradient(const Scalar* row, i64 first, i64 length) {
     if (first < length) {
@@ -232,8 +236,9 @@ __device__ __forceinline__ void backward_segment(const Args& args, const Line<Sc
       for (int j = 0; j < kWidth; ++j) {
         if (sequences.joined(i + j, i + kReach)) sum += filter.weight[j] * window[i + j];
       }
-      const bool counts = first < line.length && sequences.exists(i + kReach);
-      grad.at[i] = counts ? slope_times<T>(given.at[i], sum, args.silu != 0) : T(0);
+      // Behind the end, 0 is given.
+      grad.at[i] = slope_times<T>(given.at[i], sum, args.silu != 0);
+      if (!sequences.exists(i + kReach)) grad.at[i] = T(0);
     }
     T ahead[kVector + kReach];
 #pragma unroll
@@ -407,36 +412,96 @@ struct Sums {
   T at[kWidth + 1][kVector];
 };
 
-// kChunk positions of x and of the gradient of the output, on their way.
-template <class Scalar, int kVector, int kChunk>
-struct Chunk {
-  Pack<Scalar, kVector> x[kChunk], grad[kChunk];
-
-  // From `first` on, up to `end`.
-  __device__ __forceinline__ void load(const Args& args, const Line<Scalar>& line,
-                                       const Scalar* grad_out, i64 first, i64 end) {
-#pragma unroll
-    for (int c = 0; c < kChunk; ++c) {
-      if (first + c >= end) continue;
-      x[c] = load_pack<kVector>(line.x + (first + c) * line.stride);
-      grad[c] = load_pack<kVector>(grad_out + (first + c) * args.grad_strides.length);
-    }
-  }
-};
-
-// Values of kVector channels at kCount positions in a row.
+// What a thread of `backward_columns` knows of kCount positions in a row, kVector channels each.
 template <class T, int kCount, int kVector>
 struct Walk {
-  T at[kCount][kVector];
+  T x[kCount][kVector], grad[kCount][kVector];  // grad: of the weighted sums
 
-  // The last kKept ones become the first.
+  // The last kKept positions become the first.
   template <int kKept>
   __device__ __forceinline__ void move() {
 #pragma unroll
     for (int c = 0; c < kKept; ++c) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) at[c][i] = at[kCount - kKept + c][i];
+      for (int i = 0; i < kVector; ++i) {
+        x[c][i] = x[kCount - kKept + c][i];
+        grad[c][i] = grad[kCount - kKept + c][i];
+      }
     }
+  }
+};
+
+// Reads kChunk positions of x and of the gradient of the output, one after the other; 0 behind the end.
+template <class Scalar, int kVector, int kChunk>
+struct Chunk {
+  Pack<Scalar, kVector> x[kChunk], grad[kChunk];
+
+  // left: positions before the end. The pointers move on.
+  __device__ __forceinline__ void load(const Scalar*& from_x, i64 x_stride,
+                                       const Scalar*& from_grad, i64 grad_stride, int left) {
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) {
+      x[c] = grad[c] = {};
+      if (c < left) {
+        x[c] = load_pack<kVector>(from_x);
+        grad[c] = load_pack<kVector>(from_grad);
+      }
+      from_x += x_stride;
+      from_grad += grad_stride;
+    }
+  }
+};
+
+// A tile of backward_columns: `steps` positions from `first` on.
+template <class Scalar, int kWidth, bool kSequences, int kVector>
+struct ColumnsTile {
+  using T = Acc<Scalar>;
+  static constexpr int kReach = kWidth - 1, kChunk = 4, kCount = kReach + kChunk;
+  Walk<T, kCount, kVector> walk;
+  Scalar* out;  // of position n - kReach
+  i64 out_stride;
+  int n, steps;
+
+  // Goes on by kMoved positions, whose own gradients count for the sums with kOwn.
+  template <bool kOwn, int kMoved>
+  __device__ __forceinline__ void step(const Args& args, const Line<Scalar>& line, i64 first,
+                                       const Filters<Scalar, kWidth, kVector>& filters,
+                                       const Chunk<Scalar, kVector, kChunk>& given,
+                                       Sums<T, kWidth, kVector>& sums) {
+    const Sequences<kCount, kSequences> sequences(line, first + n - kReach);
+#pragma unroll
+    for (int c = 0; c < kMoved; ++c) {
+      Pack<Scalar, kVector> result;
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        walk.x[kReach + c][i] = load(given.x[c].at[i]);
+        T sum = filters.bias[i];
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+          if (sequences.joined(c + j, c + kReach)) sum += filters.weight[j][i] * walk.x[c + j][i];
+        }
+        T grad = slope_times<T>(load(given.grad[c].at[i]), sum, args.silu != 0);
+        if (!sequences.exists(kReach + c)) grad = T(0);
+        walk.grad[kReach + c][i] = grad;
+        T of_x = T(0);
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+          if (kOwn && sequences.joined(c + j, c + kReach)) {
+            sums.at[j][i] += grad * walk.x[c + j][i];
+          }
+          // Position n + c - kReach counted for the one kReach - j further on.
+          if (sequences.joined(c, c + kReach - j)) {
+            of_x += filters.weight[j][i] * walk.grad[c + kReach - j][i];
+          }
+        }
+        if (kOwn) sums.at[kWidth][i] += grad;
+        store(result.at[i], of_x);
+      }
+      if (u32(n + c - kReach) < u32(steps)) store_pack<kVector>(out, result);
+      out += out_stride;
+    }
+    walk.template move<kReach>();
+    n += kMoved;
   }
 };
 
@@ -447,65 +512,55 @@ __device__ __forceinline__ void backward_tile(const Args& args,
                                               const Filters<Scalar, kWidth, kVector>& filters,
                                               i64 batch, i64 channel, i64 first,
                                               Sums<Acc<Scalar>, kWidth, kVector>& sums) {
-  using T = Acc<Scalar>;
-  constexpr int kReach = kWidth - 1, kChunk = 4, kCount = kReach + kChunk;
+  using AnyTile = ColumnsTile<Scalar, kWidth, kSequences, kVector>;
+  constexpr int kReach = AnyTile::kReach, kChunk = AnyTile::kChunk;
+  static_assert(kSteps % kChunk == 0);
   const Line<Scalar> line(args, batch, channel);
-  const Scalar* grad_out =
-      static_cast<const Scalar*>(args.grad_out) + batch * args.grad_strides.batch + channel;
-  Scalar* out = static_cast<Scalar*>(args.out) + batch * args.out_strides.batch + channel;
-  const i64 last = min_of(args.length, first + kSteps), end = min_of(args.length, last + kReach);
+  const Scalar* x = line.x + first * line.stride;
+  const Scalar* grad_out = static_cast<const Scalar*>(args.grad_out) +
+                           batch * args.grad_strides.batch + channel +
+                           first * args.grad_strides.length;
+  // Positions that are read; those behind have no gradient.
+  const int end = int(min_of(i64(kSteps + kReach), args.length - first));
+  AnyTile tile = {};
+  tile.steps = min_of(end, kSteps);
+  tile.out_stride = args.out_strides.length;
+  tile.out = static_cast<Scalar*>(args.out) + batch * args.out_strides.batch + channel +
+             (first - kReach) * tile.out_stride;
   Chunk<Scalar, kVector, kChunk> coming;
-  coming.load(args, line, grad_out, first, end);
-  Walk<T, kCount, kVector> x, grad = {};  // grad: of the weighted sums; both from k - kReach on
+  coming.load(x, line.stride, grad_out, args.grad_strides.length, end);
 #pragma unroll
   for (int c = 0; c < kReach; ++c) {
-    load_channels<Scalar, kWidth, kVector>(args, line, first - kReach + c, x.at[c]);
+    load_channels<Scalar, kWidth, kVector>(args, line, first - kReach + c, tile.walk.x[c]);
   }
 #pragma unroll 1
-  for (i64 k = first; k < last + kReach; k += kChunk) {
+  while (tile.n < tile.steps) {
     const Chunk<Scalar, kVector, kChunk> own = coming;
-    coming.load(args, line, grad_out, k + kChunk, end);
-    const Sequences<kCount, kSequences> sequences(line, k - kReach);
-#pragma unroll
-    for (int c = 0; c < kChunk; ++c) {
-      const bool counts = k + c < end && sequences.exists(kReach + c);
-      Pack<Scalar, kVector> result;
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        x.at[kReach + c][i] = k + c < end ? load(own.x[c].at[i]) : T(0);
-        T sum = filters.bias[i];
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) {
-          if (sequences.joined(c + j, c + kReach)) sum += filters.weight[j][i] * x.at[c + j][i];
-        }
-        const T of_sum =
-            counts ? slope_times<T>(load(own.grad[c].at[i]), sum, args.silu != 0) : T(0);
-        grad.at[kReach + c][i] = of_sum;
-        const T counted = k + c < last ? of_sum : T(0);
-        T of_x = T(0);
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) {
-          if (sequences.joined(c + j, c + kReach)) sums.at[j][i] += counted * x.at[c + j][i];
-          // Position k + c - kReach counted for the one kReach - j further on.
-          if (sequences.joined(c, c + kReach - j)) {
-            of_x += filters.weight[j][i] * grad.at[c + kReach - j][i];
-          }
-        }
-        sums.at[kWidth][i] += counted;
-        store(result.at[i], of_x);
+    coming.load(x, line.stride, grad_out, args.grad_strides.length, end - tile.n - kChunk);
+    tile.template step<true, kChunk>(args, line, first, filters, own, sums);
+  }
+  if constexpr (kReach > 0) {
+    constexpr int kMoved = kReach < kChunk ? kReach : kChunk;
+#pragma unroll 1
+    for (int c = 0; c < kReach; c += kMoved) {
+      const Chunk<Scalar, kVector, kChunk> own = coming;
+      if (kMoved == kChunk) {
+        coming.load(x, line.stride, grad_out, args.grad_strides.length, end - tile.n - kChunk);
       }
-      const i64 at = k + c - kReach;
-      if (at >= first && at < last) store_pack<kVector>(out + at * args.out_strides.length, result);
+      tile.template step<false, kMoved>(args, line, first, filters, own, sums);
     }
-    x.template move<kReach>();
-    grad.template move<kReach>();
   }
 }
+
+// Warps of a multiprocessor that there should be registers for; chunks of wide types need more of them.
+template <class Scalar>
+constexpr int kColumnWarps = sizeof(Scalar) == 2 ? 24 : (sizeof(Scalar) == 4 ? 16 : 8);
 
 // Lanes stand on neighbouring channels, the kSegments warps of a block on tiles of its slab. channels is a multiple of
 // kVector. Grid: groups of 32 * kVector channels, slabs.
 template <class Scalar, int kWidth, bool kSequences, int kVector, int kSegments, int kSteps>
-__global__ void __launch_bounds__(kSegments* kWarpSize) backward_columns(const Args args) {
+__global__ void __launch_bounds__(kSegments* kWarpSize, kColumnWarps<Scalar> / kSegments)
+    backward_columns(const Args args) {
   using T = Acc<Scalar>;
   __shared__ T shared[kSegments][kVector][kWarpSize];
   const int lane = threadIdx.x % kWarpSize, segment = threadIdx.x / kWarpSize;
