@@ -134,6 +134,15 @@ msda::Args args_of(const MsdaPlan& p) {
           .positions = 0};
 }
 
+// x and y of a place are read at once.
+Tensor aligned(const Tensor& places) {
+  const auto pair = 2 * static_cast<std::uintptr_t>(element_size(places.scalar_type()));
+  if (reinterpret_cast<std::uintptr_t>(places.const_data_ptr()) % pair == 0) return places;
+  Tensor copy = empty(places, places.scalar_type(), shape_of(places));
+  torch::stable::copy_(copy, places);
+  return copy;
+}
+
 // `output` stays undefined.
 MsdaPlan plan_inputs(const Names& names, const Tensor& value, const Tensor& shapes,
                      const Tensor& starts, const Tensor& places, const Tensor& weights,
@@ -167,7 +176,7 @@ MsdaPlan plan_inputs(const Names& names, const Tensor& value, const Tensor& shap
   check_most(names, names.places, "points of all queries or levels",
              std::max(places.size(1), places.size(3)) * places.size(4));
   p.value = as_contiguous(value);
-  p.places = as_contiguous(places);
+  p.places = aligned(as_contiguous(places));
   p.weights = as_contiguous(weights);
   p.args = args_of(p);
   return p;

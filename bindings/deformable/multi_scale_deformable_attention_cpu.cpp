@@ -186,7 +186,8 @@ void differentiate(const Args& a, const std::vector<Level>& levels, std::int64_t
             products =
                 multiply(scratch.gradient.data(), pixels_of<Scalar>(a, image, head, taps), a.d);
           }
-          const auto gradient = msda::gradient_of(taps, products);
+          const auto gradient = msda::gradient_of(
+              msda::Blend<T>{taps.fraction_y, taps.fraction_x, taps.live}, products);
           msda::write_places<T, Place>(a, query, sample, level, levels[place_of(level)],
                                        {gradient.at.y * weight, gradient.at.x * weight});
           scratch.of_weights[place_of(sample)] = gradient.weight;

@@ -31,6 +31,9 @@ struct StripTunables {
 
   std::int64_t strip() const { return block_size / lanes / sets * pixels; }
 };
+struct PatchTunables {
+  std::int64_t lanes, queries, block_size;
+};
 struct BoundSizes {
   std::int64_t runs;
 };
@@ -40,10 +43,13 @@ struct BlockTunables {
 
 using Forward = Kernel<Args, Statics, Sizes, QueryTunables>;
 using Backward = Kernel<Args, BackwardStatics, Sizes, QueryTunables>;
+using Merge = Kernel<Args, Statics, Sizes, PatchTunables>;
 using Bound = Kernel<Args, NoStatics, BoundSizes, BlockTunables>;
 using Gather = Kernel<Args, Statics, Sizes, StripTunables>;
 
 constexpr const char* kPath = "deformable/multi_scale_deformable_attention.cuh";
+constexpr const char* kMergePath = "deformable/multi_scale_deformable_attention_merge.cuh";
+constexpr const char* kGatherPath = "deformable/multi_scale_deformable_attention_gather.cuh";
 const std::vector<const char*> kOperators = {"multi_scale_deformable_attention",
                                              "multi_scale_deformable_attention_fused"};
 const std::vector<torchkiln_size> kSizes = {{"queries", TORCHKILN_BUCKET_POW2},
@@ -51,7 +57,8 @@ const std::vector<torchkiln_size> kSizes = {{"queries", TORCHKILN_BUCKET_POW2},
                                             {"samples", TORCHKILN_BUCKET_POW2},
                                             {"pixels", TORCHKILN_BUCKET_POW2},
                                             {"heads", TORCHKILN_BUCKET_NONE}};
-constexpr std::int64_t kSharedBytes = 48 * 1024 - 64;
+// Static shared memory, without the levels.
+constexpr std::int64_t kSharedBytes = 48 * 1024 - 320;
 
 // Elements of a pack of 16 bytes.
 std::int64_t full_vector(std::int64_t scalar) {
@@ -71,6 +78,9 @@ bool exists(const AnyStatics& s, std::int64_t vector) {
   return places && (s.vector == 1 || s.vector == vector);
 }
 bool reads_exist(const Statics& s) { return exists(s, full_vector(s.scalar)); }
+bool merge_exists(const Statics& s) {
+  return s.scalar != TORCHKILN_DOUBLE && exists(s, sum_vector(s.scalar));
+}
 bool backward_exists(const BackwardStatics& s) {
   return exists(s, s.scatter != 0 ? sum_vector(s.scalar) : full_vector(s.scalar));
 }
@@ -82,8 +92,12 @@ std::uint32_t lanes_for(const AnyProblem& p) {
   return vectors <= 4 ? 0 : (vectors <= 16 ? 1 : 2);
 }
 
+// A block takes neighbouring queries of one head.
+std::int64_t blocks_of(const Sizes& s, std::int64_t queries) {
+  return s.heads == 0 ? 0 : s.heads * ceil_div(s.queries / s.heads, queries);
+}
 Geometry over_queries(const Sizes& s, const QueryTunables& t) {
-  return linear(ceil_div(s.queries, t.block_size / t.lanes), t.block_size);
+  return linear(blocks_of(s, t.block_size / t.lanes), t.block_size);
 }
 
 // A table of samples for each query of a block, `numbers` of the accumulator's type in each.
@@ -92,9 +106,22 @@ bool table_fits(std::int64_t scalar, const QueryTunables& t, std::int64_t number
   return t.block_size / t.lanes * t.points * bytes <= kSharedBytes;
 }
 
-const std::vector<Parameter> kQueryTunables = {
-    ints("lanes", {4, 8, 16, 32}), ints("points", {8, 16, 32}), ints("block_size", {64, 128, 256})};
-const std::vector<QueryTunables> kQueryDefaults = {{4, 16, 128}, {8, 16, 128}, {32, 16, 128}};
+const std::vector<Parameter> kQueryTunables = {ints("lanes", {4, 8, 16, 32}),
+                                               ints("points", {8, 16, 32}),
+                                               ints("block_size", {64, 128, 256, 512})};
+// The last three for few queries.
+const std::vector<QueryTunables> kForwardDefaults = {{4, 8, 256},  {8, 16, 256}, {32, 16, 128},
+                                                     {4, 16, 128}, {8, 16, 128}, {32, 16, 128}};
+const std::vector<QueryTunables> kBackwardDefaults = {{4, 16, 128}, {8, 16, 256}, {32, 16, 128},
+                                                      {4, 16, 128}, {8, 16, 128}, {32, 16, 128}};
+
+// Many queries in a block share pixels in the L1 cache; few of them must be spread over the GPU.
+template <class AnyProblem>
+std::uint32_t queries_for(const AnyProblem& p) {
+  const std::int64_t vectors = ceil_div(p.sizes.channels, p.statics.vector);
+  const bool few = p.sizes.queries * vectors < 2048 * p.device.multiprocessors;
+  return lanes_for(p) + (few ? 3 : 0);
+}
 
 const Forward forward_kernel({
     .path = kPath,
@@ -104,11 +131,11 @@ const Forward forward_kernel({
                 ints("vector", {1, 2, 4, 8})},
     .sizes = kSizes,
     .tunables = kQueryTunables,
-    .defaults = kQueryDefaults,
+    .defaults = kForwardDefaults,
     .valid = &reads_exist,
     .legal = [](const Forward::Problem& p,
                 const QueryTunables& t) { return table_fits(p.statics.scalar, t, 5); },
-    .choose = &lanes_for<Forward::Problem>,
+    .choose = &queries_for<Forward::Problem>,
     .geometry = [](const Forward::Problem& p,
                    const QueryTunables& t) { return over_queries(p.sizes, t); },
 });
@@ -121,17 +148,51 @@ const Backward backward_kernel({
                 ints("vector", {1, 2, 4, 8})},
     .sizes = kSizes,
     .tunables = kQueryTunables,
-    .defaults = kQueryDefaults,
+    .defaults = kBackwardDefaults,
     .valid = &backward_exists,
     .legal = [](const Backward::Problem& p,
                 const QueryTunables& t) { return table_fits(p.statics.scalar, t, 8); },
-    .choose = &lanes_for<Backward::Problem>,
+    .choose = &queries_for<Backward::Problem>,
     .geometry = [](const Backward::Problem& p,
                    const QueryTunables& t) { return over_queries(p.sizes, t); },
 });
 
+std::int64_t merge_bytes(const Merge::Problem& p, const PatchTunables& t) {
+  const std::int64_t bytes = p.statics.scalar == TORCHKILN_FLOAT ? 4 : 2;
+  return msda::merge_bytes(bytes, t.lanes * p.statics.vector, t.queries, t.block_size);
+}
+bool merge_fits(const Merge::Problem& p, const PatchTunables& t) {
+  return merge_bytes(p, t) <= p.device.shared_bytes_per_block;
+}
+// The last three where shared memory is small.
+const std::vector<PatchTunables> kPatchDefaults = {{4, 256, 256}, {8, 256, 256}, {32, 64, 128},
+                                                   {4, 128, 128}, {8, 128, 128}, {32, 32, 128}};
+
+const Merge merge_kernel({
+    .path = kMergePath,
+    .entry = "merge",
+    .operators = kOperators,
+    .statics = {types("scalar", kFloatTypes), types("place", kFloatTypes),
+                ints("vector", {1, 2, 4, 8})},
+    .sizes = kSizes,
+    .tunables = {ints("lanes", {4, 8, 16, 32}), ints("queries", {32, 64, 128, 256}),
+                 ints("block_size", {128, 256, 512})},
+    .defaults = kPatchDefaults,
+    .valid = &merge_exists,
+    .legal = &merge_fits,
+    .choose = [](const Merge::Problem& p) -> std::uint32_t {
+      const std::uint32_t lanes = lanes_for(p);
+      return lanes + (merge_fits(p, kPatchDefaults[lanes]) ? 0 : 3);
+    },
+    .geometry =
+        [](const Merge::Problem& p, const PatchTunables& t) {
+          return linear(blocks_of(p.sizes, t.queries), t.block_size,
+                        static_cast<std::uint32_t>(merge_bytes(p, t)));
+        },
+});
+
 const Bound bound_kernel({
-    .path = kPath,
+    .path = kGatherPath,
     .entry = "bound",
     .operators = kOperators,
     .statics = {},
@@ -145,7 +206,7 @@ const Bound bound_kernel({
 });
 
 const Gather gather_kernel({
-    .path = kPath,
+    .path = kGatherPath,
     .entry = "gather",
     .operators = kOperators,
     .statics = {types("scalar", kFloatTypes), types("place", kFloatTypes),
@@ -254,6 +315,30 @@ void run_queries(const CudaPlace& place, const MsdaPlan& p, const MsdaGradients&
        shares});
 }
 
+// Queries that are the pixels of all levels meet on these.
+bool merges(const MsdaPlan& p) {
+  const Args& a = p.args;
+  return p.value.scalar_type() != ScalarType::Double && a.q == a.s && a.s < msda::kMostMerged;
+}
+
+// Adds the value's gradient to `sums`.
+void run_merge(const CudaPlace& place, const MsdaPlan& p, const Args& args, const Tensor& sums) {
+  const std::int64_t scalar = kernel_type(p.value.scalar_type());
+  merge_kernel.run(
+      place,
+      {scalar, kernel_type(p.places.scalar_type()),
+       vector_of(p, args.grad_value, sum_vector(scalar))},
+      sizes_of(args), args,
+      {reads(offsetof(Args, shapes), p.shapes), reads(offsetof(Args, starts), p.starts),
+       reads_if(offsetof(Args, mask), p.has_mask(), p.mask),
+       reads(offsetof(Args, places), p.places), reads(offsetof(Args, weights), p.weights),
+       reads_if(offsetof(Args, references), p.has_references(), p.references),
+       reads(offsetof(Args, output), p.output), updates(offsetof(Args, grad_value), sums),
+       unused(offsetof(Args, value)), unused(offsetof(Args, grad_places)),
+       unused(offsetof(Args, grad_weights)), unused(offsetof(Args, firsts)),
+       unused(offsetof(Args, shares)), unused(offsetof(Args, spans))});
+}
+
 }  // namespace
 
 void run_msda_cuda(const MsdaPlan& p) {
@@ -292,8 +377,12 @@ Tensor run_msda_backward_cuda(const MsdaPlan& p, const MsdaGradients& g, bool de
   Tensor sums = wide ? g.value : empty(p.value, ScalarType::Float, shape_of(p.value));
   torch::stable::zero_(sums);
   args.grad_value = sums.mutable_data_ptr();
-  run_queries(place, p, g, args, true, updates(offsetof(Args, grad_value), sums),
-              unused(offsetof(Args, firsts)), unused(offsetof(Args, shares)));
+  const bool merged = merges(p);
+  run_queries(
+      place, p, g, args, !merged,
+      merged ? unused(offsetof(Args, grad_value)) : updates(offsetof(Args, grad_value), sums),
+      unused(offsetof(Args, firsts)), unused(offsetof(Args, shares)));
+  if (merged) run_merge(place, p, args, sums);
   if (wide) return sums;
   Tensor result = g.value;
   torch::stable::copy_(result, sums);

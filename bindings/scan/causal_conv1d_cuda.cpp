@@ -1,6 +1,7 @@
 // causal_conv1d on CUDA: kernels and launches.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
@@ -34,6 +35,9 @@ struct ColumnsTunables {
 struct BlockSize {
   std::int64_t block_size;
 };
+struct TilesTunables {
+  std::int64_t block_size, tiles;
+};
 struct SegmentsTunables {
   std::int64_t segments, steps;
 };
@@ -46,7 +50,7 @@ struct Count {
 
 using ForwardRows = Kernel<Args, Statics, Sizes, RowsTunables>;
 using ForwardColumns = Kernel<Args, Statics, Sizes, ColumnsTunables>;
-using BackwardRows = Kernel<Args, Statics, BackwardSizes, BlockSize>;
+using BackwardRows = Kernel<Args, Statics, BackwardSizes, TilesTunables>;
 using BackwardColumns = Kernel<Args, Statics, BackwardSizes, SegmentsTunables>;
 using Elements = Kernel<Args, ScalarStatics, Count, BlockSize>;
 
@@ -56,10 +60,14 @@ std::int64_t row_vector(std::int64_t scalar) {
 }
 // The windows of so many channels fit into a thread's registers.
 std::int64_t column_vector(std::int64_t scalar) { return scalar == TORCHKILN_DOUBLE ? 2 : 4; }
+constexpr std::int64_t kBackwardColumnVector = 2;
 
 bool has_row_vector(const Statics& s) { return s.vector == 1 || s.vector == row_vector(s.scalar); }
 bool has_column_vector(const Statics& s) {
   return s.vector == 1 || s.vector == column_vector(s.scalar);
+}
+bool has_backward_column_vector(const Statics& s) {
+  return s.vector == 1 || s.vector == kBackwardColumnVector;
 }
 
 // Other widths than the usual ones are compiled when they are met.
@@ -118,11 +126,11 @@ const BackwardRows backward_rows({
     .operators = {kOp},
     .statics = kStatics,
     .sizes = kBackwardSizes,
-    .tunables = {ints("block_size", {64, 128, 256, 512})},
-    .defaults = {{128}},
+    .tunables = {ints("block_size", {64, 128, 256}), ints("tiles", {4, 8, 16})},
+    .defaults = {{128, 8}},
     .valid = &has_row_vector,
     .geometry =
-        [](const BackwardRows::Problem& p, const BlockSize& t) {
+        [](const BackwardRows::Problem& p, const TilesTunables& t) {
           Geometry geometry = linear(p.sizes.lines, t.block_size);
           geometry.grid[1] = static_cast<std::uint32_t>(p.sizes.slabs);
           return geometry;
@@ -137,7 +145,7 @@ const BackwardColumns backward_columns({
     .sizes = kBackwardSizes,
     .tunables = {ints("segments", {2, 4, 8}), ints("steps", {16, 32, 64})},
     .defaults = {{4, 32}},
-    .valid = &has_column_vector,
+    .valid = &has_backward_column_vector,
     .geometry =
         [](const BackwardColumns::Problem& p, const SegmentsTunables& t) {
           Geometry geometry = linear(ceil_div(p.sizes.lines, kWarp), t.segments * kWarp);
@@ -157,8 +165,11 @@ const Elements finish({
     .statics = {types("scalar", kFloatTypes)},
     .sizes = {{"count", TORCHKILN_BUCKET_NONE}},
     .tunables = {ints("block_size", {64, 128, 256, 512})},
-    .defaults = {{64}},
-    .geometry = &elements_geometry,
+    .defaults = {{256}},
+    .geometry =
+        [](const Elements::Problem& p, const BlockSize& t) {
+          return linear(ceil_div(p.sizes.count, kWarp), t.block_size);
+        },
 });
 
 const Elements initial({
@@ -181,10 +192,10 @@ bool fits(const void* pointer, const Strides& s, bool columns, std::int64_t vect
              0;
 }
 
-Statics statics_of(const Plan& p) {
+Statics statics_of(const Plan& p, std::int64_t of_columns) {
   const std::int64_t scalar = kernel_type(p.x.scalar_type());
   const std::int64_t along = p.columns ? p.args.channels : p.args.length;
-  std::int64_t vector = p.columns ? column_vector(scalar) : row_vector(scalar);
+  std::int64_t vector = p.columns ? of_columns : row_vector(scalar);
   // Wide filters keep more in registers.
   if (p.width() > 4 && p.columns) vector = 1;
   const std::uint64_t bytes = element_size(p.x.scalar_type());
@@ -204,9 +215,10 @@ Buffer reads_if(std::size_t offset, const Optional& tensor) {
   return tensor && tensor->numel() > 0 ? reads(offset, *tensor) : unused(offset);
 }
 
-// Enough blocks to fill the GPU twice, none with less than some work.
+// Enough blocks to fill the GPU twice, none with less than some work; a power of two, which divides most lengths.
 std::int64_t slabs_of(const Device& device, std::int64_t blocks, std::int64_t pieces) {
-  const std::int64_t wanted = ceil_div(16 * device.multiprocessors, blocks);
+  const auto least = static_cast<std::uint64_t>(ceil_div(16 * device.multiprocessors, blocks));
+  const auto wanted = static_cast<std::int64_t>(std::bit_ceil(least));
   return std::clamp<std::int64_t>(std::min(wanted, pieces), 1, 1024);
 }
 
@@ -238,7 +250,7 @@ void run_initial(const CudaPlace& place, const Plan& p, std::int64_t scalar) {
 Tensor forward_cuda(const Plan& p) {
   if (p.numel() == 0) return p.out;
   const CudaPlace place(p.x);
-  const Statics s = statics_of(p);
+  const Statics s = statics_of(p, column_vector(kernel_type(p.x.scalar_type())));
   const Sizes sizes = {p.args.length, lines_of(p, s)};
   const std::initializer_list<Buffer> buffers = {reads(offsetof(Args, x), p.x),
                                                  reads(offsetof(Args, weight), p.weight),
@@ -261,7 +273,7 @@ Tensor forward_cuda(const Plan& p) {
 
 void backward_cuda(Plan& p) {
   const CudaPlace place(p.x);
-  const Statics s = statics_of(p);
+  const Statics s = statics_of(p, kBackwardColumnVector);
   const std::int64_t lines = p.columns ? p.args.channels / s.vector : p.args.channels;
   p.args.slabs = p.columns ? slabs_of(place.facts(), ceil_div(lines, kWarp),
                                       p.args.batch * ceil_div(p.args.length, 128))

@@ -38,6 +38,27 @@ __device__ __forceinline__ Pack<Scalar, kCount> load_pack(const Scalar* from) {
   return result;
 }
 
+// Of shared memory.
+template <int kCount, class Scalar>
+__device__ __forceinline__ Pack<Scalar, kCount> read_pack(const Scalar* from) {
+  using Result = Pack<Scalar, kCount>;
+  Result result;
+  if constexpr (Result::kBytes == 16) {
+    const uint4 words = *reinterpret_cast<const uint4*>(from);
+    result.words[0] = words.x;
+    result.words[1] = words.y;
+    result.words[2] = words.z;
+    result.words[3] = words.w;
+  } else if constexpr (Result::kBytes == 8) {
+    const uint2 words = *reinterpret_cast<const uint2*>(from);
+    result.words[0] = words.x;
+    result.words[1] = words.y;
+  } else {
+    for (int i = 0; i < kCount; ++i) result.at[i] = from[i];
+  }
+  return result;
+}
+
 template <int kCount, class Scalar>
 __device__ __forceinline__ void store_pack(Scalar* to, const Pack<Scalar, kCount>& value) {
   using Value = Pack<Scalar, kCount>;

@@ -15,6 +15,17 @@ constexpr i32 kRun = 32;
 // A place in Args::firsts for a sample outside; every pixel lies above it.
 constexpr i32 kOutside = -2147483647 - 1;
 
+// Of `merge`: samples that a thread sorts, and pixels of a level beside and below each other that it sorts them to.
+constexpr i32 kSamplesOfThread = 4;
+constexpr i32 kWindow = 48;
+// A pixel has 24 bits there.
+constexpr i64 kMostMerged = i64(1) << 24;
+// Of its shared memory, at most.
+constexpr i64 merge_bytes(i64 scalar_bytes, i64 channels, i64 queries, i64 block_size) {
+  const i64 shares = 4 * kSamplesOfThread * block_size * 8, counts = 4 * kWindow * kWindow;
+  return queries * (channels * scalar_bytes + 12) + shares + counts + block_size + 512;
+}
+
 struct Args {
   const void* value;   // (b, s, m, d)
   const i64* shapes;   // (l, 2): height and width of a level
@@ -64,22 +75,28 @@ TORCHKILN_HD Query query_at(const Args& args, i64 image, i64 head, i64 query) {
   return {(row * args.m + head) * args.l * args.p, row * args.l};
 }
 
+// A place or its gradient as it stands in memory: aligned, so that it is read at once.
+template <class T>
+struct alignas(2 * sizeof(T)) Pair {
+  T x, y;
+};
+
 // What an offset of one means in pixels, by axis.
 template <class T, class Place>
 TORCHKILN_HD Position<T> scale_of(const Args& args, Query query, i32 level, Level size) {
   if (args.references == nullptr) return {T(size.h), T(size.w)};
   if (args.reference_size == 2) return {T(1), T(1)};
   const Place* box = static_cast<const Place*>(args.references) + (query.reference + level) * 4;
-  const T share = T(0.5) / T(args.p);
+  const T share = fast_quotient(T(0.5), T(args.p));
   return {load(box[3]) * share * T(size.h), load(box[2]) * share * T(size.w)};
 }
 
 template <class T, class Place>
 TORCHKILN_HD Position<T> position_of(const Args& args, Query query, i32 sample, i32 level,
                                      Level size) {
-  const Place* place = static_cast<const Place*>(args.places) + (query.first + sample) * 2;
+  const Pair<Place> place = static_cast<const Pair<Place>*>(args.places)[query.first + sample];
   const Position<T> scale = scale_of<T, Place>(args, query, level, size);
-  Position<T> result = {load(place[1]) * scale.y - T(0.5), load(place[0]) * scale.x - T(0.5)};
+  Position<T> result = {load(place.y) * scale.y - T(0.5), load(place.x) * scale.x - T(0.5)};
   if (args.references != nullptr) {
     const Place* reference = static_cast<const Place*>(args.references) +
                              (query.reference + level) * args.reference_size;
@@ -121,6 +138,21 @@ struct Taps {
   u32 live;  // a bit for each pixel; 0: none to add
 };
 
+// Takes the masked pixels out of the live ones.
+template <class T>
+TORCHKILN_HD void drop_masked(Taps<T>& taps, const u8* mask) {
+  i32 some = 0;
+  for (i32 i = 0; i < 4; ++i) {
+    if ((taps.live >> i & 1u) != 0 && mask[taps.pixels.at[i]] != 0) taps.live &= ~(1u << i);
+    if ((taps.live >> i & 1u) != 0) some = taps.pixels.at[i];
+  }
+  for (i32 i = 0; i < 4; ++i) {
+    if ((taps.live >> i & 1u) != 0) continue;
+    taps.pixels.at[i] = some;
+    taps.weights.at[i] = T(0);
+  }
+}
+
 // mask: of the image, or null.
 template <class T>
 TORCHKILN_HD Taps<T> taps_at(Position<T> at, Level level, const u8* mask) {
@@ -128,25 +160,37 @@ TORCHKILN_HD Taps<T> taps_at(Position<T> at, Level level, const u8* mask) {
   const Corner corner = corner_of(at, level);
   if (!corner.inside) return taps;
   const T y = at.y - T(corner.y), x = at.x - T(corner.x);
+  const bool has_upper = corner.y >= 0, has_lower = corner.y + 1 < level.h;
+  const bool has_left = corner.x >= 0, has_right = corner.x + 1 < level.w;
   taps.fraction_y = y;
   taps.fraction_x = x;
   taps.first = level.start + corner.y * level.w + corner.x;
-  const T weights[4] = {(T(1) - y) * (T(1) - x), (T(1) - y) * x, y * (T(1) - x), y * x};
-  i32 some = 0;
-  for (i32 i = 0; i < 4; ++i) {
-    const i32 row = corner.y + i / 2, column = corner.x + i % 2;
-    if (row < 0 || row >= level.h || column < 0 || column >= level.w) continue;
-    const i32 pixel = level.start + row * level.w + column;
-    if (mask != nullptr && mask[pixel] != 0) continue;
-    taps.live |= 1u << i;
-    taps.pixels.at[i] = some = pixel;
-    taps.weights.at[i] = weights[i];
-  }
-  for (i32 i = 0; i < 4; ++i) {
-    if ((taps.live >> i & 1u) == 0) taps.pixels.at[i] = some;
-  }
+  // A row or column off the level gives way to the other one.
+  const i32 upper = has_upper ? taps.first : taps.first + level.w;
+  const i32 lower = has_lower ? taps.first + level.w : taps.first;
+  const i32 left = has_left ? 0 : 1, right = has_right ? 1 : 0;
+  const T of_upper = has_upper ? T(1) - y : T(0), of_lower = has_lower ? y : T(0);
+  const T of_left = has_left ? T(1) - x : T(0), of_right = has_right ? x : T(0);
+  taps.pixels = {{upper + left, upper + right, lower + left, lower + right}};
+  taps.weights = {
+      {of_upper * of_left, of_upper * of_right, of_lower * of_left, of_lower * of_right}};
+  taps.live = ((has_upper ? 3u : 0u) | (has_lower ? 12u : 0u)) &
+              ((has_left ? 5u : 0u) | (has_right ? 10u : 0u));
+  if (mask != nullptr) drop_masked(taps, mask);
   return taps;
 }
+
+// What the gradient of a sample needs of its taps.
+template <class T>
+struct Blend {
+  T y, x;    // fractions
+  u32 live;  // as in Taps
+
+  TORCHKILN_HD T weight(i32 pixel) const {
+    return (pixel / 2 != 0 ? y : T(1) - y) * (pixel % 2 != 0 ? x : T(1) - x);
+  }
+  TORCHKILN_HD bool has(i32 pixel) const { return (live >> pixel & 1u) != 0; }
+};
 
 // Gradients of a sample, of the products of the gradient of the output and the four pixels.
 template <class T>
@@ -156,14 +200,14 @@ struct SampleGradient {
 };
 
 template <class T>
-TORCHKILN_HD SampleGradient<T> gradient_of(const Taps<T>& taps, Weights<T> products) {
+TORCHKILN_HD SampleGradient<T> gradient_of(const Blend<T>& blend, Weights<T> products) {
   T sum = T(0);
   for (i32 i = 0; i < 4; ++i) {
-    if ((taps.live >> i & 1u) == 0) products.at[i] = T(0);
-    sum += taps.weights.at[i] * products.at[i];
+    if (!blend.has(i)) products.at[i] = T(0);
+    sum += blend.weight(i) * products.at[i];
   }
   const T* v = products.at;
-  const T y = taps.fraction_y, x = taps.fraction_x;
+  const T y = blend.y, x = blend.x;
   return {sum,
           {(T(1) - x) * (v[2] - v[0]) + x * (v[3] - v[1]),
            (T(1) - y) * (v[1] - v[0]) + y * (v[3] - v[2])}};
@@ -193,16 +237,16 @@ TORCHKILN_HD T weight_of(const Args& args, Query query, i32 sample, Softmax<T> s
 template <class T, class Place>
 TORCHKILN_HD void write_places(const Args& args, Query query, i32 sample, i32 level, Level size,
                                Position<T> gradient) {
-  const i64 at = (query.first + sample) * 2;
+  const i64 at = query.first + sample;
   if (args.positions != 0) {
-    static_cast<T*>(args.grad_places)[at] = gradient.x;
-    static_cast<T*>(args.grad_places)[at + 1] = gradient.y;
+    static_cast<Pair<T>*>(args.grad_places)[at] = {gradient.x, gradient.y};
     return;
   }
   const Position<T> scale = scale_of<T, Place>(args, query, level, size);
-  Place* to = static_cast<Place*>(args.grad_places) + at;
-  store(to[0], gradient.x * scale.x);
-  store(to[1], gradient.y * scale.y);
+  Pair<Place> result;
+  store(result.x, gradient.x * scale.x);
+  store(result.y, gradient.y * scale.y);
+  static_cast<Pair<Place>*>(args.grad_places)[at] = result;
 }
 
 }  // namespace torchkiln::multi_scale_deformable_attention

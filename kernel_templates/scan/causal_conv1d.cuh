@@ -120,46 +120,135 @@ __global__ void __launch_bounds__(kBlockSize) forward_rows(const Args args) {
   }
 }
 
-// A block takes one channel of one slab. length is a multiple of kVector. Grid: channels, slabs.
-template <class Scalar, int kWidth, bool kSequences, int kVector, int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize) backward_rows(const Args args) {
+// A tile: what the lanes of a warp read of a row at once, kVector neighbouring positions each.
+template <class Scalar, int kVector>
+struct Tile {
   using T = Acc<Scalar>;
-  constexpr int kBefore = kHalo<kWidth, kVector>, kAhead = kBefore + kVector;
-  constexpr int kReach = kWidth - 1;
-  __shared__ T shared[kBlockSize / kWarpSize];
-  const i64 channel = blockIdx.x;
-  const Filter<Scalar, kWidth> filter(args, channel);
-  const i64 vectors = args.length / kVector, total = args.batch * vectors;
-  const i64 slab = (total + args.slabs - 1) / args.slabs;
-  const i64 begin = blockIdx.y * slab, end = min_of(total, begin + slab);
-  T sums[kWidth + 1];
-#pragma unroll
-  for (int j = 0; j <= kWidth; ++j) sums[j] = T(0);
-#pragma unroll 1
-  for (i64 v = begin + threadIdx.x; v < end; v += kBlockSize) {
-    const i64 batch = quotient(v, vectors);
-    const i64 first = (v - batch * vectors) * kVector;
-    const Line<Scalar> line(args, batch, channel);
-    const Window<Scalar, kWidth, kVector, kBefore + kAhead, kSequences> window(line,
-                                                                               first - kBefore);
-    const Scalar* grad_out = static_cast<const Scalar*>(args.grad_out) +
-                             batch * args.grad_strides.batch + channel * args.grad_strides.channel +
-                             first;
-    T grad[kAhead];  // of the weighted sums
-#pragma unroll
-    for (int p = 0; p < kAhead; p += kVector) {
-      Pack<Scalar, kVector> pack;
-      const bool is_inside = first + p < args.length;
-      if (is_inside) pack = load_pack<kVector>(grad_out + p);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        const int at = p + i;
-        grad[at] = T(0);
-        if (at < kVector + kReach && is_inside && window.exists(kBefore + at)) {
-          grad[at] = slope_times<T>(load(pack.at[i]), filter.sum(window, kBefore + at), args.silu);
-        }
-      }
+  static constexpr int kSpan = kWarpSize * kVector;
+  T at[kVector];
+
+  // This lane's positions, from `first` on, of x; they lie wholly before the start, inside, or behind the end.
+  __device__ __forceinline__ void load_x(const Line<Scalar>& line, i64 first, int reach) {
+    if (first >= 0 && first < line.length) {
+      fill(line.x + first);
+      return;
     }
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const i64 position = first + i;
+      const bool given = line.initial != nullptr && position < 0 && position >= -reach;
+      at[i] = given ? load(line.initial[position]) : T(0);
+    }
+  }
+  __device__ __forceinline__ void load_gradient(const Scalar* row, i64 first, i64 length) {
+    if (first < length) {
+      fill(row + first);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) at[i] = T(0);
+  }
+
+ private:
+  __device__ __forceinline__ void fill(const Scalar* from) {
+    const auto pack = load_pack<kVector>(from);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) at[i] = load(pack.at[i]);
+  }
+};
+
+// Element `offset`, counted from this lane's first one, of a tile and the `other` one, which lies before or behind it.
+// Every lane must call.
+template <int kVector, class AnyTile>
+__device__ __forceinline__ typename AnyTile::T neighbour(const AnyTile& other, const AnyTile& own,
+                                                         int offset) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int at = (offset + 32 * kVector) % kVector, lanes = (offset - at) / kVector;
+  // Who is asked from beyond an end of the tile answers for the other tile.
+  const bool wraps = lanes < 0 ? lane >= kWarpSize + lanes : lane < lanes;
+  return __shfl_sync(0xffffffffu, wraps ? other.at[at] : own.at[at],
+                     (lane + lanes + kWarpSize) % kWarpSize);
+}
+
+// The sequences of positions from `first` on.
+template <int kCount, bool kSequences>
+struct Sequences {
+  int at[kSequences ? kCount : 1];
+
+  template <class AnyLine>
+  __device__ __forceinline__ Sequences(const AnyLine& line, i64 first) {
+    if constexpr (kSequences) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) at[i] = line.sequence(first + i);
+    }
+  }
+  __device__ __forceinline__ bool joined(int from, int to) const {
+    if constexpr (kSequences) return at[from] == at[to];
+    return true;
+  }
+  __device__ __forceinline__ bool exists(int i) const {
+    if constexpr (kSequences) return at[i] >= 0;
+    return true;
+  }
+};
+
+// A segment of a row, kTiles tiles, from its end to its start: what comes behind is known when a tile's turn has come.
+// Writes the gradient of x, adds to `sums`. Every lane of the warp must call.
+template <class Scalar, int kWidth, bool kSequences, int kVector, int kTiles>
+__device__ __forceinline__ void backward_segment(const Args& args, const Line<Scalar>& line,
+                                                 const Filter<Scalar, kWidth>& filter,
+                                                 const Scalar* grad_out, Scalar* out, i64 segment,
+                                                 Acc<Scalar>* sums) {
+  using T = Acc<Scalar>;
+  using AnyTile = Tile<Scalar, kVector>;
+  constexpr int kReach = kWidth - 1, kSpan = AnyTile::kSpan;
+  const i64 begin = segment * kTiles * kSpan + i64(threadIdx.x % kWarpSize) * kVector;
+  const i64 left = line.length - segment * kTiles * kSpan;
+  const int tiles = left > kTiles * kSpan ? kTiles : int((left + kSpan - 1) / kSpan);
+  // The tile behind the segment is there for its first gradients only.
+  const int last = left > kTiles * kSpan ? tiles : tiles - 1;
+  const bool counts = last < tiles || i32(threadIdx.x % kWarpSize) * kVector < kReach;
+  const i64 first_of_last = counts ? begin + last * kSpan : line.length;
+  AnyTile x, before, coming, after = {};
+  x.load_x(line, first_of_last, kReach);
+  before.load_x(line, begin + (last - 1) * kSpan, kReach);
+  coming.load_gradient(grad_out, first_of_last, line.length);
+#pragma unroll 1
+  for (int tile = last; tile >= 0; --tile) {
+    const i64 first = begin + tile * kSpan;
+    const AnyTile given = coming;
+    AnyTile next = before;
+    if (tile > 0) {
+      next.load_x(line, first - 2 * kSpan, kReach);
+      coming.load_gradient(grad_out, first - kSpan, line.length);
+    }
+    const Sequences<2 * kReach + kVector, kSequences> sequences(line, first - kReach);
+    T window[kReach + kVector];
+#pragma unroll
+    for (int i = 0; i < kReach + kVector; ++i) {
+      window[i] = i < kReach ? neighbour<kVector>(before, x, i - kReach) : x.at[i - kReach];
+    }
+    AnyTile grad;  // of the weighted sums
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      T sum = filter.bias;
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        if (sequences.joined(i + j, i + kReach)) sum += filter.weight[j] * window[i + j];
+      }
+      // Behind the end, 0 is given.
+      grad.at[i] = slope_times<T>(given.at[i], sum, args.silu != 0);
+      if (!sequences.exists(i + kReach)) grad.at[i] = T(0);
+    }
+    T ahead[kVector + kReach];
+#pragma unroll
+    for (int i = 0; i < kVector + kReach; ++i) {
+      ahead[i] = i < kVector ? grad.at[i] : neighbour<kVector>(after, grad, i);
+    }
+    after = grad;
+    x = before;
+    before = next;
+    if (tile == tiles) continue;
     Pack<Scalar, kVector> result;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -167,19 +256,42 @@ __global__ void __launch_bounds__(kBlockSize) backward_rows(const Args args) {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
         const int to = i + kReach - j;
-        if (window.joined(kBefore + i, kBefore + to)) sum += filter.weight[j] * grad[to];
+        if (sequences.joined(i + kReach, to + kReach)) sum += filter.weight[j] * ahead[to];
+        if (sequences.joined(i + j, i + kReach)) sums[j] += grad.at[i] * window[i + j];
       }
+      sums[kWidth] += grad.at[i];
       store(result.at[i], sum);
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        const int from = kBefore + i - kReach + j;
-        if (window.joined(from, kBefore + i)) sums[j] += grad[i] * window.x[from];
-      }
-      sums[kWidth] += grad[i];
     }
-    store_pack<kVector>(static_cast<Scalar*>(args.out) + batch * args.out_strides.batch +
-                            channel * args.out_strides.channel + first,
-                        result);
+    if (first < line.length) store_pack<kVector>(out + first, result);
+  }
+}
+
+// A block takes one channel of one slab, a warp a segment at a time. length is a multiple of kVector. Grid: channels,
+// slabs.
+template <class Scalar, int kWidth, bool kSequences, int kVector, int kBlockSize, int kTiles>
+__global__ void __launch_bounds__(kBlockSize) backward_rows(const Args args) {
+  using T = Acc<Scalar>;
+  constexpr int kSpan = kTiles * Tile<Scalar, kVector>::kSpan;
+  __shared__ T shared[kBlockSize / kWarpSize];
+  const i64 channel = blockIdx.x;
+  const Filter<Scalar, kWidth> filter(args, channel);
+  const i64 segments = (args.length + kSpan - 1) / kSpan, total = args.batch * segments;
+  const i64 slab = (total + args.slabs - 1) / args.slabs;
+  const i64 begin = blockIdx.y * slab, end = min_of(total, begin + slab);
+  T sums[kWidth + 1];
+#pragma unroll
+  for (int j = 0; j <= kWidth; ++j) sums[j] = T(0);
+#pragma unroll 1
+  for (i64 s = begin + threadIdx.x / kWarpSize; s < end; s += kBlockSize / kWarpSize) {
+    const i64 batch = quotient(s, segments);
+    const Line<Scalar> line(args, batch, channel);
+    backward_segment<Scalar, kWidth, kSequences, kVector, kTiles>(
+        args, line, filter,
+        static_cast<const Scalar*>(args.grad_out) + batch * args.grad_strides.batch +
+            channel * args.grad_strides.channel,
+        static_cast<Scalar*>(args.out) + batch * args.out_strides.batch +
+            channel * args.out_strides.channel,
+        s - batch * segments, sums);
   }
   T* partials =
       static_cast<T*>(args.partials) + (i64(blockIdx.y) * args.channels + channel) * (kWidth + 1);
@@ -300,64 +412,155 @@ struct Sums {
   T at[kWidth + 1][kVector];
 };
 
-// kSteps positions from `first` on: writes the gradient of x, adds to the sums. What lies ahead is read for its own
-// gradients only.
+// What a thread of `backward_columns` knows of kCount positions in a row, kVector channels each.
+template <class T, int kCount, int kVector>
+struct Walk {
+  T x[kCount][kVector], grad[kCount][kVector];  // grad: of the weighted sums
+
+  // The last kKept positions become the first.
+  template <int kKept>
+  __device__ __forceinline__ void move() {
+#pragma unroll
+    for (int c = 0; c < kKept; ++c) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        x[c][i] = x[kCount - kKept + c][i];
+        grad[c][i] = grad[kCount - kKept + c][i];
+      }
+    }
+  }
+};
+
+// Reads kChunk positions of x and of the gradient of the output, one after the other; 0 behind the end.
+template <class Scalar, int kVector, int kChunk>
+struct Chunk {
+  Pack<Scalar, kVector> x[kChunk], grad[kChunk];
+
+  // left: positions before the end. The pointers move on.
+  __device__ __forceinline__ void load(const Scalar*& from_x, i64 x_stride,
+                                       const Scalar*& from_grad, i64 grad_stride, int left) {
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) {
+      x[c] = grad[c] = {};
+      if (c < left) {
+        x[c] = load_pack<kVector>(from_x);
+        grad[c] = load_pack<kVector>(from_grad);
+      }
+      from_x += x_stride;
+      from_grad += grad_stride;
+    }
+  }
+};
+
+// A tile of backward_columns: `steps` positions from `first` on.
+template <class Scalar, int kWidth, bool kSequences, int kVector>
+struct ColumnsTile {
+  using T = Acc<Scalar>;
+  static constexpr int kReach = kWidth - 1, kChunk = 4, kCount = kReach + kChunk;
+  Walk<T, kCount, kVector> walk;
+  Scalar* out;  // of position n - kReach
+  i64 out_stride;
+  int n, steps;
+
+  // Goes on by kMoved positions, whose own gradients count for the sums with kOwn.
+  template <bool kOwn, int kMoved>
+  __device__ __forceinline__ void step(const Args& args, const Line<Scalar>& line, i64 first,
+                                       const Filters<Scalar, kWidth, kVector>& filters,
+                                       const Chunk<Scalar, kVector, kChunk>& given,
+                                       Sums<T, kWidth, kVector>& sums) {
+    const Sequences<kCount, kSequences> sequences(line, first + n - kReach);
+#pragma unroll
+    for (int c = 0; c < kMoved; ++c) {
+      Pack<Scalar, kVector> result;
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        walk.x[kReach + c][i] = load(given.x[c].at[i]);
+        T sum = filters.bias[i];
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+          if (sequences.joined(c + j, c + kReach)) sum += filters.weight[j][i] * walk.x[c + j][i];
+        }
+        T grad = slope_times<T>(load(given.grad[c].at[i]), sum, args.silu != 0);
+        if (!sequences.exists(kReach + c)) grad = T(0);
+        walk.grad[kReach + c][i] = grad;
+        T of_x = T(0);
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+          if (kOwn && sequences.joined(c + j, c + kReach)) {
+            sums.at[j][i] += grad * walk.x[c + j][i];
+          }
+          // Position n + c - kReach counted for the one kReach - j further on.
+          if (sequences.joined(c, c + kReach - j)) {
+            of_x += filters.weight[j][i] * walk.grad[c + kReach - j][i];
+          }
+        }
+        if (kOwn) sums.at[kWidth][i] += grad;
+        store(result.at[i], of_x);
+      }
+      if (u32(n + c - kReach) < u32(steps)) store_pack<kVector>(out, result);
+      out += out_stride;
+    }
+    walk.template move<kReach>();
+    n += kMoved;
+  }
+};
+
+// kSteps positions from `first` on, a chunk at a time, the next one under way: writes the gradient of x, adds to the
+// sums. What lies ahead is read for its own gradients only.
 template <class Scalar, int kWidth, bool kSequences, int kVector, int kSteps>
 __device__ __forceinline__ void backward_tile(const Args& args,
                                               const Filters<Scalar, kWidth, kVector>& filters,
                                               i64 batch, i64 channel, i64 first,
                                               Sums<Acc<Scalar>, kWidth, kVector>& sums) {
-  using T = Acc<Scalar>;
-  constexpr int kReach = kWidth - 1;
+  using AnyTile = ColumnsTile<Scalar, kWidth, kSequences, kVector>;
+  constexpr int kReach = AnyTile::kReach, kChunk = AnyTile::kChunk;
+  static_assert(kSteps % kChunk == 0);
   const Line<Scalar> line(args, batch, channel);
-  const Scalar* grad_out =
-      static_cast<const Scalar*>(args.grad_out) + batch * args.grad_strides.batch + channel;
-  Scalar* out = static_cast<Scalar*>(args.out) + batch * args.out_strides.batch + channel;
-  Trail<Scalar, kWidth, kVector, kSequences> trail;
-  T grad[kWidth][kVector];  // of the last weighted sums
+  const Scalar* x = line.x + first * line.stride;
+  const Scalar* grad_out = static_cast<const Scalar*>(args.grad_out) +
+                           batch * args.grad_strides.batch + channel +
+                           first * args.grad_strides.length;
+  // Positions that are read; those behind have no gradient.
+  const int end = int(min_of(i64(kSteps + kReach), args.length - first));
+  AnyTile tile = {};
+  tile.steps = min_of(end, kSteps);
+  tile.out_stride = args.out_strides.length;
+  tile.out = static_cast<Scalar*>(args.out) + batch * args.out_strides.batch + channel +
+             (first - kReach) * tile.out_stride;
+  Chunk<Scalar, kVector, kChunk> coming;
+  coming.load(x, line.stride, grad_out, args.grad_strides.length, end);
 #pragma unroll
-  for (int j = 0; j < kWidth; ++j) {
-    if (j > 0) trail.push(args, line, first - kWidth + j);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) grad[j][i] = T(0);
+  for (int c = 0; c < kReach; ++c) {
+    load_channels<Scalar, kWidth, kVector>(args, line, first - kReach + c, tile.walk.x[c]);
   }
-  const i64 last = min_of(args.length, first + kSteps);
 #pragma unroll 1
-  for (i64 k = first; k < last + kReach; ++k) {
-    trail.push(args, line, k);
-    Pack<Scalar, kVector> pack;
-    const bool is_inside = k < args.length;
-    if (is_inside) pack = load_pack<kVector>(grad_out + k * args.grad_strides.length);
-    Pack<Scalar, kVector> result;
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-#pragma unroll
-      for (int j = 0; j < kReach; ++j) grad[j][i] = grad[j + 1][i];
-      grad[kReach][i] = is_inside && trail.exists()
-                            ? slope_times<T>(load(pack.at[i]), filters.sum(trail, i), args.silu)
-                            : T(0);
-      T sum = T(0);
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        // Position k - kReach stands at 0 of the trail, and counted for position k - j.
-        bool joined = true;
-        if constexpr (kSequences) joined = trail.sequence[0] == trail.sequence[kReach - j];
-        if (joined) sum += filters.weight[j][i] * grad[kReach - j][i];
-        if (k < last && trail.joined(j)) sums.at[j][i] += grad[kReach][i] * trail.x[j][i];
+  while (tile.n < tile.steps) {
+    const Chunk<Scalar, kVector, kChunk> own = coming;
+    coming.load(x, line.stride, grad_out, args.grad_strides.length, end - tile.n - kChunk);
+    tile.template step<true, kChunk>(args, line, first, filters, own, sums);
+  }
+  if constexpr (kReach > 0) {
+    constexpr int kMoved = kReach < kChunk ? kReach : kChunk;
+#pragma unroll 1
+    for (int c = 0; c < kReach; c += kMoved) {
+      const Chunk<Scalar, kVector, kChunk> own = coming;
+      if (kMoved == kChunk) {
+        coming.load(x, line.stride, grad_out, args.grad_strides.length, end - tile.n - kChunk);
       }
-      if (k < last) sums.at[kWidth][i] += grad[kReach][i];
-      store(result.at[i], sum);
-    }
-    if (k - kReach >= first) {
-      store_pack<kVector>(out + (k - kReach) * args.out_strides.length, result);
+      tile.template step<false, kMoved>(args, line, first, filters, own, sums);
     }
   }
 }
 
+// Warps of a multiprocessor that there should be registers for; chunks of wide types need more of them.
+template <class Scalar>
+constexpr int kColumnWarps = sizeof(Scalar) == 2 ? 24 : (sizeof(Scalar) == 4 ? 16 : 8);
+
 // Lanes stand on neighbouring channels, the kSegments warps of a block on tiles of its slab. channels is a multiple of
 // kVector. Grid: groups of 32 * kVector channels, slabs.
 template <class Scalar, int kWidth, bool kSequences, int kVector, int kSegments, int kSteps>
-__global__ void __launch_bounds__(kSegments* kWarpSize) backward_columns(const Args args) {
+__global__ void __launch_bounds__(kSegments* kWarpSize, kColumnWarps<Scalar> / kSegments)
+    backward_columns(const Args args) {
   using T = Acc<Scalar>;
   __shared__ T shared[kSegments][kVector][kWarpSize];
   const int lane = threadIdx.x % kWarpSize, segment = threadIdx.x / kWarpSize;
@@ -399,17 +602,24 @@ __global__ void __launch_bounds__(kSegments* kWarpSize) backward_columns(const A
 
 // ---- what remains ----
 
-// One thread adds the slabs of one weight or bias. Grid: one-dimensional.
+// The warps of a block share the slabs of 32 weights and biases, a lane each. Grid: one-dimensional.
 template <class Scalar, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) finish(const Args args) {
   using T = Acc<Scalar>;
+  constexpr int kWarps = kBlockSize / kWarpSize;
+  __shared__ T shared[kWarps][kWarpSize];
   const i64 columns = args.width + 1, count = args.channels * columns;
-  const i64 at = i64(blockIdx.x) * kBlockSize + threadIdx.x;
-  if (at >= count) return;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const i64 at = i64(blockIdx.x) * kWarpSize + lane;
   const T* partials = static_cast<const T*>(args.partials);
   T sum = T(0);
 #pragma unroll 4
-  for (i64 s = 0; s < args.slabs; ++s) sum += partials[s * count + at];
+  for (i64 s = warp; s < args.slabs && at < count; s += kWarps) sum += partials[s * count + at];
+  shared[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0 || at >= count) return;
+#pragma unroll 1
+  for (int w = 1; w < kWarps; ++w) sum += shared[w][lane];
   const i64 channel = at / columns, j = at - channel * columns;
   if (j < args.width) {
     store_either<Scalar>(args.grad_weight, args.weight_is_float != 0, channel * args.width + j,

@@ -74,7 +74,9 @@ struct Line {
 // dy times the slope of the activation where the weighted sum was `sum`.
 template <class T>
 TORCHKILN_HD T slope_times(T grad, T sum, bool silu) {
-  return silu ? grad * silu_slope(sum) : grad;
+  // No branch around it: where it is unknown until run time, one for each position costs more than the slope.
+  const T slope = silu_slope(sum);
+  return grad * (silu ? slope : T(1));
 }
 
 // The gradient of the sum at one position, from the inputs themselves: for the few that vectors do not reach.

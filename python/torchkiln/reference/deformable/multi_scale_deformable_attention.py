@@ -153,6 +153,7 @@ def parities() -> list[Parity]:
             ("value", "sampling_locations", "attention_weights"),
             lambda arguments: arguments,
             _fuzz,
+            Case("each_pixel", lambda new: _arguments(new, **_EACH_PIXEL)),
         ),
         _parity(
             "multi_scale_deformable_attention_fused",
@@ -161,12 +162,21 @@ def parities() -> list[Parity]:
             lambda draw: _fused(_fuzz(draw), draw.option("references", 2, 4)),
             Case("boxes", lambda new: _fused(_arguments(new), 4)),
             Case("boxes_many_points", lambda new: _fused(_arguments(new, **_MANY), 4)),
+            Case("each_pixel", lambda new: _fused(_arguments(new, **_EACH_PIXEL))),
         ),
     ]
 
 
 _Change = Callable[[dict[str, Any]], dict[str, Any]]
 _LEVELS = ((7, 9), (4, 5), (2, 3))
+# A query for each pixel, and levels that are larger than what sums meet in.
+_EACH_PIXEL: dict[str, Any] = {
+    "levels": ((5, 61), (4, 5)),
+    "queries": 325,
+    "images": 1,
+    "heads": 2,
+    "channels": 12,
+}
 _MANY: dict[str, Any] = {"levels": ((3, 4), (5, 2)), "points": 11, "queries": 3}
 
 
