@@ -168,6 +168,12 @@ def _edges(new: Inputs) -> dict[str, Any]:
     return {**arguments, "sampling_location": location.expand(2, -1, -1, -1, -1).clone()}
 
 
+def _one_place(new: Inputs) -> dict[str, Any]:
+    """More samples in one place than a block sorts in shared memory."""
+    arguments = _arguments(new, 8, 300, 1, 2, 1, sizes=[(5, 6)])
+    return {**arguments, "sampling_location": torch.full((2, 8, 300, 1, 2), 0.40625).double()}
+
+
 def _nobody_sees(new: Inputs) -> dict[str, Any]:
     arguments = _arguments(new)
     return {**arguments, "sampling_location": arguments["sampling_location"] + 2}
@@ -192,6 +198,9 @@ def parity() -> Parity:
                 "many_points",
                 lambda new: _arguments(new, 2, 150, 2, 40, 1, softmax=True, sizes=[(5, 7)] * 3),
             ),
+            # More samples around a pixel than a block of the maps' gradient keeps for itself.
+            Case("crowded", lambda new: _arguments(new, 8, 150, 2, 8, 1, sizes=[(3, 4), (2, 3)])),
+            Case("one_place", _one_place),
             Case("wide", lambda new: _arguments(new, 3, 4, 2, 264, 3, form="channels_last")),
             Case("wide_output", lambda new: _arguments(new, output_dtype=torch.float32)),
             Case("a_group_a_channel", lambda new: _arguments(new, channels=6, groups=6)),
