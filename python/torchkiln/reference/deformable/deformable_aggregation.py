@@ -109,16 +109,17 @@ def _arrange(
     **options: Any,
 ) -> dict[str, Any]:
     """The rows of all cameras, in the form that is tried: they are differentiated as one tensor."""
+    from torchkiln.ops.deformable.deformable_aggregation import indices_of
+
     cameras = sampling_location.shape[3] if sampling_location.dim() == 5 else 1
     points = {"sampling_location": sampling_location, "weights": weights}
     if not all(isinstance(size, tuple) and min(size) > 0 for size in sizes):
         raise ValueError(f"{_OP}: sizes must be heights and widths; got {sizes}")
     areas = [height * width for height, width in sizes]
     if form == "one":
-        shapes = torch.tensor([list(sizes)] * cameras, dtype=torch.int64, device=features.device)
-        starts = torch.tensor(areas * cameras, dtype=torch.int64, device=features.device)
-        starts = (starts.cumsum(0) - starts).reshape(cameras, -1)
-        own = {"spatial_shape": shapes.reshape(cameras, -1, 2), "scale_start_index": starts}
+        # Cached, as for users: a graph that is captured makes no tensors of lists.
+        shapes, starts = indices_of((tuple(sizes),) * cameras, features.device)
+        own = {"spatial_shape": shapes, "scale_start_index": starts}
         return {"feature_maps": features, **points, **own, **options}
     if features.dim() != 3 or features.shape[1] != cameras * sum(areas):
         raise ValueError(f"{_OP}: features must have the rows of all maps; got {features.shape}")
