@@ -14,25 +14,28 @@ constexpr i32 kMostLevels = 32;  // levels in one tensor
 constexpr i64 kMostChannels = 2048;
 
 struct Args {
-  const void* maps[kMostMaps];     // (bs, rows, C) in maps[0]; or (bs, M, h, w, C) of each level
-  void* gradients[kMostMaps];      // as maps; sums of floats for `points`
-  const void* shapes;              // (M, L, 2) h and w in maps[0]; null for levels one by one
-  const void* starts;              // (M, L) first row of a map
-  const void* locations;           // (bs, Q, P, M, 2) x and y, from 0 to 1 in the image
-  const void* weights;             // a row of G for each query, point, camera and level
-  void* normalizer;                // (bs, Q, 2, G): see `normalized`; null where weights are final
-  void* output;                    // (bs, Q, C)
-  const void* grad_output;         // (bs, Q, C)
-  void* grad_locations;            // as locations
-  void* grad_weights;              // as weights
-  void* seen;                      // (bs, M, Q * P) samples that a camera sees, in order
-  i32* seen_counts;                // (bs, M)
-  i32 h[kMostMaps], w[kMostMaps];  // of levels that are given one by one
-  i64 wide_indices;                // shapes and starts are 64 bits wide, else 32
+  const void* maps[kMostMaps];  // (bs, rows, C) in maps[0]; or (bs, M, h, w, C) of each level
+  void* gradients[kMostMaps];   // as maps; sums of floats for `points`
+  const void* shapes;           // (M, L, 2) h and w in maps[0]; null for levels one by one
+  const void* starts;           // (M, L) first row of a map
+  const void* locations;        // (bs, Q, P, M, 2) x and y, from 0 to 1 in the image
+  const void* weights;          // a row of G for each query, point, camera and level
+  void* normalizer;             // (bs, Q, 2, G): see `normalized`; null where weights are final
+  void* output;                 // (bs, Q, C)
+  const void* grad_output;      // (bs, Q, C)
+  void* grad_locations;         // as locations
+  void* grad_weights;           // as weights
+  i32* ends;                    // (bs, M, grid, grid) how many samples lie up to the end of a bin
+  i32* samples;                 // (bs, M, Q * P) query * P + point that a camera sees, by bins
+  i32* crowds;                  // how many blocks of `gather` leave their rows to `gather_crowds`
+  i32* crowded;                 // their numbers
+  i32 h[kMostMaps], w[kMostMaps];                 // of levels that are given one by one
+  i64 wide_indices;                               // shapes and starts are 64 bits wide, else 32
   i64 location_type, output_type, gradient_type;  // FloatType
   i64 rows;                                       // of an image in maps[0]
   i64 batch, queries, points, cameras, levels, channels, groups;
   i64 point_stride, camera_stride, level_stride;  // of weights, inside of a query
+  i64 grid;                                       // bins on a side of an image
 };
 
 // One level of one camera of one image: `first` is a row of maps[source]. Without pixels, h is 0.
@@ -172,23 +175,62 @@ TORCHKILN_HD Normalizer<T> normalizer_of(const Args& args, i64 query, i32 group)
   return {row[group], row[args.groups + group], true};
 }
 
-// A sample that a camera sees.
+// ---- gradient of maps ----
+
+// Samples that a camera sees are listed by bins, grid x grid cells of its image: rows of bins one after the other.
+TORCHKILN_HD i64 list_of(const Args& args, i64 image, i32 camera) {
+  return image * args.cameras + camera;
+}
+
 template <class T>
-struct Seen {
-  T x, y;
-  i32 sample;  // query * points + point
+TORCHKILN_HD i32 bin_of(const Args& args, T x, T y) {
+  const i32 grid = i32(args.grid);
+  const i32 row = min_of(i32(y * T(grid)), grid - 1), column = min_of(i32(x * T(grid)), grid - 1);
+  return row * grid + column;
+}
+
+struct Bins {
+  i32 first, last;
 };
 
-// A sample that touches a block of the gradient: its pixels as rows of the block, -1 for others.
+// Along one side of a map, `size` pixels long, all bins with samples that may touch the pixels [first, last]: these lie
+// less than a pixel from them. The margin is wider than any error of rounding.
+TORCHKILN_HD_CALLED Bins bins_of(const Args& args, i32 first, i32 last, i32 size) {
+  constexpr float kMargin = 0.0625f;
+  const float bins = float(args.grid) / float(size);
+  const float begin = (float(first) - 0.5f) * bins - kMargin;
+  const float end = (float(last) + 1.5f) * bins + kMargin;
+  return {i32(max_of(begin, 0.0f)), i32(min_of(end, float(args.grid - 1)))};
+}
+
+// A sample on a map: the pixel above and to the left of it, which may lie just outside, and how far it lies from there.
 template <class T>
-struct Touch {
-  short rows[4];
+struct alignas(8) Touch {
+  i32 top, left;
   T down, right;
-  i32 query, weight;
+  i32 query;   // of the image
+  i32 weight;  // where the row of weights begins, inside of the query
+
+  // Its share of a pixel; -1 where it does not touch it.
+  TORCHKILN_HD T share(i32 y, i32 x) const {
+    const i32 below = y - top, beside = x - left;
+    if (u32(below) > 1u || u32(beside) > 1u) return T(-1);
+    return (below ? down : T(1) - down) * (beside ? right : T(1) - right);
+  }
 };
 
-// How much of maps one block of the gradient owns: rows [first, first + rows) of one source of an image. There are fewer
-// than 2^31 rows in all.
+template <class T>
+TORCHKILN_HD Touch<T> touch_of(i32 h, i32 w, T x, T y) {
+  const T down = y * T(h) - T(0.5), right = x * T(w) - T(0.5);
+  const T top = floor_of(down), left = floor_of(right);
+  return {i32(top), i32(left), down - top, right - left, 0, 0};
+}
+
+constexpr i32 kRunRows = 32;          // that a block of `gather` owns
+constexpr i32 kMostCandidates = 512;  // samples that may touch these, else they are crowded
+
+// How much of maps one block owns: rows [first, first + rows) of one source of an image. There are fewer than 2^31 rows in
+// all.
 struct Run {
   i32 source, image, first, rows;
 };
@@ -201,7 +243,8 @@ TORCHKILN_HD i32 sources_of(const Args& args) {
 }
 
 // The run of a number that may be too large: its image is then beyond the last.
-TORCHKILN_HD Run run_at(const Args& args, i32 at, i32 rows) {
+TORCHKILN_HD Run run_at(const Args& args, i32 at) {
+  constexpr i32 rows = kRunRows;
   const i32 sources = sources_of(args);
   i32 runs = 0;
   for (i32 source = 0; source < sources; ++source)

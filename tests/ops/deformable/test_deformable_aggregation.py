@@ -52,6 +52,13 @@ class TestDeformableAggregation(OpSuite):
             r"got \(1, 5, 3, 3, 2\)$",
         ),
         Failure(
+            "no_images",
+            {"features": lambda features: features[:0]},
+            ValueError,
+            rf"^{_OP}: sampling_location must have shape \(0, 5, 3, 3, 2\); "
+            r"got \(2, 5, 3, 3, 2\)$",
+        ),
+        Failure(
             "other_axes",
             {"weights_order": "mlpg"},
             ValueError,

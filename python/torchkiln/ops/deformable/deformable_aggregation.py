@@ -239,7 +239,8 @@ def deformable_aggregation(
     require_choice("deformable_aggregation", "weights_order", weights_order, _ORDERS)
     in_one = isinstance(feature_maps, Tensor)
     maps: Any = feature_maps if in_one else list(feature_maps)
-    dtype = feature_maps[0].dtype if in_one or maps else None
+    first = maps if in_one else next(iter(maps), None)
+    dtype = None if first is None else first.dtype
     if output_dtype is not None and output_dtype not in (dtype, torch.float32):
         raise ValueError(
             "deformable_aggregation: output_dtype must be the dtype of feature_maps or float32; "
@@ -337,7 +338,7 @@ def _make_indices(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
         return shapes.reshape(len(sizes), levels, 2), first.reshape(len(sizes), levels)
 
 
-def _indices_of(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
+def indices_of(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
     """Shapes and first rows of the maps, cached where they are real numbers and real tensors."""
     plain = all(type(side) is int for camera in sizes for level in camera for side in level)
     if (
@@ -418,7 +419,7 @@ def feature_maps_format(feature_maps: Sequence[Any], inverse: bool = False) -> l
         for levels in groups
     ]
     features = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
-    return [features, *_indices_of(sizes, first.device)]
+    return [features, *indices_of(sizes, first.device)]
 
 
 def _check_levels(levels: Levels, others: Levels) -> None:

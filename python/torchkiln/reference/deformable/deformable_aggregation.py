@@ -109,16 +109,17 @@ def _arrange(
     **options: Any,
 ) -> dict[str, Any]:
     """The rows of all cameras, in the form that is tried: they are differentiated as one tensor."""
+    from torchkiln.ops.deformable.deformable_aggregation import indices_of
+
     cameras = sampling_location.shape[3] if sampling_location.dim() == 5 else 1
     points = {"sampling_location": sampling_location, "weights": weights}
     if not all(isinstance(size, tuple) and min(size) > 0 for size in sizes):
         raise ValueError(f"{_OP}: sizes must be heights and widths; got {sizes}")
     areas = [height * width for height, width in sizes]
     if form == "one":
-        shapes = torch.tensor([list(sizes)] * cameras, dtype=torch.int64, device=features.device)
-        starts = torch.tensor(areas * cameras, dtype=torch.int64, device=features.device)
-        starts = (starts.cumsum(0) - starts).reshape(cameras, -1)
-        own = {"spatial_shape": shapes.reshape(cameras, -1, 2), "scale_start_index": starts}
+        # Cached, as for users: a graph that is captured makes no tensors of lists.
+        shapes, starts = indices_of((tuple(sizes),) * cameras, features.device)
+        own = {"spatial_shape": shapes, "scale_start_index": starts}
         return {"feature_maps": features, **points, **own, **options}
     if features.dim() != 3 or features.shape[1] != cameras * sum(areas):
         raise ValueError(f"{_OP}: features must have the rows of all maps; got {features.shape}")
@@ -168,6 +169,12 @@ def _edges(new: Inputs) -> dict[str, Any]:
     return {**arguments, "sampling_location": location.expand(2, -1, -1, -1, -1).clone()}
 
 
+def _one_place(new: Inputs) -> dict[str, Any]:
+    """More samples in one place than a block sorts in shared memory."""
+    arguments = _arguments(new, 8, 300, 1, 2, 1, sizes=[(5, 6)])
+    return {**arguments, "sampling_location": torch.full((2, 8, 300, 1, 2), 0.40625).double()}
+
+
 def _nobody_sees(new: Inputs) -> dict[str, Any]:
     arguments = _arguments(new)
     return {**arguments, "sampling_location": arguments["sampling_location"] + 2}
@@ -192,6 +199,9 @@ def parity() -> Parity:
                 "many_points",
                 lambda new: _arguments(new, 2, 150, 2, 40, 1, softmax=True, sizes=[(5, 7)] * 3),
             ),
+            # More samples around a pixel than a block of the maps' gradient keeps for itself.
+            Case("crowded", lambda new: _arguments(new, 8, 150, 2, 8, 1, sizes=[(3, 4), (2, 3)])),
+            Case("one_place", _one_place),
             Case("wide", lambda new: _arguments(new, 3, 4, 2, 264, 3, form="channels_last")),
             Case("wide_output", lambda new: _arguments(new, output_dtype=torch.float32)),
             Case("a_group_a_channel", lambda new: _arguments(new, channels=6, groups=6)),
