@@ -110,7 +110,9 @@ def all_tasks(ops: Sequence[str]) -> list[Task]:
             for layout in workload.layouts
         ]
         for function, name, layout in calls:
-            public = getattr(functions, str(parity.function or function))
+            public = parity.function or function
+            if isinstance(public, str):
+                public = getattr(functions, public)
             known = "deterministic" in inspect.signature(public).parameters
             ways = (True, False) if known else (None,)
             found += [Task(parity.op, function, name, layout, way) for way in ways]

@@ -59,12 +59,20 @@ std::int64_t full_vector(std::int64_t scalar) {
 }
 std::int64_t accumulator_bytes(std::int64_t scalar) { return scalar == TORCHKILN_DOUBLE ? 8 : 4; }
 
+// The same of sums. What lanes add atomically must fill sectors together: with more in a lane, each instruction touches a
+// part of every sector, and the L2 cache takes as long for a part.
+std::int64_t sum_vector(std::int64_t scalar) { return scalar == TORCHKILN_DOUBLE ? 2 : 4; }
+
 template <class AnyStatics>
-bool exists(const AnyStatics& s) {
+bool exists(const AnyStatics& s, std::int64_t vector) {
   const bool places =
       s.place == s.scalar || (s.place == TORCHKILN_FLOAT &&
                               (s.scalar == TORCHKILN_HALF || s.scalar == TORCHKILN_BFLOAT16));
-  return places && (s.vector == 1 || s.vector == full_vector(s.scalar));
+  return places && (s.vector == 1 || s.vector == vector);
+}
+bool reads_exist(const Statics& s) { return exists(s, full_vector(s.scalar)); }
+bool backward_exists(const BackwardStatics& s) {
+  return exists(s, s.scatter != 0 ? sum_vector(s.scalar) : full_vector(s.scalar));
 }
 
 // Which of 4, 8 and 32 lanes: all channels of a query at once, or at most in two turns.
@@ -97,7 +105,7 @@ const Forward forward_kernel({
     .sizes = kSizes,
     .tunables = kQueryTunables,
     .defaults = kQueryDefaults,
-    .valid = &exists<Statics>,
+    .valid = &reads_exist,
     .legal = [](const Forward::Problem& p,
                 const QueryTunables& t) { return table_fits(p.statics.scalar, t, 5); },
     .choose = &lanes_for<Forward::Problem>,
@@ -114,7 +122,7 @@ const Backward backward_kernel({
     .sizes = kSizes,
     .tunables = kQueryTunables,
     .defaults = kQueryDefaults,
-    .valid = &exists<BackwardStatics>,
+    .valid = &backward_exists,
     .legal = [](const Backward::Problem& p,
                 const QueryTunables& t) { return table_fits(p.statics.scalar, t, 8); },
     .choose = &lanes_for<Backward::Problem>,
@@ -146,7 +154,7 @@ const Gather gather_kernel({
     .tunables = {ints("lanes", {4, 8, 16, 32}), ints("pixels", {2, 4, 8}), ints("sets", {1, 2, 4}),
                  ints("block_size", {128, 256})},
     .defaults = {{4, 2, 4, 256}, {8, 4, 4, 256}, {32, 4, 4, 256}},
-    .valid = &exists<Statics>,
+    .valid = &reads_exist,
     // The sums of a thread are in registers; those of all sets but one in shared memory, in the end.
     .legal =
         [](const Gather::Problem& p, const StripTunables& t) {
@@ -166,11 +174,13 @@ const Gather gather_kernel({
 
 Sizes sizes_of(const Args& a) { return {a.b * a.m * a.q, a.d, a.l * a.p, a.s, a.b * a.m}; }
 
-std::int64_t vector_of(const MsdaPlan& p, const void* third) {
-  const std::int64_t full = full_vector(kernel_type(p.value.scalar_type()));
+std::int64_t vector_of(const MsdaPlan& p, const void* third, std::int64_t wanted) {
   const bool aligned =
       aligned_to_16(p.args.value) && aligned_to_16(p.args.output) && aligned_to_16(third);
-  return p.args.d % full == 0 && aligned ? full : 1;
+  return p.args.d % wanted == 0 && aligned ? wanted : 1;
+}
+std::int64_t vector_of(const MsdaPlan& p, const void* third) {
+  return vector_of(p, third, full_vector(kernel_type(p.value.scalar_type())));
 }
 
 Buffer reads_if(std::size_t at, bool there, const Tensor& tensor) {
@@ -228,10 +238,11 @@ Tensor run_gather(const CudaPlace& place, const MsdaPlan& p, const MsdaGradients
 // The gradients of places and weights; and the value's sums, or what `gather` needs.
 void run_queries(const CudaPlace& place, const MsdaPlan& p, const MsdaGradients& g,
                  const Args& args, bool scatter, Buffer sums, Buffer firsts, Buffer shares) {
+  const std::int64_t scalar = kernel_type(p.value.scalar_type());
+  const std::int64_t vector = scatter ? sum_vector(scalar) : full_vector(scalar);
   backward_kernel.run(
       place,
-      {kernel_type(p.value.scalar_type()), kernel_type(p.places.scalar_type()), scatter,
-       vector_of(p, args.grad_value)},
+      {scalar, kernel_type(p.places.scalar_type()), scatter, vector_of(p, args.grad_value, vector)},
       sizes_of(args), args,
       {reads(offsetof(Args, value), p.value), reads(offsetof(Args, shapes), p.shapes),
        reads(offsetof(Args, starts), p.starts),

@@ -201,7 +201,7 @@ std::int64_t tile_blocks(const Sizes& s, const TileTunables& t) {
 }
 
 const Backward backward_kernel({
-    .path = "detection/roi_align.cuh",
+    .path = "detection/roi_align_backward.cuh",
     .entry = "backward",
     .operators = kByTable,
     .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes), ints("pooling", {0, 1}),

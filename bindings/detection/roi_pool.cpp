@@ -163,7 +163,7 @@ const ForwardChannelsLast forward_channels_last_kernel({
 });
 
 const Scatter scatter_kernel({
-    .path = "detection/roi_pool.cuh",
+    .path = "detection/roi_pool_backward.cuh",
     .entry = "scatter",
     .operators = kOperators,
     .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes),
@@ -195,7 +195,7 @@ bool gather_fits(const Gather::Problem& p, const GatherTunables& t) {
 const std::vector<GatherTunables> kGatherDefaults = {{256, 4, 8}, {64, 8, 16}, {32, 8, 8}};
 
 const Gather gather_kernel({
-    .path = "detection/roi_pool.cuh",
+    .path = "detection/roi_pool_backward.cuh",
     .entry = "gather",
     .operators = kOperators,
     .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes),

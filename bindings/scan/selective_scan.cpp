@@ -20,6 +20,7 @@ namespace {
 using selective_scan::Args;
 using selective_scan::BackwardArgs;
 using selective_scan::kCheckpoint;
+using selective_scan::kMaxLength;
 using selective_scan::kMaxStates;
 using selective_scan::SumArgs;
 
@@ -35,7 +36,11 @@ struct Sizes {
   std::int64_t groups, channels;  // groups: of all batches; channels: of one group
   std::int64_t splits, parts;     // parts: tensors that blocks write gradients to, 0 where they add
 };
+// lanes: of a channel; states: of a lane; row_bytes: what the positions of a tile take of a state.
 struct Tunables {
+  std::int64_t warps, lanes, states, row_bytes;
+};
+struct BackwardTunables {
   std::int64_t warps, items;
 };
 struct SumStatics {
@@ -49,62 +54,95 @@ struct BlockSize {
 };
 
 using Forward = Kernel<Args, Statics, Sizes, Tunables>;
-using Backward = Kernel<BackwardArgs, Statics, Sizes, Tunables>;
+using Backward = Kernel<BackwardArgs, Statics, Sizes, BackwardTunables>;
 using Sum = Kernel<SumArgs, SumStatics, SumSizes, BlockSize>;
 
 constexpr std::int64_t kWarp = 32;
 
-// What selective_scan.cuh and selective_scan_backward.cuh lay out in shared memory.
+// Of a block.
+std::int64_t channels_of(const Tunables& t) { return t.warps * kWarp / t.lanes; }
+
+template <class Problem>
+std::int64_t scalar_bytes(const Problem& p) {
+  return p.statics.scalar == TORCHKILN_DOUBLE ? 8 : 4;
+}
 template <class Problem>
 std::int64_t state_bytes(const Problem& p) {
-  return (p.statics.scalar == TORCHKILN_DOUBLE ? 8 : 4) * (p.statics.is_complex ? 2 : 1);
+  return scalar_bytes(p) * (p.statics.is_complex ? 2 : 1);
 }
-template <class Problem>
-std::int64_t tile_numbers(const Problem& p, const Tunables& t) {
-  return 2 * selective_scan::tile_states(p.statics.is_complex != 0) *
-         selective_scan::tile_slots(static_cast<int>(kWarp * t.items));
+std::int64_t panels(const Sizes& sizes, std::int64_t channels) {
+  return sizes.groups * ceil_div(sizes.channels, channels);
 }
+
+// What selective_scan.cuh lays out in shared memory.
 std::int64_t shared_bytes(const Forward::Problem& p, const Tunables& t) {
-  return state_bytes(p) *
-         (tile_numbers(p, t) + t.warps * p.sizes.states * selective_scan::kForwardCarry);
+  const auto number = static_cast<int>(state_bytes(p)), real = static_cast<int>(scalar_bytes(p));
+  const auto tile = static_cast<int>(t.row_bytes) / number;
+  const std::int64_t matrix =
+      selective_scan::matrix_numbers(static_cast<int>(t.warps * kWarp), static_cast<int>(t.lanes),
+                                     static_cast<int>(t.states), tile, number);
+  const std::int64_t rows =
+      channels_of(t) * selective_scan::step_arrays(static_cast<int>(p.statics.method));
+  return 2 * matrix * number + rows * selective_scan::pitch_of(tile, real) * real +
+         selective_scan::kRowsSlack;
 }
-std::int64_t shared_bytes(const Backward::Problem& p, const Tunables& t) {
+bool fits(const Forward::Problem& p, const Tunables& t) {
+  const std::int64_t padded = t.lanes * t.states, states = p.sizes.states;
+  const bool is_close = states <= padded && padded < std::max<std::int64_t>(4 * states, 32);
+  return is_close && t.row_bytes >= 4 * state_bytes(p) &&
+         shared_bytes(p, t) <= p.device.shared_bytes_per_block;
+}
+
+// The fewest lanes that give every multiprocessor enough warps: those of a channel share what is not done for each state.
+const std::vector<Tunables> kForwardDefaults = {{4, 4, 4, 128},  {4, 8, 2, 128}, {4, 16, 1, 256},
+                                                {4, 16, 4, 128}, {4, 4, 1, 256}, {4, 32, 8, 64}};
+constexpr std::int64_t kEnoughWarps = 10;
+
+std::int64_t warps_of(const Sizes& sizes, const Tunables& t) {
+  return ceil_div(sizes.groups * sizes.channels * t.lanes, kWarp);
+}
+std::uint32_t choose_forward(const Forward::Problem& p) {
+  const std::int64_t states = p.sizes.states, enough = kEnoughWarps * p.device.multiprocessors;
+  if (states > 64) return 5;
+  if (states > 16) return 3;
+  if (states <= 4) return 4;
+  for (const std::uint32_t i : {0u, 1u}) {
+    if (warps_of(p.sizes, kForwardDefaults[i]) >= enough) return i;
+  }
+  return 2;
+}
+Geometry forward_geometry(const Forward::Problem& p, const Tunables& t) {
+  return linear(panels(p.sizes, channels_of(t)) * p.sizes.splits, t.warps * kWarp,
+                static_cast<std::uint32_t>(shared_bytes(p, t)));
+}
+
+// What selective_scan_backward.cuh lays out in shared memory.
+std::int64_t shared_bytes(const Backward::Problem& p, const BackwardTunables& t) {
   const std::int64_t exchange = 2 * t.warps * 2 * kWarp * t.items;
-  return state_bytes(p) * (tile_numbers(p, t) + exchange +
-                           t.warps * p.sizes.states * selective_scan::kBackwardCarry);
+  const std::int64_t tiles = 2 * selective_scan::tile_states(p.statics.is_complex != 0) *
+                             selective_scan::tile_slots(static_cast<int>(kWarp * t.items));
+  return state_bytes(p) *
+         (tiles + exchange + t.warps * p.sizes.states * selective_scan::kBackwardCarry);
 }
 // Each block needs a part of its own.
-template <class Problem>
-bool fits(const Problem& p, const Tunables& t) {
+bool fits(const Backward::Problem& p, const BackwardTunables& t) {
   const bool has_parts = p.sizes.parts == 0 || ceil_div(p.sizes.channels, t.warps) <= p.sizes.parts;
   return has_parts && shared_bytes(p, t) <= p.device.shared_bytes_per_block;
 }
-std::int64_t panels(const Sizes& sizes, std::int64_t warps) {
-  return sizes.groups * ceil_div(sizes.channels, warps);
-}
 // Eight positions to a lane where it can keep them, four otherwise. Few rows are spread over more blocks, so that no
 // multiprocessor has twice what others have; where states fill the shared memory a block has few channels.
-const std::vector<Tunables> kForwardDefaults = {{8, 8}, {4, 8}, {2, 4}};
-const std::vector<Tunables> kBackwardDefaults = {{8, 8}, {4, 8}, {8, 4}, {2, 4}};
-template <class Problem>
-bool has_few_rows(const Problem& p) {
-  return panels(p.sizes, 8) < 4 * p.device.multiprocessors;
-}
-std::uint32_t choose_forward(const Forward::Problem& p) {
-  if (!has_few_rows(p) && fits(p, kForwardDefaults[0])) return 0;
-  return fits(p, kForwardDefaults[1]) ? 1 : 2;
-}
+const std::vector<BackwardTunables> kBackwardDefaults = {{8, 8}, {4, 8}, {8, 4}, {2, 4}};
 std::uint32_t choose_backward(const Backward::Problem& p) {
   const bool is_lean = selective_scan::taps_of(static_cast<int>(p.statics.method)) == 1 &&
                        p.statics.is_complex == 0 && p.statics.scalar != TORCHKILN_DOUBLE;
   if (is_lean && fits(p, kBackwardDefaults[1])) {
-    return has_few_rows(p) || !fits(p, kBackwardDefaults[0]) ? 1 : 0;
+    const bool has_few_rows = panels(p.sizes, 8) < 4 * p.device.multiprocessors;
+    return has_few_rows || !fits(p, kBackwardDefaults[0]) ? 1 : 0;
   }
   return fits(p, kBackwardDefaults[2]) ? 2 : 3;
 }
-template <class Problem>
-Geometry geometry(const Problem& p, const Tunables& t) {
-  return linear(panels(p.sizes, t.warps) * p.sizes.splits, t.warps * kWarp,
+Geometry backward_geometry(const Backward::Problem& p, const BackwardTunables& t) {
+  return linear(panels(p.sizes, t.warps), t.warps * kWarp,
                 static_cast<std::uint32_t>(shared_bytes(p, t)));
 }
 
@@ -125,11 +163,12 @@ const Forward forward_kernel({
     .operators = {kOp},
     .statics = statics(),
     .sizes = kSizes,
-    .tunables = {ints("warps", {2, 4, 8, 16}), ints("items", {4, 8, 16})},
+    .tunables = {ints("warps", {2, 4, 8}), ints("lanes", {1, 2, 4, 8, 16, 32}),
+                 ints("states", {1, 2, 4, 8}), ints("row_bytes", {64, 128, 256, 512})},
     .defaults = kForwardDefaults,
-    .legal = &fits<Forward::Problem>,
+    .legal = &fits,
     .choose = &choose_forward,
-    .geometry = &geometry<Forward::Problem>,
+    .geometry = &forward_geometry,
 });
 
 // Its chunks begin where the forward keeps states.
@@ -141,9 +180,9 @@ const Backward backward_kernel({
     .sizes = kSizes,
     .tunables = {ints("warps", {2, 4, 8, 16}), ints("items", {4, 8})},
     .defaults = kBackwardDefaults,
-    .legal = &fits<Backward::Problem>,
+    .legal = &fits,
     .choose = &choose_backward,
-    .geometry = &geometry<Backward::Problem>,
+    .geometry = &backward_geometry,
 });
 
 const Sum sum_kernel({
@@ -264,6 +303,10 @@ ScanInputs plan_inputs(const Tensor& u, const Tensor& delta, const Tensor& A, co
                        const Optional& delta_bias, const ScanSettings& settings) {
   check_floating(kOp, "u", u);
   check_dim(kOp, "u", u, 3, "(batch, dim, length)");
+  if (u.size(2) > kMaxLength) {
+    fail(TORCHKILN_ERROR_VALUE, kOp, "u",
+         "have at most " + std::to_string(kMaxLength) + " positions", std::to_string(u.size(2)));
+  }
   check_like_u("delta", delta, u);
   check_A(A, u);
   check_matrix("B", B, u, A);
@@ -539,19 +582,22 @@ Sizes sizes_of(const ScanInputs& in, std::int64_t splits, std::int64_t parts) {
 std::int64_t parts_of(const ScanInputs& in, const Device& device) {
   const Statics statics = statics_of(in);
   const Sizes sizes = sizes_of(in, 1, 0);
-  const Tunables& chosen =
+  const BackwardTunables& chosen =
       kBackwardDefaults[choose_backward(Backward::Problem{device, statics, sizes})];
   return ceil_div(sizes.channels, chosen.warps);
 }
 
-// Fewer rows than this for each multiprocessor do not hide what a row waits for; a split goes through its positions
-// twice, so a few are not worth it.
-constexpr std::int64_t kEnoughRows = 8, kRowsWanted = 16, kLeastLength = 2048;
+// Fewer warps than this on a multiprocessor do not hide what each waits for; a split goes through its positions twice, so
+// it must be long and there must be several.
+constexpr std::int64_t kTooFewWarps = 4, kWarpsWanted = 12, kLeastLength = 1024;
 
 std::int64_t splits_of(const ScanInputs& in, const Device& device) {
-  const std::int64_t rows = in.problem.batch * in.problem.dim;
-  if (rows >= kEnoughRows * device.multiprocessors) return 1;
-  const std::int64_t wanted = ceil_div(kRowsWanted * device.multiprocessors, rows);
+  const Sizes sizes = sizes_of(in, 1, 0);
+  const Tunables& chosen =
+      kForwardDefaults[choose_forward(Forward::Problem{device, statics_of(in), sizes})];
+  const std::int64_t warps = warps_of(sizes, chosen);
+  if (warps >= kTooFewWarps * device.multiprocessors) return 1;
+  const std::int64_t wanted = ceil_div(kWarpsWanted * device.multiprocessors, warps);
   return std::clamp<std::int64_t>(in.problem.length / kLeastLength, 1, wanted);
 }
 

@@ -4,7 +4,8 @@
 //             for all channels, a sample a lane, and stands in shared memory. Warps talk to themselves only
 //   backward  the same lanes: gradients of places and weights. The products with the four pixels of a sample are summed
 //             over the lanes so that each quarter of them ends with one. kScatter: value gradients too, by vector atomics
-//             else the first pixel of each sample is left for those below
+//             of 16 bytes of sums, so that an instruction fills sectors; else the first pixel of each sample is left
+//             for those below
 //   bound     the least and last pixel of each run of kRun samples
 //   gather    the value gradient, the same bits every time: a block owns a strip of neighbouring pixels and a chunk of
 //             channels of a head, looks for runs, then samples, that touch it, and each group of its lanes sums, in

@@ -1,17 +1,18 @@
 // roi_align over a pyramid on the GPU: all levels in one launch. A block, or a thread, looks up its level and then does
-// what its namesake in roi_align.cuh does; tables and quads assign the levels.
+// what its namesake in roi_align*.cuh does; tables and quads assign the levels.
 // spills: up to 36 bytes for half types and wide indices, by ptxas' own choice: no kernel asks for a number of blocks.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include "detection/multi_scale_roi_align.h"
 #include "detection/roi_align.cuh"
+#include "detection/roi_align_backward.cuh"
 
 namespace torchkiln::multi_scale_roi_align {
 
 using roi_align::AxisBin;
 using roi_align::Picture;
-using roi_align::TileAt;
+using roi_align_backward::TileAt;
 
 // Where a region is pooled: its level, the number of its image among those of all levels (-1 for none), and all regions
 // as they lie on that level.
@@ -134,10 +135,10 @@ __global__ void __launch_bounds__(kBlockSize) backward(const Args args) {
   if (own.level >= args.pyramid.count) return;
   const Level& level = args.pyramid.levels[own.level];
   const auto add = [&](i64 region, const TileAt& at, auto& tile) {
-    roi_align::add_average<Scalar, Index, kTileH, kTileW, kLaneChannels, kWarps>(args, region, at,
-                                                                                 tile);
+    roi_align_backward::add_average<Scalar, Index, kTileH, kTileW, kLaneChannels, kWarps>(
+        args, region, at, tile);
   };
-  roi_align::gather_tile<Scalar, Index, kLast, kTileH, kTileW, kLaneChannels, kBlockSize>(
+  roi_align_backward::gather_tile<Scalar, Index, kLast, kTileH, kTileW, kLaneChannels, kBlockSize>(
       args, on_level(r, level), level.maps, own.block, own.level * i32(r.n), add);
 }
 

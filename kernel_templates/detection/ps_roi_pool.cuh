@@ -20,14 +20,15 @@
 
 #include "detection/ps_roi_pool.h"
 #include "detection/roi_align.cuh"
+#include "detection/roi_align_backward.cuh"
 
 namespace torchkiln::ps_roi_pool {
 
 using roi_align::AxisBin;
 using roi_align::Span;
 using roi_align::Table;
-using roi_align::Tile;
-using roi_align::TileAt;
+using roi_align_backward::Tile;
+using roi_align_backward::TileAt;
 
 template <class Scalar, int kPooling, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) tables(const Args args) {
@@ -219,20 +220,17 @@ __device__ __noinline__ T find_weight(const Tap<T>* taps, const Range* range, i3
   return taps[i].pixel == pixel ? taps[i].weight : T(0);
 }
 
-// The first weights of a bin, with 0 where it has none. All taps are asked for at once.
+// The first weights of a bin, with 0 where it has none.
 template <class T>
 __device__ __forceinline__ void copy_weights(const Tap<T>* taps, Range range, i32 first,
                                              T* weights) {
-  Tap<T> own[kEntrySide];
 #pragma unroll
-  for (int i = 0; i < kEntrySide; ++i) {
-    own[i] = range.begin + i < range.end ? taps[range.begin + i] : Tap<T>{T(0), -1, 0};
-    weights[i] = T(0);
-  }
-#pragma unroll
-  for (int i = 0; i < kEntrySide; ++i) {
-    const i32 at = own[i].pixel - first;
-    if (at >= 0 && at < kEntrySide) weights[at] = own[i].weight;
+  for (int i = 0; i < kEntrySide; ++i) weights[i] = T(0);
+#pragma unroll 1
+  for (i32 i = range.begin; i < range.end; ++i) {
+    const Tap<T> tap = taps[i];
+    if (tap.pixel >= first + kEntrySide) break;
+    weights[tap.pixel - first] = tap.weight;
   }
 }
 
@@ -303,22 +301,7 @@ __device__ __forceinline__ void mark(const Entry<T, kMaps>* entries, int total, 
   }
 }
 
-// What an entry takes of pixel (y, x) of the map.
-template <class T, int kMaps>
-__device__ __forceinline__ T weight_of(const Args& args, const OwnMaps& own,
-                                       const Entry<T, kMaps>& entry, i32 y, i32 x) {
-  const i32 row = y - entry.y_first, column = x - entry.x_first;
-  T of_row = entry.rows[min_of(row, kEntrySide - 1)];
-  T of_column = entry.columns[min_of(column, kEntrySide - 1)];
-  if (row >= kEntrySide || column >= kEntrySide) {
-    const Table<T> table = roi_align::table_of<T>(args, entry.region);
-    of_row = find_weight(table.rows, table.row_bins + own.row_bin, y);
-    of_column = find_weight(table.columns, table.column_bins + own.column_bin, x);
-  }
-  return of_row * of_column;
-}
-
-// Adds to a pixel what the entries give it, in order, two at a time: an entry is three reads that wait for each other.
+// Adds to a pixel what it gives to the entries, in order.
 template <int kWords, class T, int kMaps>
 __device__ __forceinline__ void add_entries(const Args& args, const OwnMaps& own,
                                             const Entry<T, kMaps>* entries,
@@ -326,22 +309,23 @@ __device__ __forceinline__ void add_entries(const Args& args, const OwnMaps& own
                                             const OwnTile& tile, T (&sums)[kMaps]) {
 #pragma unroll 1
   for (int word = 0; word < words; ++word) {
-    u32 bits = cover.rows[y][word] & cover.columns[x][word];
 #pragma unroll 1
-    while (bits != 0) {
-      const Entry<T, kMaps>& one = entries[word * kWarpSize + __ffs(bits) - 1];
-      bits &= bits - 1;
-      const bool has_other = bits != 0;
-      const Entry<T, kMaps>& other = has_other ? entries[word * kWarpSize + __ffs(bits) - 1] : one;
-      bits &= bits - 1;
-      const T weight = weight_of(args, own, one, tile.y + y, tile.x + x);
-      const T other_weight = weight_of(args, own, other, tile.y + y, tile.x + x);
-      // 0: a pixel between those that samples touch.
-#pragma unroll
-      for (int m = 0; m < kMaps; ++m) {
-        if (weight != T(0)) sums[m] += weight * one.gradients[m];
-        if (has_other && other_weight != T(0)) sums[m] += other_weight * other.gradients[m];
+    for (u32 bits = cover.rows[y][word] & cover.columns[x][word]; bits != 0; bits &= bits - 1) {
+      const Entry<T, kMaps>& entry = entries[word * kWarpSize + __ffs(bits) - 1];
+      const i32 row = tile.y + y - entry.y_first, column = tile.x + x - entry.x_first;
+      T of_row, of_column;
+      if (row < kEntrySide && column < kEntrySide) {
+        of_row = entry.rows[row];
+        of_column = entry.columns[column];
+      } else {
+        const Table<T> table = roi_align::table_of<T>(args, entry.region);
+        of_row = find_weight(table.rows, table.row_bins + own.row_bin, tile.y + y);
+        of_column = find_weight(table.columns, table.column_bins + own.column_bin, tile.x + x);
       }
+      const T weight = of_row * of_column;
+      if (weight == T(0)) continue;  // a pixel between those that samples touch
+#pragma unroll
+      for (int m = 0; m < kMaps; ++m) sums[m] += weight * entry.gradients[m];
     }
   }
 }
@@ -506,7 +490,7 @@ __global__ void __launch_bounds__(kBlockSize) backward(const Args args) {
   const auto add = [&](i64 region, const TileAt& at, auto& tile) {
     add_region<Scalar, Index, kTileH, kTileW, kLaneChannels, kWarps>(args, region, at, tile);
   };
-  roi_align::gather_tile<Scalar, Index, true, kTileH, kTileW, kLaneChannels, kBlockSize>(
+  roi_align_backward::gather_tile<Scalar, Index, true, kTileH, kTileW, kLaneChannels, kBlockSize>(
       args, args.regions, args.maps, blockIdx.x, 0, add);
 }
 

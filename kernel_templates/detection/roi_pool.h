@@ -188,4 +188,19 @@ TORCHKILN_HD Best<T> worst(i32 y, i32 x) {
   return {T(bits_float(0xff800000u)), y, x};  // -infinity
 }
 
+// Where bin (ph, pw) of a channel lies in the output, argmax and grad_output.
+template <bool kChannelsLast>
+TORCHKILN_HD i64 output_offset(const Shape& s, i64 roi, i64 channel, i32 bin) {
+  const i64 bins = s.pooled_height * s.pooled_width;
+  return kChannelsLast ? (roi * bins + bin) * s.channels + channel
+                       : (roi * s.channels + channel) * bins + bin;
+}
+
+template <class Index, bool kChannelsLast>
+TORCHKILN_HD Index input_offset(const Shape& s, i32 image, i64 channel, i32 y, i32 x) {
+  const Index height = Index(s.height), width = Index(s.width), channels = Index(s.channels);
+  return kChannelsLast ? ((Index(image) * height + y) * width + x) * channels + Index(channel)
+                       : ((Index(image) * channels + Index(channel)) * height + y) * width + x;
+}
+
 }  // namespace torchkiln::roi_pool

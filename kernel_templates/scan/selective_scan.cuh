@@ -1,10 +1,7 @@
-// selective_scan on the GPU, forward: one pass over the positions, and no tensor of the size of all states. Each lane
-// folds its positions into one affine map of the state, a scan over the lanes gives it the state before them, and it
-// goes through them again. Where there are too few rows for the GPU, positions are split among blocks: a first launch
-// summarises each split by one map for each state, the second one begins with those of the splits before its own.
-// compile time: above 250 ms for the quadratic rules; every position of a lane is unrolled, or its numbers would lie in
-// memory.
-// spills: up to 16 bytes where a rule takes in several samples, so that two blocks share a multiprocessor.
+// selective_scan on the GPU, forward: one position after the other, with the states of a channel in the registers of a few
+// lanes, and no tensor of the size of all states. While a tile of positions is scanned, the next one is on its way into
+// registers. Where there are too few rows for the GPU, positions are split among blocks: a first launch summarises each
+// split by one map for each state, the second one begins with those of the splits before its own.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -12,170 +9,325 @@
 
 namespace torchkiln::selective_scan {
 
-// The state before this split: out of the initial one and the summaries of the splits before.
+// x -> product * x + sum.
 template <class V>
-__device__ __forceinline__ V entering_state(const Args& args, const Place& place, i64 split,
-                                            int n) {
-  const Problem& p = args.problem;
-  const i64 rows = p.batch * p.dim, row = place.row(p);
-  V state = number<V>(Real<V>(0));
-  if (args.summarises) return state;
-  if (args.initial_state != nullptr) {
-    state = static_cast<const V*>(args.initial_state)[row * p.states + n];
+struct Affine {
+  V product, sum;
+};
+
+// The samples v = u B that a rule takes in at a position, from the one furthest back on.
+template <int kMethod, class V>
+struct Window {
+  V at[taps_of(kMethod)];
+
+  __device__ __forceinline__ void push(V sample) {
+#pragma unroll
+    for (int j = 0; j + 1 < taps_of(kMethod); ++j) at[j] = at[j + 1];
+    at[taps_of(kMethod) - 1] = sample;
   }
-  const Affine<V>* maps = static_cast<const Affine<V>*>(args.summaries);
-  for (i64 s = 0; s < split; ++s) state = maps[(s * rows + row) * p.states + n](state);
-  return state;
+  __device__ __forceinline__ V held(const V* weight) const {
+    V sum = weight[0] * at[0];
+#pragma unroll
+    for (int j = 1; j < taps_of(kMethod); ++j) sum = sum + weight[j] * at[j];
+    return sum;
+  }
+};
+
+// What a lane keeps of its channel from position to position.
+template <class Of, int kMethod, class V>
+struct Channel {
+  V a[Of::kStates], state[Of::kStates], product[Of::kStates];
+  Window<kMethod, V> window[Of::kStates];
+};
+
+// Whether the product of alphas is that of one long step.
+TORCHKILN_HD constexpr bool has_exponential_alpha(int method) {
+  return method == kMamba || top_of(method) > 0;
 }
 
-// All that a chunk adds to the outputs of one state, and the state behind it.
-template <class Scalar, int kMethod, int kItems, class V, class AnySteps>
-__device__ __forceinline__ void scan_state(const Args& args, const Place& place,
-                                           const AnySteps& steps, const V* B_row, const V* C_row,
-                                           int n, i64 chunk_first, V* carry, Acc<Scalar>* y) {
+// What a lane reads of four positions.
+template <class Of, int kMethod, class V>
+struct Readings {
+  using T = Real<V>;
+  static constexpr int kMore = ahead_of(kMethod);
+  T d[4], x[4 + kMore], ratio[4];
+  V B[Of::kStates][4 + kMore], C[Of::kStates][4];
+
+  // `rows`: where the channel's four lies in the rows of steps.
+  __device__ __forceinline__ void read(const T* rows, const V* B_memory, const V* C_memory,
+                                       const MatrixReader& of_B, const MatrixReader& of_C) {
+    constexpr int kArray = Of::kRows * Of::kRowPitch;
+    read_quad(rows, d);
+    read_quad(rows + kArray, x);
+    if constexpr (kMore > 0) x[4] = rows[kArray + 4];
+    if constexpr (neighbour_of(kMethod) != 0) read_quad(rows + 2 * kArray, ratio);
+#pragma unroll
+    for (int s = 0; s < Of::kStates; ++s) {
+      of_B.read(B_memory, s, B[s], kMore > 0);
+      of_C.read(C_memory, s, C[s], false);
+    }
+  }
+};
+
+// Four positions: the lane's part of their outputs.
+template <class Of, int kMethod, class V>
+__device__ __forceinline__ void scan_four(const Readings<Of, kMethod, V>& in, bool wants_product,
+                                          Channel<Of, kMethod, V>& channel, Real<V>* y) {
+  using T = Real<V>;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    y[i] = T(0);
+#pragma unroll
+    for (int s = 0; s < Of::kStates; ++s) {
+      const T ratio = neighbour_of(kMethod) != 0 ? in.ratio[i] : T(1);
+      const auto c = coefficients<kMethod>(in.d[i], channel.a[s], ratio);
+      V input;
+      if constexpr (kMethod == kMamba) {
+        input = in.x[i] * in.B[s][i];
+      } else if constexpr (taps_of(kMethod) == 1) {
+        input = c.weight[0] * (in.x[i] * in.B[s][i]);
+      } else {
+        const int at = i + ahead_of(kMethod);
+        channel.window[s].push(in.x[at] * in.B[s][at]);
+        input = in.d[i] * channel.window[s].held(c.weight);
+      }
+      channel.state[s] = c.alpha * channel.state[s] + input;
+      y[i] += inner(in.C[s][i], conjugate(channel.state[s]));
+      if constexpr (!has_exponential_alpha(kMethod)) {
+        if (wants_product) channel.product[s] = c.alpha * channel.product[s];
+      }
+    }
+  }
+}
+
+// Weights, states and the samples before the first position of a split. The state is what the splits before make of the
+// initial one.
+template <class Of, class Scalar, int kMethod, class V>
+__device__ __forceinline__ void enter(const Args& args, const Place& place, const Lane<Of>& lane,
+                                      int split, int first, Channel<Of, kMethod, V>& channel) {
+  const Problem& p = args.problem;
+  const i64 weights = i64(place.channel_of(lane.row)) * p.states;
+  const i64 states = place.row_of(p, lane.row) * p.states, all = p.batch * p.dim * p.states;
+  const V* initial = static_cast<const V*>(args.initial_state) + states;
+  const V zero = number<V>(0);
+#pragma unroll
+  for (int s = 0; s < Of::kStates; ++s) {
+    const int n = lane.state(s);
+    const bool is_state = n < int(p.states);
+    channel.product[s] = number<V>(1);
+    channel.a[s] = is_state ? static_cast<const V*>(p.A)[weights + n] : zero;
+    channel.state[s] =
+        is_state && args.initial_state != nullptr && !args.summarises ? initial[n] : zero;
+  }
+  if (!args.summarises) {
+    const Affine<V>* maps = static_cast<const Affine<V>*>(args.summaries) + states;
+#pragma unroll 1
+    for (int before = 0; before < split; ++before, maps += all) {
+#pragma unroll
+      for (int s = 0; s < Of::kStates; ++s) {
+        if (lane.state(s) >= int(p.states)) continue;
+        const Affine<V> map = maps[lane.state(s)];
+        channel.state[s] = map.product * channel.state[s] + map.sum;
+      }
+    }
+  }
+  if constexpr (taps_of(kMethod) > 1) {
+    const Scalar* u = row_begin<Scalar>(p.u, place, lane.row);
+#pragma unroll
+    for (int j = 0; j + 1 < taps_of(kMethod); ++j) {
+      const int at = memory_of_one(p, first - back_of(kMethod) + j);
+      const Acc<Scalar> value = load(u[at]);
+#pragma unroll
+      for (int s = 0; s < Of::kStates; ++s) {
+        const int n = min_of(lane.state(s), int(p.states) - 1);
+        const V of_B = p.constant_B ? static_cast<const V*>(p.B)[weights + n]
+                                    : matrix_at<V>(matrix_row<V, Scalar>(p.B, p, place, n), at);
+        channel.window[s].push(value * of_B);
+      }
+    }
+  }
+}
+
+// Skip connection and gate, on the way out of shared memory.
+template <class Of, bool kComplex, class Scalar>
+__device__ __forceinline__ void write_outputs(const Args& args, const Place& place, int first,
+                                              const Acc<Scalar>* sums,
+                                              const RowWeights<Of, Acc<Scalar>>& skip,
+                                              const RowFours<Of, Scalar>& u,
+                                              const RowFours<Of, Scalar>& z) {
   using T = Acc<Scalar>;
   const Problem& p = args.problem;
-  const int lane = threadIdx.x % kWarpSize;
-  const i64 of_weight = place.channel * p.states + n;
-  Samples<kItems, back_of(kMethod), ahead_of(kMethod), V> v;
-  if (p.constant_B) {
-    v.fill(static_cast<const V*>(p.B)[of_weight]);
-  } else {
-    v.read(B_row, lane);
-  }
 #pragma unroll
-  for (int i = -back_of(kMethod); i < kItems + ahead_of(kMethod); ++i) v[i] = steps.u[i] * v[i];
-  V alpha[kItems], input[kItems];
-  const V a = static_cast<const V*>(p.A)[of_weight];
-  const Affine<V> map = scan_up(lane_map<kMethod, kItems>(steps, v, a, alpha, input), lane);
-  const V start = carry[0], end = map(start);
-  V state = shuffle_up(end, 1);
-  if (lane == 0) state = start;
-  __syncwarp();  // all have read what the last lane now writes
-  if (lane == kWarpSize - 1) {
-    carry[0] = end;
-    carry[1] = map.product * carry[1];
-  }
-  if (args.summarises) return;
-  Samples<kItems, 0, 0, V> c;
-  if (p.constant_C) {
-    c.fill(static_cast<const V*>(p.C)[of_weight]);
-  } else {
-    c.read(C_row, lane);
-  }
+  for (int k = 0; k < Of::kRowItems; ++k) {
+    const RowItem<Of> item(k);
+    if (!item.exists() || !place.has(item.row)) continue;
+    T y[4], value[4];
+    read_quad(sums + item.slot(), y);
+    numbers_of(u.at[k], p, value);
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    state = alpha[i] * state + input[i];
-    y[i] += inner(c[i], conjugate(state));
-  }
-  const i64 behind = chunk_first + (lane + 1) * kItems;
-  if (args.checkpoints != nullptr && place.is_row && behind % kCheckpoint == 0 &&
-      behind < p.length) {
-    V* kept = static_cast<V*>(args.checkpoints) + place.row(p) * p.checkpoints * p.states;
-    kept[behind / kCheckpoint * p.states + n] = end;
+    for (int i = 0; i < 4; ++i) y[i] = (kComplex ? T(2) : T(1)) * y[i] + skip.at[k] * value[i];
+    if (p.z.data != nullptr) {
+      numbers_of(z.at[k], p, value);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) y[i] *= value[i] * sigmoid_of(value[i]);
+    }
+    store_four(static_cast<Scalar*>(args.out) + place.row_of(p, item.row) * p.length,
+               first + item.four * 4, p, y);
   }
 }
 
-// Skip connection and gate, on the way out.
-template <class Scalar, int kItems, bool kComplex, class AnySteps>
-__device__ __forceinline__ void write_outputs(const Args& args, const Place& place,
-                                              const AnySteps& steps, i64 first, Acc<Scalar>* y) {
-  using T = Acc<Scalar>;
+// The last states, or what the split makes of any state before it.
+template <class Of, int kMethod, class V>
+__device__ __forceinline__ void leave(const Args& args, const Place& place, const Lane<Of>& lane,
+                                      int split, bool is_last, Real<V> whole_step,
+                                      const Channel<Of, kMethod, V>& channel) {
   const Problem& p = args.problem;
-  const T skip = p.D != nullptr ? static_cast<const T*>(p.D)[place.channel] : T(0);
+  const i64 states = place.row_of(p, lane.row) * p.states, all = p.batch * p.dim * p.states;
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) y[i] = (kComplex ? T(2) : T(1)) * y[i] + skip * steps.u[i];
-  if (p.z.data != nullptr) {
-    T z[kItems];
-    load_items<kItems>(row_of<Scalar>(p.z, place), first, p, z);
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) y[i] *= z[i] * sigmoid_of(z[i]);
+  for (int s = 0; s < Of::kStates; ++s) {
+    const int n = lane.state(s);
+    if (!place.has(lane.row) || n >= int(p.states)) continue;
+    if (args.summarises) {
+      V product = channel.product[s];
+      if constexpr (has_exponential_alpha(kMethod)) {
+        product = quick_exp_of_product(whole_step, channel.a[s]);
+      }
+      static_cast<Affine<V>*>(args.summaries)[split * all + states + n] = {product,
+                                                                           channel.state[s]};
+    } else if (is_last) {
+      static_cast<V*>(args.last_state)[states + n] = channel.state[s];
+    }
   }
-  store_items<kItems>(static_cast<Scalar*>(args.out) + place.row(p) * p.length, first, p, y);
 }
 
-// Blocks that a multiprocessor should hold: 24 warps where a lane keeps little, so that loads and scans of some hide
-// behind others.
-template <class T, int kMethod, bool kComplex, int kWarps, int kItems>
-__device__ constexpr int blocks_of() {
-  const bool is_lean = sizeof(T) == 4 && !kComplex && kItems <= 8;
-  const int warps = !is_lean ? kWarps : (taps_of(kMethod) == 1 ? 24 : 16);
-  return warps > kWarps ? warps / kWarps : 1;
+// Where the next state for the backward goes; null where none is wanted.
+template <class V>
+struct Kept {
+  V* states;
+  bool wanted;
+};
+
+// Scans the tile that lies in shared memory; leaves the sums over states where the inputs were.
+template <class Of, int kMethod, int kMatrix, class V>
+__device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane, int first,
+                                          const V* matrices, Real<V>* rows, MatrixReader of_B,
+                                          MatrixReader of_C, Channel<Of, kMethod, V>& channel,
+                                          Kept<V>& kept) {
+  using T = Real<V>;
+  const Problem& p = args.problem;
+  const int end = min_of(first + Of::kTile, int(p.length));
+  rows += lane.row * Of::kRowPitch;
+  T* sums = rows + Of::kRows * Of::kRowPitch + sums_first<Of::kLanes>(lane.part);
+  Readings<Of, kMethod, V> in;
+  in.read(rows, matrices, matrices + kMatrix, of_B, of_C);
+#pragma unroll 1
+  for (int position = first; position < end; position += 4) {
+    if (kept.wanted && position % kCheckpoint == 0) {
+#pragma unroll
+      for (int s = 0; s < Of::kStates; ++s) {
+        if (lane.state(s) < int(p.states)) kept.states[lane.state(s)] = channel.state[s];
+      }
+      kept.states += p.states;
+    }
+    T y[4];
+    scan_four(in, args.summarises, channel, y);
+    // What lies behind the tile is read and not used.
+    rows += 4;
+    of_B.at += of_B.step;
+    of_C.at += of_C.step;
+    in.read(rows, matrices, matrices + kMatrix, of_B, of_C);
+    sum_over_lanes<Of::kLanes>(y, lane.part);
+    if (is_sums_writer<Of::kLanes>(lane.part)) {
+#pragma unroll
+      for (int i = 0; i < kKeptSums<Of::kLanes>; ++i) sums[i] = y[i];
+    }
+    sums += 4;
+  }
 }
 
-// Grid: one-dimensional; for each split, batch and group the panels of kWarps channels.
-template <class Scalar, int kMethod, bool kComplex, int kWarps, int kItems>
-__global__ void __launch_bounds__(kWarps* kWarpSize,
-                                  blocks_of<Acc<Scalar>, kMethod, kComplex, kWarps, kItems>())
-    forward(const Args args) {
+// Grid: one-dimensional; for each split, batch and group the panels of channels.
+template <class Scalar, int kMethod, bool kComplex, int kWarps, int kLanes, int kStates,
+          int kRowBytes>
+__global__ void __launch_bounds__(kWarps* kWarpSize) forward(const Args args) {
   using T = Acc<Scalar>;
   using V = State<Scalar, kComplex>;
-  using Of = Layout<kItems>;
-  constexpr int kThreads = kWarps * kWarpSize;
-  constexpr bool kHalo = taps_of(kMethod) > 1;
+  using Of = Layout<V, kWarps, kLanes, kStates, kRowBytes>;
+  using OfSteps = Steps<Of, Scalar, kMethod, (taps_of(kMethod) == 1)>;
+  using OfB = MatrixFours<Of, Scalar, V, (ahead_of(kMethod) > 0)>;
+  using OfC = MatrixFours<Of, Scalar, V, false>;
+  constexpr int kTile = Of::kTile, kTiles = matrix_tiles(Of::kPadded);
+  constexpr int kMatrix = matrix_numbers(Of::kThreads, kLanes, kStates, kTile, sizeof(V));
   extern __shared__ uint4 memory[];
   const Problem& p = args.problem;
-  const int lane = threadIdx.x % kWarpSize, states = int(p.states);
-  V* B_tile = reinterpret_cast<V*>(memory);
-  V* C_tile = B_tile + kTileStates<V> * Of::kSlots;
-  V* carry =
-      C_tile + kTileStates<V> * Of::kSlots + threadIdx.x / kWarpSize * states * kForwardCarry;
+  V* matrices = reinterpret_cast<V*>(memory);
+  T* rows =
+      reinterpret_cast<T*>(matrices + 2 * kMatrix) + threadIdx.x / kWarpSize * OfSteps::kNumbers;
 
-  const i64 panels = (p.dim / p.groups + kWarps - 1) / kWarps, blocks = p.batch * p.groups * panels;
-  const i64 split = blockIdx.x / blocks;
-  const Place place = place_of<kWarps>(p, blockIdx.x % blocks);
-  const i64 chunks = (p.length + Of::kChunk - 1) / Of::kChunk;
-  const i64 each = (chunks + args.splits - 1) / args.splits;
-  const i64 begin = split * each, end = min_of(chunks, begin + each);
+  const u32 panels = panels_of<Of>(p), blocks = u32(p.batch) * u32(p.groups) * panels;
+  const int split = int(blockIdx.x / blocks);
+  const Place place = place_of<Of>(p, blockIdx.x % blocks, panels);
+  const int tiles = (int(p.length) + kTile - 1) / kTile;
+  const int each = (tiles + args.splits - 1) / args.splits * kTile;
+  const int begin = split * each, end = min_of(int(p.length), begin + each);
   if (begin >= end) return;
 
-  for (int n = lane; n < states; n += kWarpSize) {
-    const V state = entering_state<V>(args, place, split, n);
-    carry[n * kForwardCarry] = state;
-    carry[n * kForwardCarry + 1] = number<V>(T(1));
-    if (args.checkpoints != nullptr && !args.summarises && place.is_row && split == 0) {
-      static_cast<V*>(args.checkpoints)[place.row(p) * p.checkpoints * states + n] = state;
+  const Lane<Of> lane;
+  const bool wants_outputs = !args.summarises;
+  Channel<Of, kMethod, V> channel;
+  enter<Of, Scalar>(args, place, lane, split, begin, channel);
+  const i64 kept_before = i64(begin + kCheckpoint - 1) / kCheckpoint;
+  Kept<V> kept = {static_cast<V*>(args.checkpoints) +
+                      (place.row_of(p, lane.row) * p.checkpoints + kept_before) * p.states,
+                  args.checkpoints != nullptr && wants_outputs && place.has(lane.row)};
+  MatrixReader of_B, of_C;
+  if (p.constant_B) of_B = constant_matrix(p.B, p, place, lane, matrices);
+  if (p.constant_C) of_C = constant_matrix(p.C, p, place, lane, matrices + kMatrix);
+  const RowWeights<Of, T> bias(p.delta_bias, place), skip(p.D, place);
+  T whole_step = T(0);
+
+  OfSteps steps;
+  OfB B;
+  OfC C;
+  RowFours<Of, Scalar> u, z;
+  // A tile is scanned while the next one is on its way.
+#pragma unroll 1
+  for (int first = begin - kTile; first < end; first += kTile) {
+    const int next = first + kTile;
+    if (next < end) {
+      steps.load(p, place, next);
+      if (!p.constant_B) B.load(p.B, p, place, next);
+      if (!p.constant_C && wants_outputs) C.load(p.C, p, place, next);
     }
-  }
+    if (first >= begin) {
+      if (p.z.data != nullptr && wants_outputs) z.load(p.z, p, place, first);
+      scan_tile<Of, kMethod, kMatrix>(args, lane, first, matrices, rows, of_B, of_C, channel, kept);
+      __syncwarp();
+      if (wants_outputs) {
+        write_outputs<Of, kComplex>(args, place, first, rows + OfSteps::kArray, skip, u, z);
+      } else if (has_exponential_alpha(kMethod)) {
 #pragma unroll 1
-  for (i64 chunk = begin; chunk < end; ++chunk) {
-    const i64 chunk_first = chunk * Of::kChunk, first = chunk_first + lane * kItems;
-    Steps<kMethod, kItems, back_of(kMethod), T> steps;
-    load_steps<Scalar, kMethod, kItems>(p, place, first, steps);
-    T y[kItems];
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) y[i] = T(0);
-#pragma unroll 1
-    for (int n0 = 0; n0 < states; n0 += kTileStates<V>) {
-      __syncthreads();  // the tiles are no longer read
+        for (int i = 0; i < kTile; ++i) whole_step += rows[lane.row * Of::kRowPitch + i];
+      }
+    }
+    // Of two tiles of B and C nobody reads the one that is written now: all have passed the barrier after it.
+    if constexpr (kTiles == 1) __syncthreads();
+    __syncwarp();
+    if (next < end) {
+      const int tile = next / kTile % kTiles;
+      steps.write(p, place, bias, next, rows);
+      u = steps.u;
       if (!p.constant_B) {
-        fill_tile<Scalar, V, kItems, kThreads, kHalo>(B_tile, p.B, p, place, n0, chunk_first);
+        B.write(p, matrices + tile * OfB::kNumbers);
+        of_B = variable_matrix(lane, tile);
       }
-      if (!p.constant_C && !args.summarises) {
-        fill_tile<Scalar, V, kItems, kThreads, false>(C_tile, p.C, p, place, n0, chunk_first);
-      }
-      __syncthreads();
-#pragma unroll 1
-      for (int n = n0; n < min_of(n0 + kTileStates<V>, states); ++n) {
-        scan_state<Scalar, kMethod, kItems>(args, place, steps, B_tile + (n - n0) * Of::kSlots,
-                                            C_tile + (n - n0) * Of::kSlots, n, chunk_first,
-                                            carry + n * kForwardCarry, y);
+      if (!p.constant_C && wants_outputs) {
+        C.write(p, matrices + kMatrix + tile * OfC::kNumbers);
+        of_C = variable_matrix(lane, tile);
       }
     }
-    if (!args.summarises && place.is_row) {
-      write_outputs<Scalar, kItems, kComplex>(args, place, steps, first, y);
-    }
+    __syncthreads();
   }
-  __syncwarp();
-  for (int n = lane; n < states && place.is_row; n += kWarpSize) {
-    const i64 at = place.row(p) * states + n;
-    if (args.summarises) {
-      static_cast<Affine<V>*>(args.summaries)[split * p.batch * p.dim * states + at] = {
-          carry[n * kForwardCarry + 1], carry[n * kForwardCarry]};
-    } else if (end == chunks) {
-      static_cast<V*>(args.last_state)[at] = carry[n * kForwardCarry];
-    }
-  }
+  leave(args, place, lane, split, end == p.length, whole_step, channel);
 }
 
 }  // namespace torchkiln::selective_scan

@@ -9,8 +9,9 @@ namespace torchkiln::selective_scan {
 
 // A state is kept for the backward before every position that is a multiple of it. torchkiln/ops/scan/selective_scan.py
 // has the same number.
-constexpr int kCheckpoint = 128;
+constexpr int kCheckpoint = 32;
 constexpr int kMaxStates = 256;
+constexpr i64 kMaxLength = i64(1) << 30;
 
 // Elements from one batch or channel to the next; positions are neighbours.
 struct Rows {
@@ -40,7 +41,7 @@ struct Args {
   void* last_state;           // (batch, dim, states)
   void* checkpoints;          // (batch, dim, checkpoints, states) or null
   void* summaries;  // (splits, batch, dim, states) pairs: what a split makes of the state before it
-  i32 splits;       // of the positions, among blocks; each is whole chunks
+  i32 splits;       // of the positions, among blocks; each is whole tiles
   i32 summarises;   // whether this launch only writes summaries
 };
 

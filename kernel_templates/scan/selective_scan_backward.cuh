@@ -8,7 +8,7 @@
 #pragma once
 
 #include "common/atomics.cuh"
-#include "scan/selective_scan_parts.cuh"
+#include "scan/selective_scan_backward_parts.cuh"
 
 namespace torchkiln::selective_scan_backward {
 

@@ -1,6 +1,7 @@
-// What the forward and the backward of selective_scan share on the GPU: a warp scans one channel, 32 * kItems positions
-// at a time; its lanes hold kItems neighbouring positions each. The warps of a block are channels of one group, and share
-// tiles of B and C in shared memory.
+// What kernels of selective_scan share that go through positions one after the other: a channel belongs to kLanes lanes
+// of a warp, each of which keeps kStates states in registers. A block goes through kTile positions at a time: each warp
+// lays the steps and inputs of its own channels into shared memory, all warps together B and C. Everything lies there as
+// rows of neighbouring positions, in fours of which a lane reads one at once.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -24,169 +25,325 @@ struct StateOf<T, true> {
 template <class Scalar, bool kComplex>
 using State = typename StateOf<Acc<Scalar>, kComplex>::Type;
 
-// ---- lanes ----
+// ---- layout ----
 
-template <class T>
-__device__ __forceinline__ T shuffle_up(T x, int lanes) {
-  return __shfl_up_sync(kAllLanes, x, lanes);
-}
-template <class T>
-__device__ __forceinline__ Complex<T> shuffle_up(Complex<T> x, int lanes) {
-  return {shuffle_up(x.re, lanes), shuffle_up(x.im, lanes)};
-}
-template <class T>
-__device__ __forceinline__ T shuffle_down(T x, int lanes) {
-  return __shfl_down_sync(kAllLanes, x, lanes);
-}
-template <class T>
-__device__ __forceinline__ Complex<T> shuffle_down(Complex<T> x, int lanes) {
-  return {shuffle_down(x.re, lanes), shuffle_down(x.im, lanes)};
-}
-using torchkiln::warp_sum;
-template <class T>
-__device__ __forceinline__ Complex<T> warp_sum(Complex<T> x) {
-  return {warp_sum(x.re), warp_sum(x.im)};
-}
-
-// x -> product * x + sum.
-template <class V>
-struct Affine {
-  V product, sum;
-  __device__ __forceinline__ V operator()(V x) const { return product * x + sum; }
-};
-
-// Each lane's map after those of all lanes before it.
-template <class V>
-__device__ __forceinline__ Affine<V> scan_up(Affine<V> map, int lane) {
-#pragma unroll
-  for (int step = 1; step < kWarpSize; step *= 2) {
-    const Affine<V> before = {shuffle_up(map.product, step), shuffle_up(map.sum, step)};
-    if (lane >= step) map = {map.product * before.product, map(before.sum)};
-  }
-  return map;
-}
-// Each lane's map after those of all lanes behind it.
-template <class V>
-__device__ __forceinline__ Affine<V> scan_down(Affine<V> map, int lane) {
-#pragma unroll
-  for (int step = 1; step < kWarpSize; step *= 2) {
-    const Affine<V> behind = {shuffle_down(map.product, step), shuffle_down(map.sum, step)};
-    if (lane + step < kWarpSize) map = {map.product * behind.product, map(behind.sum)};
-  }
-  return map;
-}
-
-// ---- positions ----
-
-// The channel that a warp scans. Warps behind the last channel of a group repeat it and write nothing.
-struct Place {
-  i64 batch, channel, group, panel;
-  bool is_row;
-  __device__ __forceinline__ i64 row(const Problem& p) const { return batch * p.dim + channel; }
-};
-
-template <int kWarps>
-__device__ __forceinline__ Place place_of(const Problem& p, i64 block) {
-  const i64 channels = p.dim / p.groups, panels = (channels + kWarps - 1) / kWarps;
-  const i64 panel = block % panels, of_group = block / panels;
-  const i64 local = panel * kWarps + threadIdx.x / kWarpSize;
-  const i64 group = of_group % p.groups;
-  return {of_group / p.groups, group * channels + min_of(local, channels - 1), group, panel,
-          local < channels};
-}
-
-// Where a position lies in memory; positions beyond the ends are those at the ends.
-__device__ __forceinline__ i64 memory_of(const Problem& p, i64 position) {
-  const i64 inside = max_of(i64(0), min_of(position, p.length - 1));
-  return p.reverse ? p.length - 1 - inside : inside;
-}
-
-// Places in memory of positions from `first` on, which may lie beyond the end; those beyond it are the last one.
-struct Walk {
-  i64 begin;
-  int direction, last;
-  __device__ __forceinline__ Walk(const Problem& p, i64 first)
-      : begin(p.reverse ? p.length - 1 - first : first),
-        direction(p.reverse ? -1 : 1),
-        last(int(min_of(p.length - 1 - first, i64(1) << 20))) {}
-  __device__ __forceinline__ i64 inside(int i) const { return begin + direction * min_of(i, last); }
-};
-
-template <class Scalar>
-__device__ __forceinline__ const Scalar* row_of(const Rows& rows, const Place& place) {
-  return static_cast<const Scalar*>(rows.data) + place.batch * rows.batch +
-         place.channel * rows.channel;
-}
-
-template <class Scalar>
-__device__ constexpr int pack_of(int items) {
-  return items < 16 / int(sizeof(Scalar)) ? items : 16 / int(sizeof(Scalar));
-}
-
-// kCount neighbouring positions in one go or one by one.
-template <int kCount, class Scalar, class T>
-__device__ __forceinline__ void load_items(const Scalar* row, i64 first, const Problem& p, T* out) {
-  constexpr int kPack = pack_of<Scalar>(kCount);
-  if (p.aligned && first + kCount <= p.length) {
-    const Scalar* from = row + (p.reverse ? p.length - first - kCount : first);
-    T items[kCount];
-#pragma unroll
-    for (int q = 0; q < kCount; q += kPack) {
-      const auto pack = load_pack<kPack>(from + q);
-#pragma unroll
-      for (int i = 0; i < kPack; ++i) items[q + i] = load(pack.at[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) out[i] = p.reverse ? items[kCount - 1 - i] : items[i];
-    return;
-  }
-  const Walk walk(p, first);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) out[i] = load(row[walk.inside(i)]);
-}
-
-template <int kCount, class Scalar, class T>
-__device__ __forceinline__ void store_items(Scalar* row, i64 first, const Problem& p,
-                                            const T* values) {
-  constexpr int kPack = pack_of<Scalar>(kCount);
-  if (p.aligned && first + kCount <= p.length) {
-    Scalar* to = row + (p.reverse ? p.length - first - kCount : first);
-#pragma unroll
-    for (int q = 0; q < kCount; q += kPack) {
-      Pack<Scalar, kPack> pack;
-#pragma unroll
-      for (int i = 0; i < kPack; ++i) {
-        const T value = p.reverse ? values[kCount - 1 - q - i] : values[q + i];
-        store(pack.at[i], value);
-      }
-      store_pack(to + q, pack);
-    }
-    return;
-  }
-  const Walk walk(p, first);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    if (i <= walk.last) store(row[walk.inside(i)], values[i]);
-  }
-}
-
-// ---- tiles of B and C ----
-
-template <class V>
-constexpr int kTileStates = tile_states(is_complex_type<V>);
-
-// The positions of a chunk for each state of the tile, in fours: the fours of neighbouring lanes are neighbours, so that
-// no two lanes meet in a bank. Behind them the samples just outside.
-template <int kItems>
+// V is the type of states, kRowBytes what the positions of a tile take of it.
+template <class V, int kWarpCount, int kLaneCount, int kStateCount, int kRowBytes>
 struct Layout {
-  static constexpr int kChunk = kWarpSize * kItems, kSlots = tile_slots(kChunk);
-  __device__ __forceinline__ static int slot(int position) {
-    if (position < 0 || position == kChunk) return position < 0 ? kChunk - position : kChunk;
-    return ((position % kItems) / 4 * kWarpSize + position / kItems) * 4 + position % 4;
+  static constexpr int kWarps = kWarpCount, kLanes = kLaneCount, kStates = kStateCount;
+  static constexpr int kTile = kRowBytes / int(sizeof(V)), kFours = kTile / 4;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kRows = kWarpSize / kLanes;  // channels of a warp
+  static constexpr int kPadded = kLanes * kStates;  // states that lanes have room for
+  // Numbers from one row to the next: of B and C, and of what has the shape of u.
+  static constexpr int kMatrixPitch = pitch_of(kTile, sizeof(V));
+  static constexpr int kRowPitch = pitch_of(kTile, sizeof(Real<V>));
+  // Fours that a lane takes of each row tensor, and a thread of each matrix.
+  static constexpr int kRowItems = (kRows * kFours + kWarpSize - 1) / kWarpSize;
+  static constexpr int kMatrixItems = (kPadded * kFours + kThreads - 1) / kThreads;
+};
+
+// The channels of a warp. Those behind the last one of the group repeat it and write nothing.
+struct Place {
+  int batch, group, panel, channel;  // group: counted over all batches
+  int last;                          // of the rows that are channels; below 0 where none is
+
+  __device__ __forceinline__ bool has(int row) const { return row <= last; }
+  __device__ __forceinline__ int channel_of(int row) const { return channel + min_of(row, last); }
+  __device__ __forceinline__ i64 row_of(const Problem& p, int row) const {
+    return i64(batch) * p.dim + channel_of(row);
   }
 };
 
-// One number of B or C from memory.
+// Of a group.
+template <class Of>
+__device__ __forceinline__ u32 panels_of(const Problem& p) {
+  constexpr u32 kChannels = Of::kWarps * Of::kRows;
+  return (u32(p.dim) / u32(p.groups) + kChannels - 1) / kChannels;
+}
+
+template <class Of>
+__device__ __forceinline__ Place place_of(const Problem& p, u32 block, u32 panels) {
+  const u32 channels = u32(p.dim) / u32(p.groups);
+  const u32 of_group = block / panels, batch = of_group / u32(p.groups);
+  const int panel = int(block - of_group * panels), group = int(of_group - batch * u32(p.groups));
+  const int local = (panel * Of::kWarps + int(threadIdx.x) / kWarpSize) * Of::kRows;
+  return {int(batch), int(of_group), panel, group * int(channels) + local,
+          min_of(int(channels) - 1 - local, Of::kRows - 1)};
+}
+
+// ---- fours ----
+
+// Four neighbouring numbers in shared memory.
+template <class V>
+struct alignas(16) Quad {
+  V at[4];
+};
+template <class V>
+__device__ __forceinline__ void read_quad(const V* from, V* out) {
+  const Quad<V> quad = *reinterpret_cast<const Quad<V>*>(from);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) out[i] = quad.at[i];
+}
+template <class V>
+__device__ __forceinline__ void write_quad(V* to, const V* values) {
+  Quad<V> quad;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) quad.at[i] = values[i];
+  *reinterpret_cast<Quad<V>*>(to) = quad;
+}
+
+// Four neighbouring positions as they lie in memory, of kParts scalars each. Nothing waits for them before they are read.
+template <class Scalar, int kParts>
+struct Four {
+  static constexpr int kCount = 4 * kParts;
+  static constexpr int kPack =
+      kCount < 16 / int(sizeof(Scalar)) ? kCount : 16 / int(sizeof(Scalar));
+  Pack<Scalar, kPack> packs[kCount / kPack];
+
+  __device__ __forceinline__ const Scalar& at(int i) const {
+    return packs[i / kPack].at[i % kPack];
+  }
+  __device__ __forceinline__ Scalar& at(int i) { return packs[i / kPack].at[i % kPack]; }
+};
+
+// Where the four positions from `first` on begin in memory.
+__device__ __forceinline__ int memory_of(const Problem& p, int first) {
+  return p.reverse ? int(p.length) - 4 - first : first;
+}
+// Whether they may be read and written at once.
+__device__ __forceinline__ bool is_pack(const Problem& p, int begin) {
+  return p.aligned && u32(begin) <= u32(p.length) - 4;
+}
+__device__ __forceinline__ int inside_of(const Problem& p, int begin) {
+  return max_of(0, min_of(begin, int(p.length) - 1));
+}
+
+// Positions beyond the ends are those at the ends.
+template <int kParts, class Scalar>
+__device__ __forceinline__ Four<Scalar, kParts> load_four(const Scalar* row, int first,
+                                                          const Problem& p) {
+  using Result = Four<Scalar, kParts>;
+  Result four;
+  const int begin = memory_of(p, first);
+  if (is_pack(p, begin)) {
+    const Scalar* from = row + i64(begin) * kParts;
+#pragma unroll
+    for (int q = 0; q < Result::kCount; q += Result::kPack) {
+      four.packs[q / Result::kPack] = load_pack<Result::kPack>(from + q);
+    }
+    return four;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const Scalar* from = row + i64(inside_of(p, begin + i)) * kParts;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) four.at(i * kParts + part) = from[part];
+  }
+  return four;
+}
+
+// As numbers in the order of the scan.
+template <class V, class Scalar, int kParts>
+__device__ __forceinline__ void numbers_of(const Four<Scalar, kParts>& four, const Problem& p,
+                                           V* out) {
+  V values[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (is_complex_type<V>) {
+      values[i] = {load(four.at(2 * i)), load(four.at(2 * i + 1))};
+    } else {
+      values[i] = load(four.at(i));
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) out[i] = select(p.reverse != 0, values[3 - i], values[i]);
+}
+
+template <class Scalar, class T>
+__device__ __forceinline__ void store_four(Scalar* row, int first, const Problem& p,
+                                           const T* values) {
+  Four<Scalar, 1> four;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) store(four.at(i), p.reverse ? values[3 - i] : values[i]);
+  const int begin = memory_of(p, first);
+  Scalar* to = row + begin;
+  if (is_pack(p, begin)) {
+    constexpr int kPack = Four<Scalar, 1>::kPack;
+#pragma unroll
+    for (int q = 0; q < 4; q += kPack) store_pack(to + q, four.packs[q / kPack]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (u32(begin + i) < u32(p.length)) to[i] = four.at(i);
+  }
+}
+
+// Where one position lies in memory; those beyond the ends are those at the ends.
+__device__ __forceinline__ int memory_of_one(const Problem& p, int position) {
+  const int inside = inside_of(p, position);
+  return p.reverse ? int(p.length) - 1 - inside : inside;
+}
+
+// ---- rows: u, delta, z and what has their shape ----
+
+// The four of a lane's item: a row of its warp, and a place in the tile. Of a layout with few rows some lanes have none.
+template <class Of>
+struct RowItem {
+  int row, four;
+  __device__ __forceinline__ explicit RowItem(int item) {
+    const int index = item * kWarpSize + int(threadIdx.x) % kWarpSize;
+    row = index / Of::kFours;
+    four = index % Of::kFours;
+  }
+  __device__ __forceinline__ bool exists() const {
+    return Of::kRows * Of::kFours % kWarpSize == 0 || row < Of::kRows;
+  }
+  __device__ __forceinline__ int slot() const { return row * Of::kRowPitch + four * 4; }
+};
+
+template <class Scalar>
+__device__ __forceinline__ const Scalar* row_begin(const Rows& rows, const Place& place, int row) {
+  return static_cast<const Scalar*>(rows.data) + place.batch * rows.batch +
+         place.channel_of(row) * rows.channel;
+}
+
+// A lane's fours of a row tensor in the tile that begins at `first`.
+template <class Of, class Scalar>
+struct RowFours {
+  Four<Scalar, 1> at[Of::kRowItems];
+
+  __device__ __forceinline__ void load(const Rows& rows, const Problem& p, const Place& place,
+                                       int first) {
+#pragma unroll
+    for (int k = 0; k < Of::kRowItems; ++k) {
+      const RowItem<Of> item(k);
+      if (!item.exists()) continue;
+      at[k] = load_four<1>(row_begin<Scalar>(rows, place, item.row), first + item.four * 4, p);
+    }
+  }
+};
+
+// One scalar beside each of a lane's fours, `offset` positions from its first.
+template <class Of, class Scalar>
+struct RowScalars {
+  Scalar at[Of::kRowItems];
+
+  __device__ __forceinline__ void load(const Rows& rows, const Problem& p, const Place& place,
+                                       int first) {
+#pragma unroll
+    for (int k = 0; k < Of::kRowItems; ++k) {
+      const RowItem<Of> item(k);
+      if (!item.exists()) continue;
+      at[k] = row_begin<Scalar>(rows, place, item.row)[memory_of_one(p, first + item.four * 4)];
+    }
+  }
+};
+
+// A weight for each of a lane's fours; 0 where there are none.
+template <class Of, class T>
+struct RowWeights {
+  T at[Of::kRowItems];
+  __device__ __forceinline__ RowWeights(const void* weights, const Place& place) {
+#pragma unroll
+    for (int k = 0; k < Of::kRowItems; ++k) {
+      at[k] = weights != nullptr
+                  ? static_cast<const T*>(weights)[place.channel_of(RowItem<Of>(k).row)]
+                  : T(0);
+    }
+  }
+};
+
+template <class T>
+__device__ __forceinline__ T step_of(T delta, T bias, bool softplus) {
+  return softplus ? softplus_of(delta + bias) : delta + bias;
+}
+
+// What the recurrence of a warp's channels takes from u and delta: rows of d, of u (or d * u where kScaled), and of the
+// ratios that true-time rules need.
+template <class Of, class Scalar, int kMethod, bool kScaled>
+struct Steps {
+  using T = Acc<Scalar>;
+  static constexpr int kNeighbour = neighbour_of(kMethod);
+  static constexpr int kArray = Of::kRows * Of::kRowPitch;
+  static constexpr int kNumbers = step_arrays(kMethod) * kArray;
+
+  RowFours<Of, Scalar> u, delta;
+  // delta beside each four, and u behind it.
+  RowScalars<Of, Scalar> beside, behind;
+
+  __device__ __forceinline__ void load(const Problem& p, const Place& place, int first) {
+    u.load(p.u, p, place, first);
+    delta.load(p.delta, p, place, first);
+    if constexpr (kNeighbour != 0)
+      beside.load(p.delta, p, place, first + (kNeighbour > 0 ? 4 : -1));
+    if constexpr (ahead_of(kMethod) > 0) behind.load(p.u, p, place, first + 4);
+  }
+
+  // Into the rows of the warp. Steps beyond the end are 0 and change nothing.
+  __device__ __forceinline__ void write(const Problem& p, const Place& place,
+                                        const RowWeights<Of, T>& bias, int first, T* rows) const {
+#pragma unroll
+    for (int k = 0; k < Of::kRowItems; ++k) {
+      const RowItem<Of> item(k);
+      if (!item.exists()) continue;
+      T d[4], x[4];
+      numbers_of(delta.at[k], p, d);
+      numbers_of(u.at[k], p, x);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) d[i] = step_of(d[i], bias.at[k], p.softplus);
+      if constexpr (kNeighbour != 0) {
+        const T other = step_of(T(torchkiln::load(beside.at[k])), bias.at[k], p.softplus);
+        T ratio[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int j = i + kNeighbour;
+          ratio[i] = (j < 0 || j == 4 ? other : d[j & 3]) / d[i];
+        }
+        write_quad(rows + 2 * kArray + item.slot(), ratio);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (!place.has(item.row) || first + item.four * 4 + i >= p.length) d[i] = T(0);
+        if (kScaled) x[i] *= d[i];
+      }
+      write_quad(rows + item.slot(), d);
+      write_quad(rows + kArray + item.slot(), x);
+      if constexpr (ahead_of(kMethod) > 0) {
+        if (item.four == Of::kFours - 1) {
+          rows[kArray + item.slot() + 4] = torchkiln::load(behind.at[k]);
+        }
+      }
+    }
+  }
+};
+
+// ---- matrices: B and C ----
+
+// The four of a thread's item: a state and a place in the tile.
+template <class Of>
+struct MatrixItem {
+  int state, four;
+  __device__ __forceinline__ explicit MatrixItem(int item) {
+    const int index = item * Of::kThreads + int(threadIdx.x);
+    state = index / Of::kFours;
+    four = index % Of::kFours;
+  }
+  __device__ __forceinline__ bool exists() const {
+    return Of::kPadded * Of::kFours % Of::kThreads == 0 || state < Of::kPadded;
+  }
+  __device__ __forceinline__ int slot() const { return state * Of::kMatrixPitch + four * 4; }
+};
+
+// The row of a state of a variable matrix.
+template <class V, class Scalar>
+__device__ __forceinline__ const Scalar* matrix_row(const void* matrix, const Problem& p,
+                                                    const Place& place, int state) {
+  const i64 row = i64(place.group) * p.states + state;
+  return static_cast<const Scalar*>(matrix) + row * p.length * (is_complex_type<V> ? 2 : 1);
+}
+// One number of it.
 template <class V, class Scalar>
 __device__ __forceinline__ V matrix_at(const Scalar* row, i64 index) {
   if constexpr (is_complex_type<V>) {
@@ -196,145 +353,133 @@ __device__ __forceinline__ V matrix_at(const Scalar* row, i64 index) {
   }
 }
 
-// Four neighbouring positions.
-template <class V, class Scalar>
-__device__ __forceinline__ void load_four(const Scalar* row, i64 first, const Problem& p, V* out) {
-  if (!is_complex_type<V> && p.aligned && first + 4 <= p.length) {
-    Real<V> items[4];
-    load_items<4>(row, first, p, items);
-    for (int i = 0; i < 4; ++i) out[i] = number<V>(items[i]);
-    return;
-  }
-  const Walk walk(p, first);
-  for (int i = 0; i < 4; ++i) out[i] = matrix_at<V>(row, walk.inside(i));
-}
+// A thread's fours of B or C. States beyond the last are 0.
+template <class Of, class Scalar, class V, bool kAhead>
+struct MatrixFours {
+  static constexpr int kParts = is_complex_type<V> ? 2 : 1;
+  static constexpr int kNumbers = Of::kPadded * Of::kMatrixPitch;
+  Four<Scalar, kParts> at[Of::kMatrixItems];
+  V behind[kAhead ? Of::kMatrixItems : 1];
 
-// Fills a tile with states n0 ... of one batch and group from position `first` on. Every thread of the block must call.
-template <class Scalar, class V, int kItems, int kThreads, bool kHalo>
-__device__ __forceinline__ void fill_tile(V* tile, const void* matrix, const Problem& p,
-                                          const Place& place, int n0, i64 first) {
-  using Of = Layout<kItems>;
-  constexpr int kParts = is_complex_type<V> ? 2 : 1, kFours = Of::kChunk / 4;
-  const int count = min_of(kTileStates<V>, int(p.states) - n0);
-  const Scalar* from = static_cast<const Scalar*>(matrix) +
-                       ((place.batch * p.groups + place.group) * p.states + n0) * p.length * kParts;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < count * kFours; i += kThreads) {
-    const int state = i / kFours, position = i % kFours * 4;
-    V four[4];
-    load_four(from + state * p.length * kParts, first + position, p, four);
-    V* to = tile + state * Of::kSlots + Of::slot(position);
-    for (int j = 0; j < 4; ++j) to[j] = four[j];
-  }
-  if constexpr (kHalo) {
-    for (int i = threadIdx.x; i < count * 3; i += kThreads) {
-      const int state = i / 3, position = i % 3 == 2 ? Of::kChunk : -1 - i % 3;
-      tile[state * Of::kSlots + Of::slot(position)] =
-          matrix_at<V>(from + state * p.length * kParts, memory_of(p, first + position));
+  __device__ __forceinline__ void load(const void* matrix, const Problem& p, const Place& place,
+                                       int first) {
+#pragma unroll
+    for (int k = 0; k < Of::kMatrixItems; ++k) {
+      const MatrixItem<Of> item(k);
+      if (item.state >= p.states) continue;
+      const Scalar* row = matrix_row<V, Scalar>(matrix, p, place, item.state);
+      at[k] = load_four<kParts>(row, first + item.four * 4, p);
+      if constexpr (kAhead) {
+        if (item.four == Of::kFours - 1) {
+          behind[k] = matrix_at<V>(row, memory_of_one(p, first + Of::kTile));
+        }
+      }
     }
   }
-}
 
-// A state's numbers of B or C for the positions of a lane, and some beside them.
-template <int kItems, int kLeft, int kRight, class V>
-struct Samples {
-  V at[kLeft + kItems + kRight];
-  __device__ __forceinline__ V& operator[](int i) { return at[i + kLeft]; }
-  __device__ __forceinline__ const V& operator[](int i) const { return at[i + kLeft]; }
-
-  __device__ __forceinline__ void read(const V* row, int lane) {
-    using Of = Layout<kItems>;
+  __device__ __forceinline__ void write(const Problem& p, V* rows) const {
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) at[i + kLeft] = row[(i / 4 * kWarpSize + lane) * 4 + i % 4];
+    for (int k = 0; k < Of::kMatrixItems; ++k) {
+      const MatrixItem<Of> item(k);
+      if (!item.exists()) continue;
+      const bool is_state = item.state < p.states;
+      V values[4];
+      numbers_of(at[k], p, values);
 #pragma unroll
-    for (int i = 1; i <= kLeft; ++i) at[kLeft - i] = row[Of::slot(lane * kItems - i)];
-#pragma unroll
-    for (int i = 0; i < kRight; ++i) {
-      at[kLeft + kItems + i] = row[Of::slot(lane * kItems + kItems + i)];
+      for (int i = 0; i < 4; ++i) values[i] = select(is_state, values[i], number<V>(0));
+      write_quad(rows + item.slot(), values);
+      if constexpr (kAhead) {
+        if (item.four == Of::kFours - 1) {
+          rows[item.slot() + 4] = select(is_state, behind[k], number<V>(0));
+        }
+      }
     }
-  }
-  __device__ __forceinline__ void fill(V value) {
-#pragma unroll
-    for (int i = 0; i < kLeft + kItems + kRight; ++i) at[i] = value;
   }
 };
 
-// ---- steps and samples of a lane ----
+// ---- the lanes of a channel ----
 
-template <int kMethod, int kItems, int kLeft, class T>
-struct Steps {
-  static constexpr int kRight = ahead_of(kMethod), kNeighbour = neighbour_of(kMethod);
-  T d[kItems];  // 0 beyond the end: such a step changes nothing
-  T ratio[kNeighbour == 0 ? 1 : kItems];
-  Samples<kItems, kLeft, kRight, T> u;
+// A lane has states part, part + kLanes, ... of the channel of a row of its warp.
+template <class Of>
+struct Lane {
+  int row, part;
+  __device__ __forceinline__ Lane()
+      : row(int(threadIdx.x) % kWarpSize / Of::kLanes), part(int(threadIdx.x) % Of::kLanes) {}
+  __device__ __forceinline__ int state(int s) const { return s * Of::kLanes + part; }
+};
 
-  __device__ __forceinline__ T ratio_at(int i) const {
-    return kNeighbour == 0 ? T(1) : ratio[kNeighbour == 0 ? 0 : i];
+// Where a lane reads B or C, in numbers from the matrix's memory: four q of state s lies at `at + q * step + s * slab`, and
+// behind it the position behind that four. (Pointers would no longer be known to be of shared memory.)
+struct MatrixReader {
+  int at, step, slab;
+
+  template <class V>
+  __device__ __forceinline__ void read(const V* memory, int s, V* out, bool with_behind) const {
+    read_quad(memory + at + s * slab, out);
+    if (with_behind) out[4] = memory[at + s * slab + 4];
   }
 };
 
-template <class T>
-__device__ __forceinline__ T step_of(T delta, T bias, bool softplus) {
-  return softplus ? softplus_of(delta + bias) : delta + bias;
+// Lays a constant matrix out for its readers: a four for each channel and state, which all positions share. Every thread
+// writes what it reads itself.
+template <class Of, class V>
+__device__ __forceinline__ MatrixReader constant_matrix(const void* matrix, const Problem& p,
+                                                        const Place& place, const Lane<Of>& lane,
+                                                        V* memory) {
+  constexpr int kPitch = pitch_of(4, sizeof(V)), kSlab = Of::kThreads * kPitch;
+  const int at = int(threadIdx.x) * kPitch;
+  V* own = memory + at;
+  const V* weights = static_cast<const V*>(matrix) + i64(place.channel_of(lane.row)) * p.states;
+#pragma unroll
+  for (int s = 0; s < Of::kStates; ++s) {
+    const int n = lane.state(s);
+    const V value = n < int(p.states) ? weights[n] : number<V>(0),
+            four[4] = {value, value, value, value};
+    write_quad(own + s * kSlab, four);
+    own[s * kSlab + 4] = value;
+  }
+  return {at, 0, kSlab};
 }
 
-template <class Scalar, int kMethod, int kItems, int kLeft>
-__device__ __forceinline__ void load_steps(const Problem& p, const Place& place, i64 first,
-                                           Steps<kMethod, kItems, kLeft, Acc<Scalar>>& s) {
-  using T = Acc<Scalar>;
-  constexpr int kNeighbour = neighbour_of(kMethod), kRight = ahead_of(kMethod);
-  const Scalar* u = row_of<Scalar>(p.u, place);
-  const Scalar* delta = row_of<Scalar>(p.delta, place);
-  const T bias = p.delta_bias ? static_cast<const T*>(p.delta_bias)[place.channel] : T(0);
-  load_items<kItems>(u, first, p, s.u.at + kLeft);
+// `tile`: which of the tiles of a variable matrix.
+template <class Of>
+__device__ __forceinline__ MatrixReader variable_matrix(const Lane<Of>& lane, int tile) {
+  return {(tile * Of::kPadded + lane.part) * Of::kMatrixPitch, 4, Of::kLanes * Of::kMatrixPitch};
+}
+
+// Sums four values over the lanes of each channel. A lane ends up with kKept of the sums, of which the first is
+// sums_first(part): a quarter of the lanes with each, or fewer lanes with more.
+template <int kLanes>
+constexpr int kKeptSums = kLanes >= 4 ? 1 : 4 / kLanes;
+
+template <int kLanes, class T>
+__device__ __forceinline__ void sum_over_lanes(T* values, int part) {
+  int count = 4;
 #pragma unroll
-  for (int i = 1; i <= kLeft; ++i) s.u[-i] = load(u[memory_of(p, first - i)]);
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) {
+    if (count > 1) {
+      count /= 2;
+      const bool is_upper = (part & mask) != 0;
 #pragma unroll
-  for (int i = 0; i < kRight; ++i) s.u[kItems + i] = load(u[memory_of(p, first + kItems + i)]);
-  load_items<kItems>(delta, first, p, s.d);
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) s.d[i] = step_of(s.d[i], bias, p.softplus);
-  if constexpr (kNeighbour != 0) {
-    const i64 beside = kNeighbour > 0 ? first + kItems : first - 1;
-    const T other = step_of(T(load(delta[memory_of(p, beside)])), bias, p.softplus);
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int j = i + kNeighbour;
-      s.ratio[i] = (j < 0 || j == kItems ? other : s.d[j < 0 ? 0 : j % kItems]) / s.d[i];
+      for (int i = 0; i < 2; ++i) {
+        if (i >= count) break;
+        const T given = is_upper ? values[i] : values[i + count];
+        const T kept = is_upper ? values[i + count] : values[i];
+        values[i] = kept + __shfl_xor_sync(kAllLanes, given, mask);
+      }
+    } else {
+      values[0] += __shfl_xor_sync(kAllLanes, values[0], mask);
     }
   }
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    if (!place.is_row || first + i >= p.length) s.d[i] = T(0);
-  }
 }
-
-// sum_j w_j v_{i+j}.
-template <int kMethod, class V, class AnySamples>
-__device__ __forceinline__ V held_of(const V* weight, const AnySamples& v, int i) {
-  if constexpr (kMethod == kMamba) {
-    return v[i];
-  } else {
-    V sum = weight[0] * v[i - back_of(kMethod)];
-#pragma unroll
-    for (int j = 1; j < taps_of(kMethod); ++j) sum = sum + weight[j] * v[i - back_of(kMethod) + j];
-    return sum;
-  }
+template <int kLanes>
+__device__ __forceinline__ int sums_first(int part) {
+  return part * 4 / kLanes;
 }
-
-// alpha and d * (what is held) of each position of a lane; the map of the whole lane.
-template <int kMethod, int kItems, int kLeft, class V, class T, class AnySamples>
-__device__ __forceinline__ Affine<V> lane_map(const Steps<kMethod, kItems, kLeft, T>& s,
-                                              const AnySamples& v, V a, V* alpha, V* input) {
-  Affine<V> map = {number<V>(T(1)), number<V>(T(0))};
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const auto c = coefficients<kMethod>(s.d[i], a, s.ratio_at(i));
-    alpha[i] = c.alpha;
-    input[i] = s.d[i] * held_of<kMethod>(c.weight, v, i);
-    map = {c.alpha * map.product, c.alpha * map.sum + input[i]};
-  }
-  return map;
+// Whether a lane is the one of those with the same sums that writes them.
+template <int kLanes>
+__device__ __forceinline__ bool is_sums_writer(int part) {
+  return kLanes <= 4 || part % (kLanes / 4) == 0;
 }
 
 }  // namespace torchkiln::selective_scan

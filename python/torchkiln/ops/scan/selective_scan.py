@@ -29,7 +29,7 @@ _METHODS = {
 _TRUE_TIME = {"poly": 9, "highorder": 10}
 
 # Steps between two states that are kept for the backward; kCheckpoint of selective_scan.h.
-_CHECKPOINT = 128
+_CHECKPOINT = 32
 
 
 def _weights_dtype(u: Tensor) -> torch.dtype:
