@@ -16,7 +16,7 @@ enum Pooling { kAverage = 0, kMax = 1 };
 struct Regions {
   const void* boxes;  // (k, 5) batch index, x1, y1, x2, y2 in image pixels
   i64 box_type;       // FloatType
-  i64 n, c, h, w;  // of the input
+  i64 n, c, h, w;     // of the input
   i64 k, pooled_h, pooled_w;
   i64 sampling_ratio;  // samples per bin and axis; 0 or less: one per pixel, rounded up
   i64 aligned;

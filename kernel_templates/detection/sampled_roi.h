@@ -26,8 +26,8 @@ constexpr i32 kTileSide = 8;
 constexpr i32 kFewSamples = 64;
 
 struct Args {
-  const void* boxes;  // as the operator says, of box_type
-  i64 box_type;       // FloatType
+  const void* boxes;           // as the operator says, of box_type
+  i64 box_type;                // FloatType
   i64 n, c, h, w;              // of the maps
   i64 groups, bins, channels;  // of the output
   i64 pooled_h, pooled_w;
