@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "bindings/support/any_float.h"
 #include "bindings/support/check.h"
 #include "deformable/deformable_aggregation.h"
 
@@ -35,20 +36,6 @@ struct AggregationGradient {
   std::vector<Tensor> gradients;  // none when not wanted
   Tensor grad_locations, grad_weights;
 };
-
-// The kernels' name of a floating dtype that is known at run time only.
-inline i64 number_type(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Half:
-      return kHalfNumbers;
-    case ScalarType::BFloat16:
-      return kBfloat16Numbers;
-    case ScalarType::Double:
-      return kDoubleNumbers;
-    default:
-      return kFloatNumbers;
-  }
-}
 
 // The dtype that sums are in.
 inline ScalarType sum_type(ScalarType dtype) {

@@ -121,8 +121,7 @@ Tensor box_backward_cpu(const Tensor& grad_output, const Tensor& input, const Te
       for (std::int64_t region = begin; region < end; ++region) {
         make_precise_taps(r, region, taps);
         const BoxGradient<T> sums = gradient_of_box<Scalar>(p.pooled, region, taps);
-        for (int i = 0; i < 4; ++i)
-          prroi_pool::store_as(out, r.box_type, region * 5 + 1 + i, sums.at[i]);
+        for (int i = 0; i < 4; ++i) store_as(out, r.box_type, region * 5 + 1 + i, sums.at[i]);
       }
     });
   });

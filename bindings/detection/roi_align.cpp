@@ -11,6 +11,7 @@
 
 #include "bindings/detection/roi_staged.h"
 #include "bindings/detection/roi_taps.h"
+#include "bindings/support/any_float.h"
 #include "bindings/support/cuda.h"
 
 namespace torchkiln::bindings {
@@ -415,7 +416,7 @@ void check_shape_of_maps(const char* op, const RoiAlignShape& s) {
 roi_align::Regions regions_of(const Tensor& boxes, const RoiAlignShape& s,
                               const RoiAlignOptions& o) {
   return {.boxes = boxes.const_data_ptr(),
-          .box_type = box_type(boxes.scalar_type()),
+          .box_type = number_type(boxes.scalar_type()),
           .n = s.n,
           .c = s.c,
           .h = s.h,

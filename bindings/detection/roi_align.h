@@ -40,20 +40,6 @@ RoiAlignPlan plan_roi_align_backward(const char* op, const Tensor& grad_output, 
                                      bool channels_last);
 void check_pooling(std::int64_t pooling);
 
-// The kernels' name of the boxes' dtype.
-inline std::int64_t box_type(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Half:
-      return roi_align::kHalfBoxes;
-    case ScalarType::BFloat16:
-      return roi_align::kBfloat16Boxes;
-    case ScalarType::Double:
-      return roi_align::kDoubleBoxes;
-    default:
-      return roi_align::kFloatBoxes;
-  }
-}
-
 // For every operator that pools regions: boxes, bins and options; the sizes of maps.
 void check_regions(const char* op, const Tensor& boxes, const RoiAlignOptions& options);
 void check_shape_of_maps(const char* op, const RoiAlignShape& shape);

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "bindings/detection/roi_align.h"
+#include "bindings/support/any_float.h"
 #include "bindings/support/cuda.h"
 
 namespace torchkiln::bindings {
@@ -104,7 +105,7 @@ std::int64_t hint_of(const SampledSettings& s) {
 sampled_roi::Args args_of(const SampledSettings& s, const Tensor& boxes, const Sizes& shape) {
   const auto [groups, channels, rows, columns] = output_shape(s, boxes, shape);
   const sampled_roi::Args args = {.boxes = boxes.const_data_ptr(),
-                                  .box_type = box_type(boxes.scalar_type()),
+                                  .box_type = number_type(boxes.scalar_type()),
                                   .n = shape[0],
                                   .c = shape[1],
                                   .h = shape[2],

@@ -36,4 +36,15 @@ TORCHKILN_HD void store_as(void* to, i64 type, i64 at, T value) {
   }
 }
 
+// The same, compiled once instead of at each of several places. By value: a reference would put the kernel's arguments
+// on the stack.
+template <class T>
+TORCHKILN_HD_CALLED T load_as_called(const void* from, i64 type, i64 at) {
+  return load_as<T>(from, type, at);
+}
+template <class T>
+TORCHKILN_HD_CALLED void store_as_called(void* to, i64 type, i64 at, T value) {
+  store_as(to, type, at, value);
+}
+
 }  // namespace torchkiln

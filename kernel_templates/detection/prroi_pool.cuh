@@ -258,9 +258,9 @@ __global__ void __launch_bounds__(kBlockSize) boxes(const BoxArgs args) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const T sum = block_sum<kBlockSize>(sums[i], shared);
-    if (threadIdx.x == 0) store_as(args.grad_boxes, r.box_type, region * 5 + 1 + i, sum);
+    if (threadIdx.x == 0) store_as_called(args.grad_boxes, r.box_type, region * 5 + 1 + i, sum);
   }
-  if (threadIdx.x == 0) store_as(args.grad_boxes, r.box_type, region * 5, T(0));
+  if (threadIdx.x == 0) store_as_called(args.grad_boxes, r.box_type, region * 5, T(0));
 }
 
 }  // namespace torchkiln::prroi_pool

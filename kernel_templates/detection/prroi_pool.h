@@ -5,6 +5,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "common/any_float.h"
 #include "detection/roi_align.h"
 
 namespace torchkiln::prroi_pool {
@@ -162,22 +163,6 @@ TORCHKILN_HD Average<T> average_of(const Edges<T>& y, const Edges<T>& x, i64 row
     sum.bottom += weight_at(bottom, row.pixel) * whole;
   }
   return sum;
-}
-
-// Called by value, as load_as.
-template <class T>
-TORCHKILN_HD_CALLED void store_as(void* to, i64 type, i64 at, T value) {
-  switch (type) {
-    case roi_align::kHalfBoxes:
-      return store(static_cast<half*>(to)[at], static_cast<float>(value));
-    case roi_align::kBfloat16Boxes:
-      return store(static_cast<bfloat16*>(to)[at], static_cast<float>(value));
-    case roi_align::kDoubleBoxes:
-      static_cast<double*>(to)[at] = static_cast<double>(value);
-      return;
-    default:
-      static_cast<float*>(to)[at] = static_cast<float>(value);
-  }
 }
 
 }  // namespace torchkiln::prroi_pool

@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "common/any_float.h"
 #include "common/bands.h"
 #include "common/types.h"
 #include "geometry/bilinear.h"
@@ -10,13 +11,12 @@
 namespace torchkiln::roi_align {
 
 enum Pooling { kAverage = 0, kMax = 1 };
-enum BoxType { kFloatBoxes = 0, kHalfBoxes = 1, kBfloat16Boxes = 2, kDoubleBoxes = 3 };
 
 // How regions are laid over maps; the same forward and backward.
 struct Regions {
   const void* boxes;  // (k, 5) batch index, x1, y1, x2, y2 in image pixels
-  i64 box_type;
-  i64 n, c, h, w;  // of the input
+  i64 box_type;       // FloatType
+  i64 n, c, h, w;     // of the input
   i64 k, pooled_h, pooled_w;
   i64 sampling_ratio;  // samples per bin and axis; 0 or less: one per pixel, rounded up
   i64 aligned;
@@ -115,23 +115,9 @@ TORCHKILN_HD void sample_range(const Axis<T>& axis, i64 bin, i64 size, i32& firs
   last = min_of(last + spare, axis.count);
 }
 
-// Called by value: a reference would put the kernel's arguments on the stack.
-template <class T>
-TORCHKILN_HD_CALLED T load_as(const void* from, i64 type, i64 at) {
-  switch (type) {
-    case kHalfBoxes:
-      return T(load(static_cast<const half*>(from)[at]));
-    case kBfloat16Boxes:
-      return T(load(static_cast<const bfloat16*>(from)[at]));
-    case kDoubleBoxes:
-      return T(static_cast<const double*>(from)[at]);
-    default:
-      return T(static_cast<const float*>(from)[at]);
-  }
-}
 template <class T>
 TORCHKILN_HD T coordinate(const Regions& r, i64 region, int column) {
-  return load_as<T>(r.boxes, r.box_type, region * 5 + column);
+  return load_as_called<T>(r.boxes, r.box_type, region * 5 + column);
 }
 
 // One axis of a region.

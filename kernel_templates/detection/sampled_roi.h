@@ -26,8 +26,8 @@ constexpr i32 kTileSide = 8;
 constexpr i32 kFewSamples = 64;
 
 struct Args {
-  const void* boxes;  // as the operator says, roi_align::BoxType
-  i64 box_type;
+  const void* boxes;           // as the operator says, of box_type
+  i64 box_type;                // FloatType
   i64 n, c, h, w;              // of the maps
   i64 groups, bins, channels;  // of the output
   i64 pooled_h, pooled_w;
@@ -55,7 +55,7 @@ struct Patch {
 
 template <class T>
 TORCHKILN_HD T number(const Args& args, i64 at) {
-  return roi_align::load_as<T>(args.boxes, args.box_type, at);
+  return load_as_called<T>(args.boxes, args.box_type, at);
 }
 
 // The image that a region names, -1 for none.

@@ -766,14 +766,39 @@ def test_quirk_roi_pool_gradient_of_negative_size():
     assert grad.abs().sum() == 0
 
 
-def test_quirk_roi_align_max_gradient_on_the_rim():
-    """One sample, a pixel above the map: value and gradient are those of the border."""
-    image = torch.arange(9.0).reshape(1, 1, 3, 3).requires_grad_()
-    roi = torch.tensor([[0.0, 0.5, -1.5, 2.5, 0.5]])
-    pooled = ops.roi_align(image, roi, 1, 1.0, 1, "max")
-    assert pooled.item() == 1
-    (grad,) = torch.autograd.grad(pooled, image)
-    assert grad.flatten().tolist() == [0, 1, 0, 0, 0, 0, 0, 0, 0]
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_quirk_roi_align_max_gradient_on_the_rim(channels_last):
+    """One sample, a pixel above the map: mmcv takes its y for that of no sample."""
+    image = torch.arange(9.0).reshape(1, 1, 3, 3)
+    if channels_last:
+        image = image.expand(1, 2, 3, 3).contiguous(memory_format=torch.channels_last)
+    image.requires_grad_()
+    rows = [[0.0, 0.5, -1.5, 2.5, 0.5], [0, 0.5, -1.25, 2.5, 0.75]]
+    for roi, expected in zip(torch.tensor(rows), (0.0, 1.0), strict=True):
+        pooled = ops.roi_align(image, roi[None], 1, 1.0, 1, "max")
+        assert pooled.flatten()[0].item() == 1
+        (grad,) = torch.autograd.grad(pooled.sum(), image)
+        assert grad[0, 0].flatten().tolist() == [0, expected, 0, 0, 0, 0, 0, 0, 0]
+    plain = native.roi_align(image, torch.tensor(rows[:1]), 1, 1.0, 1, True, pool_mode="max")
+    (grad,) = torch.autograd.grad(plain.sum(), image)
+    assert grad[0, 0, 0, 1].item() == 1
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("ratio", [0, 2, 3])
+def test_roi_align_max_has_the_gradient_elsewhere(ratio, aligned):
+    """Of samples that lie anywhere but on the rim, as ours."""
+    g = torch.Generator().manual_seed(0)
+    image = torch.randn(2, 3, 12, 14, generator=g, dtype=torch.float64, requires_grad=True)
+    corner, side = 12 * torch.rand(9, 2, generator=g) - 2, 9 * torch.rand(9, 2, generator=g)
+    rois = torch.cat([torch.randint(2, (9, 1), generator=g), corner, corner + side], 1).double()
+    grads = []
+    for pool in (
+        ops.roi_align(image, rois, (2, 3), 0.7, ratio, "max", aligned),
+        native.roi_align(image, rois, (2, 3), 0.7, ratio, aligned, pool_mode="max"),
+    ):
+        grads += torch.autograd.grad(pool.clamp(min=-9).square().sum(), image)
+    assert_close(*grads)
 
 
 def test_quirk_softmax_focal_loss_without_reduction():

@@ -96,8 +96,9 @@ def test_importing_torchkiln_changes_nothing():
 
 def test_importing_the_drop_in_changes_nothing():
     run("""
-        pooling = ("ps_roi_align", "_ps_roi_align_backward", "ps_roi_pool", "_ps_roi_pool_backward")
-        assert drop_in.provided() == ("nms", "roi_align", "_roi_align_backward", *pooling)
+        pooling = ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool")
+        both = [name for pool in pooling for name in (pool, f"_{pool}_backward")]
+        assert drop_in.provided() == ("nms", *both, "box_iou_rotated")
         assert not hasattr(torch.ops.torchvision, "nms")
     """)
 
@@ -180,9 +181,7 @@ class TestBroken:
             drop_in.install()
             import torchvision
             image = torch.rand(1, 2, 8, 8)
-            with raises("torchvision::roi_pool: torchkiln does not provide this operator yet."):
-                torchvision.ops.roi_pool(image, rois, 2)
-            with raises("torchvision::deform_conv2d: torchkiln does not provide"):
+            with raises("torchvision::deform_conv2d: torchkiln does not provide this operator"):
                 offset = torch.zeros(1, 18, 6, 6)
                 torchvision.ops.deform_conv2d(image, offset, torch.rand(4, 2, 3, 3))
             with raises("torchvision::qnms: torchkiln does not provide"):
@@ -212,7 +211,7 @@ class TestBroken:
             image = torch.rand(1, 2, 8, 8)
             before = image._use_count()
             with raises("does not provide"):
-                torch.ops.torchvision.roi_pool(image, rois, 1.0, 2, 2)
+                torch.ops.torchvision.qroi_align(image, rois, 1, 0, 1, 0, 1.0, 2, 2, 2, True)
             assert image._use_count() == before
         """)
 
@@ -239,6 +238,40 @@ class TestBroken:
             torch.use_deterministic_algorithms(True)
             assert torch.autograd.gradcheck(crops, image)
         """)
+
+    @pytest.mark.parametrize("side", [8, 300])
+    def test_roi_pool_numbers_the_cells_of_a_map(self, side):
+        """Torchvision's rule: -1 for a bin beyond the map; the gradient goes to those cells."""
+        run(
+            """
+            side = SIDE
+            drop_in.install()
+            import torchvision
+            assert drop_in.calls()["roi_pool"] == 0
+            torch.manual_seed(0)
+            for dtype in (torch.float32, torch.float64):
+                image = torch.randn(2, 3, side, side + 2, dtype=dtype, requires_grad=True)
+                corner = torch.rand(9, 2, dtype=dtype) * side
+                index = torch.randint(2, (9, 1)).to(dtype)
+                regions = torch.cat([index, corner, corner + side / 2], 1)
+                regions[0, 1:] = torch.tensor([2.0, 2, 2, 2]) * side
+                pooled, argmax = torch.ops.torchvision.roi_pool(image, regions, 1.0, 2, 3)
+                assert pooled.equal(torchvision.ops.roi_pool(image, regions, (2, 3)))
+                assert argmax.dtype == torch.int32
+                assert argmax.shape == (9, 3, 2, 3)
+                assert (argmax[0] == -1).all() and not pooled[0].any()
+                planes = image[index[:, 0].long()].flatten(2)
+                exact = planes.gather(2, argmax.clamp(min=0).flatten(2).long())
+                exact = torch.where(argmax.flatten(2) < 0, 0, exact).view_as(pooled)
+                assert pooled.equal(exact)
+                along = torch.randn_like(pooled)
+                (grad,) = torch.autograd.grad(pooled, image, along, retain_graph=True)
+                (expected,) = torch.autograd.grad(exact, image, along)
+                torch.testing.assert_close(grad, expected)
+            assert drop_in.calls()["roi_pool"] == 4
+            assert drop_in.calls()["_roi_pool_backward"] == 2
+        """.replace("SIDE", str(side))
+        )
 
     def test_gradient_of_position_sensitive_pooling(self):
         run("""
@@ -327,20 +360,27 @@ def test_kernels_are_covered_and_uncovered():
             "SymInt pooled_width, int sampling_ratio, bool aligned) -> Tensor"
         )
         library.define("_roi_align_backward(Tensor grad) -> Tensor")
+        library.define("box_iou_rotated(Tensor boxes1, Tensor boxes2) -> Tensor")
+        library.impl("box_iou_rotated", lambda boxes1, boxes2: torch.tensor(42), "CPU")
         library.impl("nms", lambda dets, scores, iou_threshold: torch.tensor([42]), "CPU")
         drop_in._own_library_loads = lambda: True
 
         def nms():
             return torch.ops.torchvision.nms(boxes, scores, 0.5).tolist()
 
-        assert nms() == [42]
+        def own():
+            turned = torch.tensor([[0, 0, 2, 2, 30.0]])
+            return torch.ops.torchvision.box_iou_rotated(turned, turned)
+
+        assert nms() == [42] and own() == 42
         for _ in range(3):
             drop_in.install()
             assert nms() == [1, 2]
+            torch.testing.assert_close(own(), torch.ones(1, 1))
             assert drop_in.is_healthy()
             drop_in.uninstall()
-            assert nms() == [42]
-        assert drop_in.calls()["nms"] == 3
+            assert nms() == [42] and own() == 42
+        assert drop_in.calls()["nms"] == drop_in.calls()["box_iou_rotated"] == 3
         assert not hasattr(torch.ops.torchvision, "qnms")
     """)
 
@@ -380,7 +420,33 @@ class TestHealthy:
         run("""
             drop_in.install()
             import torchvision
-            assert torchvision.ops.roi_pool(torch.ones(1, 2, 8, 8), rois, 2).shape == (2, 2, 2, 2)
+            image, offset = torch.ones(1, 2, 8, 8), torch.zeros(1, 18, 6, 6)
+            out = torchvision.ops.deform_conv2d(image, offset, torch.ones(4, 2, 3, 3))
+            torch.testing.assert_close(out, torch.full((1, 4, 6, 6), 18.0))
+        """)
+
+    def test_roi_pool_equals_theirs(self):
+        run("""
+            import torchvision
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            torch.manual_seed(0)
+            image = torch.randn(2, 3, 20, 30, device=device, requires_grad=True)
+            corner = torch.randint(-4, 28, (40, 2), device=device)
+            size = torch.randint(0, 4, (40, 2), device=device) * 7
+            index = torch.randint(2, (40, 1), device=device)
+            regions = torch.cat([index, corner, corner + size], 1).float()
+            def results():
+                found = torch.ops.torchvision.roi_pool(image, regions, 1.0, 2, 2)
+                return [*found, *torch.autograd.grad(found[0].square().sum(), image)]
+            theirs = results()
+            drop_in.install()
+            for ours, expected in zip(results(), theirs, strict=True):
+                torch.testing.assert_close(ours, expected)
+            assert drop_in.calls()["_roi_pool_backward"] == 1
+            drop_in.uninstall()
+            for ours, expected in zip(results(), theirs, strict=True):
+                torch.testing.assert_close(ours, expected)
+            assert drop_in.calls()["_roi_pool_backward"] == 1
         """)
 
     def test_position_sensitive_pooling_equals_theirs(self):

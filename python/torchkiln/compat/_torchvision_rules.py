@@ -1,8 +1,9 @@
-"""What Python adds to our `torchvision::` operators where torchvision's own library cannot load.
+"""What Python adds to our `torchvision::` operators.
 
-`register`: gradients and autocast, for a torchvision that keeps them in C++. Newer ones register
-them in Python (`torchvision/_autograd_registrations.py`), and need nothing from there.
-`implement`: operators whose arguments are not those of ours.
+`implement`: operators whose arguments or results are not those of ours.
+`register`: gradients and autocast, for a torchvision that keeps them in C++ and whose own library
+cannot load. Newer ones register them in Python (`torchvision/_autograd_registrations.py`), and need
+nothing from there.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,13 +22,25 @@ _libraries: list[torch.library.Library] = []  # a registration lives as long as 
 _AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA", "AutocastXPU")
 
 
-def implement(names: Iterable[str]) -> None:
-    """Registers the kernels among these that are written here; the schemas must exist."""
+calls: Counter[str] = Counter()  # how often each kernel written here answered
+
+
+def implement(names: Iterable[str]) -> torch.library.Library:
+    """Registers the kernels among these that are written here; the schemas must exist.
+
+    Returns:
+        What the registrations live in.
+    """
     library = torch.library.Library("torchvision", "IMPL")
-    _libraries.append(library)
     for name in KERNELS.keys() & set(names):
         for key in ("CPU", "CUDA"):
-            library.impl(name, KERNELS[name], key)
+            library.impl(name, functools.partial(_counted, name), key)
+    return library
+
+
+def _counted(name: str, *arguments: Any) -> Any:
+    calls[name] += 1
+    return KERNELS[name](*arguments)
 
 
 def _box_iou_rotated(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -37,7 +51,52 @@ def _box_iou_rotated(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     return ops.box_iou_rotated(boxes1 * unit, boxes2 * unit, clockwise=False)
 
 
-KERNELS: dict[str, Callable[..., Tensor]] = {"box_iou_rotated": _box_iou_rotated}
+# Where both sides of a map fit into a byte our cells have two bytes, else four: y and x, half each,
+# and all ones for an empty bin.
+_MAX_NARROW_SIDE = 254
+
+
+def _roi_pool(
+    input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int
+) -> tuple[Tensor, Tensor]:
+    """Torchvision numbers the cells of a map from 0, row by row, and has -1 for an empty bin."""
+    output, code = torch.ops.torchkiln.roi_pool(
+        input, rois, pooled_height, pooled_width, spatial_scale
+    )
+    bits = 4 * code.element_size()
+    mask = (1 << bits) - 1
+    wide = code.int()
+    cells = (wide >> bits).bitwise_and_(mask).mul_(input.shape[3]).add_(wide & mask)
+    return output, cells.masked_fill_(wide == -1, -1)
+
+
+def _roi_pool_backward(
+    grad: Tensor,
+    rois: Tensor,
+    argmax: Tensor,
+    spatial_scale: float,
+    pooled_height: int,
+    pooled_width: int,
+    batch_size: int,
+    channels: int,
+    height: int,
+    width: int,
+) -> Tensor:
+    is_narrow = max(height, width) <= _MAX_NARROW_SIDE
+    row = argmax.div(max(width, 1), rounding_mode="floor")
+    code = (row << (8 if is_narrow else 16)).add_(argmax - row * width)
+    code = code.masked_fill_(argmax < 0, -1).to(torch.int16 if is_narrow else torch.int32)
+    image, deterministic = (batch_size, height, width), torch.are_deterministic_algorithms_enabled()
+    backward = torch.ops.torchkiln._roi_pool_backward
+    result: Tensor = backward(grad, code, rois, *image, spatial_scale, True, deterministic)
+    return result
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "box_iou_rotated": _box_iou_rotated,
+    "roi_pool": _roi_pool,
+    "_roi_pool_backward": _roi_pool_backward,
+}
 
 
 def register() -> None:
@@ -45,16 +104,18 @@ def register() -> None:
     torch.library.register_autograd(
         "torchvision::roi_align", _roi_align_backward, setup_context=_roi_align_context
     )
-    for name in ("ps_roi_align", "ps_roi_pool"):
+    for name in ("roi_pool", "ps_roi_align", "ps_roi_pool"):
         torch.library.register_autograd(
             f"torchvision::{name}",
-            functools.partial(_ps_backward, getattr(torch.ops.torchvision, f"_{name}_backward")),
-            setup_context=_ps_context,
+            functools.partial(
+                _mapped_backward, getattr(torch.ops.torchvision, f"_{name}_backward")
+            ),
+            setup_context=_mapped_context,
         )
     library = torch.library.Library("torchvision", "IMPL")
     _libraries.append(library)
     for key in _AUTOCAST_KEYS:
-        for name in ("nms", "roi_align", "ps_roi_align", "ps_roi_pool"):
+        for name in ("nms", "roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"):
             op = getattr(torch.ops.torchvision, name)
             library.impl(name, functools.partial(_in_float32, op), key)
 
@@ -71,14 +132,14 @@ def _roi_align_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (grad_input, *[None] * 6)
 
 
-def _ps_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _mapped_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     image, rois, *options = inputs
     ctx.save_for_backward(rois, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.arguments = (*options, *image.shape)
 
 
-def _ps_backward(op: Callable[..., Tensor], ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+def _mapped_backward(op: Callable[..., Tensor], ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     options = len(ctx.arguments) - 4
     return (op(grad, *ctx.saved_tensors, *ctx.arguments), *[None] * (options + 1))
 

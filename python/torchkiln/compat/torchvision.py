@@ -41,7 +41,9 @@ from torchkiln.compat._pyramid import Replacement, suits
 __all__ = ["calls", "install", "is_healthy", "provided", "uninstall"]
 
 _lock = threading.RLock()
-_kernels: list[ctypes.c_void_p] = []  # what uninstall() takes back
+# What uninstall() takes back, of C++ and of Python.
+_kernels: list[ctypes.c_void_p] = []
+_libraries: list[torch.library.Library] = []
 _defined = False  # torchvision's library could not be loaded and the schemas are ours
 
 
@@ -77,7 +79,7 @@ def install() -> None:
                 "Run: pip install torchvision"
             )
         if _own_library_loads():
-            _cover(row for row in _operators() if row.provided)
+            _cover([row for row in _operators() if row.provided])
             _pyramid.install()
             return
         missing = [row for row in _operators() if not hasattr(torch.ops.torchvision, row.name)]
@@ -85,7 +87,7 @@ def install() -> None:
             _native().define(row.index)
         rows = [row for row in _operators() if row in missing or row.provided]
         _register(row for row in rows if row.name not in _torchvision_rules.KERNELS)
-        _torchvision_rules.implement(row.name for row in rows)
+        _libraries.append(_torchvision_rules.implement(row.name for row in rows))
         _defined = True
         if PathFinder.find_spec("_autograd_registrations", locations) is None:
             _torchvision_rules.register()
@@ -101,6 +103,8 @@ def uninstall() -> None:
         _pyramid.uninstall()
         while _kernels:
             _native().release(_kernels.pop())
+        while _libraries:
+            _libraries.pop()._destroy()
 
 
 def provided() -> tuple[str, ...]:
@@ -145,7 +149,9 @@ class _Native:
         name = self._operator(index, ctypes.byref(provided), ctypes.byref(calls))
         if name is None:
             return None
-        return _Row(index, name.decode(), bool(provided.value), calls.value)
+        text = name.decode()
+        is_provided = bool(provided.value) or text in _torchvision_rules.KERNELS
+        return _Row(index, text, is_provided, calls.value + _torchvision_rules.calls[text])
 
     def define(self, index: int) -> None:
         # Never taken back: torchvision's Python keeps references to the schemas.
@@ -186,11 +192,17 @@ def _register(rows: Iterable[_Row]) -> None:
     _kernels.extend(_native().implement(row.index, key) for row in rows for key in row.keys)
 
 
-def _cover(rows: Iterable[_Row]) -> None:
+def _cover(rows: Sequence[_Row]) -> None:
     """Registers over what is there, without the warning that torch has for the first such case."""
+
+    def register() -> None:
+        _register(row for row in rows if row.name not in _torchvision_rules.KERNELS)
+        there = [row.name for row in rows if hasattr(torch.ops.torchvision, row.name)]
+        _libraries.append(_torchvision_rules.implement(there))
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Warning only once for all operators")
-        _Buffered.apply(lambda: _register(rows))  # type: ignore[no-untyped-call]
+        _Buffered.apply(register)  # type: ignore[no-untyped-call]
 
 
 class _Buffered(torch.autograd.Function):

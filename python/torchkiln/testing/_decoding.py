@@ -47,10 +47,10 @@ def scanned(
     """
     from torchkiln import ops
 
-    for name, tensor in (("dt", dt), ("B", B), ("C", C)):
-        if tensor.shape[-1:] != x.shape[-1:]:
+    for name, tensor in (("x", x), ("dt", dt), ("B", B), ("C", C)):
+        if tensor.dim() < 3 or tensor.shape[-1] != x.shape[-1]:
             raise ValueError(
-                f"scanned: {name} must have as many positions as x ({x.shape[-1]}); "
+                f"scanned: {name} must have sequences, channels and the positions of x; "
                 f"got {list(tensor.shape)}"
             )
     state = state.to(torch.promote_types(state.dtype, torch.float32)) if wide_state else state
@@ -67,10 +67,8 @@ def scanned(
         first = B[..., :0] if B.dim() == 4 else B[:, None, :, :0]
         if imaginary is not None:
             first = torch.complex(first[..., ::2, :].float(), first[..., 1::2, :].float())
-        rows = torch.zeros(len(state), dtype=torch.long, device=x.device)
-        history = ops.scan_history(
-            flat[rows], first[rows], discretization, true_time=true_time, delta=flat[rows]
-        )
+        flat, first = (tensor.new_empty(len(state), *tensor.shape[1:]) for tensor in (flat, first))
+        history = ops.scan_history(flat, first, discretization, true_time=true_time, delta=flat)
     outs = [
         ops.selective_state_update(
             state,

@@ -49,18 +49,35 @@ def _flattened(polygon: Tensor, start: Tensor, side: Tensor, sign: Tensor) -> Te
     return torch.stack([moved, between], -2).flatten(-3, -2)
 
 
+def _radius(polygon: Tensor) -> Tensor:
+    """The largest distance from the mean of the vertices."""
+    around = polygon.detach() - polygon.detach().mean(-2, keepdim=True)
+    radius: Tensor = torch.linalg.vector_norm(around, dim=-1).amax(-1)
+    return radius
+
+
+def _apart(a: Tensor, b: Tensor) -> Tensor:
+    """Whether the circles around two polygons are: of what lies far away only rounding is left."""
+    distance: Tensor = torch.linalg.vector_norm(a.detach().mean(-2) - b.detach().mean(-2), dim=-1)
+    return distance > (_radius(a) + _radius(b)) * (1 + 1e-6)
+
+
 def common_area(a: Tensor, b: Tensor) -> Tensor:
     """Area that convex polygons a (..., 4, 2) and b (..., 4, 2) share; the shapes broadcast."""
     size = torch.broadcast_shapes(a.shape, b.shape)
-    origin = b[..., :1, :]
+    # Rounding is that of the smaller one's numbers.
+    is_smaller = _radius(a) < _radius(b)
+    origin = torch.where(is_smaller[..., None, None], a[..., :1, :], b[..., :1, :])
     polygon, window = (a - origin).expand(size), (b - origin).expand(size)
     area_a, area_b = signed_area(polygon), signed_area(window)
+    is_apart = _apart(polygon, window)
     sign = torch.where(area_b < 0, -1.0, 1.0).to(window.dtype)[..., None]
     for start in range(4):
         side = window[..., (start + 1) % 4, :] - window[..., start, :]
         polygon = _flattened(polygon, window[..., start, :], side, sign)
     area = signed_area(polygon).abs()
-    return torch.where((area_a == 0) | (area_b == 0), torch.zeros_like(area), area)
+    is_none = is_apart | (area_a == 0) | (area_b == 0)
+    return torch.where(is_none, torch.zeros_like(area), area)
 
 
 def corners(boxes: Tensor, turn: int = 1) -> Tensor:
@@ -74,18 +91,24 @@ def corners(boxes: Tensor, turn: int = 1) -> Tensor:
 
 
 def facing(a: Tensor, b: Tensor, turn: int = 1) -> tuple[Tensor, Tensor]:
-    """Vertices of rectangles a and b, where b lies around the origin along the axes.
+    """Vertices of rectangles a and b, turned so that b lies along the axes.
 
-    A side that is far shorter than the other one would be lost in the vertices of a turned b.
+    A side that is far shorter than the other one would be lost in the vertices of a turned b, and
+    those of a box that is far smaller in its distance from the other one: its centre is the origin.
     """
     angle = turn * b[..., 4]
     cos, sin = angle.cos(), angle.sin()
     x, y = (a[..., :2] - b[..., :2]).unbind(-1)
     center = torch.stack([x * cos + y * sin, y * cos - x * sin], -1)
-    size, between = a[..., 2:4].expand_as(center), (a[..., 4:] - b[..., 4:])
-    straight = torch.zeros_like(b)
-    straight[..., 2:4] = b[..., 2:4]
-    return corners(torch.cat([center, size, between], -1), turn), corners(straight)
+    size_a, size_b = (boxes[..., 2:4].clamp(min=0).expand_as(center) for boxes in (a, b))
+    diagonal_a, diagonal_b = (torch.linalg.vector_norm(x, dim=-1) for x in (size_a, size_b))
+    is_smaller = (diagonal_a < diagonal_b)[..., None]
+    of_a, of_b = torch.where(is_smaller, 0.0, center), torch.where(is_smaller, -center, 0.0)
+    between = a[..., 4:] - b[..., 4:]
+    return (
+        corners(torch.cat([of_a, size_a, between], -1), turn),
+        corners(torch.cat([of_b, size_b, torch.zeros_like(between)], -1)),
+    )
 
 
 def _rectangles(boxes: Tensor, form: int) -> Tensor:

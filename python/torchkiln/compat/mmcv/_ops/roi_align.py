@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from torchkiln import ops
 from torchkiln.compat.mmcv._common import function_class, pair, renamed
@@ -28,19 +32,76 @@ def roi_align(
         RuntimeError: on the CPU with `aligned`, for a region of negative size, as mmcv.
 
     Note:
-        With `pool_mode="max"` a region without samples gives the lowest float32, as mmcv on CUDA.
+        With `pool_mode="max"` a region without samples gives the lowest float32, as mmcv on CUDA,
+        and a greatest sample at y = -1 exactly has no gradient, as mmcv on both.
     """
     assert pool_mode in ("max", "avg"), f"pool_mode must be 'max' or 'avg'; got {pool_mode!r}"
     assert rois.size(1) == 5, "RoI must be (idx, x1, y1, x2, y2)!"
     if aligned and not rois.is_cuda and bool((rois[:, 3:] < rois[:, 1:3]).any()):
         raise RuntimeError("roi_align: each region in ROIAlign must have a non-negative size")
     size = pair(output_size)
-    output = ops.roi_align(
-        input, rois, size, spatial_scale, sampling_ratio, aligned, pool_mode=pool_mode
-    )
-    if pool_mode == "max" and aligned and sampling_ratio <= 0:
+    options = (spatial_scale, sampling_ratio, aligned)
+    if pool_mode == "avg":
+        return ops.roi_align(input, rois, size, *options)
+    if input.requires_grad and torch.is_grad_enabled():
+        output: Tensor = _Maximum.apply(input, rois, size, *options)  # type: ignore[no-untyped-call]
+    else:
+        output = ops.roi_align(input, rois, size, *options, pool_mode="max")
+    if aligned and sampling_ratio <= 0:
         output = output.masked_fill(_without_samples(rois, spatial_scale), _lowest(output.dtype))
     return output
+
+
+class _Maximum(Function):
+    """mmcv notes the y of the greatest sample, and -1 where there is none."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, rois: Tensor, size: tuple[int, int], *options: Any
+    ) -> Tensor:
+        ctx.save_for_backward(input, rois)
+        ctx.size, ctx.options = size, options
+        return ops.roi_align(input, rois, size, *options, pool_mode="max")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, rois = ctx.saved_tensors
+        wide = input.to(grad.dtype)  # another one under autocast
+        native, channels_last = torch.ops.torchkiln, torch.channels_last
+        winner = native._roi_align_max(wide, rois, *ctx.size, *ctx.options)[1]
+        y = _winners_y(winner, rois, ctx.size, *ctx.options)
+        winner = winner.masked_fill(y == -1, -1)
+        is_last = not wide.is_contiguous() and wide.is_contiguous(memory_format=channels_last)
+        grad_input = native._roi_align_backward(
+            grad, rois, winner, *wide.shape, *ctx.options, is_last
+        )
+        return (grad_input.to(input.dtype), *[None] * 5)
+
+
+def _winners_y(
+    winner: Tensor,
+    rois: Tensor,
+    size: tuple[int, int],
+    spatial_scale: float,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    """Where the samples of these numbers (K, C, height, width) lie; bins go row by row."""
+    corners = rois[:, 1:].to(torch.promote_types(rois.dtype, torch.float32)) * spatial_scale
+    corners = corners - 0.5 if aligned else corners
+    sides = corners[:, 2:] - corners[:, :2]
+    sides = sides if aligned else sides.clamp(min=1)
+    bins = sides / sides.new_tensor([size[1], size[0]])
+    counts = bins.ceil().nan_to_num(1).clamp(1, 32768)
+    if sampling_ratio > 0:
+        counts = torch.full_like(bins, sampling_ratio)
+    (_, start), (_, bin), (across, down) = (
+        pairs[:, :, None, None, None].unbind(1) for pairs in (corners[:, :2], bins, counts)
+    )
+    row = torch.arange(size[0], device=rois.device)[:, None]
+    number = torch.div(winner, across, rounding_mode="floor")
+    return start + row * bin + (number + 0.5) * bin / down
 
 
 def _without_samples(rois: Tensor, spatial_scale: float) -> Tensor:
