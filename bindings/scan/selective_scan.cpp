@@ -40,8 +40,9 @@ struct Sizes {
 struct Tunables {
   std::int64_t warps, lanes, states, row_bytes;
 };
+// panels: of all states, as many as lanes go through at once.
 struct BackwardTunables {
-  std::int64_t warps, items;
+  std::int64_t warps, lanes, states, panels;
 };
 struct SumStatics {
   std::int64_t scalar;
@@ -117,33 +118,49 @@ Geometry forward_geometry(const Forward::Problem& p, const Tunables& t) {
 }
 
 // What selective_scan_backward.cuh lays out in shared memory.
-std::int64_t shared_bytes(const Backward::Problem& p, const BackwardTunables& t) {
-  const std::int64_t exchange = 2 * t.warps * 2 * kWarp * t.items;
-  const std::int64_t tiles = 2 * selective_scan::tile_states(p.statics.is_complex != 0) *
-                             selective_scan::tile_slots(static_cast<int>(kWarp * t.items));
-  return state_bytes(p) *
-         (tiles + exchange + t.warps * p.sizes.states * selective_scan::kBackwardCarry);
+std::int64_t row_bytes(const Backward::Problem& p, const BackwardTunables& t,
+                       std::int64_t panel_count) {
+  const int arrays = selective_scan::backward_arrays(static_cast<int>(p.statics.method),
+                                                     static_cast<int>(panel_count));
+  return scalar_bytes(p) * arrays * (t.warps * kWarp / t.lanes) * selective_scan::kTilePitch;
 }
+std::int64_t shared_bytes(const Backward::Problem& p, const BackwardTunables& t) {
+  const auto padded = static_cast<int>(t.lanes * t.states);
+  const std::int64_t of_warp =
+      selective_scan::four_numbers(static_cast<int>(t.lanes), static_cast<int>(t.states));
+  return state_bytes(p) * (2 * padded * selective_scan::kTilePitch + t.warps * of_warp) +
+         row_bytes(p, t, t.panels);
+}
+std::int64_t summary_bytes(const Backward::Problem& p, const BackwardTunables& t) {
+  return state_bytes(p) * t.lanes * t.states * selective_scan::kTilePitch + row_bytes(p, t, 1);
+}
+std::int64_t channels_of(const BackwardTunables& t) { return t.warps * kWarp / t.lanes; }
 // Each block needs a part of its own.
 bool fits(const Backward::Problem& p, const BackwardTunables& t) {
-  const bool has_parts = p.sizes.parts == 0 || ceil_div(p.sizes.channels, t.warps) <= p.sizes.parts;
-  return has_parts && shared_bytes(p, t) <= p.device.shared_bytes_per_block;
+  const std::int64_t padded = t.lanes * t.states, states = p.sizes.states;
+  const bool is_close = t.panels == 1
+                            ? states <= padded && padded < std::max<std::int64_t>(4 * states, 32)
+                            : states > padded && states <= t.panels * padded;
+  const bool has_parts =
+      p.sizes.parts == 0 || ceil_div(p.sizes.channels, channels_of(t)) <= p.sizes.parts;
+  return is_close && has_parts && shared_bytes(p, t) <= p.device.shared_bytes_per_block;
 }
-// Eight positions to a lane where it can keep them, four otherwise. Few rows are spread over more blocks, so that no
-// multiprocessor has twice what others have; where states fill the shared memory a block has few channels.
-const std::vector<BackwardTunables> kBackwardDefaults = {{8, 8}, {4, 8}, {8, 4}, {2, 4}};
+// The last ones are for many states, and for those that fill the shared memory.
+const std::vector<BackwardTunables> kBackwardDefaults = {{4, 4, 4, 1}, {4, 4, 2, 1}, {4, 4, 1, 1},
+                                                         {4, 8, 4, 1}, {2, 8, 4, 8}, {1, 4, 4, 16},
+                                                         {1, 4, 2, 32}};
 std::uint32_t choose_backward(const Backward::Problem& p) {
-  const bool is_lean = selective_scan::taps_of(static_cast<int>(p.statics.method)) == 1 &&
-                       p.statics.is_complex == 0 && p.statics.scalar != TORCHKILN_DOUBLE;
-  if (is_lean && fits(p, kBackwardDefaults[1])) {
-    const bool has_few_rows = panels(p.sizes, 8) < 4 * p.device.multiprocessors;
-    return has_few_rows || !fits(p, kBackwardDefaults[0]) ? 1 : 0;
+  std::uint32_t chosen =
+      p.sizes.states > 16 ? 3 : (p.sizes.states > 8 ? 0 : (p.sizes.states > 4 ? 1 : 2));
+  while (chosen + 1 < kBackwardDefaults.size() && !fits(p, kBackwardDefaults[chosen])) {
+    chosen = std::max<std::uint32_t>(chosen + 1, 3);
   }
-  return fits(p, kBackwardDefaults[2]) ? 2 : 3;
+  return chosen;
 }
+template <auto bytes>
 Geometry backward_geometry(const Backward::Problem& p, const BackwardTunables& t) {
-  return linear(panels(p.sizes, t.warps), t.warps * kWarp,
-                static_cast<std::uint32_t>(shared_bytes(p, t)));
+  return linear(panels(p.sizes, channels_of(t)) * p.sizes.splits, t.warps * kWarp,
+                static_cast<std::uint32_t>(bytes(p, t)));
 }
 
 std::vector<Parameter> statics() {
@@ -171,19 +188,27 @@ const Forward forward_kernel({
     .geometry = &forward_geometry,
 });
 
-// Its chunks begin where the forward keeps states.
-const Backward backward_kernel({
-    .path = "scan/selective_scan_backward.cuh",
-    .entry = "backward",
-    .operators = {kOp},
-    .statics = statics(),
-    .sizes = kSizes,
-    .tunables = {ints("warps", {2, 4, 8, 16}), ints("items", {4, 8})},
-    .defaults = kBackwardDefaults,
-    .legal = &fits,
-    .choose = &choose_backward,
-    .geometry = &backward_geometry,
-});
+constexpr auto kBackwardBytes =
+    static_cast<std::int64_t (*)(const Backward::Problem&, const BackwardTunables&)>(&shared_bytes);
+
+Backward backward_entry(const char* entry,
+                        Geometry (*geometry)(const Backward::Problem&, const BackwardTunables&)) {
+  return Backward({
+      .path = "scan/selective_scan_backward.cuh",
+      .entry = entry,
+      .operators = {kOp},
+      .statics = statics(),
+      .sizes = kSizes,
+      .tunables = {ints("warps", {1, 2, 4, 8}), ints("lanes", {1, 2, 4, 8, 16, 32}),
+                   ints("states", {1, 2, 4, 8}), ints("panels", {1, 2, 4, 8, 16, 32})},
+      .defaults = kBackwardDefaults,
+      .legal = &fits,
+      .choose = &choose_backward,
+      .geometry = geometry,
+  });
+}
+const Backward backward_kernel = backward_entry("backward", &backward_geometry<kBackwardBytes>);
+const Backward summarise_kernel = backward_entry("summarise", &backward_geometry<&summary_bytes>);
 
 const Sum sum_kernel({
     .path = "scan/selective_scan_backward.cuh",
@@ -396,8 +421,9 @@ ScanPlan plan_forward(ScanInputs in, const Optional& initial_state, bool with_ch
   return p;
 }
 
+// `any_stride`: whether the gradient of the output is taken as it is, or as rows.
 ScanBackwardPlan plan_backward(ScanInputs in, const Tensor& grad_out, const Optional& grad_last,
-                               const Tensor& checkpoints) {
+                               const Tensor& checkpoints, bool any_stride) {
   check_like_u("grad_out", grad_out, in.u);
   check_state("grad_last_state", grad_last, in);
   check_wide("checkpoints", checkpoints, in.u);
@@ -407,7 +433,7 @@ ScanBackwardPlan plan_backward(ScanInputs in, const Tensor& grad_out, const Opti
     fail(TORCHKILN_ERROR_VALUE, kOp, "checkpoints", "be those of the forward", text(checkpoints));
   }
   ScanBackwardPlan p{.inputs = std::move(in),
-                     .grad_out = as_rows(grad_out),
+                     .grad_out = any_stride ? grad_out : as_rows(grad_out),
                      .checkpoints = as_contiguous(checkpoints),
                      .grad_last_state = contiguous_or_none(grad_last),
                      .gradients = {},
@@ -430,10 +456,13 @@ ScanBackwardPlan plan_backward(ScanInputs in, const Tensor& grad_out, const Opti
                  .delta_bias = weight(inputs.delta_bias),
                  .initial_state = empty_states(inputs)};
   p.args.problem = inputs.problem;
-  p.args.problem.aligned = inputs.problem.aligned && has_aligned_rows(p.grad_out);
+  p.args.grad_stride = p.grad_out.size(2) > 1 ? p.grad_out.stride(2) : 1;
+  p.args.problem.aligned =
+      inputs.problem.aligned && (p.args.grad_stride != 1 || has_aligned_rows(p.grad_out));
   p.args.grad_out = rows_of(p.grad_out);
   p.args.grad_last_state = data_or_null(p.grad_last_state);
   p.args.checkpoints = p.checkpoints.const_data_ptr();
+  p.args.splits = 1;
   p.args.grad_u = p.gradients.u.mutable_data_ptr();
   p.args.grad_delta = p.gradients.delta.mutable_data_ptr();
   p.args.grad_z = inputs.z ? p.gradients.z.mutable_data_ptr() : nullptr;
@@ -441,10 +470,16 @@ ScanBackwardPlan plan_backward(ScanInputs in, const Tensor& grad_out, const Opti
   return p;
 }
 
-// Where a matrix's gradient is summed: that of each batch for a constant one, otherwise of each part.
+// (splits, batch, dim, N [, 2]).
+Tensor split_states(const ScanBackwardPlan& p) {
+  const std::int64_t numbers = p.gradients.initial_state.numel();
+  return empty(p.inputs.u, p.inputs.wide(), {p.args.splits, numbers});
+}
+
+// Where a matrix's gradient is summed: that of each split and batch for a constant one, otherwise of each part.
 Tensor matrix_sums(const ScanBackwardPlan& p, const Tensor& result, bool constant,
                    std::int64_t parts) {
-  if (constant) return empty_states(p.inputs);
+  if (constant) return split_states(p);
   if (parts == 0) {
     if (p.inputs.dtype() == p.inputs.wide()) {
       Tensor sums = result;
@@ -461,9 +496,10 @@ Tensor matrix_sums(const ScanBackwardPlan& p, const Tensor& result, bool constan
 ScanSums make_sums(ScanBackwardPlan& p, std::int64_t parts) {
   const selective_scan::Problem& problem = p.inputs.problem;
   const auto of_batches = [&](const Optional& weight) {
-    return empty(p.inputs.u, p.inputs.wide(), {weight ? problem.batch : 0, problem.dim});
+    return empty(p.inputs.u, p.inputs.wide(),
+                 {weight ? p.args.splits * problem.batch : 0, problem.dim});
   };
-  ScanSums sums{.A = empty_states(p.inputs),
+  ScanSums sums{.A = split_states(p),
                 .B = matrix_sums(p, p.gradients.B, problem.constant_B, parts),
                 .C = matrix_sums(p, p.gradients.C, problem.constant_C, parts),
                 .D = of_batches(p.inputs.D),
@@ -480,6 +516,7 @@ ScanSums make_sums(ScanBackwardPlan& p, std::int64_t parts) {
 
 SumArgs sums_of(const ScanBackwardPlan& p, const ScanSums& sums, std::int64_t parts) {
   const selective_scan::Problem& problem = p.inputs.problem;
+  const std::int64_t rows = p.args.splits * problem.batch;
   SumArgs args{};
   int n = 0;
   const auto add = [&](const Tensor& from, const Tensor& to, std::int64_t count, bool narrow) {
@@ -490,15 +527,15 @@ SumArgs sums_of(const ScanBackwardPlan& p, const ScanSums& sums, std::int64_t pa
                           .parts = count,
                           .narrow = narrow};
   };
-  add(sums.A, p.gradients.A, problem.batch, false);
-  add(sums.D, p.gradients.D, problem.batch, false);
-  add(sums.delta_bias, p.gradients.delta_bias, problem.batch, false);
+  add(sums.A, p.gradients.A, rows, false);
+  add(sums.D, p.gradients.D, rows, false);
+  add(sums.delta_bias, p.gradients.delta_bias, rows, false);
   const std::int64_t variable = std::max<std::int64_t>(parts, 1);
   for (const auto& [from, to, constant] :
        {std::tuple{&sums.B, &p.gradients.B, problem.constant_B},
         std::tuple{&sums.C, &p.gradients.C, problem.constant_C}}) {
     if (constant) {
-      add(*from, *to, problem.batch, false);
+      add(*from, *to, rows, false);
     } else if (!sums.direct) {
       add(*from, *to, variable, true);
     }
@@ -558,7 +595,7 @@ Gradients backward_cpu(const Tensor& grad_out, const Optional& grad_last_state, 
                        bool reverse, bool /* deterministic */) {
   ScanBackwardPlan p = plan_backward(
       plan_inputs(u, delta, A, B, C, D, z, delta_bias, {delta_softplus, method, reverse}), grad_out,
-      grad_last_state, checkpoints);
+      grad_last_state, checkpoints, false);
   if (p.inputs.is_empty()) {
     pass_gradient(p);
   } else {
@@ -584,7 +621,7 @@ std::int64_t parts_of(const ScanInputs& in, const Device& device) {
   const Sizes sizes = sizes_of(in, 1, 0);
   const BackwardTunables& chosen =
       kBackwardDefaults[choose_backward(Backward::Problem{device, statics, sizes})];
-  return ceil_div(sizes.channels, chosen.warps);
+  return ceil_div(sizes.channels, channels_of(chosen));
 }
 
 // Fewer warps than this on a multiprocessor do not hide what each waits for; a split goes through its positions twice, so
@@ -599,6 +636,22 @@ std::int64_t splits_of(const ScanInputs& in, const Device& device) {
   if (warps >= kTooFewWarps * device.multiprocessors) return 1;
   const std::int64_t wanted = ceil_div(kWarpsWanted * device.multiprocessors, warps);
   return std::clamp<std::int64_t>(in.problem.length / kLeastLength, 1, wanted);
+}
+
+// As many as leave no block waiting for another one, of several tiles each. A neighbour's ratio behind a split is not known
+// there.
+std::int64_t backward_splits_of(const ScanInputs& in, const Device& device) {
+  constexpr std::int64_t kResidentWarps = 16, kLeastTiles = 4;
+  if (selective_scan::neighbour_of(static_cast<int>(in.method)) > 0) return 1;
+  const Sizes sizes = sizes_of(in, 1, 0);
+  const BackwardTunables& chosen =
+      kBackwardDefaults[choose_backward(Backward::Problem{device, statics_of(in), sizes})];
+  const std::int64_t blocks = panels(sizes, channels_of(chosen));
+  const std::int64_t resident = kResidentWarps / chosen.warps * device.multiprocessors;
+  const std::int64_t tiles = in.problem.checkpoints;
+  const std::int64_t wanted = std::clamp<std::int64_t>(
+      resident / blocks, 1, std::max<std::int64_t>(tiles / kLeastTiles, 1));
+  return ceil_div(tiles, ceil_div(tiles, wanted));  // none is empty
 }
 
 Buffer reads_if(std::size_t offset, const Optional& tensor) {
@@ -663,30 +716,30 @@ Outputs cuda(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor
   return {p.out, p.last_state, p.checkpoints};
 }
 
-Gradients backward_cuda(const Tensor& grad_out, const Optional& grad_last_state, const Tensor& u,
-                        const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
-                        const Optional& D, const Optional& z, const Optional& delta_bias,
-                        const Tensor& checkpoints, bool delta_softplus, std::int64_t method,
-                        bool reverse, bool deterministic) {
-  ScanBackwardPlan p = plan_backward(
-      plan_inputs(u, delta, A, B, C, D, z, delta_bias, {delta_softplus, method, reverse}), grad_out,
-      grad_last_state, checkpoints);
-  if (p.inputs.is_empty()) {
-    pass_gradient(p);
-    return as_tuple(p.gradients);
-  }
+// Summaries first where positions are split, then the gradients.
+void launch_backward(const CudaPlace& place, ScanBackwardPlan& p, const ScanSums& sums,
+                     std::int64_t parts) {
   const ScanInputs& in = p.inputs;
-  const CudaPlace place(u);
-  const std::int64_t parts = deterministic ? parts_of(in, place.facts()) : 0;
-  const ScanSums sums = make_sums(p, parts);
+  const Sizes sizes = sizes_of(in, p.args.splits, parts);
   const auto output = [](std::size_t offset, const Tensor& tensor) {
     return tensor.numel() > 0 ? writes(offset, tensor) : unused(offset);
   };
   const auto matrix = [&](std::size_t offset, const Tensor& tensor, bool constant) {
     return constant ? writes(offset, tensor) : updates(offset, tensor);
   };
+  constexpr std::size_t kSummaries = offsetof(BackwardArgs, summaries);
+  const std::int64_t maps = p.args.splits > 1 ? p.args.splits : 0;
+  const Tensor summaries = empty(in.u, in.wide(), {maps, 2 * p.gradients.initial_state.numel()});
+  p.args.summaries = summaries.mutable_data_ptr();
+  if (maps > 0) {
+    summarise_kernel.run(
+        place, statics_of(in), sizes, p.args,
+        {reads(kOffsetU, in.u), reads(kOffsetDelta, in.delta), reads_if(kOffsetZ, in.z),
+         reads(kOffsetA, in.A), reads(kOffsetC, in.C), reads_if(kOffsetBias, in.delta_bias),
+         reads(offsetof(BackwardArgs, grad_out), p.grad_out), scratch(kSummaries, summaries)});
+  }
   backward_kernel.run(
-      place, statics_of(in), sizes_of(in, 1, parts), p.args,
+      place, statics_of(in), sizes, p.args,
       {reads(kOffsetU, in.u),
        reads(kOffsetDelta, in.delta),
        reads_if(kOffsetZ, in.z),
@@ -698,6 +751,7 @@ Gradients backward_cuda(const Tensor& grad_out, const Optional& grad_last_state,
        reads(offsetof(BackwardArgs, grad_out), p.grad_out),
        reads_if(offsetof(BackwardArgs, grad_last_state), p.grad_last_state),
        reads(offsetof(BackwardArgs, checkpoints), p.checkpoints),
+       maps > 0 ? reads(kSummaries, summaries) : unused(kSummaries),
        writes(offsetof(BackwardArgs, grad_u), p.gradients.u),
        writes(offsetof(BackwardArgs, grad_delta), p.gradients.delta),
        output(offsetof(BackwardArgs, grad_z), p.gradients.z),
@@ -707,12 +761,31 @@ Gradients backward_cuda(const Tensor& grad_out, const Optional& grad_last_state,
        output(offsetof(BackwardArgs, grad_delta_bias), sums.delta_bias),
        matrix(offsetof(BackwardArgs, grad_B), sums.B, in.problem.constant_B),
        matrix(offsetof(BackwardArgs, grad_C), sums.C, in.problem.constant_C)});
+}
+
+Gradients backward_cuda(const Tensor& grad_out, const Optional& grad_last_state, const Tensor& u,
+                        const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                        const Optional& D, const Optional& z, const Optional& delta_bias,
+                        const Tensor& checkpoints, bool delta_softplus, std::int64_t method,
+                        bool reverse, bool deterministic) {
+  ScanBackwardPlan p = plan_backward(
+      plan_inputs(u, delta, A, B, C, D, z, delta_bias, {delta_softplus, method, reverse}), grad_out,
+      grad_last_state, checkpoints, true);
+  if (p.inputs.is_empty()) {
+    pass_gradient(p);
+    return as_tuple(p.gradients);
+  }
+  const CudaPlace place(u);
+  const std::int64_t parts = deterministic ? parts_of(p.inputs, place.facts()) : 0;
+  p.args.splits = static_cast<i32>(backward_splits_of(p.inputs, place.facts()));
+  const ScanSums sums = make_sums(p, parts);
+  launch_backward(place, p, sums, parts);
   const SumArgs args = sums_of(p, sums, parts);
   std::int64_t most = 0;
   for (const selective_scan::Segment& segment : args.segments) {
     most = std::max<std::int64_t>(most, segment.count);
   }
-  sum_kernel.run(place, {kernel_type(in.dtype())}, {most}, args, {});
+  sum_kernel.run(place, {kernel_type(p.inputs.dtype())}, {most}, args, {});
   return as_tuple(p.gradients);
 }
 

@@ -61,7 +61,11 @@ struct BackwardArgs {
   // (parts, batch, groups, states, length) of variable matrices, (batch, dim, states) of constant ones.
   void* grad_B;
   void* grad_C;
-  i32 adds;  // whether blocks add to one part of variable gradients; otherwise each has its own
+  i64 grad_stride;  // of grad_out: from one position to the next
+  void*
+      summaries;  // (splits, batch, dim, states) pairs: what a split makes of the adjoint state behind it
+  i32 splits;  // of the positions, among blocks; each is whole tiles, and none is empty
+  i32 adds;    // whether blocks add to one part of variable gradients; otherwise each has its own
 };
 
 // Sums of parts: element i of segment s is the sum of from[i + part * count].

@@ -1,475 +1,576 @@
-// selective_scan on the GPU, backward: chunks from the last to the first. The states of a chunk are computed again from
-// the one that the forward kept before it; the adjoint states are scanned from the other end. The gradients of variable B
-// and C, which all channels of a group share, are summed over the warps of a block before they go to memory.
-// compile time: above 250 ms; every position of a lane is unrolled, with the rule's derivatives.
-// spills: up to 32 bytes for the exact holds, so that two blocks share a multiprocessor; more on sm_75 and for complex
-// numbers in double, which do not fit into registers.
+// selective_scan on the GPU, backward: tiles from the last to the first. The states of a tile are computed again from the
+// one that the forward kept before it, of which every fourth stays in shared memory; then the adjoint states go back
+// through the tile, four positions at a time. The gradients of variable B and C, which all channels of a group share, are
+// summed over the channels of a block before they go to memory. Where there are too few rows for the GPU, positions are
+// split among blocks: a first launch summarises what each split makes of the adjoint state behind it.
+// compile time: above 250 ms; four positions of a state are unrolled, with the rule's derivatives, and of Mamba's rule all
+// states of a lane.
+// spills: up to 60 bytes for the quadratic rules in double, several hundred for complex numbers in double, which do not fit
+// into registers.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "common/atomics.cuh"
 #include "scan/selective_scan_backward_parts.cuh"
 
 namespace torchkiln::selective_scan_backward {
 
-using namespace torchkiln::selective_scan;
-
-// The gradient of the sum over states, at the positions of a lane; 0 beyond the end.
-template <class Scalar, int kItems>
-__device__ __forceinline__ void load_gradient(const BackwardArgs& args, const Place& place,
-                                              i64 first, Acc<Scalar>* g) {
-  using T = Acc<Scalar>;
-  const Problem& p = args.problem;
-  load_items<kItems>(row_of<Scalar>(args.grad_out, place), first, p, g);
-  if (p.z.data != nullptr) {
-    T z[kItems];
-    load_items<kItems>(row_of<Scalar>(p.z, place), first, p, z);
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) g[i] *= z[i] * sigmoid_of(z[i]);
-  }
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    if (!place.is_row || first + i >= p.length) g[i] = T(0);
-  }
-}
-
-// What a lane gathers over all states.
-template <int kItems, class T>
-struct LaneSums {
-  T u[kItems], d[kItems], y[kItems], ratio[kItems];
-};
-
-// What the position before the chunk has for the first sample of the chunk, when a rule looks ahead. That position's
-// lambda follows from the one behind it, which has just been computed.
-template <class Scalar, int kMethod, class V, class AnySamples>
-__device__ __forceinline__ V push_from_before(const BackwardArgs& args, const Place& place,
-                                              i64 first, V a, V c, V adjoint, const AnySamples& v,
-                                              Acc<Scalar>* by_ratio) {
-  using T = Acc<Scalar>;
-  const Problem& p = args.problem;
-  const Scalar* delta = row_of<Scalar>(p.delta, place);
-  const T bias = p.delta_bias ? static_cast<const T*>(p.delta_bias)[place.channel] : T(0);
-  const T d = step_of(T(load(delta[memory_of(p, first - 1)])), bias, p.softplus);
-  T ratio = T(1);
-  if constexpr (neighbour_of(kMethod) != 0) {
-    ratio = step_of(T(load(delta[memory_of(p, first)])), bias, p.softplus) / d;
-  }
-  T g;
-  load_gradient<Scalar, 1>(args, place, first - 1, &g);
-  const V lambda = ((is_complex_type<V> ? T(2) : T(1)) * g) * conjugate(c) + adjoint;
-  const auto s = slopes<kMethod>(d * a, ratio);
-  if constexpr (neighbour_of(kMethod) != 0) {
-    const V held = held_of<kMethod>(s.by_ratio, v, -1);
-    *by_ratio += inner(lambda, held);  // d times it, and d_first / d is the ratio
-  }
-  return (d * conjugate(s.value.weight[taps_of(kMethod) - 1])) * lambda;
-}
-
-// The two gradients of a state at the positions of a lane, for the block's sums.
-template <int kItems, class V>
-struct MatrixGradients {
-  V B[kItems], C[kItems];
-};
-
-template <class Scalar, int kMethod, int kItems, class V, class AnySteps>
-__device__ __forceinline__ void scan_state_backward(
-    const BackwardArgs& args, const Place& place, const AnySteps& steps, const Acc<Scalar>* g,
-    const V* B_row, const V* C_row, int n, i64 chunk_first, V* carry,
-    LaneSums<kItems, Acc<Scalar>>& sums, MatrixGradients<kItems, V>& out, Acc<Scalar>* by_ratio) {
-  using T = Acc<Scalar>;
-  constexpr int kBack = back_of(kMethod), kAhead = ahead_of(kMethod), kTaps = taps_of(kMethod);
-  const Problem& p = args.problem;
-  const int lane = threadIdx.x % kWarpSize;
-  const i64 first = chunk_first + lane * kItems, of_weight = place.channel * p.states + n;
-  const V a = static_cast<const V*>(p.A)[of_weight];
-  Samples<kItems, kBack + kAhead, kAhead, V> B, v;
-  if (p.constant_B) {
-    B.fill(static_cast<const V*>(p.B)[of_weight]);
-  } else {
-    B.read(B_row, lane);
-  }
-#pragma unroll
-  for (int i = -kBack - kAhead; i < kItems + kAhead; ++i) v[i] = steps.u[i] * B[i];
-  Samples<kItems, kAhead, 0, V> C;
-  if (p.constant_C) {
-    C.fill(static_cast<const V*>(p.C)[of_weight]);
-  } else {
-    C.read(C_row, lane);
-  }
-
-  // The states of the chunk.
-  V alpha[kItems], state[kItems];
-  const Affine<V> map = lane_map<kMethod, kItems>(steps, v, a, alpha, state);
-  const V start = carry[kStart];
-  V entering = shuffle_up(scan_up(map, lane)(start), 1);
-  if (lane == 0) entering = start;
-  // Its adjoints: conj(alpha) lambda goes to the position before.
-  const T factor = is_complex_type<V> ? T(2) : T(1);
-  Affine<V> back = {conjugate(map.product), number<V>(T(0))};
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    state[i] = alpha[i] * (i == 0 ? entering : state[i == 0 ? 0 : i - 1]) + state[i];
-  }
-#pragma unroll
-  for (int i = kItems - 1; i >= 0; --i) {
-    back.sum = conjugate(alpha[i]) * ((factor * g[i]) * conjugate(C[i]) + back.sum);
-  }
-  const V behind = carry[kAdjoint];
-  const V total = scan_down(back, lane)(behind);
-  V adjoint = shuffle_down(total, 1);
-  if (lane == kWarpSize - 1) adjoint = behind;
-
-  V samples[kItems], to_before[2] = {number<V>(T(0)), number<V>(T(0))}, to_behind = number<V>(T(0));
-  V of_A = number<V>(T(0));
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) samples[i] = number<V>(T(0));
-#pragma unroll
-  for (int i = kItems - 1; i >= 0; --i) {
-    const V lambda = (factor * g[i]) * conjugate(C[i]) + adjoint;
-    adjoint = conjugate(alpha[i]) * lambda;
-    const auto s = slopes<kMethod>(steps.d[i] * a, steps.ratio_at(i), alpha[i]);
-    const V held = held_of<kMethod>(s.value.weight, v, i);
-    V by_z = s.by_z.alpha * (i == 0 ? entering : state[i == 0 ? 0 : i - 1]);
-    if constexpr (kMethod != kMamba) {
-      by_z = by_z + steps.d[i] * held_of<kMethod>(s.by_z.weight, v, i);
-    }
-    const V of_z = lambda * conjugate(by_z);
-    of_A = of_A + steps.d[i] * of_z;
-    sums.d[i] += inner(of_z, a);
-    if constexpr (kTaps == 1) {
-      // u and d get it times the other one, once all states are in.
-      sums.u[i] += inner(lambda, kMethod == kMamba ? B[i] : s.value.weight[0] * B[i]);
-    } else {
-      sums.d[i] += inner(lambda, held);
-    }
-    sums.y[i] += inner(C[i], conjugate(state[i]));
-    out.C[i] = (factor * g[i]) * conjugate(state[i]);
-    if constexpr (neighbour_of(kMethod) != 0) {
-      sums.ratio[i] += inner(lambda, steps.d[i] * held_of<kMethod>(s.by_ratio, v, i));
-    }
-#pragma unroll
-    for (int j = 0; j < kTaps; ++j) {
-      const V push = kMethod == kMamba ? steps.d[i] * lambda
-                                       : (steps.d[i] * conjugate(s.value.weight[j])) * lambda;
-      // The last position's sample ahead is its own.
-      const bool is_last = j > kBack && first + i == p.length - 1;
-      const int to = i + j - kBack;
-      if (to < 0) {
-        to_before[-to - 1] = to_before[-to - 1] + push;
-      } else if (to < kItems) {
-        if (is_last) {
-          samples[i] = samples[i] + push;
-        } else {
-          samples[to] = samples[to] + push;
-        }
-      } else if (is_last) {
-        samples[i] = samples[i] + push;
-      } else {
-        to_behind = push;
-      }
-    }
-  }
-  __syncwarp();  // all have read what the first lane now writes
-  if constexpr (kBack > 0) {
-#pragma unroll
-    for (int j = 0; j < kBack; ++j) {
-      V pushed = shuffle_down(to_before[j], 1);
-      if (lane == kWarpSize - 1) pushed = carry[kPushed + j];
-      samples[kItems - 1 - j] = samples[kItems - 1 - j] + pushed;
-    }
-    // Samples before the first are the first.
-    if (first == 0) samples[0] = samples[0] + to_before[0] + to_before[1];
-    __syncwarp();
-    if (lane == 0) {
-      for (int j = 0; j < kBack; ++j) carry[kPushed + j] = to_before[j];
-    }
-  }
-  if constexpr (kAhead > 0) {
-    V pushed = shuffle_up(to_behind, 1);
-    if (lane == 0) {
-      pushed = number<V>(T(0));
-      if (first > 0 && place.is_row) {
-        pushed =
-            push_from_before<Scalar, kMethod>(args, place, first, a, C[-1], adjoint, v, by_ratio);
-      }
-    }
-    samples[0] = samples[0] + pushed;
-  }
-  if (lane == 0) carry[kAdjoint] = adjoint;
-  V of_B = number<V>(T(0)), of_C = number<V>(T(0));
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    out.B[i] = steps.u[i] * samples[i];
-    if constexpr (kTaps > 1) sums.u[i] += inner(samples[i], B[i]);
-    of_B = of_B + out.B[i];
-    of_C = of_C + out.C[i];
-  }
-  of_A = warp_sum(of_A);
-  if (p.constant_B) of_B = warp_sum(of_B);
-  if (p.constant_C) of_C = warp_sum(of_C);
-  if (lane == 0) {
-    carry[kSumA] = carry[kSumA] + of_A;
-    carry[kSumB] = carry[kSumB] + of_B;
-    carry[kSumC] = carry[kSumC] + of_C;
-  }
-}
-
+// What four positions give to sums over all states.
 template <class T>
-__device__ __forceinline__ void write_one(T* to, bool adds, T value) {
-  if (adds) {
-    atomicAdd(to, value);
-  } else {
-    *to = value;
-  }
-}
+struct Sums {
+  T u[4], d[4], y[4], ratio[4];
+};
 
-// Four neighbouring positions of a gradient that all channels of the group share.
-template <class V>
-__device__ __forceinline__ void write_four(void* gradient, i64 row, i64 first, const Problem& p,
-                                           bool adds, const V* values) {
+// Four positions of one state, from the adjoint state behind them: adds to the sums and to the gradient of A, and leaves
+// the gradients of B and C in `shared`.
+template <class Of, int kMethod, class V>
+__device__ __forceinline__ void walk_state(const RowFour<kMethod, Real<V>>& in, const V* B,
+                                           const V* C, V a, V before, V& adjoint, V& of_A,
+                                           V (&pushed)[2], Sums<Real<V>>& sums, V* shared) {
   using T = Real<V>;
-  constexpr int kParts = is_complex_type<V> ? 2 : 1;
-  T* to = static_cast<T*>(gradient) + row * p.length * kParts;
-  if (!is_complex_type<V> && p.aligned && first + 4 <= p.length) {
-    T four[4];
+  constexpr int kBack = back_of(kMethod), kAhead = ahead_of(kMethod), kTaps = taps_of(kMethod);
+  constexpr T kFactor = is_complex_type<V> ? 2 : 1;
+  V v[kBack + 4 + kAhead], samples[4], to_before[2] = {number<V>(0), number<V>(0)};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) four[i] = real_part(p.reverse ? values[3 - i] : values[i]);
-    to += p.reverse ? p.length - first - 4 : first;
-    if (adds) {
-      add_atomically<4>(to, T(1), four);
-    } else {
+  for (int i = 0; i < kBack + 4 + kAhead; ++i) v[i] = in.u[i] * B[i];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) to[i] = four[i];
-    }
-    return;
-  }
-  const Walk walk(p, first);
+  for (int i = 0; i < 4; ++i) samples[i] = number<V>(0);
+
+  // What the way back needs of the states: for Mamba's rule those before, otherwise derivatives by z.
+  V alpha[4], weight[4][kTaps], of_z[4], held[4], of_ratio[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if (i > walk.last) continue;
-    T* at = to + walk.inside(i) * kParts;
-    if constexpr (is_complex_type<V>) {
-      write_one(at, adds, values[i].re);
-      write_one(at + 1, adds, values[i].im);
+    if constexpr (kMethod == kMamba) {
+      alpha[i] = coefficients<kMethod>(in.d[i], a, T(1)).alpha;
+      of_z[i] = before;
+      before = alpha[i] * before + (in.d[i] * in.u[i]) * B[i];
     } else {
-      write_one(at, adds, values[i]);
+      const auto s = slopes<kMethod>(in.d[i] * a, in.ratio[i]);
+      alpha[i] = s.value.alpha;
+      held[i] = held_of<kMethod>(s.value.weight, v + i);
+      of_z[i] = s.by_z.alpha * before + in.d[i] * held_of<kMethod>(s.by_z.weight, v + i);
+      if constexpr (neighbour_of(kMethod) != 0) {
+        of_ratio[i] = held_of<kMethod>(s.by_ratio, v + i);
+      }
+#pragma unroll
+      for (int j = 0; j < kTaps; ++j) weight[i][j] = s.value.weight[j];
+      before = alpha[i] * before + in.d[i] * held[i];
     }
+    sums.y[i] += inner(C[kAhead + i], conjugate(before));
+    shared[4 + i] = (kFactor * in.g[i]) * conjugate(before);
+  }
+#pragma unroll
+  for (int i = 3; i >= 0; --i) {
+    const V lambda = (kFactor * in.g[i]) * conjugate(C[kAhead + i]) + adjoint;
+    adjoint = conjugate(alpha[i]) * lambda;
+    const V by_z = (kMethod == kMamba ? adjoint : lambda) * conjugate(of_z[i]);
+    of_A = of_A + in.d[i] * by_z;
+    sums.d[i] += inner(by_z, a);
+    if constexpr (kTaps == 1) {
+      // u and d get it times the other one, once all states are in.
+      const V push = kMethod == kMamba ? lambda : conjugate(weight[i][0]) * lambda;
+      sums.u[i] += inner(push, B[i]);
+      shared[i] = (in.d[i] * in.u[i]) * push;
+    } else {
+      sums.d[i] += inner(lambda, held[i]);
+      if constexpr (neighbour_of(kMethod) != 0) {
+        sums.ratio[i] += inner(lambda, in.d[i] * of_ratio[i]);
+      }
+#pragma unroll
+      for (int j = 0; j < kTaps; ++j) {
+        const V push = (in.d[i] * conjugate(weight[i][j])) * lambda;
+        const int to = i + j - kBack;
+        if (to < 0) {
+          to_before[-to - 1] = to_before[-to - 1] + push;
+        } else if (j > kBack && i == in.last) {  // the last position's sample ahead is its own
+          samples[i] = samples[i] + push;
+        } else if (to < 4) {
+          samples[to] = samples[to] + push;
+        }
+      }
+    }
+  }
+  if constexpr (kTaps == 1) return;
+#pragma unroll
+  for (int j = 0; j < kBack; ++j) {
+    samples[3 - j] = samples[3 - j] + pushed[j];
+    pushed[j] = to_before[j];
+  }
+  // Samples before the first are the first.
+  if (in.is_first) samples[0] = samples[0] + to_before[0] + to_before[1];
+  if constexpr (kAhead > 0) {
+    // That of the position before for the first sample of these.
+    const V lambda = (kFactor * in.g_before) * conjugate(C[0]) + adjoint;
+    const auto c = coefficients<kMethod>(in.d_before, a, in.ratio_before);
+    samples[0] = samples[0] + (in.d_before * conjugate(c.weight[kTaps - 1])) * lambda;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    shared[i] = in.u[kBack + i] * samples[i];
+    sums.u[i] += inner(samples[i], B[kBack + i]);
   }
 }
 
-// Sums what the warps left in `exchange` and sends it to memory. Every thread of the block must call, after a barrier.
-template <class V, int kWarps, int kItems>
-__device__ __forceinline__ void write_matrix_gradients(const BackwardArgs& args, const Place& place,
-                                                       const V* exchange, int n, i64 chunk_first) {
-  using Of = Layout<kItems>;
-  constexpr int kFours = Of::kChunk / 4;
-  const Problem& p = args.problem;
-  const i64 part = args.adds ? 0 : place.panel;
-  const i64 row = ((part * p.batch + place.batch) * p.groups + place.group) * p.states + n;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < 2 * kFours; i += kWarps * kWarpSize) {
-    const int matrix = i / kFours, four = i % kFours;
-    if (matrix == 0 ? p.constant_B : p.constant_C) continue;
-    V sum[4];
-    for (int j = 0; j < 4; ++j) sum[j] = number<V>(Real<V>(0));
-#pragma unroll 1
-    for (int warp = 0; warp < kWarps; ++warp) {
-      const V* from = exchange + (warp * 2 + matrix) * Of::kChunk + four * 4;
-      for (int j = 0; j < 4; ++j) sum[j] = sum[j] + from[j];
-    }
-    const i64 first = chunk_first + four % kWarpSize * kItems + four / kWarpSize * 4;
-    write_four<V>(matrix == 0 ? args.grad_B : args.grad_C, row, first, p, args.adds, sum);
-  }
-}
+// ---- tiles ----
 
-// The gradients along positions of a chunk, once all states have been gone through.
-template <class Scalar, int kMethod, int kItems, bool kComplex, class AnySteps>
-__device__ __forceinline__ void write_chunk(const BackwardArgs& args, const Place& place,
-                                            const AnySteps& steps, const Acc<Scalar>* g, i64 first,
-                                            LaneSums<kItems, Acc<Scalar>>& sums, Acc<Scalar>& of_D,
-                                            Acc<Scalar>& of_bias) {
+// What a lane carries of a state from tile to tile.
+template <class V>
+struct Carry {
+  V a, adjoint, of_A, of_B, of_C, pushed[2];
+};
+
+// Whether a lane has its states in registers, and all of them in the code. Longer rules would not fit: their loops over
+// states are rolled, and what is carried lies in local memory.
+template <int kMethod, class V>
+constexpr bool is_flat = kMethod == kMamba && sizeof(V) == 4;
+
+// A warp's part of a tile of one panel of states.
+template <class Of, class Scalar, int kMethod, class V>
+struct Walk {
   using T = Acc<Scalar>;
+  using At = Arrays<kMethod, Of::kPanels>;
+  static constexpr int kBack = back_of(kMethod), kAhead = ahead_of(kMethod);
+  static constexpr int kUnrolled = is_flat<kMethod, V> ? Of::kStates : 1;
+
+  const BackwardArgs& args;
+  const Place& place;
+  const Lane<Of> lane;
+  T* row;          // the own channel's in the warp's arrays
+  const V *B, *C;  // the own states' rows of the tiles
+  V* kept;         // of the warp: the states before fours, and gradients of B and C
+  int n0, fours;
+  int first;
+
+  __device__ __forceinline__ int state_of(int s) const { return n0 + lane.state(s); }
+
+  template <int kLeft, int kRight>
+  __device__ __forceinline__ void read(const V* tile, bool is_constant, const void* matrix, int s,
+                                       int four, V* out) const {
+    if (!is_constant) {
+      return read_window<kLeft, kRight>(tile + s * Of::kLanes * Of::kPitch, four, out);
+    }
+    const Problem& p = args.problem;
+    const int n = state_of(s);
+    const V* values = static_cast<const V*>(matrix) + place.channel_of(lane.row) * p.states;
+    const V value = n < p.states ? values[n] : number<V>(0);
+#pragma unroll
+    for (int i = 0; i < kLeft + 4 + kRight; ++i) out[i] = value;
+  }
+
+  // Keeps the state before every four.
+  __device__ __forceinline__ void advance(const Carry<V>* carry) const {
+    const Problem& p = args.problem;
+    const V* from = static_cast<const V*>(args.checkpoints) +
+                    (place.row_of(p, lane.row) * p.checkpoints + first / Of::kTile) * p.states;
+    V state[Of::kStates];
+#pragma unroll
+    for (int s = 0; s < Of::kStates; ++s) {
+      state[s] = state_of(s) < p.states ? from[state_of(s)] : number<V>(0);
+    }
+    V* to = kept + threadIdx.x % kWarpSize;
+    T u_behind = T(0);
+#pragma unroll 1
+    for (int four = 0;; ++four, to += Of::kFourPitch) {
+#pragma unroll kUnrolled
+      for (int s = 0; s < Of::kStates; ++s) to[s * kWarpSize] = state[s];
+      if (four + 1 == fours) return;
+      RowFour<kMethod, T> in;
+      if constexpr (kAhead > 0) u_behind = row[At::kInputs * Of::kArray + four * 4 + 4];
+      in.template read<Of>(row, four, u_behind);
+#pragma unroll kUnrolled
+      for (int s = 0; s < Of::kStates; ++s) {
+        V v[kBack + 4 + kAhead];
+        read<kBack, kAhead>(B, args.problem.constant_B, p.B, s, four, v);
+#pragma unroll
+        for (int i = 0; i < kBack + 4 + kAhead; ++i) {
+          v[i] = (taps_of(kMethod) == 1 ? in.d[i & 3] * in.u[i] : in.u[i]) * v[i];
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const auto c = coefficients<kMethod>(in.d[i], carry[s].a, in.ratio[i]);
+          const V held = held_of<kMethod>(c.weight, v + i);
+          state[s] = c.alpha * state[s] + (taps_of(kMethod) == 1 ? held : in.d[i] * held);
+        }
+      }
+    }
+  }
+
+  // The gradients of B and C at a four of a state, summed over the warp's channels, or over positions.
+  __device__ __forceinline__ void give_shared(V* shared, int s, int four, Carry<V>& carry) const {
+    const Problem& p = args.problem;
+    if (p.constant_B) carry.of_B = carry.of_B + (shared[0] + shared[1] + (shared[2] + shared[3]));
+    if (p.constant_C) carry.of_C = carry.of_C + (shared[4] + shared[5] + (shared[6] + shared[7]));
+    if (p.constant_B && p.constant_C) return;
+    fold<8, Of::kRows, Of::kLanes>(shared, lane.row);
+    V* to = kept + (four + 1) * Of::kFourPitch;
+    if (!is_keeper<8, Of::kRows>(lane.row)) return;
+#pragma unroll
+    for (int i = 0; i < kept_of<8, Of::kRows>; ++i) {
+      const int at = kept_first<8, Of::kRows>(lane.row) + i;
+      to[(at / 4 * Of::kPadded + lane.state(s)) * 4 + at % 4] = shared[i];
+    }
+  }
+
+  // Sums over states of the channel become gradients, as far as they do not depend on other positions.
+  __device__ __forceinline__ void finish(const RowFour<kMethod, T>& in, Sums<T>& sums,
+                                         int four) const {
+    const Problem& p = args.problem;
+    const bool skips = p.D != nullptr && lane.part == 0 && n0 == 0;
+    const T skip = skips ? static_cast<const T*>(p.D)[place.channel_of(lane.row)] : T(0);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (taps_of(kMethod) == 1) {
+        sums.d[i] += in.u[i] * sums.u[i];
+        sums.u[i] *= in.d[i];
+      }
+      if constexpr (neighbour_of(kMethod) != 0) {
+        // A ratio's gradient goes to the neighbour's step, which is the own one at the end, and to the own.
+        sums.ratio[i] = in.d[i] != T(0) ? sums.ratio[i] / in.d[i] : T(0);
+        sums.d[i] -= sums.ratio[i] * in.ratio[i];
+        const bool is_end = neighbour_of(kMethod) > 0 ? i == in.last : in.is_first && i == 0;
+        if (is_end) sums.d[i] += sums.ratio[i];
+      }
+      sums.u[i] += skip * in.g[i];
+      sums.y[i] = (is_complex_type<V> ? T(2) : T(1)) * sums.y[i] + skip * in.u[kBack + i];
+    }
+    put(sums.d, At::kOfSteps, four);
+    put(sums.u, At::kOfInputs, four);
+    if (p.z.data != nullptr) put(sums.y, At::kOutputs, four);
+    if constexpr (neighbour_of(kMethod) != 0) put(sums.ratio, At::kOfRatios, four);
+  }
+  __device__ __forceinline__ void put(T* values, int array, int four) const {
+    fold<4, Of::kLanes, 1>(values, lane.part);
+    if (!is_keeper<4, Of::kLanes>(lane.part)) return;
+    T* to = row + array * Of::kArray + four * 4 + kept_first<4, Of::kLanes>(lane.part);
+#pragma unroll
+    for (int i = 0; i < kept_of<4, Of::kLanes>; ++i) {
+      to[i] = Of::kPanels > 1 && n0 > 0 ? to[i] + values[i] : values[i];
+    }
+  }
+
+  // From the last position to the first.
+  __device__ __forceinline__ void go_back(Carry<V>* carry) const {
+    const Problem& p = args.problem;
+    T u_behind = T(0);
+    if constexpr (kAhead > 0) u_behind = row[At::kInputs * Of::kArray + fours * 4];
+#pragma unroll 1
+    for (int four = fours - 1; four >= 0; --four) {
+      RowFour<kMethod, T> in;
+      in.template read<Of>(row, four, u_behind);
+      in.last = int(p.length) - 1 - first - four * 4;
+      in.is_first = first == 0 && four == 0;
+      u_behind = in.u[kBack];
+      Sums<T> sums;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums.u[i] = sums.d[i] = sums.y[i] = sums.ratio[i] = T(0);
+      const V* before = kept + four * Of::kFourPitch + threadIdx.x % kWarpSize;
+#pragma unroll kUnrolled
+      for (int s = 0; s < Of::kStates; ++s) {
+        V of_B[kBack + 4 + kAhead], of_C[kAhead + 4], shared[8];
+        read<kBack, kAhead>(B, p.constant_B, p.B, s, four, of_B);
+        read<kAhead, 0>(C, p.constant_C, p.C, s, four, of_C);
+        Carry<V>& own = carry[s];
+        walk_state<Of, kMethod>(in, of_B, of_C, own.a, before[s * kWarpSize], own.adjoint, own.of_A,
+                                own.pushed, sums, shared);
+        give_shared(shared, s, four, own);
+      }
+      __syncwarp();  // all have read what is now written over
+      finish(in, sums, four);
+    }
+  }
+};
+
+// ---- beginning and end ----
+
+// What a lane sums of its channel over all tiles, and what waits for the tile before.
+template <class T>
+struct RowSums {
+  T D, bias, waiting, slope;
+};
+
+// conj(alpha) lambda of the position behind a split: out of that behind the last one and the summaries of the splits
+// behind.
+template <class V>
+__device__ __forceinline__ V entering_adjoint(const BackwardArgs& args, i64 row, int split, int n) {
   const Problem& p = args.problem;
-  const i64 row = place.row(p) * p.length;
-  const T skip = p.D != nullptr ? static_cast<const T*>(p.D)[place.channel] : T(0);
-  const T bias = p.delta_bias ? static_cast<const T*>(p.delta_bias)[place.channel] : T(0);
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    of_D += g[i] * steps.u[i];
-    sums.u[i] += skip * g[i];
+  const i64 at = row * p.states + n, all = p.batch * p.dim * p.states;
+  V adjoint = number<V>(0);
+  if (args.grad_last_state != nullptr) adjoint = static_cast<const V*>(args.grad_last_state)[at];
+  const V* maps = static_cast<const V*>(args.summaries) + 2 * at;
+#pragma unroll 1
+  for (i64 s = args.splits - 1; s > split; --s) {
+    adjoint = maps[2 * s * all] * adjoint + maps[2 * s * all + 1];
   }
-  store_items<kItems>(static_cast<Scalar*>(args.grad_u) + row, first, p, sums.u);
-  if (p.softplus) {
-    T delta[kItems];
-    load_items<kItems>(row_of<Scalar>(p.delta, place), first, p, delta);
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) sums.d[i] *= sigmoid_of(delta[i] + bias);
-  }
-  store_items<kItems>(static_cast<Scalar*>(args.grad_delta) + row, first, p, sums.d);
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    if (first + i < p.length) of_bias += sums.d[i];
-  }
-  if (p.z.data == nullptr) return;
-  T z[kItems], grad[kItems];
-  load_items<kItems>(row_of<Scalar>(p.z, place), first, p, z);
-  load_items<kItems>(row_of<Scalar>(args.grad_out, place), first, p, grad);
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const T y = (kComplex ? T(2) : T(1)) * sums.y[i] + skip * steps.u[i];
-    grad[i] *= y * silu_slope(z[i], sigmoid_of(z[i]));
-  }
-  store_items<kItems>(static_cast<Scalar*>(args.grad_z) + row, first, p, grad);
+  return adjoint;
 }
 
-// What the ratios of true-time rules give to the steps of both sides. `behind` is what the chunk behind has for the last
-// step of this one, `before` what the position before it has for its first; returns what this chunk has for the step before.
-template <int kMethod, int kItems, class T, class AnySteps>
-__device__ __forceinline__ T add_ratios(const AnySteps& steps, i64 first, i64 length, T behind,
-                                        T before, LaneSums<kItems, T>& sums) {
+// The gradients along positions of a tile, once all states have been gone through.
+template <class Of, class Scalar, int kMethod>
+__device__ __forceinline__ void write_rows(const BackwardArgs& args, const Place& place,
+                                           const Lane<Of>& lane, int first, const Acc<Scalar>* row,
+                                           RowSums<Acc<Scalar>>& sums) {
+  using T = Acc<Scalar>;
+  using At = Arrays<kMethod, Of::kPanels>;
   constexpr int kNeighbour = neighbour_of(kMethod);
-  const int lane = threadIdx.x % kWarpSize;
-  T own[kItems], other[kItems];
+  const Problem& p = args.problem;
+  if (!place.has(lane.row)) return;
+  const i64 begin = place.row_of(p, lane.row) * p.length;
+  Scalar* grad_delta = static_cast<Scalar*>(args.grad_delta) + begin;
+#pragma unroll 1
+  for (int four = lane.part; four < Of::kFours; four += Of::kLanes) {
+    const int position = first + four * 4;
+    const T* from = row + four * 4;
+    T values[4], more[4];
+    read_quad(from + At::kOfInputs * Of::kArray, values);
+    store_four(static_cast<Scalar*>(args.grad_u) + begin, position, p, values);
+    read_quad(from + At::kOfSteps * Of::kArray, values);
+    read_quad(from + At::kSlopes * Of::kArray, more);
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const bool is_step = steps.d[i] != T(0);
-    const T scaled = is_step ? sums.ratio[i] / steps.d[i] : T(0);
-    own[i] = -scaled * steps.ratio_at(i);
-    other[i] = scaled;
-  }
-  T outside;
-  if constexpr (kNeighbour > 0) {
-    outside = shuffle_up(other[kItems - 1], 1);
-    if (lane == 0) outside = before;
-  } else {
-    outside = shuffle_down(other[0], 1);
-    if (lane == kWarpSize - 1) outside = behind;
-  }
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kNeighbour != 0) {
+        // The neighbour's ratio has this step in it, too.
+        const bool is_there = kNeighbour < 0 ? position + i + 1 < p.length : four * 4 + i > 0;
+        if (is_there) values[i] += from[At::kOfRatios * Of::kArray + i - kNeighbour];
+      }
+      values[i] *= more[i];
+      if (position + i < p.length) sums.bias += values[i];
+    }
+    store_four(grad_delta, position, p, values);
+    if constexpr (kNeighbour > 0) {
+      // What the last ratio has for the first step of the tile behind, which has been written without it.
+      if (four == 0) {
+        if (first + Of::kTile < p.length) {
+          const T last = row[At::kOfRatios * Of::kArray + Of::kTile - 1] * sums.slope;
+          sums.bias += last;
+          store(grad_delta[memory_of_one(p, first + Of::kTile)], sums.waiting + last);
+        }
+        sums.waiting = values[0];
+        sums.slope = more[0];
+      }
+    }
+    if (p.z.data == nullptr) continue;
+    read_quad(from + At::kOutputs * Of::kArray, values);
+    read_quad(from + At::kGates * Of::kArray, more);
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const int from = i - kNeighbour;
-    sums.d[i] +=
-        own[i] + (from < 0 || from == kItems ? outside : other[from < 0 ? 0 : from % kItems]);
-    // At the ends a step is its own neighbour.
-    if (first + i == (kNeighbour > 0 ? length - 1 : 0)) sums.d[i] += other[i];
+    for (int i = 0; i < 4; ++i) values[i] *= more[i];
+    store_four(static_cast<Scalar*>(args.grad_z) + begin, position, p, values);
   }
-  return __shfl_sync(kAllLanes, other[0], 0);
 }
 
-// Blocks that a multiprocessor should hold: 16 warps, so that barriers and scans of some hide behind others.
-template <class T, bool kComplex, int kWarps>
-__device__ constexpr int resident_blocks() {
-  return sizeof(T) == 4 && !kComplex && kWarps < 16 ? 16 / kWarps : 1;
+// A sum over the lanes of each channel.
+template <class Of, class T>
+__device__ __forceinline__ void write_row_sum(const BackwardArgs& args, const Place& place,
+                                              const Lane<Of>& lane, int split, T sum,
+                                              void* gradient) {
+  const Problem& p = args.problem;
+  fold<1, Of::kLanes, 1>(&sum, lane.part);
+  if (gradient == nullptr || lane.part != 0 || !place.has(lane.row)) return;
+  static_cast<T*>(gradient)[split * p.batch * p.dim + place.row_of(p, lane.row)] = sum;
 }
 
-// Grid: one-dimensional; for each batch and group the panels of kWarps channels.
-template <class Scalar, int kMethod, bool kComplex, int kWarps, int kItems>
+// What a block works on: a panel of channels and the tiles of a split.
+template <class Of>
+struct Share {
+  int split, begin, end;
+  Place place;
+
+  __device__ __forceinline__ explicit Share(const BackwardArgs& args) {
+    const Problem& p = args.problem;
+    const u32 panels = panels_of<Of>(p), blocks = u32(p.batch) * u32(p.groups) * panels;
+    const int tiles = int(p.checkpoints), each = (tiles + args.splits - 1) / args.splits;
+    split = int(blockIdx.x / blocks);
+    place = place_of<Of>(p, blockIdx.x - u32(split) * blocks, panels);
+    begin = split * each;
+    end = min_of(tiles, begin + each);
+  }
+};
+
+// Shared memory of a block: tiles of B and C, then what each warp has.
+template <class Of, int kMethod, class V>
+struct Memory {
+  V *B, *C, *kept;
+  Real<V>* rows;
+
+  __device__ __forceinline__ Memory(uint4* memory, int warp)
+      : B(reinterpret_cast<V*>(memory)), C(B + Of::kMatrix), kept(C + Of::kMatrix) {
+    rows = reinterpret_cast<Real<V>*>(kept + Of::kWarps * Of::kOfWarp) +
+           warp * backward_arrays(kMethod, Of::kPanels) * Of::kArray;
+    kept += warp * Of::kOfWarp;
+  }
+};
+
+// Warps that a multiprocessor should hold, so that what each waits for is hidden.
+template <int kMethod, class V, int kWarps>
+constexpr int blocks_of() {
+  const int warps = is_flat<kMethod, V> ? 16 : (sizeof(V) == 4 ? 12 : 8);
+  return warps > kWarps ? warps / kWarps : 1;
+}
+
+// Grid: one-dimensional; for each split, batch and group the panels of channels.
+template <class Scalar, int kMethod, bool kComplex, int kWarps, int kLanes, int kStates,
+          int kPanels>
 __global__ void __launch_bounds__(kWarps* kWarpSize,
-                                  resident_blocks<Acc<Scalar>, kComplex, kWarps>())
+                                  blocks_of<kMethod, State<Scalar, kComplex>, kWarps>())
     backward(const BackwardArgs args) {
   using T = Acc<Scalar>;
   using V = State<Scalar, kComplex>;
-  using Of = Layout<kItems>;
-  constexpr int kThreads = kWarps * kWarpSize, kAhead = ahead_of(kMethod);
-  constexpr int kExchange = kWarps * 2 * Of::kChunk;
+  using Of = TileLayout<V, kWarps, kLanes, kStates, kPanels>;
+  using At = Arrays<kMethod, kPanels>;
+  constexpr int kBack = back_of(kMethod), kAhead = ahead_of(kMethod);
+  constexpr int kUnrolled = is_flat<kMethod, V> ? kStates : 1;
   extern __shared__ uint4 memory[];
   const Problem& p = args.problem;
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, states = int(p.states);
-  V* B_tile = reinterpret_cast<V*>(memory);
-  V* C_tile = B_tile + kTileStates<V> * Of::kSlots;
-  // Twice: one is written while the other one is still read.
-  V* exchange = C_tile + kTileStates<V> * Of::kSlots;
-  V* carry = exchange + 2 * kExchange + warp * states * kBackwardCarry;
-  const Place place = place_of<kWarps>(p, blockIdx.x);
-  const bool shares = !p.constant_B || !p.constant_C;
+  const Memory<Of, kMethod, V> own(memory, threadIdx.x / kWarpSize);
+  const Share<Of> share(args);
+  const Place& place = share.place;
+  const Lane<Of> lane;
+  const bool is_row = place.has(lane.row);
+  const i64 row = place.row_of(p, lane.row), weights = place.channel_of(lane.row) * p.states;
 
-  for (int n = lane; n < states; n += kWarpSize) {
-    for (int i = 0; i < kBackwardCarry; ++i) carry[n * kBackwardCarry + i] = number<V>(T(0));
-    if (args.grad_last_state != nullptr) {
-      carry[n * kBackwardCarry + kAdjoint] =
-          static_cast<const V*>(args.grad_last_state)[place.row(p) * states + n];
-    }
+  Carry<V> carry[kPanels][kStates];
+#pragma unroll(kPanels == 1 ? kUnrolled : 1)
+  for (int i = 0; i < kPanels * kStates; ++i) {
+    const int n = i / kStates * Of::kPadded + lane.state(i % kStates);
+    const bool is_state = n < p.states;
+    Carry<V>& c = carry[i / kStates][i % kStates];
+    c.a = is_state ? static_cast<const V*>(p.A)[weights + n] : number<V>(0);
+    c.adjoint = is_state && is_row ? entering_adjoint<V>(args, row, share.split, n) : number<V>(0);
+    c.of_A = c.of_B = c.of_C = c.pushed[0] = c.pushed[1] = number<V>(0);
   }
-  T of_D = T(0), of_bias = T(0), behind = T(0);
-  int turn = 0;
+  RowSums<T> sums = {};
+  T* rows = own.rows + lane.row * Of::kPitch;
+
+  // The first positions behind the split have something for its last ones: they are gone through, too, for that alone.
+  const int length = min_of(int(p.length), share.end * Of::kTile + kBack);
 #pragma unroll 1
-  for (i64 chunk = (p.length + Of::kChunk - 1) / Of::kChunk - 1; chunk >= 0; --chunk) {
-    const i64 chunk_first = chunk * Of::kChunk, first = chunk_first + lane * kItems;
-    Steps<kMethod, kItems, back_of(kMethod) + kAhead, T> steps;
-    load_steps<Scalar, kMethod, kItems>(p, place, first, steps);
-    T g[kItems], before = T(0);
-    load_gradient<Scalar, kItems>(args, place, first, g);
-    // All at once: one by one each state would wait for its own.
-    const V* kept = static_cast<const V*>(args.checkpoints) +
-                    (place.row(p) * p.checkpoints + chunk_first / kCheckpoint) * states;
-    for (int n = lane; n < states; n += kWarpSize) carry[n * kBackwardCarry + kStart] = kept[n];
-    LaneSums<kItems, T> sums;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) sums.u[i] = sums.d[i] = sums.y[i] = sums.ratio[i] = T(0);
+  for (int tile = (length + Of::kTile - 1) / Of::kTile - 1; tile >= share.begin; --tile) {
+    const int first = tile * Of::kTile;
+    const bool is_own = kBack == 0 || tile < share.end;
+    __syncwarp();  // the rows are no longer read
+    const T of_D = fill_rows<Of, Scalar, kMethod>(args, place, lane, first, 0, length, rows);
+    fill_beside<Of, Scalar, kMethod>(args, place, lane, first, rows);
 #pragma unroll 1
-    for (int n0 = 0; n0 < states; n0 += kTileStates<V>) {
-      __syncthreads();  // the tiles are no longer read
+    for (int panel = 0; panel * Of::kPadded < p.states; ++panel) {
+      const int n0 = panel * Of::kPadded;
       if (!p.constant_B) {
-        fill_tile<Scalar, V, kItems, kThreads, (taps_of(kMethod) > 1)>(B_tile, p.B, p, place, n0,
-                                                                       chunk_first);
+        fill_matrix<Of, Scalar, V, kBack, kAhead>(p.B, p, place, n0, first, own.B);
       }
       if (!p.constant_C) {
-        fill_tile<Scalar, V, kItems, kThreads, (kAhead > 0)>(C_tile, p.C, p, place, n0,
-                                                             chunk_first);
+        fill_matrix<Of, Scalar, V, kAhead, 0>(p.C, p, place, n0, first, own.C);
       }
       __syncthreads();
+      const int part = lane.part * Of::kPitch;
+      const int fours = (min_of(Of::kTile, length - first) + 3) / 4;
+      const Walk<Of, Scalar, kMethod, V> walk = {args,         place,    lane, rows,  own.B + part,
+                                                 own.C + part, own.kept, n0,   fours, first};
+      walk.advance(carry[kPanels == 1 ? 0 : panel]);
+      walk.go_back(carry[kPanels == 1 ? 0 : panel]);
+      __syncthreads();
+      if (is_own && !(p.constant_B && p.constant_C)) {
+        write_matrix_gradients<Of>(args, place, own.C + Of::kMatrix, n0, first);
+      }
+    }
+    if (is_own) {
+      sums.D += of_D;
+      write_rows<Of, Scalar, kMethod>(args, place, lane, first, rows, sums);
+    } else {
+#pragma unroll(kPanels == 1 ? kUnrolled : 1)
+      for (int i = 0; i < kPanels * kStates; ++i) {
+        Carry<V>& c = carry[i / kStates][i % kStates];
+        c.of_A = c.of_B = c.of_C = number<V>(0);
+      }
+    }
+    if constexpr (neighbour_of(kMethod) < 0) {
+      // The first ratio has something for the last step of the tile before.
+      __syncwarp();
+      T* ratios = rows + At::kOfRatios * Of::kArray;
+      if (lane.part == 0) ratios[Of::kTile] = ratios[0];
+    }
+  }
+  write_row_sum(args, place, lane, share.split, sums.D, args.grad_D);
+  write_row_sum(args, place, lane, share.split, sums.bias, args.grad_delta_bias);
+#pragma unroll(kPanels == 1 ? kUnrolled : 1)
+  for (int i = 0; i < kPanels * kStates; ++i) {
+    const int n = i / kStates * Of::kPadded + lane.state(i % kStates);
+    if (!is_row || n >= p.states) continue;
+    const Carry<V>& c = carry[i / kStates][i % kStates];
+    const i64 at = row * p.states + n, of_split = share.split * p.batch * p.dim * p.states + at;
+    static_cast<V*>(args.grad_A)[of_split] = c.of_A;
+    if (p.constant_B) static_cast<V*>(args.grad_B)[of_split] = c.of_B;
+    if (p.constant_C) static_cast<V*>(args.grad_C)[of_split] = c.of_C;
+    if (share.split == 0) static_cast<V*>(args.grad_initial_state)[at] = c.adjoint;
+  }
+}
+
+// What each split but the first makes of the adjoint state behind it, one map for each state. A split's positions are
+// those that `backward` goes through after the ones that are not its own.
+template <class Scalar, int kMethod, bool kComplex, int kWarps, int kLanes, int kStates,
+          int kPanels>
+__global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArgs args) {
+  using T = Acc<Scalar>;
+  using V = State<Scalar, kComplex>;
+  using Of = TileLayout<V, kWarps, kLanes, kStates, kPanels>;
+  using At = Arrays<kMethod, kPanels>;
+  constexpr int kBack = back_of(kMethod);
+  constexpr int kUnrolled = is_flat<kMethod, V> ? kStates : 1;
+  extern __shared__ uint4 memory[];
+  const Problem& p = args.problem;
+  const Share<Of> share(args);
+  if (share.split == 0) return;
+  const Place& place = share.place;
+  const Lane<Of> lane;
+  const i64 weights = place.channel_of(lane.row) * p.states;
+  V* C = reinterpret_cast<V*>(memory);
+  T* rows = reinterpret_cast<T*>(C + Of::kMatrix) + lane.row * Of::kPitch +
+            threadIdx.x / kWarpSize * backward_arrays(kMethod, 1) * Of::kArray;
+  const int begin = share.begin * Of::kTile + kBack;
+  const int end = min_of(int(p.length), share.end * Of::kTile + kBack);
 #pragma unroll 1
-      for (int n = n0; n < min_of(n0 + kTileStates<V>, states); ++n) {
-        MatrixGradients<kItems, V> gradients;
-        scan_state_backward<Scalar, kMethod, kItems>(
-            args, place, steps, g, B_tile + (n - n0) * Of::kSlots, C_tile + (n - n0) * Of::kSlots,
-            n, chunk_first, carry + n * kBackwardCarry, sums, gradients, &before);
-        if (!shares) continue;
-        V* buffer = exchange + turn * kExchange;
-        V* own = buffer + warp * 2 * Of::kChunk;
+  for (int n0 = 0; n0 < p.states; n0 += Of::kPadded) {
+    V a[kStates], sum[kStates], product[kStates];
 #pragma unroll
-        for (int i = 0; i < kItems; ++i) {
-          const int slot = (i / 4 * kWarpSize + lane) * 4 + i % 4;
-          own[slot] = select(place.is_row, gradients.B[i], number<V>(T(0)));
-          own[Of::kChunk + slot] = select(place.is_row, gradients.C[i], number<V>(T(0)));
+    for (int s = 0; s < kStates; ++s) {
+      const int n = n0 + lane.state(s);
+      a[s] = n < p.states ? static_cast<const V*>(p.A)[weights + n] : number<V>(0);
+      sum[s] = number<V>(0);
+      product[s] = number<V>(1);
+    }
+#pragma unroll 1
+    for (int tile = (end - 1) / Of::kTile; tile * Of::kTile + Of::kTile > begin; --tile) {
+      const int first = tile * Of::kTile;
+      __syncthreads();  // the rows and the tile are no longer read
+      fill_rows<Of, Scalar, kMethod>(args, place, lane, first, begin, end, rows);
+      if (!p.constant_C) fill_matrix<Of, Scalar, V, 0, 0>(p.C, p, place, n0, first, C);
+      __syncthreads();
+      const Walk<Of, Scalar, kMethod, V> walk = {
+          args,    place, lane,       rows, nullptr, C + lane.part * Of::kPitch,
+          nullptr, n0,    Of::kFours, first};
+#pragma unroll 1
+      for (int four = Of::kFours - 1; four >= 0; --four) {
+        T d[4], g[4];
+        read_quad(rows + At::kSteps * Of::kArray + four * 4, d);
+        read_quad(rows + At::kGradients * Of::kArray + four * 4, g);
+#pragma unroll kUnrolled
+        for (int s = 0; s < kStates; ++s) {
+          V of_C[4];
+          walk.template read<0, 0>(walk.C, p.constant_C, p.C, s, four, of_C);
+#pragma unroll
+          for (int i = 3; i >= 0; --i) {
+            const V alpha = conjugate(coefficients<kMethod>(d[i], a[s], T(1)).alpha);
+            sum[s] = alpha * (((kComplex ? T(2) : T(1)) * g[i]) * conjugate(of_C[i]) + sum[s]);
+            product[s] = alpha * product[s];
+          }
         }
-        __syncthreads();
-        write_matrix_gradients<V, kWarps, kItems>(args, place, buffer, n, chunk_first);
-        turn ^= 1;
       }
     }
-    if constexpr (taps_of(kMethod) == 1) {
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        sums.d[i] += steps.u[i] * sums.u[i];
-        sums.u[i] *= steps.d[i];
-      }
+    for (int s = 0; s < kStates; ++s) {
+      const int n = n0 + lane.state(s);
+      if (!place.has(lane.row) || n >= p.states) continue;
+      const i64 at = (share.split * p.batch * p.dim + place.row_of(p, lane.row)) * p.states + n;
+      V* map = static_cast<V*>(args.summaries) + 2 * at;
+      map[0] = product[s];
+      map[1] = sum[s];
     }
-    if constexpr (neighbour_of(kMethod) != 0) {
-      behind = add_ratios<kMethod, kItems>(steps, first, p.length, behind, before, sums);
-    }
-    if (place.is_row) {
-      write_chunk<Scalar, kMethod, kItems, kComplex>(args, place, steps, g, first, sums, of_D,
-                                                     of_bias);
-    }
-  }
-  of_D = warp_sum(of_D);
-  of_bias = warp_sum(of_bias);
-  __syncwarp();  // the first lane has written what all read now
-  if (!place.is_row) return;
-  if (lane == 0) {
-    if (args.grad_D != nullptr) static_cast<T*>(args.grad_D)[place.row(p)] = of_D;
-    if (args.grad_delta_bias != nullptr) {
-      static_cast<T*>(args.grad_delta_bias)[place.row(p)] = of_bias;
-    }
-  }
-  for (int n = lane; n < states; n += kWarpSize) {
-    const i64 at = place.row(p) * states + n;
-    const V* of_state = carry + n * kBackwardCarry;
-    static_cast<V*>(args.grad_A)[at] = of_state[kSumA];
-    static_cast<V*>(args.grad_initial_state)[at] = of_state[kAdjoint];
-    if (p.constant_B) static_cast<V*>(args.grad_B)[at] = of_state[kSumB];
-    if (p.constant_C) static_cast<V*>(args.grad_C)[at] = of_state[kSumC];
   }
 }
 

@@ -1,340 +1,342 @@
-// What the backward of selective_scan is made of on the GPU: a warp scans one channel, 32 * kItems positions at a time;
-// its lanes hold kItems neighbouring positions each. The warps of a block are channels of one group, and share tiles of
-// B and C in shared memory.
+// What the backward of selective_scan lays into shared memory, reads from there, and sums.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "common/pack.cuh"
-#include "common/reduce.cuh"
-#include "scan/selective_scan.h"
-#include "scan/selective_scan_shared.h"
+#include "common/atomics.cuh"
+#include "scan/gate.h"
+#include "scan/selective_scan_parts.cuh"
 
-namespace torchkiln::selective_scan {
+namespace torchkiln::selective_scan_backward {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
+using namespace torchkiln::selective_scan;
 
-template <class T, bool kComplex>
-struct StateOf {
-  using Type = T;
-};
-template <class T>
-struct StateOf<T, true> {
-  using Type = Complex<T>;
-};
-template <class Scalar, bool kComplex>
-using State = typename StateOf<Acc<Scalar>, kComplex>::Type;
-
-// ---- lanes ----
-
-template <class T>
-__device__ __forceinline__ T shuffle_up(T x, int lanes) {
-  return __shfl_up_sync(kAllLanes, x, lanes);
-}
-template <class T>
-__device__ __forceinline__ Complex<T> shuffle_up(Complex<T> x, int lanes) {
-  return {shuffle_up(x.re, lanes), shuffle_up(x.im, lanes)};
-}
-template <class T>
-__device__ __forceinline__ T shuffle_down(T x, int lanes) {
-  return __shfl_down_sync(kAllLanes, x, lanes);
-}
-template <class T>
-__device__ __forceinline__ Complex<T> shuffle_down(Complex<T> x, int lanes) {
-  return {shuffle_down(x.re, lanes), shuffle_down(x.im, lanes)};
-}
-using torchkiln::warp_sum;
-template <class T>
-__device__ __forceinline__ Complex<T> warp_sum(Complex<T> x) {
-  return {warp_sum(x.re), warp_sum(x.im)};
-}
-
-// x -> product * x + sum.
-template <class V>
-struct Affine {
-  V product, sum;
-  __device__ __forceinline__ V operator()(V x) const { return product * x + sum; }
+// Tiles are what lies between two kept states. States are gone through in panels of kPadded; a lane keeps what goes on
+// from tile to tile of up to kPanels of them.
+template <class V, int kWarpCount, int kLaneCount, int kStateCount, int kPanelCount>
+struct TileLayout : Layout<V, kWarpCount, kLaneCount, kStateCount, kCheckpoint* int(sizeof(V))> {
+  static constexpr int kPanels = kPanelCount;
+  static constexpr int kPitch = kTilePitch, kMatrixPitch = kPitch, kRowPitch = kPitch;
+  static constexpr int kArray = kWarpSize / kLaneCount * kPitch;  // rows of a warp's channels
+  static constexpr int kMatrix = kLaneCount * kStateCount * kPitch;
+  static constexpr int kFourPitch = four_pitch(kLaneCount, kStateCount);
+  static constexpr int kOfWarp = four_numbers(kLaneCount, kStateCount);
 };
 
-// Each lane's map after those of all lanes before it.
-template <class V>
-__device__ __forceinline__ Affine<V> scan_up(Affine<V> map, int lane) {
+template <class T>
+__device__ __forceinline__ T bias_of(const Problem& p, const Place& place, int row) {
+  return p.delta_bias != nullptr ? static_cast<const T*>(p.delta_bias)[place.channel_of(row)]
+                                 : T(0);
+}
+
+// sum_j w_j v_{i+j}; `v` begins with the sample furthest back.
+template <int kMethod, class V>
+__device__ __forceinline__ V held_of(const V* weight, const V* v) {
+  if constexpr (kMethod == kMamba) return v[0];
+  V sum = weight[0] * v[0];
 #pragma unroll
-  for (int step = 1; step < kWarpSize; step *= 2) {
-    const Affine<V> before = {shuffle_up(map.product, step), shuffle_up(map.sum, step)};
-    if (lane >= step) map = {map.product * before.product, map(before.sum)};
-  }
-  return map;
+  for (int j = 1; j < taps_of(kMethod); ++j) sum = sum + weight[j] * v[j];
+  return sum;
 }
-// Each lane's map after those of all lanes behind it.
-template <class V>
-__device__ __forceinline__ Affine<V> scan_down(Affine<V> map, int lane) {
+
+// Where position `at` of a tile lies in a row: two before it and the one behind it stand behind the others.
+__device__ __forceinline__ constexpr int slot_of(int at) { return at < 0 ? kTilePitch + at : at; }
+
+// Arrays of rows in a warp's memory. With one panel the results take the places of what has been read.
+template <int kMethod, int kPanels>
+struct Arrays {
+  static constexpr int kSteps = 0, kInputs = 1, kRatios = 2;  // as Steps writes them
+  static constexpr int kGradients = step_arrays(kMethod), kSlopes = kGradients + 1,
+                       kGates = kGradients + 2, kOut = kPanels > 1 ? kGradients + 3 : 0;
+  static constexpr int kOfSteps = kOut, kOfInputs = kOut + 1, kOfRatios = kOut + 2,
+                       kOutputs = kPanels > 1 ? kOut + step_arrays(kMethod) : kGradients;
+};
+
+// ---- sums over lanes ----
+
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T x, int mask) {
+  return __shfl_xor_sync(kAllLanes, x, mask);
+}
+template <class T>
+__device__ __forceinline__ Complex<T> shuffle_xor(Complex<T> x, int mask) {
+  return {shuffle_xor(x.re, mask), shuffle_xor(x.im, mask)};
+}
+
+// Sums kCount values over kLanes lanes, which are kStride apart; `index` is the own one among them. Each is left with
+// kept_of of the sums, from kept_first on; where there are more lanes than values, is_keeper says which one writes.
+template <int kCount, int kLanes, int kStride, class V>
+__device__ __forceinline__ void fold(V* values, int index) {
+  if constexpr (kLanes > 1 && kCount > 1) {
+    const bool is_upper = (index & (kLanes / 2)) != 0;
 #pragma unroll
-  for (int step = 1; step < kWarpSize; step *= 2) {
-    const Affine<V> behind = {shuffle_down(map.product, step), shuffle_down(map.sum, step)};
-    if (lane + step < kWarpSize) map = {map.product * behind.product, map(behind.sum)};
+    for (int i = 0; i < kCount / 2; ++i) {
+      const V given = select(is_upper, values[i], values[i + kCount / 2]);
+      const V kept = select(is_upper, values[i + kCount / 2], values[i]);
+      values[i] = kept + shuffle_xor(given, kLanes / 2 * kStride);
+    }
+    fold<kCount / 2, kLanes / 2, kStride>(values, index);
+  } else if constexpr (kLanes > 1) {
+    values[0] = values[0] + shuffle_xor(values[0], kLanes / 2 * kStride);
+    fold<1, kLanes / 2, kStride>(values, index);
   }
-  return map;
+}
+template <int kCount, int kLanes>
+constexpr int kept_of = kCount > kLanes ? kCount / kLanes : 1;
+template <int kCount, int kLanes>
+__device__ __forceinline__ int kept_first(int index) {
+  return index * kCount / kLanes;
+}
+template <int kCount, int kLanes>
+__device__ __forceinline__ bool is_keeper(int index) {
+  return kLanes <= kCount || index % (kLanes / kCount) == 0;
 }
 
-// ---- positions ----
+// ---- rows ----
 
-// The channel that a warp scans. Warps behind the last channel of a group repeat it and write nothing.
-struct Place {
-  i64 batch, channel, group, panel;
-  bool is_row;
-  __device__ __forceinline__ i64 row(const Problem& p) const { return batch * p.dim + channel; }
-};
-
-template <int kWarps>
-__device__ __forceinline__ Place place_of(const Problem& p, i64 block) {
-  const i64 channels = p.dim / p.groups, panels = (channels + kWarps - 1) / kWarps;
-  const i64 panel = block % panels, of_group = block / panels;
-  const i64 local = panel * kWarps + threadIdx.x / kWarpSize;
-  const i64 group = of_group % p.groups;
-  return {of_group / p.groups, group * channels + min_of(local, channels - 1), group, panel,
-          local < channels};
-}
-
-// Where a position lies in memory; positions beyond the ends are those at the ends.
-__device__ __forceinline__ i64 memory_of(const Problem& p, i64 position) {
-  const i64 inside = max_of(i64(0), min_of(position, p.length - 1));
-  return p.reverse ? p.length - 1 - inside : inside;
-}
-
-// Places in memory of positions from `first` on, which may lie beyond the end; those beyond it are the last one.
-struct Walk {
-  i64 begin;
-  int direction, last;
-  __device__ __forceinline__ Walk(const Problem& p, i64 first)
-      : begin(p.reverse ? p.length - 1 - first : first),
-        direction(p.reverse ? -1 : 1),
-        last(int(min_of(p.length - 1 - first, i64(1) << 20))) {}
-  __device__ __forceinline__ i64 inside(int i) const { return begin + direction * min_of(i, last); }
-};
-
+// The gradient of the output at four positions from `first` on.
 template <class Scalar>
-__device__ __forceinline__ const Scalar* row_of(const Rows& rows, const Place& place) {
-  return static_cast<const Scalar*>(rows.data) + place.batch * rows.batch +
-         place.channel * rows.channel;
+__device__ __forceinline__ Four<Scalar, 1> load_gradient(const BackwardArgs& args,
+                                                         const Place& place, int row, int first) {
+  const Problem& p = args.problem;
+  const Scalar* from = row_begin<Scalar>(args.grad_out, place, row);
+  if (args.grad_stride == 1) return load_four<1>(from, first, p);
+  Four<Scalar, 1> four;
+  const int begin = memory_of(p, first);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) four.at(i) = from[inside_of(p, begin + i) * args.grad_stride];
+  return four;
 }
 
-template <class Scalar>
-__device__ constexpr int pack_of(int items) {
-  return items < 16 / int(sizeof(Scalar)) ? items : 16 / int(sizeof(Scalar));
-}
-
-// kCount neighbouring positions in one go or one by one.
-template <int kCount, class Scalar, class T>
-__device__ __forceinline__ void load_items(const Scalar* row, i64 first, const Problem& p, T* out) {
-  constexpr int kPack = pack_of<Scalar>(kCount);
-  if (p.aligned && first + kCount <= p.length) {
-    const Scalar* from = row + (p.reverse ? p.length - first - kCount : first);
-    T items[kCount];
-#pragma unroll
-    for (int q = 0; q < kCount; q += kPack) {
-      const auto pack = load_pack<kPack>(from + q);
-#pragma unroll
-      for (int i = 0; i < kPack; ++i) items[q + i] = load(pack.at[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) out[i] = p.reverse ? items[kCount - 1 - i] : items[i];
-    return;
-  }
-  const Walk walk(p, first);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) out[i] = load(row[walk.inside(i)]);
-}
-
-template <int kCount, class Scalar, class T>
-__device__ __forceinline__ void store_items(Scalar* row, i64 first, const Problem& p,
-                                            const T* values) {
-  constexpr int kPack = pack_of<Scalar>(kCount);
-  if (p.aligned && first + kCount <= p.length) {
-    Scalar* to = row + (p.reverse ? p.length - first - kCount : first);
-#pragma unroll
-    for (int q = 0; q < kCount; q += kPack) {
-      Pack<Scalar, kPack> pack;
-#pragma unroll
-      for (int i = 0; i < kPack; ++i) {
-        const T value = p.reverse ? values[kCount - 1 - q - i] : values[q + i];
-        store(pack.at[i], value);
-      }
-      store_pack(to + q, pack);
-    }
-    return;
-  }
-  const Walk walk(p, first);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    if (i <= walk.last) store(row[walk.inside(i)], values[i]);
-  }
-}
-
-// ---- tiles of B and C ----
-
-template <class V>
-constexpr int kTileStates = tile_states(is_complex_type<V>);
-
-// The positions of a chunk for each state of the tile, in fours: the fours of neighbouring lanes are neighbours, so that
-// no two lanes meet in a bank. Behind them the samples just outside.
-template <int kItems>
-struct Layout {
-  static constexpr int kChunk = kWarpSize * kItems, kSlots = tile_slots(kChunk);
-  __device__ __forceinline__ static int slot(int position) {
-    if (position < 0 || position == kChunk) return position < 0 ? kChunk - position : kChunk;
-    return ((position % kItems) / 4 * kWarpSize + position / kItems) * 4 + position % 4;
-  }
-};
-
-// One number of B or C from memory.
-template <class V, class Scalar>
-__device__ __forceinline__ V matrix_at(const Scalar* row, i64 index) {
-  if constexpr (is_complex_type<V>) {
-    return {load(row[2 * index]), load(row[2 * index + 1])};
-  } else {
-    return load(row[index]);
-  }
-}
-
-// Four neighbouring positions.
-template <class V, class Scalar>
-__device__ __forceinline__ void load_four(const Scalar* row, i64 first, const Problem& p, V* out) {
-  if (!is_complex_type<V> && p.aligned && first + 4 <= p.length) {
-    Real<V> items[4];
-    load_items<4>(row, first, p, items);
-    for (int i = 0; i < 4; ++i) out[i] = number<V>(items[i]);
-    return;
-  }
-  const Walk walk(p, first);
-  for (int i = 0; i < 4; ++i) out[i] = matrix_at<V>(row, walk.inside(i));
-}
-
-// Fills a tile with states n0 ... of one batch and group from position `first` on. Every thread of the block must call.
-template <class Scalar, class V, int kItems, int kThreads, bool kHalo>
-__device__ __forceinline__ void fill_tile(V* tile, const void* matrix, const Problem& p,
-                                          const Place& place, int n0, i64 first) {
-  using Of = Layout<kItems>;
-  constexpr int kParts = is_complex_type<V> ? 2 : 1, kFours = Of::kChunk / 4;
-  const int count = min_of(kTileStates<V>, int(p.states) - n0);
-  const Scalar* from = static_cast<const Scalar*>(matrix) +
-                       ((place.batch * p.groups + place.group) * p.states + n0) * p.length * kParts;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < count * kFours; i += kThreads) {
-    const int state = i / kFours, position = i % kFours * 4;
-    V four[4];
-    load_four(from + state * p.length * kParts, first + position, p, four);
-    V* to = tile + state * Of::kSlots + Of::slot(position);
-    for (int j = 0; j < 4; ++j) to[j] = four[j];
-  }
-  if constexpr (kHalo) {
-    for (int i = threadIdx.x; i < count * 3; i += kThreads) {
-      const int state = i / 3, position = i % 3 == 2 ? Of::kChunk : -1 - i % 3;
-      tile[state * Of::kSlots + Of::slot(position)] =
-          matrix_at<V>(from + state * p.length * kParts, memory_of(p, first + position));
-    }
-  }
-}
-
-// A state's numbers of B or C for the positions of a lane, and some beside them.
-template <int kItems, int kLeft, int kRight, class V>
-struct Samples {
-  V at[kLeft + kItems + kRight];
-  __device__ __forceinline__ V& operator[](int i) { return at[i + kLeft]; }
-  __device__ __forceinline__ const V& operator[](int i) const { return at[i + kLeft]; }
-
-  __device__ __forceinline__ void read(const V* row, int lane) {
-    using Of = Layout<kItems>;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) at[i + kLeft] = row[(i / 4 * kWarpSize + lane) * 4 + i % 4];
-#pragma unroll
-    for (int i = 1; i <= kLeft; ++i) at[kLeft - i] = row[Of::slot(lane * kItems - i)];
-#pragma unroll
-    for (int i = 0; i < kRight; ++i) {
-      at[kLeft + kItems + i] = row[Of::slot(lane * kItems + kItems + i)];
-    }
-  }
-  __device__ __forceinline__ void fill(V value) {
-#pragma unroll
-    for (int i = 0; i < kLeft + kItems + kRight; ++i) at[i] = value;
-  }
-};
-
-// ---- steps and samples of a lane ----
-
-template <int kMethod, int kItems, int kLeft, class T>
-struct Steps {
-  static constexpr int kRight = ahead_of(kMethod), kNeighbour = neighbour_of(kMethod);
-  T d[kItems];  // 0 beyond the end: such a step changes nothing
-  T ratio[kNeighbour == 0 ? 1 : kItems];
-  Samples<kItems, kLeft, kRight, T> u;
-
-  __device__ __forceinline__ T ratio_at(int i) const {
-    return kNeighbour == 0 ? T(1) : ratio[kNeighbour == 0 ? 0 : i];
-  }
-};
-
-template <class T>
-__device__ __forceinline__ T step_of(T delta, T bias, bool softplus) {
-  return softplus ? softplus_of(delta + bias) : delta + bias;
-}
-
-template <class Scalar, int kMethod, int kItems, int kLeft>
-__device__ __forceinline__ void load_steps(const Problem& p, const Place& place, i64 first,
-                                           Steps<kMethod, kItems, kLeft, Acc<Scalar>>& s) {
+// Lays out what lanes need of their channel in the tile that begins at `first`, in the rows at `row`. Positions outside of
+// [begin, end) change no state. Returns the lane's part of the gradient of D.
+template <class Of, class Scalar, int kMethod>
+__device__ __forceinline__ Acc<Scalar> fill_rows(const BackwardArgs& args, const Place& place,
+                                                 const Lane<Of>& lane, int first, int begin,
+                                                 int end, Acc<Scalar>* row) {
   using T = Acc<Scalar>;
-  constexpr int kNeighbour = neighbour_of(kMethod), kRight = ahead_of(kMethod);
-  const Scalar* u = row_of<Scalar>(p.u, place);
-  const Scalar* delta = row_of<Scalar>(p.delta, place);
-  const T bias = p.delta_bias ? static_cast<const T*>(p.delta_bias)[place.channel] : T(0);
-  load_items<kItems>(u, first, p, s.u.at + kLeft);
+  using At = Arrays<kMethod, Of::kPanels>;
+  const Problem& p = args.problem;
+  const Scalar* delta = row_begin<Scalar>(p.delta, place, lane.row);
+  const T bias = bias_of<T>(p, place, lane.row);
+  T of_D = T(0);
+#pragma unroll 1
+  for (int four = lane.part; four < Of::kFours; four += Of::kLanes) {
+    const int position = first + four * 4;
+    T* to = row + four * 4;
+    T u[4], d[4], g[4], more[4];
+    numbers_of(load_four<1>(row_begin<Scalar>(p.u, place, lane.row), position, p), p, u);
+    numbers_of(load_four<1>(delta, position, p), p, d);
+    numbers_of(load_gradient<Scalar>(args, place, lane.row, position), p, g);
+    if (p.z.data != nullptr) {
+      numbers_of(load_four<1>(row_begin<Scalar>(p.z, place, lane.row), position, p), p, more);
 #pragma unroll
-  for (int i = 1; i <= kLeft; ++i) s.u[-i] = load(u[memory_of(p, first - i)]);
+      for (int i = 0; i < 4; ++i) {
+        const T z = more[i], sigmoid = sigmoid_of(z);
+        more[i] = g[i] * silu_slope(z, sigmoid);
+        g[i] *= z * sigmoid;
+      }
+      write_quad(to + At::kGates * Of::kArray, more);
+    }
 #pragma unroll
-  for (int i = 0; i < kRight; ++i) s.u[kItems + i] = load(u[memory_of(p, first + kItems + i)]);
-  load_items<kItems>(delta, first, p, s.d);
+    for (int i = 0; i < 4; ++i) {
+      more[i] = p.softplus ? sigmoid_of(d[i] + bias) : T(1);
+      d[i] = step_of(d[i], bias, p.softplus);
+    }
+    write_quad(to + At::kSlopes * Of::kArray, more);
+    if constexpr (neighbour_of(kMethod) != 0) {
+      constexpr int kNeighbour = neighbour_of(kMethod);
+      const T beside = load(delta[memory_of_one(p, position + (kNeighbour > 0 ? 4 : -1))]);
+      const T other = step_of(beside, bias, p.softplus);
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) s.d[i] = step_of(s.d[i], bias, p.softplus);
-  if constexpr (kNeighbour != 0) {
-    const i64 beside = kNeighbour > 0 ? first + kItems : first - 1;
-    const T other = step_of(T(load(delta[memory_of(p, beside)])), bias, p.softplus);
+      for (int i = 0; i < 4; ++i) {
+        const int j = i + kNeighbour;
+        more[i] = (j < 0 || j == 4 ? other : d[j & 3]) / d[i];
+      }
+      write_quad(to + At::kRatios * Of::kArray, more);
+    }
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int j = i + kNeighbour;
-      s.ratio[i] = (j < 0 || j == kItems ? other : s.d[j < 0 ? 0 : j % kItems]) / s.d[i];
+    for (int i = 0; i < 4; ++i) {
+      const bool is_there = place.has(lane.row) && position + i >= begin && position + i < end;
+      d[i] = is_there ? d[i] : T(0);
+      g[i] = is_there ? g[i] : T(0);
+      of_D += g[i] * u[i];
+    }
+    write_quad(to + At::kInputs * Of::kArray, u);
+    write_quad(to + At::kSteps * Of::kArray, d);
+    write_quad(to + At::kGradients * Of::kArray, g);
+  }
+  return of_D;
+}
+
+// What rules with several samples read just beside the tile.
+template <class Of, class Scalar, int kMethod>
+__device__ __forceinline__ void fill_beside(const BackwardArgs& args, const Place& place,
+                                            const Lane<Of>& lane, int first, Acc<Scalar>* row) {
+  using T = Acc<Scalar>;
+  using At = Arrays<kMethod, Of::kPanels>;
+  constexpr int kBack = back_of(kMethod), kAhead = ahead_of(kMethod);
+  if (kBack + kAhead == 0 || lane.part != 0) return;
+  const Problem& p = args.problem;
+  const Scalar* u = row_begin<Scalar>(p.u, place, lane.row);
+  T* inputs = row + At::kInputs * Of::kArray;
+#pragma unroll
+  for (int j = 1; j <= kBack; ++j) inputs[slot_of(-j)] = load(u[memory_of_one(p, first - j)]);
+  if constexpr (kAhead > 0) {
+    inputs[Of::kTile] = load(u[memory_of_one(p, first + Of::kTile)]);
+    const Scalar* delta = row_begin<Scalar>(p.delta, place, lane.row);
+    const i64 inside = memory_of_one(p, first - 1);
+    const T bias = bias_of<T>(p, place, lane.row);
+    const T d = step_of(T(load(delta[inside])), bias, p.softplus);
+    T g = load(row_begin<Scalar>(args.grad_out, place, lane.row)[inside * args.grad_stride]);
+    if (p.z.data != nullptr) {
+      g *= silu_of(T(load(row_begin<Scalar>(p.z, place, lane.row)[inside])));
+    }
+    row[At::kSteps * Of::kArray + slot_of(-1)] = first > 0 && place.has(lane.row) ? d : T(0);
+    row[At::kGradients * Of::kArray + slot_of(-1)] = g;
+    if constexpr (neighbour_of(kMethod) != 0) {
+      const T own = step_of(T(load(delta[memory_of_one(p, first)])), bias, p.softplus);
+      row[At::kRatios * Of::kArray + slot_of(-1)] = own / d;
     }
   }
+}
+
+// Four positions of a row, kBack before them and kAhead behind.
+template <int kBack, int kAhead, class V>
+__device__ __forceinline__ void read_window(const V* row, int four, V* out) {
+  read_quad(row + four * 4, out + kBack);
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    if (!place.is_row || first + i >= p.length) s.d[i] = T(0);
+  for (int j = 1; j <= kBack; ++j) out[kBack - j] = row[slot_of(four * 4 - j)];
+  if constexpr (kAhead > 0) out[kBack + 4] = row[four * 4 + 4];
+}
+
+// What a lane reads of a channel's four positions, and of those beside them.
+template <int kMethod, class T>
+struct RowFour {
+  static constexpr int kBack = back_of(kMethod), kAhead = ahead_of(kMethod);
+  T d[4], g[4], ratio[4], u[kBack + 4 + kAhead];
+  T d_before, g_before, ratio_before;
+  int last;  // which one is the last of all; above 3: none
+  bool is_first;
+
+  // `u_behind`: that of the position behind; it may have been written over.
+  template <class Of>
+  __device__ __forceinline__ void read(const T* row, int four, T u_behind) {
+    using At = Arrays<kMethod, Of::kPanels>;
+    const int before = slot_of(four * 4 - 1);
+    const T* own = row + four * 4;
+    read_quad(own + At::kSteps * Of::kArray, d);
+    read_quad(own + At::kGradients * Of::kArray, g);
+    read_window<kBack, 0>(row + At::kInputs * Of::kArray, four, u);
+    if constexpr (kAhead > 0) {
+      u[kBack + 4] = u_behind;
+      d_before = row[At::kSteps * Of::kArray + before];
+      g_before = row[At::kGradients * Of::kArray + before];
+    }
+    ratio_before = T(1);
+    if constexpr (neighbour_of(kMethod) != 0) {
+      read_quad(own + At::kRatios * Of::kArray, ratio);
+      if constexpr (kAhead > 0) ratio_before = row[At::kRatios * Of::kArray + before];
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ratio[i] = T(1);
+    }
+  }
+};
+
+// ---- B and C ----
+
+// A tile of a variable matrix for states n0 ..., with kBack positions before it and kAhead behind. Every thread of the
+// block must call.
+template <class Of, class Scalar, class V, int kBack, int kAhead>
+__device__ __forceinline__ void fill_matrix(const void* matrix, const Problem& p,
+                                            const Place& place, int n0, int first, V* tile) {
+  constexpr int kBeside = kBack + kAhead, kParts = is_complex_type<V> ? 2 : 1;
+#pragma unroll
+  for (int k = 0; k < Of::kMatrixItems; ++k) {
+    const MatrixItem<Of> item(k);
+    if (!item.exists()) continue;
+    V values[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] = number<V>(0);
+    if (n0 + item.state < p.states) {
+      const Scalar* row = matrix_row<V, Scalar>(matrix, p, place, n0 + item.state);
+      numbers_of(load_four<kParts>(row, first + item.four * 4, p), p, values);
+    }
+    write_quad(tile + item.slot(), values);
+  }
+  if constexpr (kBeside > 0) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < Of::kPadded * kBeside; i += Of::kThreads) {
+      const int state = i / kBeside, beside = i % kBeside;
+      const int at = beside < kBack ? -1 - beside : Of::kTile;
+      V value = number<V>(0);
+      if (n0 + state < p.states) {
+        value = matrix_at<V>(matrix_row<V, Scalar>(matrix, p, place, n0 + state),
+                             memory_of_one(p, first + at));
+      }
+      tile[state * Of::kPitch + slot_of(at)] = value;
+    }
   }
 }
 
-// sum_j w_j v_{i+j}.
-template <int kMethod, class V, class AnySamples>
-__device__ __forceinline__ V held_of(const V* weight, const AnySamples& v, int i) {
-  if constexpr (kMethod == kMamba) {
-    return v[i];
-  } else {
-    V sum = weight[0] * v[i - back_of(kMethod)];
+// Four neighbouring positions of a gradient that all channels of a group share.
+template <class V>
+__device__ __forceinline__ void write_shared(V* row, int first, const Problem& p, bool adds,
+                                             const V* values) {
+  using T = Real<V>;
+  constexpr int kParts = is_complex_type<V> ? 2 : 1;
+  V four[4];
 #pragma unroll
-    for (int j = 1; j < taps_of(kMethod); ++j) sum = sum + weight[j] * v[i - back_of(kMethod) + j];
-    return sum;
+  for (int i = 0; i < 4; ++i) four[i] = select(p.reverse != 0, values[3 - i], values[i]);
+  const int begin = memory_of(p, first);
+  T* to = reinterpret_cast<T*>(row + begin);
+  const T* numbers = reinterpret_cast<const T*>(four);
+  if (adds && is_pack(p, begin)) {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) add_atomically<4>(to + 4 * i, T(1), numbers + 4 * i);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4 * kParts; ++i) {
+    if (u32(begin + i / kParts) >= u32(p.length)) continue;
+    if (adds) {
+      atomicAdd(to + i, numbers[i]);
+    } else {
+      to[i] = numbers[i];
+    }
   }
 }
 
-// alpha and d * (what is held) of each position of a lane; the map of the whole lane.
-template <int kMethod, int kItems, int kLeft, class V, class T, class AnySamples>
-__device__ __forceinline__ Affine<V> lane_map(const Steps<kMethod, kItems, kLeft, T>& s,
-                                              const AnySamples& v, V a, V* alpha, V* input) {
-  Affine<V> map = {number<V>(T(1)), number<V>(T(0))};
+// Sums what the warps have left of the gradients of B and C of states n0 ... and sends it to memory. Every thread of the
+// block must call, after a barrier.
+template <class Of, class V>
+__device__ __forceinline__ void write_matrix_gradients(const BackwardArgs& args, const Place& place,
+                                                       const V* kept, int n0, int first) {
+  const Problem& p = args.problem;
+  const i64 part = args.adds ? 0 : place.panel;
+  const i64 group = (part * p.batch * p.groups + place.group) * p.states;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < 2 * Of::kPadded * Of::kFours; i += Of::kThreads) {
+    const int matrix = i / (Of::kPadded * Of::kFours), state = i / Of::kFours % Of::kPadded;
+    const int four = i % Of::kFours;
+    const int position = first + four * 4;
+    if ((matrix == 0 ? p.constant_B : p.constant_C) || n0 + state >= p.states ||
+        position >= p.length) {
+      continue;
+    }
+    const V* from = kept + (four + 1) * Of::kFourPitch + (matrix * Of::kPadded + state) * 4;
+    V sum[4];
+    read_quad(from, sum);
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const auto c = coefficients<kMethod>(s.d[i], a, s.ratio_at(i));
-    alpha[i] = c.alpha;
-    input[i] = s.d[i] * held_of<kMethod>(c.weight, v, i);
-    map = {c.alpha * map.product, c.alpha * map.sum + input[i]};
+    for (int warp = 1; warp < Of::kWarps; ++warp) {
+      V more[4];
+      read_quad(from + warp * Of::kOfWarp, more);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum[j] = sum[j] + more[j];
+    }
+    V* to = static_cast<V*>(matrix == 0 ? args.grad_B : args.grad_C);
+    write_shared(to + (group + n0 + state) * p.length, position, p, args.adds, sum);
   }
-  return map;
 }
 
-}  // namespace torchkiln::selective_scan
+}  // namespace torchkiln::selective_scan_backward

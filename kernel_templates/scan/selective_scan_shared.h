@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "scan/discretization.h"
+#include "scan/selective_scan.h"
 
 namespace torchkiln::selective_scan {
 
@@ -28,21 +28,24 @@ TORCHKILN_HD constexpr int matrix_numbers(int threads, int lanes, int states, in
 // Bytes behind the last row that are read and not used.
 constexpr int kRowsSlack = 32;
 
-// What a warp of the backward keeps for each state.
-enum BackwardCarry {
-  kAdjoint = 0,  // conj(alpha) lambda of the first position behind
-  kPushed = 1,   // what the positions behind have for the samples one and two before them
-  kSumA = 3,     // gradients, summed over positions
-  kSumB = 4,
-  kSumC = 5,
-  kStart = 6,  // the state before the chunk
-  kBackwardCarry = 7,
-};
+// ---- backward ----
 
-// States of a tile of B or C: as many as leave room for several blocks.
-TORCHKILN_HD constexpr int tile_states(bool is_complex) { return is_complex ? 4 : 8; }
+// Numbers of a row: the positions between two kept states, and beside them those that rules with several samples take in.
+constexpr int kTilePitch = kCheckpoint + 4;
 
-// Numbers of a tile's state: the positions of a chunk, and what lies beside them.
-TORCHKILN_HD constexpr int tile_slots(int chunk) { return chunk + 4; }
+// Numbers of a four in a warp's memory: the states before it, and once these have been used up the gradients of B and C
+// of the four before. The last ones keep neighbouring fours in different banks.
+TORCHKILN_HD constexpr int four_pitch(int lanes, int lane_states) {
+  return (lanes > 4 ? 8 * lanes : 32) * lane_states + 4;
+}
+TORCHKILN_HD constexpr int four_numbers(int lanes, int lane_states) {
+  return (kCheckpoint / 4 + 1) * four_pitch(lanes, lane_states);
+}
+
+// Rows that each channel has: those of the forward, three of gradients and slopes, and results where these cannot take
+// the places of what they come from.
+TORCHKILN_HD constexpr int backward_arrays(int method, int panels) {
+  return step_arrays(method) + 3 + (panels > 1 ? step_arrays(method) + 1 : 0);
+}
 
 }  // namespace torchkiln::selective_scan

@@ -233,7 +233,7 @@ def selective_scan(
     nothing is cast; where u, delta, z and variable B and C differ they get their common dtype.
 
     Note:
-        Real sums are float32 for the half types. For the gradient a state is kept for every 128
+        Real sums are float32 for the half types. For the gradient a state is kept for every 32
         positions; all others are computed again.
 
     Source:
