@@ -320,9 +320,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) forward(const Args args) {
         B.write(p, matrices + tile * OfB::kNumbers);
         of_B = variable_matrix(lane, tile);
       }
-      if (!p.constant_C && wants_outputs) {
-        C.write(p, matrices + kMatrix + tile * OfC::kNumbers);
-        of_C = variable_matrix(lane, tile);
+      if (!p.constant_C) {
+        if (wants_outputs) C.write(p, matrices + kMatrix + tile * OfC::kNumbers);
+        of_C = variable_matrix(lane, tile);  // what lies there is read, wanted or not
       }
     }
     __syncthreads();
