@@ -200,7 +200,7 @@ def parity() -> Parity:
                 lambda new: _arguments(new, 2, 150, 2, 40, 1, softmax=True, sizes=[(5, 7)] * 3),
             ),
             # More samples around a pixel than a block of the maps' gradient keeps for itself.
-            Case("crowded", lambda new: _arguments(new, 8, 150, 2, 8, 1, sizes=[(3, 4), (2, 3)])),
+            Case("crowded", lambda new: _arguments(new, 8, 200, 2, 8, 1, sizes=[(3, 4), (2, 3)])),
             Case("one_place", _one_place),
             Case("wide", lambda new: _arguments(new, 3, 4, 2, 264, 3, form="channels_last")),
             Case("wide_output", lambda new: _arguments(new, output_dtype=torch.float32)),
