@@ -111,10 +111,11 @@ def conv_rows() -> Iterator[Case]:
 
 
 def plain_state_update(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor
-) -> Tensor:
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
+    dt_bias: Tensor,
+) -> Tensor:  # fmt: skip
     """What a model without the extension does."""
-    dt = functional.softplus(dt)[..., None]
+    dt = functional.softplus(dt + dt_bias)[..., None]
     state.copy_(state * torch.exp(dt * A) + dt * x[..., None] * B[:, None])
     out = (state * C[:, None].to(state.dtype)).sum(-1) + D * x
     return (out * functional.silu(z)).to(x.dtype)
@@ -133,11 +134,13 @@ def state_update(
         inputs: Inputs = {}
         inputs["state"] = normal(batch, channels, states).float()
         inputs["x"] = normal(batch, channels)
-        inputs["dt"] = normal(batch, channels) - 4
+        inputs["dt"] = normal(batch, channels)
         inputs["A"] = -torch.arange(1.0, states + 1, device=device).repeat(channels, 1)
         inputs["B"], inputs["C"] = normal(batch, states), normal(batch, states)
         inputs["D"] = torch.ones(channels, device=device)
         inputs["z"] = normal(batch, channels)
+        # mamba-ssm's function fails without it.
+        inputs["dt_bias"] = torch.full((channels,), -4.0, device=device)
         names = tuple(inputs)
         plain = bound(plain_state_update, names)
 
