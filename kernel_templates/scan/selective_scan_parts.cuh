@@ -113,7 +113,7 @@ __device__ __forceinline__ int memory_of(const Problem& p, int first) {
 }
 // Whether they may be read and written at once.
 __device__ __forceinline__ bool is_pack(const Problem& p, int begin) {
-  return p.aligned && u32(begin) <= u32(p.length) - 4;
+  return p.aligned && begin >= 0 && begin + 4 <= int(p.length);
 }
 __device__ __forceinline__ int inside_of(const Problem& p, int begin) {
   return max_of(0, min_of(begin, int(p.length) - 1));
