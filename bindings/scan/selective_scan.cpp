@@ -95,22 +95,19 @@ bool fits(const Forward::Problem& p, const Tunables& t) {
 }
 
 // The fewest lanes that give every multiprocessor enough warps: those of a channel share what is not done for each state.
-const std::vector<Tunables> kForwardDefaults = {{4, 4, 4, 128},  {4, 8, 2, 128}, {4, 16, 1, 256},
-                                                {4, 16, 4, 128}, {4, 4, 1, 256}, {4, 32, 8, 64}};
-constexpr std::int64_t kEnoughWarps = 10;
+const std::vector<Tunables> kForwardDefaults = {
+    {4, 8, 2, 128}, {4, 16, 1, 256}, {4, 4, 1, 128}, {8, 32, 2, 128}, {8, 32, 8, 64}};
+constexpr std::int64_t kEnoughWarps = 6;
 
 std::int64_t warps_of(const Sizes& sizes, const Tunables& t) {
   return ceil_div(sizes.groups * sizes.channels * t.lanes, kWarp);
 }
 std::uint32_t choose_forward(const Forward::Problem& p) {
-  const std::int64_t states = p.sizes.states, enough = kEnoughWarps * p.device.multiprocessors;
-  if (states > 64) return 5;
+  const std::int64_t states = p.sizes.states;
+  if (states > 64) return 4;
   if (states > 16) return 3;
-  if (states <= 4) return 4;
-  for (const std::uint32_t i : {0u, 1u}) {
-    if (warps_of(p.sizes, kForwardDefaults[i]) >= enough) return i;
-  }
-  return 2;
+  if (states <= 4) return 2;
+  return warps_of(p.sizes, kForwardDefaults[0]) < kEnoughWarps * p.device.multiprocessors ? 1 : 0;
 }
 Geometry forward_geometry(const Forward::Problem& p, const Tunables& t) {
   return linear(panels(p.sizes, channels_of(t)) * p.sizes.splits, t.warps * kWarp,

@@ -57,11 +57,29 @@ struct Phi {
   V at[kTop + 1];
 };
 
+// 1 / n! without a loop or a division, which the GPU's compiler would leave for run time.
 template <class T>
 TORCHKILN_HD constexpr T inverse_factorial(int n) {
-  T product = T(1);
-  for (int i = 2; i <= n; ++i) product *= T(i);
-  return T(1) / product;
+  constexpr T kTo[] = {T(1),
+                       T(1),
+                       T(1) / T(2),
+                       T(1) / T(6),
+                       T(1) / T(24),
+                       T(1) / T(120),
+                       T(1) / T(720),
+                       T(1) / T(5040),
+                       T(1) / T(40320),
+                       T(1) / T(362880.0),
+                       T(1) / T(3628800.0),
+                       T(1) / T(39916800.0),
+                       T(1) / T(479001600.0),
+                       T(1) / T(6227020800.0),
+                       T(1) / T(87178291200.0),
+                       T(1) / T(1307674368000.0),
+                       T(1) / T(20922789888000.0),
+                       T(1) / T(355687428096000.0),
+                       T(1) / T(6402373705728000.0)};
+  return kTo[n];
 }
 
 template <int kTop, class V>
@@ -93,12 +111,16 @@ TORCHKILN_HD Phi<kTop, V> phi_closed(V z) {
   return phi;
 }
 
+// Half a unit: six digits are left of phi_3 there.
+template <class V>
+TORCHKILN_HD bool is_for_series(V z) {
+  return inner(z, z) <= (sizeof(Real<V>) == 8 ? Real<V>(1) : Real<V>(0.25));
+}
+
 template <int kTop, class V>
 TORCHKILN_HD Phi<kTop, V> phi_of(V z) {
   using T = Real<V>;
-  // Half a unit: six digits are left of phi_3 there.
-  constexpr T kSeriesEnd = sizeof(T) == 8 ? T(1) : T(0.25);
-  const bool is_small = inner(z, z) <= kSeriesEnd;
+  const bool is_small = is_for_series(z);
 #if defined(__CUDACC_RTC__)
   return is_small ? phi_series<kTop>(z) : phi_closed<kTop>(z);
 #else
@@ -109,6 +131,22 @@ TORCHKILN_HD Phi<kTop, V> phi_of(V z) {
   for (int j = 0; j <= kTop; ++j) phi.at[j] = select(is_small, small.at[j], large.at[j]);
   return phi;
 #endif
+}
+
+// Out of e^z and 1 / z, which may be infinite at 0: without a branch, for lanes of which each has a z of its own.
+template <int kTop, class V>
+TORCHKILN_HD Phi<kTop, V> phi_given(V z, V inverse, V exponential) {
+  using T = Real<V>;
+  const bool is_small = is_for_series(z);
+  const Phi<kTop, V> series = phi_series<kTop>(z);
+  Phi<kTop, V> phi;
+  V closed = phi.at[0] = exponential;
+  TORCHKILN_UNROLLED
+  for (int j = 1; j <= kTop; ++j) {
+    closed = closed * inverse - inverse_factorial<T>(j - 1) * inverse;
+    phi.at[j] = select(is_small, series.at[j], closed);
+  }
+  return phi;
 }
 
 // Which phi the weights of an exponential rule need; 0 where alpha is no exponential, or there are no weights.
@@ -181,7 +219,7 @@ TORCHKILN_HD Coefficients<kMethod, V> coefficients(V z, Real<V> ratio) {
     c.alpha = phi.at[0];
     weights_of_phi<kMethod>(phi.at, ratio, c.weight);
   } else if constexpr (kMethod == kBilinear || kMethod == kTustin) {
-    const V inverse = reciprocal_of(one - T(0.5) * z);
+    const V inverse = quick_reciprocal(one - T(0.5) * z);
     c.alpha = (one + T(0.5) * z) * inverse;
     for (V& weight : c.weight) weight = kMethod == kTustin ? T(0.5) * inverse : inverse;
   } else {
@@ -205,6 +243,30 @@ TORCHKILN_HD Coefficients<kMethod, V> coefficients(Real<V> d, V a, Real<V> ratio
     return {quick_exp_of_product(d, a), {number<V>(Real<V>(1))}};
   } else {
     return coefficients<kMethod>(d * a, ratio);
+  }
+}
+
+// A rate and its reciprocal, for many steps of the exponential rules.
+template <int kMethod, class V>
+struct Rate {
+  V a, inverse;
+};
+template <int kMethod, class V>
+TORCHKILN_HD Rate<kMethod, V> rate_of(V a) {
+  return {a, top_of(kMethod) > 0 ? reciprocal_of(a) : a};
+}
+
+template <int kMethod, class V>
+TORCHKILN_HD Coefficients<kMethod, V> coefficients(Real<V> d, Real<V> inverse_d,
+                                                   Rate<kMethod, V> rate, Real<V> ratio) {
+  if constexpr (top_of(kMethod) > 0 && sizeof(Real<V>) == 4) {
+    Coefficients<kMethod, V> c;
+    c.alpha = quick_exp_of_product(d, rate.a);
+    const auto phi = phi_given<top_of(kMethod)>(d * rate.a, inverse_d * rate.inverse, c.alpha);
+    weights_of_phi<kMethod>(phi.at, ratio, c.weight);
+    return c;
+  } else {
+    return coefficients<kMethod>(d, rate.a, ratio);
   }
 }
 

@@ -2,6 +2,9 @@
 // lanes, and no tensor of the size of all states. While a tile of positions is scanned, the next one is on its way into
 // registers. Where there are too few rows for the GPU, positions are split among blocks: a first launch summarises each
 // split by one map for each state, the second one begins with those of the splits before its own.
+// compile time: above 250 ms for complex numbers, for double, for quadratic rules, and where a lane has eight states; a
+// loop over them would put them into memory.
+// spills: some hundred bytes there; up to 90 for complex numbers in double and true-time rules.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -36,7 +39,8 @@ struct Window {
 // What a lane keeps of its channel from position to position.
 template <class Of, int kMethod, class V>
 struct Channel {
-  V a[Of::kStates], state[Of::kStates], product[Of::kStates];
+  Rate<kMethod, V> rate[Of::kStates];
+  V state[Of::kStates], product[Of::kStates];
   Window<kMethod, V> window[Of::kStates];
 };
 
@@ -77,10 +81,11 @@ __device__ __forceinline__ void scan_four(const Readings<Of, kMethod, V>& in, bo
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     y[i] = T(0);
+    const T ratio = neighbour_of(kMethod) != 0 ? in.ratio[i] : T(1);
+    const T inverse_d = top_of(kMethod) > 0 ? quick_reciprocal(in.d[i]) : T(0);
 #pragma unroll
     for (int s = 0; s < Of::kStates; ++s) {
-      const T ratio = neighbour_of(kMethod) != 0 ? in.ratio[i] : T(1);
-      const auto c = coefficients<kMethod>(in.d[i], channel.a[s], ratio);
+      const auto c = coefficients(in.d[i], inverse_d, channel.rate[s], ratio);
       V input;
       if constexpr (kMethod == kMamba) {
         input = in.x[i] * in.B[s][i];
@@ -115,7 +120,7 @@ __device__ __forceinline__ void enter(const Args& args, const Place& place, cons
     const int n = lane.state(s);
     const bool is_state = n < int(p.states);
     channel.product[s] = number<V>(1);
-    channel.a[s] = is_state ? static_cast<const V*>(p.A)[weights + n] : zero;
+    channel.rate[s] = rate_of<kMethod>(is_state ? static_cast<const V*>(p.A)[weights + n] : zero);
     channel.state[s] =
         is_state && args.initial_state != nullptr && !args.summarises ? initial[n] : zero;
   }
@@ -190,7 +195,7 @@ __device__ __forceinline__ void leave(const Args& args, const Place& place, cons
     if (args.summarises) {
       V product = channel.product[s];
       if constexpr (has_exponential_alpha(kMethod)) {
-        product = quick_exp_of_product(whole_step, channel.a[s]);
+        product = quick_exp_of_product(whole_step, channel.rate[s].a);
       }
       static_cast<Affine<V>*>(args.summaries)[split * all + states + n] = {product,
                                                                            channel.state[s]};
@@ -245,10 +250,19 @@ __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane
   }
 }
 
+// Blocks that a multiprocessor should hold: 16 warps with 128 registers a lane, or 12 with 168 where more is kept.
+template <class T, int kMethod, bool kComplex, int kWarps, int kStates>
+__device__ constexpr int resident_blocks() {
+  if (sizeof(T) == 8 || kComplex || kStates > 4) return 1;
+  return (kStates > 2 || taps_of(kMethod) > 2 ? 12 : 16) / kWarps;
+}
+
 // Grid: one-dimensional; for each split, batch and group the panels of channels.
 template <class Scalar, int kMethod, bool kComplex, int kWarps, int kLanes, int kStates,
           int kRowBytes>
-__global__ void __launch_bounds__(kWarps* kWarpSize) forward(const Args args) {
+__global__ void __launch_bounds__(
+    kWarps* kWarpSize, resident_blocks<Acc<Scalar>, kMethod, kComplex, kWarps, kStates>())
+    forward(const Args args) {
   using T = Acc<Scalar>;
   using V = State<Scalar, kComplex>;
   using Of = Layout<V, kWarps, kLanes, kStates, kRowBytes>;

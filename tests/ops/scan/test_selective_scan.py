@@ -347,7 +347,7 @@ def test_autocast_gives_mixed_inputs_their_common_dtype() -> None:
 
 
 def test_long_rows_keep_few_states() -> None:
-    """What is saved for the gradient, beside the inputs, is a hundredth of all states."""
+    """What is saved for the gradient, beside the inputs, is a thirtieth of all states."""
     u = torch.rand(1, 2, 5000, requires_grad=True)
     saved: list[int] = []
 
@@ -361,4 +361,4 @@ def test_long_rows_keep_few_states() -> None:
         )
     out.sum().backward()
     assert max(saved) == 16 * 5000
-    assert sum(saved) < 2 * 10_000 + 16 * 5000 + 2 * 32 + 10_000 * 16 / 100
+    assert sum(saved) < 2 * 10_000 + 16 * 5000 + 2 * 32 + 10_000 * 16 / 30
