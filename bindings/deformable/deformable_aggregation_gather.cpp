@@ -8,7 +8,6 @@
 namespace torchkiln::bindings::aggregation {
 namespace {
 
-using deformable_aggregation::kMostCandidates;
 using deformable_aggregation::kRunRows;
 
 struct NoStatics {};
@@ -21,14 +20,10 @@ struct GatherStatics {
 struct GatherTunables {
   std::int64_t packs, block_size;
 };
-struct CrowdTunables {
-  std::int64_t packs, pixels, block_size;
-};
 
 using Samples = Kernel<Args, SampleStatics, Sizes, BlockTunables>;
 using OfLists = Kernel<Args, NoStatics, Sizes, BlockTunables>;
 using Gather = Kernel<Args, GatherStatics, Sizes, GatherTunables>;
-using Crowds = Kernel<Args, GatherStatics, Sizes, CrowdTunables>;
 
 constexpr const char* kPath = "deformable/deformable_aggregation_gather.cuh";
 
@@ -114,12 +109,14 @@ std::int64_t chunks(const GatherStatics& s, std::int64_t channels, std::int64_t 
 // Runs of rows end with their source: at most one more for each.
 std::int64_t runs(const Sizes& s) { return s.batch * (s.rows / kRunRows + s.sources); }
 
-// Sums that a lane keeps in registers.
-constexpr std::int64_t kMostSums = 64;
-
 // A second pack where there are channels for it.
 std::uint32_t packs_for(const GatherStatics& s, std::int64_t channels) {
   return channels > 32 * s.vector && s.vector < 8 && s.scalar != TORCHKILN_DOUBLE ? 1 : 0;
+}
+
+// Sums that a lane keeps in registers.
+bool sums_fit(const GatherStatics& s, const GatherTunables& t) {
+  return kRunRows * t.packs * s.vector * bytes_of_sum(s.scalar) / 4 <= 32;
 }
 
 const Gather gather_kernel({
@@ -128,48 +125,35 @@ const Gather gather_kernel({
     .operators = kOperators,
     .statics = gather_statics(),
     .sizes = kSizes,
-    .tunables = {ints("packs", {1, 2}), ints("block_size", {128, 256, 512})},
-    .defaults = {{1, 256}, {2, 256}},
+    .tunables = {ints("packs", {1, 2}), ints("block_size", {32, 64, 128, 256})},
+    .defaults = {{1, 128}, {2, 128}},
     .valid = is_gather,
-    .legal =
-        [](const Gather::Problem& p, const GatherTunables& t) {
-          const std::int64_t rows = kRunRows / (t.block_size / 32);
-          return rows * t.packs * p.statics.vector * bytes_of_sum(p.statics.scalar) / 4 <=
-                 kMostSums;
-        },
+    .legal = [](const Gather::Problem& p,
+                const GatherTunables& t) { return sums_fit(p.statics, t); },
     .choose = [](const Gather::Problem& p) { return packs_for(p.statics, p.sizes.channels); },
     .geometry =
         [](const Gather::Problem& p, const GatherTunables& t) {
-          return linear(runs(p.sizes) * chunks(p.statics, p.sizes.channels, t.packs), t.block_size);
+          const std::int64_t blocks = ceil_div(runs(p.sizes), t.block_size / 32);
+          return linear(blocks * chunks(p.statics, p.sizes.channels, t.packs), t.block_size);
         },
 });
 
-// The list and the sums of a block must fit into static shared memory, which is 48 KB.
-bool crowds_fit(const GatherStatics& s, const CrowdTunables& t) {
-  const std::int64_t sum = bytes_of_sum(s.scalar), touch = 16 + 2 * sum;
-  const std::int64_t sums = t.block_size * s.vector * t.packs;
-  return sums * sum + kMostCandidates * touch + 9 * t.block_size <= 48 * 1024 &&
-         t.pixels * t.packs * s.vector * sum / 4 <= kMostSums;
-}
-
-const Crowds crowds_kernel({
+const Gather crowds_kernel({
     .path = kPath,
     .entry = "gather_crowds",
     .operators = kOperators,
     .statics = gather_statics(),
     .sizes = kSizes,
-    .tunables = {ints("packs", {1, 2}), ints("pixels", {2, 4}),
-                 ints("block_size", {128, 256, 512})},
-    .defaults = {{1, 4, 256}, {2, 4, 256}},
+    .tunables = {ints("packs", {1, 2}), ints("block_size", {128, 256, 512})},
+    .defaults = {{1, 256}, {2, 256}},
     .valid = is_gather,
-    .legal = [](const Crowds::Problem& p,
-                const CrowdTunables& t) { return crowds_fit(p.statics, t); },
-    .choose = [](const Crowds::Problem& p) { return packs_for(p.statics, p.sizes.channels); },
+    .legal = [](const Gather::Problem& p,
+                const GatherTunables& t) { return sums_fit(p.statics, t); },
+    .choose = [](const Gather::Problem& p) { return packs_for(p.statics, p.sizes.channels); },
     .geometry =
-        [](const Crowds::Problem& p, const CrowdTunables& t) {
+        [](const Gather::Problem& p, const GatherTunables& t) {
           // How many are crowded only the device knows: a few blocks for each multiprocessor take all in turn.
-          const std::int64_t all =
-              runs(p.sizes) * (kRunRows / t.pixels) * chunks(p.statics, p.sizes.channels, t.packs);
+          const std::int64_t all = runs(p.sizes) * chunks(p.statics, p.sizes.channels, t.packs);
           return linear(std::min<std::int64_t>(all, 4 * p.device.multiprocessors), t.block_size);
         },
 });

@@ -27,7 +27,7 @@ struct Args {
   void* grad_weights;           // as weights
   i32* ends;                    // (bs, M, grid, grid) how many samples lie up to the end of a bin
   i32* samples;                 // (bs, M, Q * P) query * P + point that a camera sees, by bins
-  i32* crowds;                  // how many blocks of `gather` leave their rows to `gather_crowds`
+  i32* crowds;                  // how many warps of `gather` leave their runs to `gather_crowds`
   i32* crowded;                 // their numbers
   i32 h[kMostMaps], w[kMostMaps];                 // of levels that are given one by one
   i64 wide_indices;                               // shapes and starts are 64 bits wide, else 32
@@ -195,7 +195,7 @@ struct Bins {
 
 // Along one side of a map, `size` pixels long, all bins with samples that may touch the pixels [first, last]: these lie
 // less than a pixel from them. The margin is wider than any error of rounding.
-TORCHKILN_HD_CALLED Bins bins_of(const Args& args, i32 first, i32 last, i32 size) {
+TORCHKILN_HD Bins bins_of(const Args& args, i32 first, i32 last, i32 size) {
   constexpr float kMargin = 0.0625f;
   const float bins = float(args.grid) / float(size);
   const float begin = (float(first) - 0.5f) * bins - kMargin;
@@ -205,31 +205,23 @@ TORCHKILN_HD_CALLED Bins bins_of(const Args& args, i32 first, i32 last, i32 size
 
 // A sample on a map: the pixel above and to the left of it, which may lie just outside, and how far it lies from there.
 template <class T>
-struct alignas(8) Touch {
+struct Touch {
   i32 top, left;
   T down, right;
-  i32 query;   // of the image
-  i32 weight;  // where the row of weights begins, inside of the query
-
-  // Its share of a pixel; -1 where it does not touch it.
-  TORCHKILN_HD T share(i32 y, i32 x) const {
-    const i32 below = y - top, beside = x - left;
-    if (u32(below) > 1u || u32(beside) > 1u) return T(-1);
-    return (below ? down : T(1) - down) * (beside ? right : T(1) - right);
-  }
 };
 
 template <class T>
 TORCHKILN_HD Touch<T> touch_of(i32 h, i32 w, T x, T y) {
   const T down = y * T(h) - T(0.5), right = x * T(w) - T(0.5);
   const T top = floor_of(down), left = floor_of(right);
-  return {i32(top), i32(left), down - top, right - left, 0, 0};
+  return {i32(top), i32(left), down - top, right - left};
 }
 
-constexpr i32 kRunRows = 32;          // that a block of `gather` owns
-constexpr i32 kMostCandidates = 512;  // samples that may touch these, else they are crowded
+constexpr i32 kRunRows = 4;           // that a warp of `gather` owns
+constexpr i32 kMostCandidates = 256;  // samples near these, and
+constexpr i32 kMostTouching = 128;    // samples that touch these, else they are crowded
 
-// How much of maps one block owns: rows [first, first + rows) of one source of an image. There are fewer than 2^31 rows in
+// How much of maps one warp owns: rows [first, first + rows) of one source of an image. There are fewer than 2^31 rows in
 // all.
 struct Run {
   i32 source, image, first, rows;
@@ -247,9 +239,11 @@ TORCHKILN_HD Run run_at(const Args& args, i32 at) {
   constexpr i32 rows = kRunRows;
   const i32 sources = sources_of(args);
   i32 runs = 0;
+  TORCHKILN_ROLLED
   for (i32 source = 0; source < sources; ++source)
     runs += (rows_of(args, source) + rows - 1) / rows;
   Run run = {0, at / runs, at % runs, 0};
+  TORCHKILN_ROLLED
   for (; run.source < sources - 1; ++run.source) {
     const i32 own = (rows_of(args, run.source) + rows - 1) / rows;
     if (run.first < own) break;

@@ -4,10 +4,11 @@
 //   place   where bins begin, a block for the list of an image and camera
 //   fill    puts samples into their bins, in any order
 //   order   sorts the samples of each bin
-//   gather  a warp owns a few neighbouring rows of the maps, 32 packs of channels of them in registers; the block lists the
-//           samples of all bins that may touch its rows, and each warp adds those that touch its own, in order. Blocks
-//           that have too many leave their rows to
-//   gather_crowds, where the warps of a block share the samples of a few rows, and add up what they have in order
+//   gather  a warp owns a run of rows of the maps, walks all bins with samples that may touch these, a sample a lane, lists
+//           those that do, and adds them in order, 32 packs of channels of the rows in registers. No warp waits for
+//           another. Those that find too many leave their run to
+//   gather_crowds, where the warps of a block share the samples of a run, and add up what they have in order
+// spills: up to 16 bytes of a few variants, outside of the sums
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -68,141 +69,192 @@ __global__ void __launch_bounds__(kBlockSize) order(const Args args) {
   order_bins<kBlockSize>(args.samples + list * args.queries * args.points + begin, end - begin);
 }
 
-// ---- candidates ----------------------------------------------------------------------------------------------------
+// ---- samples that touch rows ---------------------------------------------------------------------------------------
 
-// Neighbouring pixels of one map, [begin, end) of the rows of its source, and the bins with samples that may touch them.
-struct Piece {
-  i32 camera, level;
-  i32 first, h, w;  // of the map
-  i32 begin, end;
-  Bins rows, columns;
-};
-
-// What a block works on, in shared memory, for registers are what it lacks.
-template <class T, int kBlockSize>
-struct Stage {
-  Run run;
-  Piece pieces[2 * kWarpSize];
-  i32 count;  // of pieces
-  Touch<T> touches[kMostCandidates];
-  i32 begins[kBlockSize];   // of rows of bins: the first sample in the list
-  i32 offsets[kBlockSize];  // and how many samples come before it
-  int partial[kBlockSize / kWarpSize];
-};
+__device__ __forceinline__ i32 lane_of() { return i32(threadIdx.x) % kWarpSize; }
 
 __device__ __forceinline__ i32 maps_of(const Args& args) {
   return i32(args.cameras) * (args.shapes == nullptr ? 1 : i32(args.levels));
 }
 
-// The map of a number; those of one source where levels stand one by one.
-__device__ __forceinline__ Map map_at(const Args& args, const Run& run, i32 number, Piece& piece) {
+// Neighbouring pixels of one row of a map: the run's rows [begin, end).
+struct Strip {
+  i32 camera, level, h, w;
+  i32 begin, end;
+  i32 y, x;  // of the first
+
+  // Of a lane, but for y and x.
+  __device__ __forceinline__ Strip of(i32 lane) const {
+    return {__shfl_sync(0xffffffffu, camera, lane),
+            __shfl_sync(0xffffffffu, level, lane),
+            __shfl_sync(0xffffffffu, h, lane),
+            __shfl_sync(0xffffffffu, w, lane),
+            __shfl_sync(0xffffffffu, begin, lane),
+            __shfl_sync(0xffffffffu, end, lane),
+            0,
+            0};
+  }
+};
+
+// A sample of the list that touches a run: its rows get a share each, neighbours that of the left and the right one.
+template <class T>
+struct alignas(8) Sample {
+  i32 query;   // of all images
+  i32 weight;  // where the row of weights begins, inside of the query
+  i32 rows;  // a bit for each that gets a share; from bit kRunRows on, 1 + the left neighbour, which may lie outside
+  T left, right;
+
+  __device__ __forceinline__ bool touches(int row) const { return (rows >> row & 1) != 0; }
+  __device__ __forceinline__ T share(int row) const {
+    return rows >> kRunRows == row + 1 ? left : right;
+  }
+};
+
+// What a strip gets of a sample of the list; nothing, NaN neither, of one that does not touch it.
+template <class T>
+__device__ __forceinline__ Sample<T> sample_of(const Args& args, i32 image, const Strip& strip,
+                                               i32 number) {
+  T x, y;
+  location_at(args, (image * args.queries * args.points + number) * args.cameras + strip.camera, x,
+              y);
+  const Touch<T> touch = touch_of(strip.h, strip.w, x, y);
+  const i32 below = strip.y - touch.top, left = touch.left - strip.x + strip.begin;
+  Sample<T> sample = {};
+  if (u32(below) > 1u || left + 1 < strip.begin || left >= strip.end) return sample;
+  const T share = below != 0 ? touch.down : T(1) - touch.down;
+  sample.left = share * (T(1) - touch.right);
+  sample.right = share * touch.right;
+  if (left >= strip.begin) sample.rows |= 1 << left;
+  if (left + 1 < strip.end) sample.rows |= 1 << (left + 1);
+  sample.rows |= (left + 1) << kRunRows;
+  const i32 points = i32(args.points), query = number / points;
+  sample.query = image * i32(args.queries) + query;
+  sample.weight = weight_row(args, number - query * points, strip.camera, strip.level);
+  return sample;
+}
+
+// The samples in the columns of up to 32 rows of bins, one after the other.
+struct Candidates {
+  i32 offset;  // how many samples come before the lane's row of bins
+  i32 base;    // what leads from there to places in the list
+  i32 count;   // of all
+
+  // Those of rows of bins from `first` on. The whole warp must call.
+  __device__ __forceinline__ Candidates(const Args& args, const i32* ends, const Bins& rows,
+                                        const Bins& columns, i32 first) {
+    const i32 row = first + lane_of();
+    i32 begin = 0, own = 0;
+    if (row <= rows.last) {
+      const i64 at = row * args.grid;
+      if (at + columns.first > 0) begin = ends[at + columns.first - 1];
+      own = ends[at + columns.last] - begin;
+    }
+    const i32 sum = warp_inclusive_sum(own);
+    offset = sum - own;
+    base = begin - offset;
+    count = __shfl_sync(0xffffffffu, sum, kWarpSize - 1);
+  }
+
+  // The place of a number in the list. The whole warp must call.
+  __device__ __forceinline__ i32 at(i32 number) const {
+    i32 row = 0;  // the last that does not begin after it
+#pragma unroll
+    for (i32 step = kWarpSize / 2; step > 0; step /= 2) {
+      if (__shfl_sync(0xffffffffu, offset, row + step) <= number) row += step;
+    }
+    return __shfl_sync(0xffffffffu, base, row) + number;
+  }
+};
+
+// `tell(sample)` for what a strip gets of every kParts-th sample from number `part` on, 32 at a time, a lane each. False when
+// `tell` says so, or where there are too many for a warp that is to look at all. The whole warp must call.
+template <class T, int kParts, class Tell>
+__device__ __forceinline__ bool each_of_strip(const Args& args, i32 image, const Strip& strip,
+                                              i32 part, const Tell& tell) {
+  const i64 list = list_of(args, image, strip.camera);
+  const i32* ends = args.ends + list * args.grid * args.grid;
+  const i32* samples = args.samples + list * args.queries * args.points;
+  const Bins rows = bins_of(args, strip.y, strip.y, strip.h);
+  const Bins columns = bins_of(args, strip.x, strip.x + strip.end - strip.begin - 1, strip.w);
+#pragma unroll 1
+  for (i32 row = rows.first; row <= rows.last; row += kWarpSize) {
+    const Candidates candidates(args, ends, rows, columns, row);
+    if (kParts == 1 && candidates.count > kMostCandidates) return false;
+#pragma unroll 1
+    for (i32 first = part; first < candidates.count; first += kParts * kWarpSize) {
+      const i32 number = first + lane_of() * kParts;
+      const i32 at = candidates.at(min_of(number, candidates.count - 1));
+      Sample<T> own = {};
+      if (number < candidates.count) own = sample_of<T>(args, image, strip, samples[at]);
+      if (!tell(own)) return false;
+    }
+  }
+  return true;
+}
+
+// Makes of `strip` all rows of a run that lie in the map of a number, whatever rows of that; returns the first one's pixel.
+__device__ __forceinline__ i32 cut(const Args& args, const Run& run, i32 number, Strip& strip) {
   const bool one_by_one = args.shapes == nullptr;
   const i32 levels = one_by_one ? 1 : i32(args.levels);
-  piece.camera = number / levels;
-  piece.level = one_by_one ? run.source : number - piece.camera * levels;
-  return map_of(args, run.image, piece.camera, piece.level);
+  strip.camera = number / levels;
+  strip.level = one_by_one ? run.source : number - strip.camera * levels;
+  const Map map = map_of(args, run.image, strip.camera, strip.level);
+  strip.h = map.h;
+  strip.w = map.w;
+  const i32 before = run.image * rows_of(args, run.source) + run.first - i32(map.first);
+  strip.begin = max_of(-before, 0);
+  strip.end = min_of(map.h * map.w - before, run.rows);
+  return max_of(before, 0);
 }
 
-__device__ __forceinline__ void find_bins(const Args& args, Piece& piece) {
-  const i32 begin = piece.begin - piece.first, last = piece.end - 1 - piece.first;
-  const i32 top = begin / piece.w, bottom = last / piece.w;
-  const bool in_one = top == bottom;
-  piece.rows = bins_of(args, top, bottom, piece.h);
-  piece.columns = bins_of(args, in_one ? begin - top * piece.w : 0,
-                          in_one ? last - bottom * piece.w : piece.w - 1, piece.w);
-}
-
-// Lists the parts of rows [begin, end), at most kRows, that lie in the maps [first, first + kWarpSize), in order. A map of
-// rows at least as long has up to two, each in one of its rows. Every thread must call; barriers begin and end it.
-template <int kRows, int kBlockSize, class T>
-__device__ __forceinline__ void list_pieces(const Args& args, Stage<T, kBlockSize>& stage,
-                                            i32 begin, i32 end, i32 first) {
-  __syncthreads();
-  if (threadIdx.x < kWarpSize) {
-    const i32 number = first + i32(threadIdx.x);
-    Piece piece;
-    Map map = {0, 0, 0, 0};
-    if (number < maps_of(args)) map = map_at(args, stage.run, number, piece);
-    piece.first = i32(map.first);
-    piece.h = map.h;
-    piece.w = map.w;
-    const bool here = map.h > 0 && piece.first < end && begin - piece.first < map.h * map.w;
-    i32 stop = 0, rest = kRows;
-    if (here) {
-      piece.begin = max_of(begin, piece.first);
-      stop = min_of(end - piece.first, map.h * map.w) + piece.first;
-      if (map.w >= kRows) rest = map.w - (piece.begin - piece.first) % map.w;
-    }
-    const bool two = here && rest < stop - piece.begin;
-    const u32 before = (1u << threadIdx.x) - 1;
-    const u32 ones = __ballot_sync(0xffffffffu, here), twos = __ballot_sync(0xffffffffu, two);
-    i32 place = __popc(ones & before) + __popc(twos & before);
-    if (threadIdx.x == 0) stage.count = __popc(ones) + __popc(twos);
+// The same for a run, in whatever maps its rows lie.
+template <class T, int kParts, class Tell>
+__device__ __forceinline__ bool each_of_run(const Args& args, const Run& run, i32 part,
+                                            const Tell& tell) {
+  const i32 maps = maps_of(args);
 #pragma unroll 1
-    for (; here && piece.begin < stop; piece.begin = piece.end) {
-      piece.end = piece.begin + min_of(rest, stop - piece.begin);
-      find_bins(args, piece);
-      stage.pieces[place++] = piece;
-      rest = kRows;
-    }
-  }
-  __syncthreads();
-}
-
-// Which samples lie in the columns of up to kBlockSize rows of bins of a piece, from row `first` on; returns how many.
-// Every thread must call.
-template <int kBlockSize, class T>
-__device__ __forceinline__ i32 list_rows(const Args& args, Stage<T, kBlockSize>& stage,
-                                         const Piece& piece, i32 first) {
-  const i64 list = list_of(args, stage.run.image, piece.camera);
-  const i32* ends = args.ends + list * args.grid * args.grid;
-  const i32 row = first + i32(threadIdx.x);
-  i32 begin = 0, count = 0;
-  if (row <= piece.rows.last) {
-    const i64 at = row * args.grid;
-    if (at + piece.columns.first > 0) begin = ends[at + piece.columns.first - 1];
-    count = ends[at + piece.columns.last] - begin;
-  }
-  int total;
-  const int offset = block_exclusive_sum<kBlockSize>(count, stage.partial, total);
-  stage.begins[threadIdx.x] = begin;
-  stage.offsets[threadIdx.x] = offset;
-  __syncthreads();
-  return total;
-}
-
-// Fills the stage with the listed samples [first, first + count) of `rows` rows of bins. Every thread must call; a barrier
-// ends it.
-template <int kBlockSize, class T>
-__device__ __forceinline__ void fill_stage(const Args& args, Stage<T, kBlockSize>& stage,
-                                           const Piece& piece, i32 rows, i32 first, i32 count) {
-  const i32 points = i32(args.points), image = stage.run.image;
-  const i64 samples = args.queries * args.points;
-  const i32* list = args.samples + list_of(args, image, piece.camera) * samples;
+  for (i32 first = 0; first < maps; first += kWarpSize) {
+    Strip own = {};
+    i32 own_pixel = 0;
+    if (first + lane_of() < maps) own_pixel = cut(args, run, first + lane_of(), own);
+    u32 left = __ballot_sync(0xffffffffu, own.begin < own.end);
 #pragma unroll 1
-  for (i32 i = threadIdx.x; i < count; i += kBlockSize) {
-    i32 row = 0, beyond = rows;  // the last row that does not begin after it
-    while (row + 1 < beyond) {
-      const i32 middle = (row + beyond) / 2;
-      if (stage.offsets[middle] <= first + i) {
-        row = middle;
-      } else {
-        beyond = middle;
+    for (; left != 0; left &= left - 1) {
+      const i32 lane = __ffs(i32(left)) - 1, pixel = __shfl_sync(0xffffffffu, own_pixel, lane);
+      Strip strip = own.of(lane);
+      strip.y = pixel / strip.w;
+      strip.x = pixel - strip.y * strip.w;
+#pragma unroll 1
+      for (const i32 stop = strip.end; strip.begin < stop; strip.begin = strip.end) {
+        strip.end = min_of(stop, strip.begin + strip.w - strip.x);
+        if (!each_of_strip<T, kParts>(args, run.image, strip, part, tell)) return false;
+        ++strip.y;
+        strip.x = 0;
       }
     }
-    const i64 at = stage.begins[row] + (first + i - stage.offsets[row]);
-    const i32 sample = list[at];
-    T x, y;
-    location_at(args, (image * samples + sample) * args.cameras + piece.camera, x, y);
-    Touch<T> touch = touch_of(piece.h, piece.w, x, y);
-    touch.query = sample / points;
-    touch.weight = weight_row(args, sample - touch.query * points, piece.camera, piece.level);
-    stage.touches[i] = touch;
   }
-  __syncthreads();
+  return true;
+}
+
+// Puts the lanes' samples that touch rows behind those of a list in shared memory; returns how many it then has. The whole
+// warp must call.
+template <class T>
+__device__ __forceinline__ i32 append(Sample<T>* list, i32 count, const Sample<T>& own) {
+  const u32 all = __ballot_sync(0xffffffffu, own.rows != 0);
+  if (own.rows != 0) list[count + __popc(all & ((1u << lane_of()) - 1))] = own;
+  return count + __popc(all);
 }
 
 // ---- sums ----------------------------------------------------------------------------------------------------------
+
+// Packs of channels of a warp, and how many of these sum all channels.
+template <int kVector, int kPacks>
+struct Chunks {
+  static constexpr i32 kChannels = kWarpSize * kVector * kPacks;
+  static __device__ __forceinline__ u32 count(const Args& args) {
+    return (u32(args.channels) + kChannels - 1) / kChannels;
+  }
+};
 
 // Elements for a lane, read as they are, up to 16 bytes at a time.
 template <class Scalar, int kCount>
@@ -219,17 +271,14 @@ struct Values {
   }
 };
 
-// The rows of a warp: kPixels from `row` on, of which a lane sums kPacks packs of kVector channels.
-template <class T, int kVector, int kPixels, int kPacks>
+// Of a run's rows, of which a lane sums kPacks packs of kVector channels.
+template <class T, int kVector, int kPacks>
 struct Sums {
-  T at[kPixels][kPacks][kVector] = {};
-  i32 row;
-  i32 begin, end, y, x;  // of these rows [begin, end) lie in the piece, from this pixel on
+  T at[kRunRows][kPacks][kVector] = {};
   // Packs behind the last channel do as the last one does.
   i32 channel[kPacks], group[kPacks];
 
-  __device__ __forceinline__ Sums(const Args& args, i32 first_row, i32 first_channel)
-      : row(first_row), begin(0), end(0), y(0), x(0) {
+  __device__ __forceinline__ Sums(const Args& args, i32 first_channel) {
 #pragma unroll
     for (int pack = 0; pack < kPacks; ++pack) {
       channel[pack] = min_of(first_channel + channel_of(pack), i32(args.channels) - kVector);
@@ -237,226 +286,138 @@ struct Sums {
     }
   }
   static __device__ __forceinline__ i32 channel_of(int pack) {
-    return (pack * kWarpSize + i32(threadIdx.x) % kWarpSize) * kVector;
-  }
-
-  // Whether any row lies in the piece.
-  __device__ __forceinline__ bool find(const Piece& piece) {
-    begin = max_of(piece.begin - row, 0);
-    end = min_of(piece.end - row, kPixels);
-    const i32 pixel = row + begin - piece.first;
-    y = pixel / piece.w;
-    x = pixel - y * piece.w;
-    return begin < end;
-  }
-
-  // Whether a sample touches a row, and its share of each; -1 of others.
-  __device__ __forceinline__ bool touched(const Touch<T>& touch, i32 width, T* shares) const {
-    i32 next_y = y, next_x = x;
-    bool any = false;
-#pragma unroll
-    for (int k = 0; k < kPixels; ++k) {
-      shares[k] = T(-1);
-      if (k < begin || k >= end) continue;
-      shares[k] = touch.share(next_y, next_x);
-      any |= shares[k] >= T(0);
-      const bool last = ++next_x == width;
-      next_x = last ? 0 : next_x;
-      next_y += last;
-    }
-    return any;
+    return (pack * kWarpSize + lane_of()) * kVector;
   }
 };
 
-// Where the numbers of an image's queries begin.
-template <class Weight, class Grad, class T>
-struct Queries {
-  const Grad* gradient;
-  const Weight* weights;
-  const T* normalizer;
-  u32 channels, groups, per_query;  // weights of a query
+template <class Grad, class T>
+__device__ __forceinline__ const Grad* gradient_of(const Args& args, const Sample<T>& sample,
+                                                   i32 channel) {
+  return static_cast<const Grad*>(args.grad_output) +
+         (u64(u32(sample.query)) * u32(args.channels) + u32(channel));
+}
 
-  __device__ __forceinline__ Queries(const Args& args, i64 image)
-      : gradient(static_cast<const Grad*>(args.grad_output) + image * args.queries * args.channels),
-        weights(static_cast<const Weight*>(args.weights) +
-                weights_of_query(args, image * args.queries)),
-        normalizer(args.normalizer == nullptr ? nullptr
-                                              : static_cast<const T*>(args.normalizer) +
-                                                    image * args.queries * 2 * args.groups),
-        channels(u32(args.channels)),
-        groups(u32(args.groups)),
-        per_query(u32(weights_of_query(args, 1))) {}
+template <class Weight, class T>
+__device__ __forceinline__ T weight_of(const Args& args, const Sample<T>& sample, i32 group) {
+  const u32 groups = u32(args.groups), query = u32(sample.query);
+  const u64 at = u64(query) * u32(weights_of_query(args, 1)) + u32(sample.weight + group);
+  const T weight = T(load(static_cast<const Weight*>(args.weights)[at]));
+  if (args.normalizer == nullptr) return weight;
+  const T* row = static_cast<const T*>(args.normalizer) + u64(query) * (2 * groups) + group;
+  return Normalizer<T>{row[0], row[groups], true}(weight);
+}
 
-  __device__ __forceinline__ const Grad* gradient_of(const Touch<T>& touch, i32 channel) const {
-    return gradient + (u64(u32(touch.query)) * channels + u32(channel));
-  }
-  __device__ __forceinline__ T weight_of(const Touch<T>& touch, i32 group) const {
-    const T weight =
-        T(load(weights[u64(u32(touch.query)) * per_query + u32(touch.weight + group)]));
-    if (normalizer == nullptr) return weight;
-    const T* row = normalizer + u64(u32(touch.query)) * (2 * groups) + group;
-    return Normalizer<T>{row[0], row[groups], true}(weight);
-  }
-};
-
-// Adds samples of the stage: lane i looks whether number begin + i * step touches a row, and the warp adds those that do.
-// The whole warp must call.
-template <class Weight, class Grad, int kBlockSize, class T, int kVector, int kPixels, int kPacks>
-__device__ __forceinline__ void add_touches(const Queries<Weight, Grad, T>& queries,
-                                            const Stage<T, kBlockSize>& stage, i32 width, i32 begin,
-                                            i32 step, i32 count,
-                                            Sums<T, kVector, kPixels, kPacks>& sums) {
-  constexpr int kAtOnce =
-      kPacks > 1 || sizeof(T) == 8 ? 1 : 2;  // samples that loads are in flight for
-  const i32 own = begin + i32(threadIdx.x) % kWarpSize * step;
-  T shares[kPixels];
-  const bool touches =
-      sums.touched(stage.touches[min_of(own, count - 1)], width, shares) && own < count;
-  u32 left = __ballot_sync(0xffffffffu, touches);
+// Adds a warp's list of samples, in order.
+template <class Weight, class Grad, class T, int kVector, int kPacks>
+__device__ __forceinline__ void add_samples(const Args& args, const Sample<T>* list, i32 count,
+                                            Sums<T, kVector, kPacks>& sums) {
+  // Samples that loads are in flight for: up to 64 bytes of a lane.
+  constexpr int kBytes = kVector * kPacks * int(sizeof(Grad));
+  constexpr int kAtOnce = kBytes > 32 ? 1 : (kBytes > 16 || kPacks > 1 ? 2 : 4);
 #pragma unroll 1
-  while (left != 0) {
-    i32 lanes[kAtOnce];
+  for (i32 first = 0; first < count; first += kAtOnce) {
     Values<Grad, kVector> values[kAtOnce][kPacks];
     T weights[kAtOnce][kPacks];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      lanes[i] = __ffs(i32(left)) - 1;  // -1: no more
-      left &= left - 1;
-      const Touch<T>& touch = stage.touches[begin + max_of(lanes[i], lanes[0]) * step];
+      const Sample<T>& sample = list[min_of(first + i, count - 1)];
 #pragma unroll
       for (int pack = 0; pack < kPacks; ++pack) {
-        values[i][pack].read(queries.gradient_of(touch, sums.channel[pack]));
-        weights[i][pack] = queries.weight_of(touch, sums.group[pack]);
+        values[i][pack].read(gradient_of<Grad>(args, sample, sums.channel[pack]));
+        weights[i][pack] = weight_of<Weight>(args, sample, sums.group[pack]);
       }
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      if (lanes[i] < 0) continue;
-      T own_values[kPacks][kVector];
+      if (first + i >= count) continue;
+      const Sample<T>& sample = list[first + i];
 #pragma unroll
-      for (int c = 0; c < kPacks * kVector; ++c) {
-        own_values[c / kVector][c % kVector] =
-            weights[i][c / kVector] * T(values[i][c / kVector].at(c % kVector));
-      }
+      for (int row = 0; row < kRunRows; ++row) {
+        if (!sample.touches(row)) continue;
 #pragma unroll
-      for (int k = 0; k < kPixels; ++k) {
-        const T share = __shfl_sync(0xffffffffu, shares[k], lanes[i]);
-        if (share < T(0)) continue;  // nothing of a sample elsewhere, NaN neither
+        for (int pack = 0; pack < kPacks; ++pack) {
+          const T factor = sample.share(row) * weights[i][pack];
 #pragma unroll
-        for (int c = 0; c < kPacks * kVector; ++c) {
-          sums.at[k][c / kVector][c % kVector] += share * own_values[c / kVector][c % kVector];
+          for (int c = 0; c < kVector; ++c) {
+            sums.at[row][pack][c] += factor * T(values[i][pack].at(c));
+          }
         }
       }
-    }
-  }
-}
-
-// Packs of channels of a warp, and how many blocks stand beside each other to sum all channels.
-template <int kVector, int kPacks>
-struct Chunks {
-  static constexpr i32 kChannels = kWarpSize * kVector * kPacks;
-  static __device__ __forceinline__ u32 count(const Args& args) {
-    return (u32(args.channels) + kChannels - 1) / kChannels;
-  }
-};
-
-template <class Scalar, class T, int kVector, int kPixels, int kPacks>
-__device__ __forceinline__ void write_rows(const Args& args, i32 source, i32 first_channel, i32 end,
-                                           const Sums<T, kVector, kPixels, kPacks>& sums) {
-#pragma unroll
-  for (int k = 0; k < kPixels; ++k) {
-    Scalar* to = static_cast<Scalar*>(args.gradients[source]) + i64(sums.row + k) * args.channels;
-#pragma unroll
-    for (int pack = 0; pack < kPacks; ++pack) {
-      const i32 channel = first_channel + sums.channel_of(pack);
-      if (sums.row + k >= end || channel >= args.channels) continue;
-      Pack<Scalar, kVector> result;
-#pragma unroll
-      for (int c = 0; c < kVector; ++c) store(result.at[c], sums.at[k][pack][c]);
-      store_pack<kVector>(to + channel, result);
     }
   }
 }
 
 // ---- kernels -------------------------------------------------------------------------------------------------------
 
-// Adds all samples that touch the block's rows [begin, end): with kCrowd each warp owns all of them, and has its share of
-// the samples; else rows of its own. False where these are too many for that. Every thread must call.
-template <int kRows, bool kCrowd, int kBlockSize, class Numbers, class T, class Own>
-__device__ __forceinline__ bool add_all(const Args& args, Stage<T, kBlockSize>& stage, i32 begin,
-                                        i32 end, const Numbers& queries, Own& sums) {
-  constexpr i32 kWarps = kBlockSize / kWarpSize;
-  const i32 warp = i32(threadIdx.x) / kWarpSize;
-#pragma unroll 1
-  for (i32 map = 0; map < maps_of(args); map += kWarpSize) {
-    list_pieces<kRows>(args, stage, begin, end, map);
-#pragma unroll 1
-    for (i32 i = 0; i < stage.count; ++i) {
-      const Piece& piece = stage.pieces[i];
-      const bool any = sums.find(piece);
-#pragma unroll 1
-      for (i32 row = piece.rows.first; row <= piece.rows.last; row += kBlockSize) {
-        const i32 total = list_rows<kBlockSize>(args, stage, piece, row);
-        if (!kCrowd && total > kMostCandidates) return false;
-        const i32 rows = min_of(piece.rows.last - row + 1, kBlockSize);
-#pragma unroll 1
-        for (i32 first = 0; first < total; first += kMostCandidates) {
-          const i32 count = min_of(total - first, kMostCandidates);
-          fill_stage<kBlockSize>(args, stage, piece, rows, first, count);
-#pragma unroll 1
-          for (i32 j = kCrowd ? warp : 0; any && j < count; j += kCrowd ? kBlockSize : kWarpSize) {
-            add_touches(queries, stage, piece.w, j, kCrowd ? kWarps : 1, count, sums);
-          }
-          __syncthreads();
-        }
-      }
+template <class Scalar>
+__device__ __forceinline__ Scalar* row_of(const Args& args, const Run& run, i32 row) {
+  const i64 at = i64(run.image) * rows_of(args, run.source) + run.first + row;
+  return static_cast<Scalar*>(args.gradients[run.source]) + at * args.channels;
+}
+
+template <class Scalar, class T, int kVector, int kPacks>
+__device__ __forceinline__ void write_rows(const Args& args, const Run& run, i32 first_channel,
+                                           const Sums<T, kVector, kPacks>& sums) {
+#pragma unroll
+  for (int row = 0; row < kRunRows; ++row) {
+    Scalar* to = row_of<Scalar>(args, run, row);
+#pragma unroll
+    for (int pack = 0; pack < kPacks; ++pack) {
+      const i32 channel = first_channel + sums.channel_of(pack);
+      if (row >= run.rows || channel >= args.channels) continue;
+      Pack<Scalar, kVector> result;
+#pragma unroll
+      for (int c = 0; c < kVector; ++c) store(result.at[c], sums.at[row][pack][c]);
+      store_pack<kVector>(to + channel, result);
     }
   }
-  return true;
 }
 
 template <class Scalar, class Weight, class Grad, int kVector, int kPacks, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize, 768 / kBlockSize) gather(const Args args) {
   using T = Acc<Scalar>;
-  constexpr i32 kPixels = kRunRows / (kBlockSize / kWarpSize);
-  static_assert(kPixels >= 1);
-  __shared__ Stage<T, kBlockSize> stage;
   const u32 chunks = Chunks<kVector, kPacks>::count(args), chunk = blockIdx.x % chunks;
+  const i64 number = i64(blockIdx.x / chunks) * (kBlockSize / kWarpSize) + threadIdx.x / kWarpSize;
+  const Run run = run_at(args, i32(number));
+  if (run.image >= args.batch) return;  // that is a run too many for some sources
   const i32 first_channel = i32(chunk) * Chunks<kVector, kPacks>::kChannels;
-  const Run run = run_at(args, i32(blockIdx.x / chunks));
-  if (run.image >= args.batch) return;  // the host counts a run too many for some sources
-  if (threadIdx.x == 0) stage.run = run;
-  const i32 begin = run.image * rows_of(args, run.source) + run.first, end = begin + run.rows;
-  Sums<T, kVector, kPixels, kPacks> sums(args, begin + i32(threadIdx.x) / kWarpSize * kPixels,
-                                         first_channel);
-  const Queries<Weight, Grad, T> queries(args, run.image);
-  if (add_all<kRunRows, false>(args, stage, begin, end, queries, sums)) {
-    write_rows<Scalar>(args, stage.run.source, first_channel, end, sums);
-  } else if (chunk == 0 && threadIdx.x == 0) {
-    args.crowded[atomicAdd(args.crowds, 1)] = i32(blockIdx.x / chunks);
+  __shared__ Sample<T> lists[kBlockSize / kWarpSize][kMostTouching];
+  Sample<T>* list = lists[threadIdx.x / kWarpSize];
+  i32 count = 0;
+  const bool all = each_of_run<T, 1>(args, run, 0, [&](const Sample<T>& own) {
+    if (count > kMostTouching - kWarpSize) return false;
+    count = append(list, count, own);
+    return true;
+  });
+  if (!all) {
+    if (chunk == 0 && lane_of() == 0) args.crowded[atomicAdd(args.crowds, 1)] = i32(number);
+    return;
   }
+  __syncwarp();
+  Sums<T, kVector, kPacks> sums(args, first_channel);
+  add_samples<Weight, Grad>(args, list, count, sums);
+  write_rows<Scalar>(args, run, first_channel, sums);
 }
 
 // Sums of the warps of a block become one, which is written, row by row. Every thread must call.
-template <class Scalar, int kBlockSize, class T, int kVector, int kPixels, int kPacks>
-__device__ __forceinline__ void write_sums(const Args& args, i32 source, i32 first_channel, i32 end,
-                                           const Sums<T, kVector, kPixels, kPacks>& sums) {
+template <class Scalar, int kBlockSize, class T, int kVector, int kPacks>
+__device__ __forceinline__ void write_sums(const Args& args, const Run& run, i32 first_channel,
+                                           const Sums<T, kVector, kPacks>& sums) {
   constexpr i32 kWarps = kBlockSize / kWarpSize, kChannels = Chunks<kVector, kPacks>::kChannels;
   __shared__ T parts[kWarps][kChannels];
   const i32 warp = i32(threadIdx.x) / kWarpSize;
   const i32 channels = min_of(kChannels, i32(args.channels) - first_channel);
 #pragma unroll
-  for (int k = 0; k < kPixels; ++k) {
+  for (int row = 0; row < kRunRows; ++row) {
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kPacks * kVector; ++i) {
       parts[warp][sums.channel_of(i / kVector) + i % kVector] =
-          sums.at[k][i / kVector][i % kVector];
+          sums.at[row][i / kVector][i % kVector];
     }
     __syncthreads();
-    if (sums.row + k >= end) continue;
-    Scalar* to = static_cast<Scalar*>(args.gradients[source]) + i64(sums.row + k) * args.channels +
-                 first_channel;
+    if (row >= run.rows) continue;
+    Scalar* to = row_of<Scalar>(args, run, row) + first_channel;
 #pragma unroll 1
     for (i32 c = threadIdx.x; c < channels; c += kBlockSize) {
       T sum = T(0);
@@ -467,29 +428,28 @@ __device__ __forceinline__ void write_sums(const Args& args, i32 source, i32 fir
   }
 }
 
-template <class Scalar, class Weight, class Grad, int kVector, int kPacks, int kPixels,
-          int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize, 768 / kBlockSize) gather_crowds(const Args args) {
+template <class Scalar, class Weight, class Grad, int kVector, int kPacks, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize, 512 / kBlockSize) gather_crowds(const Args args) {
   using T = Acc<Scalar>;
-  constexpr i32 kParts = kRunRows / kPixels;
-  __shared__ Stage<T, kBlockSize> stage;
+  constexpr i32 kWarps = kBlockSize / kWarpSize;
+  __shared__ Sample<T> lists[kWarps][kWarpSize];
+  const i32 warp = i32(threadIdx.x) / kWarpSize;
   const i32 chunks = i32(Chunks<kVector, kPacks>::count(args));
-  const i64 items = i64(*args.crowds) * kParts * chunks;
+  const i64 items = i64(*args.crowds) * chunks;
 #pragma unroll 1
   for (i64 item = blockIdx.x; item < items; item += gridDim.x) {
-    const i64 part = item / chunks;
-    const Run run = run_at(args, args.crowded[part / kParts]);
-    const i32 own = i32(part % kParts) * kPixels;
-    if (own >= run.rows) continue;
-    const i32 begin = run.image * rows_of(args, run.source) + run.first + own;
-    const i32 end = begin + min_of(kPixels, run.rows - own);
-    const i32 first_channel = i32(item - part * chunks) * Chunks<kVector, kPacks>::kChannels;
-    Sums<T, kVector, kPixels, kPacks> sums(args, begin, first_channel);
-    const Queries<Weight, Grad, T> queries(args, run.image);
-    __syncthreads();  // the rows before are done
-    if (threadIdx.x == 0) stage.run = run;
-    add_all<kPixels, true>(args, stage, begin, end, queries, sums);
-    write_sums<Scalar, kBlockSize>(args, run.source, first_channel, end, sums);
+    const i64 crowd = item / chunks;
+    const Run run = run_at(args, args.crowded[crowd]);
+    const i32 first_channel = i32(item - crowd * chunks) * Chunks<kVector, kPacks>::kChannels;
+    Sums<T, kVector, kPacks> sums(args, first_channel);
+    each_of_run<T, kWarps>(args, run, warp, [&](const Sample<T>& own) {
+      const i32 count = append(lists[warp], 0, own);
+      __syncwarp();
+      add_samples<Weight, Grad>(args, lists[warp], count, sums);
+      __syncwarp();
+      return true;
+    });
+    write_sums<Scalar, kBlockSize>(args, run, first_channel, sums);
   }
 }
 
