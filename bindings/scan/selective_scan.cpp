@@ -94,20 +94,15 @@ bool fits(const Forward::Problem& p, const Tunables& t) {
          shared_bytes(p, t) <= p.device.shared_bytes_per_block;
 }
 
-// The fewest lanes that give every multiprocessor enough warps: those of a channel share what is not done for each state.
+// By the number of states. Few rows are split among blocks rather than among more lanes, which would share less.
 const std::vector<Tunables> kForwardDefaults = {
-    {4, 8, 2, 128}, {4, 16, 1, 256}, {4, 4, 1, 128}, {8, 32, 2, 128}, {8, 32, 8, 64}};
-constexpr std::int64_t kEnoughWarps = 6;
+    {4, 8, 2, 128}, {4, 4, 1, 128}, {8, 32, 2, 128}, {8, 32, 8, 64}};
 
-std::int64_t warps_of(const Sizes& sizes, const Tunables& t) {
-  return ceil_div(sizes.groups * sizes.channels * t.lanes, kWarp);
-}
 std::uint32_t choose_forward(const Forward::Problem& p) {
   const std::int64_t states = p.sizes.states;
-  if (states > 64) return 4;
-  if (states > 16) return 3;
-  if (states <= 4) return 2;
-  return warps_of(p.sizes, kForwardDefaults[0]) < kEnoughWarps * p.device.multiprocessors ? 1 : 0;
+  if (states > 64) return 3;
+  if (states > 16) return 2;
+  return states > 4 ? 0 : 1;
 }
 Geometry forward_geometry(const Forward::Problem& p, const Tunables& t) {
   return linear(panels(p.sizes, channels_of(t)) * p.sizes.splits, t.warps * kWarp,
@@ -621,24 +616,26 @@ std::int64_t parts_of(const ScanInputs& in, const Device& device) {
   return ceil_div(sizes.channels, channels_of(chosen));
 }
 
-// Fewer warps than this on a multiprocessor do not hide what each waits for; a split goes through its positions twice, so
-// it must be long and there must be several.
-constexpr std::int64_t kTooFewWarps = 4, kWarpsWanted = 12, kLeastLength = 1024;
+// Warps that a multiprocessor holds.
+constexpr std::int64_t kResidentWarps = 16;
 
+// A split's positions are gone through twice, which pays where blocks would fill less than half of the GPU; splits are of
+// several tiles.
 std::int64_t splits_of(const ScanInputs& in, const Device& device) {
+  constexpr std::int64_t kLeastLength = 256;
   const Sizes sizes = sizes_of(in, 1, 0);
   const Tunables& chosen =
       kForwardDefaults[choose_forward(Forward::Problem{device, statics_of(in), sizes})];
-  const std::int64_t warps = warps_of(sizes, chosen);
-  if (warps >= kTooFewWarps * device.multiprocessors) return 1;
-  const std::int64_t wanted = ceil_div(kWarpsWanted * device.multiprocessors, warps);
-  return std::clamp<std::int64_t>(in.problem.length / kLeastLength, 1, wanted);
+  const std::int64_t blocks = panels(sizes, channels_of(chosen));
+  const std::int64_t resident = kResidentWarps / chosen.warps * device.multiprocessors;
+  if (2 * blocks > resident) return 1;
+  return std::clamp<std::int64_t>(in.problem.length / kLeastLength, 1, ceil_div(resident, blocks));
 }
 
 // As many as leave no block waiting for another one, of several tiles each. A neighbour's ratio behind a split is not known
 // there.
 std::int64_t backward_splits_of(const ScanInputs& in, const Device& device) {
-  constexpr std::int64_t kResidentWarps = 16, kLeastTiles = 4;
+  constexpr std::int64_t kLeastTiles = 4;
   if (selective_scan::neighbour_of(static_cast<int>(in.method)) > 0) return 1;
   const Sizes sizes = sizes_of(in, 1, 0);
   const BackwardTunables& chosen =
@@ -675,8 +672,10 @@ void launch_forward(const CudaPlace& place, const ScanPlan& p, const Args& args,
   const auto output = [&](std::size_t offset, const Tensor& tensor) {
     return written && tensor.numel() > 0 ? writes(offset, tensor) : unused(offset);
   };
+  // Nobody begins with a summary of the last split.
+  const std::int64_t splits = args.summarises ? args.splits - 1 : args.splits;
   forward_kernel.run(
-      place, statics_of(in), sizes_of(in, args.splits, 0), args,
+      place, statics_of(in), sizes_of(in, splits, 0), args,
       {reads(kOffsetU, in.u), reads(kOffsetDelta, in.delta), reads_if(kOffsetZ, in.z),
        reads(kOffsetA, in.A), reads(kOffsetB, in.B), reads(kOffsetC, in.C),
        reads_if(kOffsetD, in.D), reads_if(kOffsetBias, in.delta_bias),
@@ -704,7 +703,7 @@ Outputs cuda(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor
     launch_forward(place, p, args, unused(kSummaries));
     return {p.out, p.last_state, p.checkpoints};
   }
-  const Tensor summaries = empty(u, p.inputs.wide(), {args.splits, 2 * p.last_state.numel()});
+  const Tensor summaries = empty(u, p.inputs.wide(), {args.splits - 1, 2 * p.last_state.numel()});
   args.summaries = summaries.mutable_data_ptr();
   args.summarises = 1;
   launch_forward(place, p, args, scratch(kSummaries, summaries));
