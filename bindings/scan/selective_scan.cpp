@@ -638,10 +638,13 @@ std::int64_t backward_splits_of(const ScanInputs& in, const Device& device) {
   constexpr std::int64_t kLeastTiles = 4;
   if (selective_scan::neighbour_of(static_cast<int>(in.method)) > 0) return 1;
   const Sizes sizes = sizes_of(in, 1, 0);
-  const BackwardTunables& chosen =
-      kBackwardDefaults[choose_backward(Backward::Problem{device, statics_of(in), sizes})];
+  const Statics statics = statics_of(in);
+  const Backward::Problem problem{device, statics, sizes};
+  const BackwardTunables& chosen = kBackwardDefaults[choose_backward(problem)];
   const std::int64_t blocks = panels(sizes, channels_of(chosen));
-  const std::int64_t resident = kResidentWarps / chosen.warps * device.multiprocessors;
+  const std::int64_t warps = selective_scan::resident_warps(static_cast<int>(in.method),
+                                                            static_cast<int>(state_bytes(problem)));
+  const std::int64_t resident = warps / chosen.warps * device.multiprocessors;
   const std::int64_t tiles = in.problem.checkpoints;
   const std::int64_t wanted = std::clamp<std::int64_t>(
       resident / blocks, 1, std::max<std::int64_t>(tiles / kLeastTiles, 1));
@@ -759,6 +762,30 @@ void launch_backward(const CudaPlace& place, ScanBackwardPlan& p, const ScanSums
        matrix(offsetof(BackwardArgs, grad_C), sums.C, in.problem.constant_C)});
 }
 
+void launch_sums(const CudaPlace& place, const ScanInputs& in, const SumArgs& args) {
+  using selective_scan::Segment;
+  static_assert(selective_scan::kSegments == 5);
+  std::int64_t most = 0;
+  for (const Segment& segment : args.segments) most = std::max<std::int64_t>(most, segment.count);
+  const auto buffer_of = [&](int i, std::size_t offset, torchkiln_access access, ScalarType dtype,
+                             std::int64_t count) {
+    const std::int64_t bytes = count * static_cast<std::int64_t>(element_size(dtype));
+    return buffer(offsetof(SumArgs, segments) + i * sizeof(Segment) + offset, access, bytes,
+                  static_cast<std::int16_t>(kernel_type(dtype)));
+  };
+  const auto from = [&](int i) {
+    const Segment& s = args.segments[i];
+    return buffer_of(i, offsetof(Segment, from), TORCHKILN_READ, in.wide(), s.count * s.parts);
+  };
+  const auto to = [&](int i) {
+    const Segment& s = args.segments[i];
+    return buffer_of(i, offsetof(Segment, to), TORCHKILN_WRITE, s.narrow ? in.dtype() : in.wide(),
+                     s.count);
+  };
+  sum_kernel.run(place, {kernel_type(in.dtype())}, {most}, args,
+                 {from(0), to(0), from(1), to(1), from(2), to(2), from(3), to(3), from(4), to(4)});
+}
+
 Gradients backward_cuda(const Tensor& grad_out, const Optional& grad_last_state, const Tensor& u,
                         const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
                         const Optional& D, const Optional& z, const Optional& delta_bias,
@@ -776,12 +803,7 @@ Gradients backward_cuda(const Tensor& grad_out, const Optional& grad_last_state,
   p.args.splits = static_cast<i32>(backward_splits_of(p.inputs, place.facts()));
   const ScanSums sums = make_sums(p, parts);
   launch_backward(place, p, sums, parts);
-  const SumArgs args = sums_of(p, sums, parts);
-  std::int64_t most = 0;
-  for (const selective_scan::Segment& segment : args.segments) {
-    most = std::max<std::int64_t>(most, segment.count);
-  }
-  sum_kernel.run(place, {kernel_type(p.inputs.dtype())}, {most}, args, {});
+  launch_sums(place, p.inputs, sums_of(p, sums, parts));
   return as_tuple(p.gradients);
 }
 
