@@ -44,6 +44,9 @@ struct Tunables {
 struct BackwardTunables {
   std::int64_t warps, lanes, states, panels;
 };
+struct SummaryTunables {
+  std::int64_t warps, lanes, states;
+};
 struct SumStatics {
   std::int64_t scalar;
 };
@@ -56,12 +59,16 @@ struct BlockSize {
 
 using Forward = Kernel<Args, Statics, Sizes, Tunables>;
 using Backward = Kernel<BackwardArgs, Statics, Sizes, BackwardTunables>;
+using Summary = Kernel<BackwardArgs, Statics, Sizes, SummaryTunables>;
 using Sum = Kernel<SumArgs, SumStatics, SumSizes, BlockSize>;
 
 constexpr std::int64_t kWarp = 32;
 
 // Of a block.
-std::int64_t channels_of(const Tunables& t) { return t.warps * kWarp / t.lanes; }
+template <class AnyTunables>
+std::int64_t channels_of(const AnyTunables& t) {
+  return t.warps * kWarp / t.lanes;
+}
 
 template <class Problem>
 std::int64_t scalar_bytes(const Problem& p) {
@@ -110,11 +117,11 @@ Geometry forward_geometry(const Forward::Problem& p, const Tunables& t) {
 }
 
 // What selective_scan_backward.cuh lays out in shared memory.
-std::int64_t row_bytes(const Backward::Problem& p, const BackwardTunables& t,
-                       std::int64_t panel_count) {
+template <class Problem, class AnyTunables>
+std::int64_t row_bytes(const Problem& p, const AnyTunables& t, std::int64_t panel_count) {
   const int arrays = selective_scan::backward_arrays(static_cast<int>(p.statics.method),
                                                      static_cast<int>(panel_count));
-  return scalar_bytes(p) * arrays * (t.warps * kWarp / t.lanes) * selective_scan::kTilePitch;
+  return scalar_bytes(p) * arrays * channels_of(t) * selective_scan::kTilePitch;
 }
 std::int64_t shared_bytes(const Backward::Problem& p, const BackwardTunables& t) {
   const auto padded = static_cast<int>(t.lanes * t.states);
@@ -123,10 +130,13 @@ std::int64_t shared_bytes(const Backward::Problem& p, const BackwardTunables& t)
   return state_bytes(p) * (2 * padded * selective_scan::kTilePitch + t.warps * of_warp) +
          row_bytes(p, t, t.panels);
 }
-std::int64_t summary_bytes(const Backward::Problem& p, const BackwardTunables& t) {
+std::int64_t shared_bytes(const Summary::Problem& p, const SummaryTunables& t) {
   return state_bytes(p) * t.lanes * t.states * selective_scan::kTilePitch + row_bytes(p, t, 1);
 }
-std::int64_t channels_of(const BackwardTunables& t) { return t.warps * kWarp / t.lanes; }
+bool fits(const Summary::Problem& p, const SummaryTunables& t) {
+  return t.lanes * t.states < std::max<std::int64_t>(4 * p.sizes.states, 32) &&
+         shared_bytes(p, t) <= p.device.shared_bytes_per_block;
+}
 // Each block needs a part of its own.
 bool fits(const Backward::Problem& p, const BackwardTunables& t) {
   const std::int64_t padded = t.lanes * t.states, states = p.sizes.states;
@@ -149,10 +159,16 @@ std::uint32_t choose_backward(const Backward::Problem& p) {
   }
   return chosen;
 }
-template <auto bytes>
-Geometry backward_geometry(const Backward::Problem& p, const BackwardTunables& t) {
+// More states are gone through in turns.
+const std::vector<SummaryTunables> kSummaryDefaults = {{4, 4, 4}, {4, 4, 2}, {4, 4, 1}, {4, 8, 4}};
+std::uint32_t choose_summary(const Summary::Problem& p) {
+  const std::int64_t states = p.sizes.states;
+  return states > 16 ? 3 : (states > 8 ? 0 : (states > 4 ? 1 : 2));
+}
+template <class Problem, class AnyTunables>
+Geometry backward_geometry(const Problem& p, const AnyTunables& t) {
   return linear(panels(p.sizes, channels_of(t)) * p.sizes.splits, t.warps * kWarp,
-                static_cast<std::uint32_t>(bytes(p, t)));
+                static_cast<std::uint32_t>(shared_bytes(p, t)));
 }
 
 std::vector<Parameter> statics() {
@@ -180,27 +196,34 @@ const Forward forward_kernel({
     .geometry = &forward_geometry,
 });
 
-constexpr auto kBackwardBytes =
-    static_cast<std::int64_t (*)(const Backward::Problem&, const BackwardTunables&)>(&shared_bytes);
+// Its chunks begin where the forward keeps states.
+const Backward backward_kernel({
+    .path = "scan/selective_scan_backward.cuh",
+    .entry = "backward",
+    .operators = {kOp},
+    .statics = statics(),
+    .sizes = kSizes,
+    .tunables = {ints("warps", {1, 2, 4, 8}), ints("lanes", {1, 2, 4, 8, 16, 32}),
+                 ints("states", {1, 2, 4, 8}), ints("panels", {1, 2, 4, 8, 16, 32})},
+    .defaults = kBackwardDefaults,
+    .legal = &fits,
+    .choose = &choose_backward,
+    .geometry = &backward_geometry<Backward::Problem, BackwardTunables>,
+});
 
-Backward backward_entry(const char* entry,
-                        Geometry (*geometry)(const Backward::Problem&, const BackwardTunables&)) {
-  return Backward({
-      .path = "scan/selective_scan_backward.cuh",
-      .entry = entry,
-      .operators = {kOp},
-      .statics = statics(),
-      .sizes = kSizes,
-      .tunables = {ints("warps", {1, 2, 4, 8}), ints("lanes", {1, 2, 4, 8, 16, 32}),
-                   ints("states", {1, 2, 4, 8}), ints("panels", {1, 2, 4, 8, 16, 32})},
-      .defaults = kBackwardDefaults,
-      .legal = &fits,
-      .choose = &choose_backward,
-      .geometry = geometry,
-  });
-}
-const Backward backward_kernel = backward_entry("backward", &backward_geometry<kBackwardBytes>);
-const Backward summarise_kernel = backward_entry("summarise", &backward_geometry<&summary_bytes>);
+const Summary summarise_kernel({
+    .path = "scan/selective_scan_backward.cuh",
+    .entry = "summarise",
+    .operators = {kOp},
+    .statics = statics(),
+    .sizes = kSizes,
+    .tunables = {ints("warps", {1, 2, 4, 8}), ints("lanes", {1, 2, 4, 8, 16, 32}),
+                 ints("states", {1, 2, 4, 8})},
+    .defaults = kSummaryDefaults,
+    .legal = &fits,
+    .choose = &choose_summary,
+    .geometry = &backward_geometry<Summary::Problem, SummaryTunables>,
+});
 
 const Sum sum_kernel({
     .path = "scan/selective_scan_backward.cuh",

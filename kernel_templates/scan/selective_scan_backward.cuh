@@ -507,13 +507,12 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
 
 // What each split but the first makes of the adjoint state behind it, one map for each state. A split's positions are
 // those that `backward` goes through after the ones that are not its own.
-template <class Scalar, int kMethod, bool kComplex, int kWarps, int kLanes, int kStates,
-          int kPanels>
+template <class Scalar, int kMethod, bool kComplex, int kWarps, int kLanes, int kStates>
 __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArgs args) {
   using T = Acc<Scalar>;
   using V = State<Scalar, kComplex>;
-  using Of = TileLayout<V, kWarps, kLanes, kStates, kPanels>;
-  using At = Arrays<kMethod, kPanels>;
+  using Of = TileLayout<V, kWarps, kLanes, kStates, 1>;
+  using At = Arrays<kMethod, 1>;
   constexpr int kBack = back_of(kMethod);
   constexpr int kUnrolled = is_flat<kMethod, V> ? kStates : 1;
   extern __shared__ uint4 memory[];
