@@ -94,10 +94,12 @@ std::int64_t shared_bytes(const Forward::Problem& p, const Tunables& t) {
   return 2 * matrix * number + rows * selective_scan::pitch_of(tile, real) * real +
          selective_scan::kRowsSlack;
 }
+// Whether lanes have places for all states, and not many more.
+bool is_close(std::int64_t states, std::int64_t places) {
+  return states <= places && places < std::max<std::int64_t>(4 * states, 32);
+}
 bool fits(const Forward::Problem& p, const Tunables& t) {
-  const std::int64_t padded = t.lanes * t.states, states = p.sizes.states;
-  const bool is_close = states <= padded && padded < std::max<std::int64_t>(4 * states, 32);
-  return is_close && t.row_bytes >= 4 * state_bytes(p) &&
+  return is_close(p.sizes.states, t.lanes * t.states) && t.row_bytes >= 4 * state_bytes(p) &&
          shared_bytes(p, t) <= p.device.shared_bytes_per_block;
 }
 
@@ -140,20 +142,22 @@ bool fits(const Summary::Problem& p, const SummaryTunables& t) {
 // Each block needs a part of its own.
 bool fits(const Backward::Problem& p, const BackwardTunables& t) {
   const std::int64_t padded = t.lanes * t.states, states = p.sizes.states;
-  const bool is_close = t.panels == 1
-                            ? states <= padded && padded < std::max<std::int64_t>(4 * states, 32)
-                            : states > padded && states <= t.panels * padded;
+  const bool has_places =
+      t.panels == 1 ? is_close(states, padded) : states > padded && states <= t.panels * padded;
   const bool has_parts =
       p.sizes.parts == 0 || ceil_div(p.sizes.channels, channels_of(t)) <= p.sizes.parts;
-  return is_close && has_parts && shared_bytes(p, t) <= p.device.shared_bytes_per_block;
+  return has_places && has_parts && shared_bytes(p, t) <= p.device.shared_bytes_per_block;
 }
 // The last ones are for many states, and for those that fill the shared memory.
 const std::vector<BackwardTunables> kBackwardDefaults = {{4, 4, 4, 1}, {4, 4, 2, 1}, {4, 4, 1, 1},
                                                          {4, 8, 4, 1}, {2, 8, 4, 8}, {1, 4, 4, 16},
                                                          {1, 4, 2, 32}};
+// Which of the first four, in both tables.
+std::uint32_t choose_by_states(std::int64_t states) {
+  return states > 16 ? 3 : (states > 8 ? 0 : (states > 4 ? 1 : 2));
+}
 std::uint32_t choose_backward(const Backward::Problem& p) {
-  std::uint32_t chosen =
-      p.sizes.states > 16 ? 3 : (p.sizes.states > 8 ? 0 : (p.sizes.states > 4 ? 1 : 2));
+  std::uint32_t chosen = choose_by_states(p.sizes.states);
   while (chosen + 1 < kBackwardDefaults.size() && !fits(p, kBackwardDefaults[chosen])) {
     chosen = std::max<std::uint32_t>(chosen + 1, 3);
   }
@@ -161,10 +165,7 @@ std::uint32_t choose_backward(const Backward::Problem& p) {
 }
 // More states are gone through in turns.
 const std::vector<SummaryTunables> kSummaryDefaults = {{4, 4, 4}, {4, 4, 2}, {4, 4, 1}, {4, 8, 4}};
-std::uint32_t choose_summary(const Summary::Problem& p) {
-  const std::int64_t states = p.sizes.states;
-  return states > 16 ? 3 : (states > 8 ? 0 : (states > 4 ? 1 : 2));
-}
+std::uint32_t choose_summary(const Summary::Problem& p) { return choose_by_states(p.sizes.states); }
 template <class Problem, class AnyTunables>
 Geometry backward_geometry(const Problem& p, const AnyTunables& t) {
   return linear(panels(p.sizes, channels_of(t)) * p.sizes.splits, t.warps * kWarp,
