@@ -114,9 +114,11 @@ std::uint32_t packs_for(const GatherStatics& s, std::int64_t channels) {
   return channels > 32 * s.vector && s.vector < 8 && s.scalar != TORCHKILN_DOUBLE ? 1 : 0;
 }
 
-// Sums that a lane keeps in registers.
+// Sums that a lane keeps in registers; twice as many spill.
+constexpr std::int64_t kMostSums = 32;
+
 bool sums_fit(const GatherStatics& s, const GatherTunables& t) {
-  return kRunRows * t.packs * s.vector * bytes_of_sum(s.scalar) / 4 <= 32;
+  return kRunRows * t.packs * s.vector * bytes_of_sum(s.scalar) / 4 <= kMostSums;
 }
 
 const Gather gather_kernel({
