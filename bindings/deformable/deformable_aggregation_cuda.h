@@ -59,7 +59,7 @@ inline std::int64_t vector_of(const AggregationPlan& p) {
 }
 
 // The pointers of Args, in its order.
-constexpr std::size_t kPointers = 2 * kMostMaps + 13;
+constexpr std::size_t kPointers = 2 * kMostMaps + 14;
 
 class Buffers {
  public:

@@ -1,14 +1,17 @@
 // Launches of the gradient of the maps of deformable_aggregation without atomics on it.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
-#include <cmath>
+#include <limits>
+#include <string>
 
 #include "bindings/deformable/deformable_aggregation_cuda.h"
 
 namespace torchkiln::bindings::aggregation {
 namespace {
 
-using deformable_aggregation::kRunRows;
+using deformable_aggregation::kMostRows;
+using deformable_aggregation::kQuad;
+using deformable_aggregation::quads_of;
 
 struct NoStatics {};
 struct SampleStatics {
@@ -18,24 +21,20 @@ struct GatherStatics {
   std::int64_t scalar, weight, gradient, vector;
 };
 struct GatherTunables {
-  std::int64_t packs, block_size;
+  std::int64_t packs, rows, at_once, block_size;
 };
 
 using Samples = Kernel<Args, SampleStatics, Sizes, BlockTunables>;
-using OfLists = Kernel<Args, NoStatics, Sizes, BlockTunables>;
+using OfBins = Kernel<Args, NoStatics, Sizes, BlockTunables>;
 using Gather = Kernel<Args, GatherStatics, Sizes, GatherTunables>;
 
 constexpr const char* kPath = "deformable/deformable_aggregation_gather.cuh";
 
 // ---- samples by bins ----
 
-// Bins on a side: about one for each pixel of a camera's maps, and not many more than samples.
-std::int64_t grid_for(const Sizes& s) {
-  const std::int64_t pixels = ceil_div(s.rows, s.cameras);
-  const std::int64_t bins = std::min<std::int64_t>(pixels, 4 * s.queries * (s.pairs / s.cameras));
-  const auto side = static_cast<std::int64_t>(std::ceil(std::sqrt(static_cast<double>(bins))));
-  return std::clamp<std::int64_t>(side, 1, 4096);
-}
+constexpr std::int64_t kBinsOfBlock = 4096;  // as in common/bins.cuh
+
+std::int64_t blocks_of_bins(const Sizes& s) { return ceil_div(s.batch * s.rows, kBinsOfBlock); }
 
 Samples samples_kernel(const char* entry) {
   return Samples({
@@ -57,108 +56,87 @@ Samples samples_kernel(const char* entry) {
 const Samples count_kernel = samples_kernel("count");
 const Samples fill_kernel = samples_kernel("fill");
 
-const OfLists place_kernel({
-    .path = kPath,
-    .entry = "place",
-    .operators = kOperators,
-    .statics = {},
-    .sizes = kSizes,
-    .tunables = {ints("block_size", {256, 512, 1024})},
-    .defaults = {{1024}},
-    .geometry =
-        [](const OfLists::Problem& p, const BlockTunables& t) {
-          return linear(p.sizes.batch * p.sizes.cameras, t.block_size);
-        },
-});
+// `order` has a thread for each bin, `sum` and `place` have a block for several thousand.
+template <bool kOrder>
+OfBins bins_kernel(const char* entry) {
+  return OfBins({
+      .path = kPath,
+      .entry = entry,
+      .operators = kOperators,
+      .statics = {},
+      .sizes = kSizes,
+      .tunables = {kOrder ? ints("block_size", {64, 128, 256})
+                          : ints("block_size", {256, 512, 1024})},
+      .defaults = {{kOrder ? 128 : 1024}},
+      .geometry =
+          [](const OfBins::Problem& p, const BlockTunables& t) {
+            const std::int64_t blocks = blocks_of_bins(p.sizes);
+            return linear(kOrder ? blocks * (kBinsOfBlock / t.block_size) : blocks, t.block_size);
+          },
+  });
+}
 
-const OfLists order_kernel({
-    .path = kPath,
-    .entry = "order",
-    .operators = kOperators,
-    .statics = {},
-    .sizes = kSizes,
-    .tunables = {ints("block_size", {64, 128, 256})},
-    .defaults = {{128}},
-    .geometry =
-        [](const OfLists::Problem& p, const BlockTunables& t) {
-          const Sizes& s = p.sizes;
-          const std::int64_t side = grid_for(s);
-          return linear(ceil_div(s.batch * s.cameras * side * side, t.block_size), t.block_size);
-        },
-});
+const OfBins sum_kernel = bins_kernel<false>("sum");
+const OfBins place_kernel = bins_kernel<false>("place");
+const OfBins order_kernel = bins_kernel<true>("order");
 
 // ---- gather ----
 
-std::int64_t bytes_of_sum(std::int64_t scalar) { return scalar == TORCHKILN_DOUBLE ? 8 : 4; }
-
-bool is_gather(const GatherStatics& s) {
-  return is_own_or_sum(s.scalar, s.weight) && is_own_or_sum(s.scalar, s.gradient) &&
-         (s.vector == 1 || s.vector == full_vector(s.scalar) ||
-          s.vector == full_vector(s.scalar) / 2);
+// In units of kQuad rows; sources begin with a whole run.
+std::int64_t quads(const Sizes& s) {
+  return s.batch * quads_of(s.rows + (s.sources - 1) * (kMostRows - 1));
 }
 
-std::vector<Parameter> gather_statics() {
-  return {types("scalar", kFloatTypes), types("weight", kFloatTypes),
-          types("gradient", kFloatTypes), ints("vector", {1, 2, 4, 8})};
+// `gather`, where a warp owns so many rows, or `gather_crowds`, where a block does.
+template <bool kCrowds>
+Gather gather_kernel() {
+  return Gather({
+      .path = kPath,
+      .entry = kCrowds ? "gather_crowds" : "gather",
+      .operators = kOperators,
+      .statics = {types("scalar", kFloatTypes), types("weight", kFloatTypes),
+                  types("gradient", kFloatTypes), ints("vector", {1, 2, 4, 8})},
+      .sizes = kSizes,
+      .tunables = {ints("packs", {1, 2}),
+                   kCrowds ? ints("rows", {kQuad}) : ints("rows", {8, 16, kMostRows}),
+                   ints("at_once", {2, 4, 8}), ints("block_size", {64, 128, 256})},
+      .defaults = {{1, kCrowds ? kQuad : 16, kCrowds ? 4 : 2, 128},
+                   {2, kCrowds ? kQuad : 16, 2, 128}},
+      .valid =
+          [](const GatherStatics& s) {
+            return is_own_or_sum(s.scalar, s.weight) && is_own_or_sum(s.scalar, s.gradient) &&
+                   (s.vector == 1 || s.vector == full_vector(s.scalar) ||
+                    s.vector == full_vector(s.scalar) / 2);
+          },
+      .legal =
+          [](const Gather::Problem& p, const GatherTunables& t) {
+            // Sums of rows in static shared memory, beside lists.
+            const std::int64_t bytes = p.statics.scalar == TORCHKILN_DOUBLE ? 8 : 4;
+            return !kCrowds ||
+                   t.block_size * (kQuad * p.statics.vector * t.packs * bytes + 24) <= 48 * 1024;
+          },
+      // A second pack where there are channels for it.
+      .choose = [](const Gather::Problem& p) -> std::uint32_t {
+        const GatherStatics& s = p.statics;
+        const bool more = p.sizes.channels > 32 * s.vector;
+        return more && s.vector < 8 && s.scalar != TORCHKILN_DOUBLE ? 1 : 0;
+      },
+      .geometry =
+          [](const Gather::Problem& p, const GatherTunables& t) {
+            const std::int64_t chunks = ceil_div(p.sizes.channels, 32 * p.statics.vector * t.packs);
+            const std::int64_t all = quads(p.sizes);
+            // How many are crowded only the device knows: a few blocks for each multiprocessor take all in turn.
+            const std::int64_t most = std::int64_t{8} * p.device.multiprocessors;
+            const std::int64_t blocks =
+                kCrowds ? std::min(all * chunks, most)
+                        : ceil_div(all / (t.rows / kQuad), t.block_size / 32) * chunks;
+            return linear(blocks, t.block_size);
+          },
+  });
 }
 
-std::int64_t chunks(const GatherStatics& s, std::int64_t channels, std::int64_t packs) {
-  return ceil_div(channels, 32 * s.vector * packs);
-}
-
-// Runs of rows end with their source: at most one more for each.
-std::int64_t runs(const Sizes& s) { return s.batch * (s.rows / kRunRows + s.sources); }
-
-// A second pack where there are channels for it.
-std::uint32_t packs_for(const GatherStatics& s, std::int64_t channels) {
-  return channels > 32 * s.vector && s.vector < 8 && s.scalar != TORCHKILN_DOUBLE ? 1 : 0;
-}
-
-// Sums that a lane keeps in registers; twice as many spill.
-constexpr std::int64_t kMostSums = 32;
-
-bool sums_fit(const GatherStatics& s, const GatherTunables& t) {
-  return kRunRows * t.packs * s.vector * bytes_of_sum(s.scalar) / 4 <= kMostSums;
-}
-
-const Gather gather_kernel({
-    .path = kPath,
-    .entry = "gather",
-    .operators = kOperators,
-    .statics = gather_statics(),
-    .sizes = kSizes,
-    .tunables = {ints("packs", {1, 2}), ints("block_size", {32, 64, 128, 256})},
-    .defaults = {{1, 128}, {2, 128}},
-    .valid = is_gather,
-    .legal = [](const Gather::Problem& p,
-                const GatherTunables& t) { return sums_fit(p.statics, t); },
-    .choose = [](const Gather::Problem& p) { return packs_for(p.statics, p.sizes.channels); },
-    .geometry =
-        [](const Gather::Problem& p, const GatherTunables& t) {
-          const std::int64_t blocks = ceil_div(runs(p.sizes), t.block_size / 32);
-          return linear(blocks * chunks(p.statics, p.sizes.channels, t.packs), t.block_size);
-        },
-});
-
-const Gather crowds_kernel({
-    .path = kPath,
-    .entry = "gather_crowds",
-    .operators = kOperators,
-    .statics = gather_statics(),
-    .sizes = kSizes,
-    .tunables = {ints("packs", {1, 2}), ints("block_size", {128, 256, 512})},
-    .defaults = {{1, 256}, {2, 256}},
-    .valid = is_gather,
-    .legal = [](const Gather::Problem& p,
-                const GatherTunables& t) { return sums_fit(p.statics, t); },
-    .choose = [](const Gather::Problem& p) { return packs_for(p.statics, p.sizes.channels); },
-    .geometry =
-        [](const Gather::Problem& p, const GatherTunables& t) {
-          // How many are crowded only the device knows: a few blocks for each multiprocessor take all in turn.
-          const std::int64_t all = runs(p.sizes) * chunks(p.statics, p.sizes.channels, t.packs);
-          return linear(std::min<std::int64_t>(all, 4 * p.device.multiprocessors), t.block_size);
-        },
-});
+const Gather rows_kernel = gather_kernel<false>();
+const Gather crowds_kernel = gather_kernel<true>();
 
 // ---- launches ----
 
@@ -170,23 +148,25 @@ std::int64_t gather_vector(const AggregationGradient& g) {
   return vector > 1 && 16 * vector >= channels ? vector / 2 : vector;
 }
 
-// Where the sizes of lists are counted, and what lies behind them: how many runs are crowded.
+// Where samples are counted by bins, and behind that what is counted of blocks of bins, and how many quads are crowded.
 struct Lists {
-  Tensor ends, samples, crowded;
+  Tensor counts, samples, crowded;
+  std::int64_t blocks;
 
-  Lists(const Tensor& like, Args& a) {
-    a.grid = grid_for(sizes_of(a));
-    const std::int64_t bins = a.batch * a.cameras * a.grid * a.grid;
-    ends = empty(like, ScalarType::Int, {bins + 1});
-    samples = empty(like, ScalarType::Int, {a.batch * a.cameras * a.queries * a.points});
-    crowded = empty(like, ScalarType::Int, {runs(sizes_of(a))});
-    torch::stable::zero_(ends);
-    a.ends = mutable_data<i32>(ends);
+  Lists(const Tensor& like, Args& a) : blocks(blocks_of_bins(sizes_of(a))) {
+    const std::int64_t bins = blocks * kBinsOfBlock;
+    counts = empty(like, ScalarType::Int, {bins + blocks + 1});
+    samples = empty(like, ScalarType::Int, {a.batch * a.queries * a.points * a.cameras * a.levels});
+    crowded = empty(like, ScalarType::Int, {quads(sizes_of(a))});
+    torch::stable::zero_(counts);
+    a.ends = mutable_data<i32>(counts);
+    a.sums = a.ends + bins;
+    a.crowds = a.sums + blocks;
     a.samples = mutable_data<i32>(samples);
-    a.crowds = a.ends + bins;
     a.crowded = mutable_data<i32>(crowded);
   }
-  std::int64_t end_bytes() const { return (ends.numel() - 1) * std::int64_t{sizeof(i32)}; }
+  std::int64_t end_bytes() const { return blocks * kBinsOfBlock * std::int64_t{sizeof(i32)}; }
+  std::int64_t sum_bytes() const { return blocks * std::int64_t{sizeof(i32)}; }
 };
 
 constexpr std::int64_t kCrowdsBytes = sizeof(i32);
@@ -199,7 +179,13 @@ void list_samples(const CudaPlace& place, const AggregationPlan& p, const Lists&
   Buffers places = ends;
   places.read(offsetof(Args, locations), p.locations);
   places.run(count_kernel, place, statics, p.args);
-  ends.run(place_kernel, place, NoStatics{}, p.args);
+  Buffers sums;
+  sums.set(reads(offsetof(Args, ends), lists.end_bytes()))
+      .set(writes(offsetof(Args, sums), lists.sum_bytes()))
+      .run(sum_kernel, place, NoStatics{}, p.args);
+  sums.set(updates(offsetof(Args, ends), lists.end_bytes()))
+      .set(reads(offsetof(Args, sums), lists.sum_bytes()))
+      .run(place_kernel, place, NoStatics{}, p.args);
   places.set(scratch(offsetof(Args, samples), lists.samples))
       .run(fill_kernel, place, statics, p.args);
   Buffers()
@@ -212,6 +198,13 @@ void list_samples(const CudaPlace& place, const AggregationPlan& p, const Lists&
 
 void launch_gather(const CudaPlace& place, AggregationGradient& g) {
   const AggregationPlan& p = g.plan;
+  const std::int64_t listed =
+      p.args.batch * p.args.queries * p.args.points * p.args.cameras * p.args.levels;
+  if (listed > std::numeric_limits<i32>::max()) {
+    fail(TORCHKILN_ERROR_VALUE, kOperators.front(), "weights",
+         "have fewer than 2^31 rows of groups for a gradient without atomics",
+         std::to_string(listed), "Call it for a part of the images or queries at a time");
+  }
   const Lists lists(g.grad_output, g.plan.args);
   list_samples(place, p, lists);
   const GatherStatics statics = {kernel_type(p.maps.front().scalar_type()),
@@ -225,7 +218,7 @@ void launch_gather(const CudaPlace& place, AggregationGradient& g) {
   Buffers buffers = with_gradients(inputs, g, TORCHKILN_WRITE);
   buffers.set(updates(offsetof(Args, crowds), kCrowdsBytes))
       .set(scratch(offsetof(Args, crowded), lists.crowded))
-      .run(gather_kernel, place, statics, p.args);
+      .run(rows_kernel, place, statics, p.args);
   buffers = with_gradients(inputs, g, TORCHKILN_READ_WRITE);
   buffers.set(reads(offsetof(Args, crowds), kCrowdsBytes))
       .read(offsetof(Args, crowded), lists.crowded)

@@ -1,5 +1,5 @@
-// A counting sort that leaves the host alone: items are counted by bin with atomics, `place_bins` makes of the counts where
-// each bin begins, items are put there with atomics, which moves that to its end, and `order_bins` sorts the items of each
+// A counting sort that leaves the host alone: items are counted by bin with atomics, `sum_bins` and `place_bins` make of the
+// counts where each bin begins, items are put there with atomics, which moves that to its end, and `order_bins` sorts the items of each
 // bin, which are all different. What comes out is the same every time.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -8,29 +8,55 @@
 
 namespace torchkiln {
 
-// One block, one list: counts become the sums of those before them.
+// Bins that a block has places for; lists end with a whole number of these.
+constexpr i32 kBinsOfBlock = 4096;
+
+// The counts of a block's bins, of which a thread has some neighbours.
 template <int kBlockSize>
-__device__ __forceinline__ void place_bins(i32* counts, i32 bins) {
-  constexpr int kItems = 8;
+struct Counts {
+  static constexpr int kItems = kBinsOfBlock / kBlockSize;
+  static_assert(kItems % 4 == 0);
+  uint4* at;
+  uint4 own[kItems / 4];
+  i32 sum = 0;
+
+  __device__ __forceinline__ explicit Counts(i32* counts)
+      : at(reinterpret_cast<uint4*>(counts + i64(blockIdx.x) * kBinsOfBlock) +
+           threadIdx.x * (kItems / 4)) {
+#pragma unroll
+    for (int i = 0; i < kItems / 4; ++i) {
+      own[i] = at[i];
+      sum += i32(own[i].x + own[i].y + own[i].z + own[i].w);
+    }
+  }
+};
+
+// The sum of the counts of each block's bins.
+template <int kBlockSize>
+__device__ __forceinline__ void sum_bins(i32* counts, i32* sums) {
   __shared__ int partial[kBlockSize / kWarpSize];
-  i32 placed = 0;
+  int total;
+  block_exclusive_sum<kBlockSize>(Counts<kBlockSize>(counts).sum, partial, total);
+  if (threadIdx.x == 0) sums[blockIdx.x] = total;
+}
+
+// Counts become the sums of those before them.
+template <int kBlockSize>
+__device__ __forceinline__ void place_bins(i32* counts, const i32* sums) {
+  __shared__ int partial[kBlockSize / kWarpSize];
+  const Counts<kBlockSize> counted(counts);
+  i32 before = 0;
 #pragma unroll 1
-  for (i64 first = 0; first < bins; first += kBlockSize * kItems) {
-    const i64 begin = first + i32(threadIdx.x) * kItems;
-    i32 own[kItems], sum = 0;
+  for (u32 block = threadIdx.x; block < blockIdx.x; block += kBlockSize) before += sums[block];
+  int placed, total;
+  block_exclusive_sum<kBlockSize>(before, partial, placed);
+  i32 place = placed + block_exclusive_sum<kBlockSize>(counted.sum, partial, total);
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      own[i] = begin + i < bins ? counts[begin + i] : 0;
-      sum += own[i];
-    }
-    int total;
-    i32 place = placed + block_exclusive_sum<kBlockSize>(sum, partial, total);
-    placed += total;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      if (begin + i < bins) counts[begin + i] = place;
-      place += own[i];
-    }
+  for (int i = 0; i < Counts<kBlockSize>::kItems / 4; ++i) {
+    const uint4 own = counted.own[i];
+    const i32 y = place + i32(own.x), z = y + i32(own.y), w = z + i32(own.z);
+    counted.at[i] = make_uint4(u32(place), u32(y), u32(z), u32(w));
+    place = w + i32(own.w);
   }
 }
 
@@ -63,43 +89,61 @@ __device__ __forceinline__ void sort_items(i32* items, i32 count) {
   }
 }
 
-// Sorts a bin of each thread of the block; every thread must call. Bins of few items are sorted by their thread, others by
-// the block.
+// Sorts a bin of each thread of the block, `count` items from `begin` on; every thread must call. Bins of few items are sorted
+// by their thread, others by its warp, those of very many by the block.
 template <int kBlockSize>
-__device__ __forceinline__ void order_bins(i32* items, i32 count) {
-  constexpr i32 kFew = 12, kShared = 2048;
-  __shared__ i32* bins[kBlockSize];
-  __shared__ i32 counts[kBlockSize];
-  __shared__ i32 sorted[kShared];
-  __shared__ i32 waiting;
+__device__ __forceinline__ void order_bins(i32* items, i32 begin, i32 count) {
+  constexpr i32 kFew = 8, kMany = 256, kWarps = kBlockSize / kWarpSize;
+  __shared__ i32 copies[kWarps * kMany];
+  __shared__ i32 begins[kBlockSize], counts[kBlockSize], waiting;
   if (threadIdx.x == 0) waiting = 0;
   __syncthreads();
-  if (count > kFew) {
+  if (count > kMany) {
     const i32 at = atomicAdd(&waiting, 1);
-    bins[at] = items;
+    begins[at] = begin;
     counts[at] = count;
-  } else {
+  } else if (count <= kFew) {
+    i32* own = items + begin;
 #pragma unroll 1
     for (i32 end = 1; end < count; ++end) {
-      const i32 item = items[end];
+      const i32 item = own[end];
       i32 at = end;
 #pragma unroll 1
-      for (; at > 0 && items[at - 1] > item; --at) items[at] = items[at - 1];
-      items[at] = item;
+      for (; at > 0 && own[at - 1] > item; --at) own[at] = own[at - 1];
+      own[at] = item;
     }
+  }
+  const i32 lane = i32(threadIdx.x) % kWarpSize;
+  i32* copy = copies + i32(threadIdx.x) / kWarpSize * kMany;
+  u32 left = __ballot_sync(0xffffffffu, count > kFew && count <= kMany);
+#pragma unroll 1
+  for (; left != 0; left &= left - 1) {
+    const i32 bin = __ffs(i32(left)) - 1, number = __shfl_sync(0xffffffffu, count, bin);
+    i32* from = items + __shfl_sync(0xffffffffu, begin, bin);
+#pragma unroll 1
+    for (i32 i = lane; i < number; i += kWarpSize) copy[i] = from[i];
+    __syncwarp();
+#pragma unroll 1
+    for (i32 i = lane; i < number; i += kWarpSize) {
+      i32 rank = 0;
+#pragma unroll 4
+      for (i32 other = 0; other < number; ++other) rank += copy[other] < copy[i] ? 1 : 0;
+      from[rank] = copy[i];
+    }
+    __syncwarp();
   }
   __syncthreads();
 #pragma unroll 1
   for (i32 bin = 0; bin < waiting; ++bin) {
-    i32* from = bins[bin];
+    i32* from = items + begins[bin];
     const i32 own = counts[bin];
-    const bool fits = own <= kShared;
+    const bool fits = own <= kWarps * kMany;
 #pragma unroll 1
-    for (i32 i = threadIdx.x; fits && i < own; i += kBlockSize) sorted[i] = from[i];
+    for (i32 i = threadIdx.x; fits && i < own; i += kBlockSize) copies[i] = from[i];
     __syncthreads();
-    sort_items<kBlockSize>(fits ? sorted : from, own);
+    sort_items<kBlockSize>(fits ? copies : from, own);
 #pragma unroll 1
-    for (i32 i = threadIdx.x; fits && i < own; i += kBlockSize) from[i] = sorted[i];
+    for (i32 i = threadIdx.x; fits && i < own; i += kBlockSize) from[i] = copies[i];
     __syncthreads();
   }
 }

@@ -14,28 +14,28 @@ constexpr i32 kMostLevels = 32;  // levels in one tensor
 constexpr i64 kMostChannels = 2048;
 
 struct Args {
-  const void* maps[kMostMaps];  // (bs, rows, C) in maps[0]; or (bs, M, h, w, C) of each level
-  void* gradients[kMostMaps];   // as maps; sums of floats for `points`
-  const void* shapes;           // (M, L, 2) h and w in maps[0]; null for levels one by one
-  const void* starts;           // (M, L) first row of a map
-  const void* locations;        // (bs, Q, P, M, 2) x and y, from 0 to 1 in the image
-  const void* weights;          // a row of G for each query, point, camera and level
-  void* normalizer;             // (bs, Q, 2, G): see `normalized`; null where weights are final
-  void* output;                 // (bs, Q, C)
-  const void* grad_output;      // (bs, Q, C)
-  void* grad_locations;         // as locations
-  void* grad_weights;           // as weights
-  i32* ends;                    // (bs, M, grid, grid) how many samples lie up to the end of a bin
-  i32* samples;                 // (bs, M, Q * P) query * P + point that a camera sees, by bins
-  i32* crowds;                  // how many warps of `gather` leave their runs to `gather_crowds`
-  i32* crowded;                 // their numbers
-  i32 h[kMostMaps], w[kMostMaps];                 // of levels that are given one by one
-  i64 wide_indices;                               // shapes and starts are 64 bits wide, else 32
+  const void* maps[kMostMaps];     // (bs, rows, C) in maps[0]; or (bs, M, h, w, C) of each level
+  void* gradients[kMostMaps];      // as maps; sums of floats for `points`
+  const void* shapes;              // (M, L, 2) h and w in maps[0]; null for levels one by one
+  const void* starts;              // (M, L) first row of a map
+  const void* locations;           // (bs, Q, P, M, 2) x and y, from 0 to 1 in the image
+  const void* weights;             // a row of G for each query, point, camera and level
+  void* normalizer;                // (bs, Q, 2, G): see `normalized`; null where weights are final
+  void* output;                    // (bs, Q, C)
+  const void* grad_output;         // (bs, Q, C)
+  void* grad_locations;            // as locations
+  void* grad_weights;              // as weights
+  i32* ends;                       // how many samples there are up to the end of a bin
+  i32* sums;                       // of those of neighbouring bins
+  i32* samples;                    // ((query * P + point) * M + camera) * L + level, by bins
+  i32* crowds;                     // how many quads of rows `gather` leaves to `gather_crowds`
+  i32* crowded;                    // their numbers
+  i32 h[kMostMaps], w[kMostMaps];  // of levels that are given one by one
+  i64 wide_indices;                // shapes and starts are 64 bits wide, else 32
   i64 location_type, output_type, gradient_type;  // FloatType
   i64 rows;                                       // of an image in maps[0]
   i64 batch, queries, points, cameras, levels, channels, groups;
   i64 point_stride, camera_stride, level_stride;  // of weights, inside of a query
-  i64 grid;                                       // bins on a side of an image
 };
 
 // One level of one camera of one image: `first` is a row of maps[source]. Without pixels, h is 0.
@@ -177,32 +177,6 @@ TORCHKILN_HD Normalizer<T> normalizer_of(const Args& args, i64 query, i32 group)
 
 // ---- gradient of maps ----
 
-// Samples that a camera sees are listed by bins, grid x grid cells of its image: rows of bins one after the other.
-TORCHKILN_HD i64 list_of(const Args& args, i64 image, i32 camera) {
-  return image * args.cameras + camera;
-}
-
-template <class T>
-TORCHKILN_HD i32 bin_of(const Args& args, T x, T y) {
-  const i32 grid = i32(args.grid);
-  const i32 row = min_of(i32(y * T(grid)), grid - 1), column = min_of(i32(x * T(grid)), grid - 1);
-  return row * grid + column;
-}
-
-struct Bins {
-  i32 first, last;
-};
-
-// Along one side of a map, `size` pixels long, all bins with samples that may touch the pixels [first, last]: these lie
-// less than a pixel from them. The margin is wider than any error of rounding.
-TORCHKILN_HD Bins bins_of(const Args& args, i32 first, i32 last, i32 size) {
-  constexpr float kMargin = 0.0625f;
-  const float bins = float(args.grid) / float(size);
-  const float begin = (float(first) - 0.5f) * bins - kMargin;
-  const float end = (float(last) + 1.5f) * bins + kMargin;
-  return {i32(max_of(begin, 0.0f)), i32(min_of(end, float(args.grid - 1)))};
-}
-
 // A sample on a map: the pixel above and to the left of it, which may lie just outside, and how far it lies from there.
 template <class T>
 struct Touch {
@@ -217,12 +191,12 @@ TORCHKILN_HD Touch<T> touch_of(i32 h, i32 w, T x, T y) {
   return {i32(top), i32(left), down - top, right - left};
 }
 
-constexpr i32 kRunRows = 4;           // that a warp of `gather` owns
-constexpr i32 kMostCandidates = 256;  // samples near these, and
-constexpr i32 kMostTouching = 128;    // samples that touch these, else they are crowded
+constexpr i32 kQuad = 4;          // rows that are crowded together
+constexpr i32 kMostRows = 32;     // that a warp of `gather` owns
+constexpr i32 kMostShares = 256;  // that these get of samples, else they are crowded
 
-// How much of maps one warp owns: rows [first, first + rows) of one source of an image. There are fewer than 2^31 rows in
-// all.
+// Neighbouring rows of one source of an image: [first, first + rows), none behind the last. There are fewer than 2^31 rows
+// in all.
 struct Run {
   i32 source, image, first, rows;
 };
@@ -234,22 +208,34 @@ TORCHKILN_HD i32 sources_of(const Args& args) {
   return args.shapes != nullptr ? 1 : i32(args.levels);
 }
 
-// The run of a number that may be too large: its image is then beyond the last.
-TORCHKILN_HD Run run_at(const Args& args, i32 at) {
-  constexpr i32 rows = kRunRows;
-  const i32 sources = sources_of(args);
-  i32 runs = 0;
+// Rows have a bin each, where samples are listed that have there the pixel above and to the left of them; those just outside
+// are listed at the border. The first bin of a source:
+TORCHKILN_HD i64 first_bin(const Args& args, i32 source) {
+  i64 first = 0;
   TORCHKILN_ROLLED
-  for (i32 source = 0; source < sources; ++source)
-    runs += (rows_of(args, source) + rows - 1) / rows;
-  Run run = {0, at / runs, at % runs, 0};
+  for (i32 i = 0; i < source; ++i) first += args.batch * rows_of(args, i);
+  return first;
+}
+
+// Of `rows` rows, as quads are counted: kMostRows begin with a source.
+TORCHKILN_HD i64 quads_of(i64 rows) {
+  return (rows + kMostRows - 1) / kMostRows * (kMostRows / kQuad);
+}
+
+// Up to `rows` rows from a quad on, whose number may be too large: its image is then beyond the last.
+TORCHKILN_HD Run run_at(const Args& args, i32 quad, i32 rows) {
+  const i32 sources = sources_of(args);
+  i32 quads = 0;
+  TORCHKILN_ROLLED
+  for (i32 source = 0; source < sources; ++source) quads += i32(quads_of(rows_of(args, source)));
+  Run run = {0, quad / quads, quad % quads, 0};
   TORCHKILN_ROLLED
   for (; run.source < sources - 1; ++run.source) {
-    const i32 own = (rows_of(args, run.source) + rows - 1) / rows;
+    const i32 own = i32(quads_of(rows_of(args, run.source)));
     if (run.first < own) break;
     run.first -= own;
   }
-  run.first *= rows;
+  run.first *= kQuad;
   run.rows = min_of(rows, rows_of(args, run.source) - run.first);
   return run;
 }

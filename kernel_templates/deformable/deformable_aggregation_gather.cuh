@@ -1,14 +1,13 @@
 // The gradient of the maps of deformable aggregation with the same bits every time, each row written once.
 //
-//   count   how many samples each bin of an image and camera gets; `ends` must be 0 before
-//   place   where bins begin, a block for the list of an image and camera
-//   fill    puts samples into their bins, in any order
-//   order   sorts the samples of each bin
-//   gather  a warp owns a run of rows of the maps, walks all bins with samples that may touch these, a sample a lane, lists
-//           those that do, and adds them in order, 32 packs of channels of the rows in registers. No warp waits for
-//           another. Those that find too many leave their run to
-//   gather_crowds, where the warps of a block share the samples of a run, and add up what they have in order
-// spills: up to 16 bytes of a few variants, outside of the sums
+//   count   how many samples each pixel of the maps gets, of those that have it above and to the left of them
+//   sum     of these counts, those of a block's pixels
+//   place   where the samples of each pixel begin
+//   fill    puts samples there, in any order
+//   order   sorts those of each pixel
+//   gather  a warp owns a run of rows of the maps, a lane finds the samples around each, the warp adds up what rows get of
+//           them, in order, 32 packs of channels in registers. No warp waits for another. Rows with too many are left to
+//   gather_crowds, where the warps of a block share the samples of a quad of rows
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -20,9 +19,13 @@ namespace torchkiln::deformable_aggregation_gather {
 
 using namespace deformable_aggregation;
 
-// ---- samples by bins -----------------------------------------------------------------------------------------------
+// ---- samples by pixels ---------------------------------------------------------------------------------------------
 
-// `tell(list, bin, sample)` for that of this thread, if a camera sees it.
+__device__ __forceinline__ i32 maps_of(const Args& args) {
+  return i32(args.cameras) * i32(args.levels);
+}
+
+// `tell(bin, sample)` on each level for that of this thread, if a camera sees it.
 template <class T, int kBlockSize, class Tell>
 __device__ __forceinline__ void each_seen(const Args& args, const Tell& tell) {
   const i64 samples = args.queries * args.points;
@@ -32,217 +35,201 @@ __device__ __forceinline__ void each_seen(const Args& args, const Tell& tell) {
   location_at(args, pair, x, y);
   if (!is_seen(x, y)) return;
   const i64 all = pair / args.cameras, image = all / samples;
-  tell(list_of(args, image, i32(pair - all * args.cameras)), bin_of(args, x, y),
-       i32(all - image * samples));
+  const i32 camera = i32(pair - all * args.cameras), levels = i32(args.levels);
+  const i32 first = i32(all - image * samples) * maps_of(args) + camera * levels;
+#pragma unroll 1
+  for (i32 level = 0; level < levels; ++level) {
+    const Map map = map_of(args, image, camera, level);
+    if (map.h == 0 || map.w == 0) continue;
+    const Touch<T> touch = touch_of(map.h, map.w, x, y);
+    const i32 row = min_of(max_of(touch.top, 0), map.h - 1);
+    const i32 column = min_of(max_of(touch.left, 0), map.w - 1);
+    tell(first_bin(args, map.source) + map.first + row * map.w + column, first + level);
+  }
 }
 
 template <class Scalar, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) count(const Args args) {
-  each_seen<Scalar, kBlockSize>(args, [&](i64 list, i32 bin, i32) {
-    atomicAdd(args.ends + list * args.grid * args.grid + bin, 1);
-  });
+  each_seen<Scalar, kBlockSize>(args, [&](i64 bin, i32) { atomicAdd(args.ends + bin, 1); });
+}
+
+template <int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) sum(const Args args) {
+  sum_bins<kBlockSize>(args.ends, args.sums);
 }
 
 template <int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) place(const Args args) {
-  const i64 bins = args.grid * args.grid;
-  place_bins<kBlockSize>(args.ends + blockIdx.x * bins, i32(bins));
+  place_bins<kBlockSize>(args.ends, args.sums);
 }
 
 template <class Scalar, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) fill(const Args args) {
-  each_seen<Scalar, kBlockSize>(args, [&](i64 list, i32 bin, i32 sample) {
-    const i32 at = atomicAdd(args.ends + list * args.grid * args.grid + bin, 1);
-    args.samples[list * args.queries * args.points + at] = sample;
-  });
+  each_seen<Scalar, kBlockSize>(
+      args, [&](i64 bin, i32 sample) { args.samples[atomicAdd(args.ends + bin, 1)] = sample; });
 }
+
+// The sorted list's part of the bins [from, to].
+struct Span {
+  i32 begin, count;
+
+  __device__ __forceinline__ Span(const i32* ends, i64 from, i64 to)
+      : begin(from > 0 ? ends[from - 1] : 0), count(ends[to] - begin) {}
+};
 
 template <int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) order(const Args args) {
-  const i64 bins = args.grid * args.grid, bin = i64(blockIdx.x) * kBlockSize + threadIdx.x;
-  const i64 list = bin / bins;
-  i32 begin = 0, end = 0;
-  if (list < args.batch * args.cameras) {
-    end = args.ends[bin];
-    begin = bin == list * bins ? 0 : args.ends[bin - 1];
-  }
-  order_bins<kBlockSize>(args.samples + list * args.queries * args.points + begin, end - begin);
+  const i64 bin = i64(blockIdx.x) * kBlockSize + threadIdx.x;
+  const Span span(args.ends, bin, bin);
+  order_bins<kBlockSize>(args.samples, span.begin, span.count);
 }
 
-// ---- samples that touch rows ---------------------------------------------------------------------------------------
+// ---- shares of rows ------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ i32 lane_of() { return i32(threadIdx.x) % kWarpSize; }
 
-__device__ __forceinline__ i32 maps_of(const Args& args) {
-  return i32(args.cameras) * (args.shapes == nullptr ? 1 : i32(args.levels));
+template <class T>
+__device__ __forceinline__ T of_lane(T value, i32 lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
 }
 
-// Neighbouring pixels of one row of a map: the run's rows [begin, end).
-struct Strip {
-  i32 camera, level, h, w;
-  i32 begin, end;
-  i32 y, x;  // of the first
+// A map that has rows of a run.
+struct Place {
+  i32 number, h, w;
+  i32 before;  // pixels of the map before the run, less than 0 where it begins inside of that
 
-  // Of a lane, but for y and x.
-  __device__ __forceinline__ Strip of(i32 lane) const {
-    return {__shfl_sync(0xffffffffu, camera, lane),
-            __shfl_sync(0xffffffffu, level, lane),
-            __shfl_sync(0xffffffffu, h, lane),
-            __shfl_sync(0xffffffffu, w, lane),
-            __shfl_sync(0xffffffffu, begin, lane),
-            __shfl_sync(0xffffffffu, end, lane),
-            0,
-            0};
+  // Of a map, whatever its number. It has none where h is 0.
+  __device__ __forceinline__ Place(const Args& args, const Run& run, i32 map) : number(map) {
+    const i32 levels = i32(args.levels), camera = map / levels, level = map - camera * levels;
+    const Map own = map_of(args, run.image, camera, level);
+    h = own.source == run.source ? own.h : 0;
+    w = own.w;
+    before = run.image * rows_of(args, run.source) + run.first - i32(own.first);
+  }
+  __device__ __forceinline__ Place(const Place& own, i32 lane)
+      : number(of_lane(own.number, lane)),
+        h(of_lane(own.h, lane)),
+        w(of_lane(own.w, lane)),
+        before(of_lane(own.before, lane)) {}
+
+  __device__ __forceinline__ bool has(i32 row) const { return u32(before + row) < u32(h * w); }
+  __device__ __forceinline__ bool has_any(i32 rows) const {
+    return before + rows > 0 && before < h * w;
   }
 };
 
-// A sample of the list that touches a run: its rows get a share each, neighbours that of the left and the right one.
-template <class T>
-struct alignas(8) Sample {
-  i32 query;   // of all images
-  i32 weight;  // where the row of weights begins, inside of the query
-  i32 rows;  // a bit for each that gets a share; from bit kRunRows on, 1 + the left neighbour, which may lie outside
-  T left, right;
+// The samples around rows of a run that lie in a map, row by row: from the pixels above, then from those beside. A lane
+// knows its row's.
+struct Around {
+  i32 first;     // how many are those of rows before
+  i32 above;     // how many of its own come from above
+  i32 bases[2];  // what leads from numbers to places in the list: of these, of others
+  i32 count;     // of all rows
+  u32 rows;      // a bit for each that the map has
 
-  __device__ __forceinline__ bool touches(int row) const { return (rows >> row & 1) != 0; }
-  __device__ __forceinline__ T share(int row) const {
-    return rows >> kRunRows == row + 1 ? left : right;
-  }
-};
-
-// What a strip gets of a sample of the list; nothing, NaN neither, of one that does not touch it.
-template <class T>
-__device__ __forceinline__ Sample<T> sample_of(const Args& args, i32 image, const Strip& strip,
-                                               i32 number) {
-  T x, y;
-  location_at(args, (image * args.queries * args.points + number) * args.cameras + strip.camera, x,
-              y);
-  const Touch<T> touch = touch_of(strip.h, strip.w, x, y);
-  const i32 below = strip.y - touch.top, left = touch.left - strip.x + strip.begin;
-  Sample<T> sample = {};
-  if (u32(below) > 1u || left + 1 < strip.begin || left >= strip.end) return sample;
-  const T share = below != 0 ? touch.down : T(1) - touch.down;
-  sample.left = share * (T(1) - touch.right);
-  sample.right = share * touch.right;
-  if (left >= strip.begin) sample.rows |= 1 << left;
-  if (left + 1 < strip.end) sample.rows |= 1 << (left + 1);
-  sample.rows |= (left + 1) << kRunRows;
-  const i32 points = i32(args.points), query = number / points;
-  sample.query = image * i32(args.queries) + query;
-  sample.weight = weight_row(args, number - query * points, strip.camera, strip.level);
-  return sample;
-}
-
-// The samples in the columns of up to 32 rows of bins, one after the other.
-struct Candidates {
-  i32 offset;  // how many samples come before the lane's row of bins
-  i32 base;    // what leads from there to places in the list
-  i32 count;   // of all
-
-  // Those of rows of bins from `first` on. The whole warp must call.
-  __device__ __forceinline__ Candidates(const Args& args, const i32* ends, const Bins& rows,
-                                        const Bins& columns, i32 first) {
-    const i32 row = first + lane_of();
-    i32 begin = 0, own = 0;
-    if (row <= rows.last) {
-      const i64 at = row * args.grid;
-      if (at + columns.first > 0) begin = ends[at + columns.first - 1];
-      own = ends[at + columns.last] - begin;
+  // The whole warp must call.
+  __device__ __forceinline__ Around(const Args& args, const Run& run, const Place& place)
+      : above(0), bases{} {
+    const bool inside = lane_of() < run.rows && place.has(lane_of());
+    rows = __ballot_sync(0xffffffffu, inside);
+    i32 beside = 0;
+    if (inside) {
+      const i32 pixel = place.before + lane_of(), left = pixel % place.w != 0 ? 1 : 0;
+      const i64 bin = first_bin(args, run.source) + i64(run.image) * rows_of(args, run.source) +
+                      run.first + lane_of();
+      if (pixel >= place.w) {
+        const Span span(args.ends, bin - place.w - left, bin - place.w);
+        bases[0] = span.begin;
+        above = span.count;
+      }
+      const Span span(args.ends, bin - left, bin);
+      bases[1] = span.begin;
+      beside = span.count;
     }
-    const i32 sum = warp_inclusive_sum(own);
-    offset = sum - own;
-    base = begin - offset;
-    count = __shfl_sync(0xffffffffu, sum, kWarpSize - 1);
+    const i32 sum = warp_inclusive_sum(above + beside);
+    first = sum - above - beside;
+    bases[0] -= first;
+    bases[1] -= first + above;
+    count = of_lane(sum, kWarpSize - 1);
   }
 
-  // The place of a number in the list. The whole warp must call.
-  __device__ __forceinline__ i32 at(i32 number) const {
+  // The row of a number. The whole warp must call.
+  __device__ __forceinline__ i32 row(i32 number) const {
     i32 row = 0;  // the last that does not begin after it
 #pragma unroll
     for (i32 step = kWarpSize / 2; step > 0; step /= 2) {
-      if (__shfl_sync(0xffffffffu, offset, row + step) <= number) row += step;
+      if (of_lane(first, row + step) <= number) row += step;
     }
-    return __shfl_sync(0xffffffffu, base, row) + number;
+    return row;
   }
 };
 
-// `tell(sample)` for what a strip gets of every kParts-th sample from number `part` on, 32 at a time, a lane each. False when
-// `tell` says so, or where there are too many for a warp that is to look at all. The whole warp must call.
-template <class T, int kParts, class Tell>
-__device__ __forceinline__ bool each_of_strip(const Args& args, i32 image, const Strip& strip,
-                                              i32 part, const Tell& tell) {
-  const i64 list = list_of(args, image, strip.camera);
-  const i32* ends = args.ends + list * args.grid * args.grid;
-  const i32* samples = args.samples + list * args.queries * args.points;
-  const Bins rows = bins_of(args, strip.y, strip.y, strip.h);
-  const Bins columns = bins_of(args, strip.x, strip.x + strip.end - strip.begin - 1, strip.w);
-#pragma unroll 1
-  for (i32 row = rows.first; row <= rows.last; row += kWarpSize) {
-    const Candidates candidates(args, ends, rows, columns, row);
-    if (kParts == 1 && candidates.count > kMostCandidates) return false;
-#pragma unroll 1
-    for (i32 first = part; first < candidates.count; first += kParts * kWarpSize) {
-      const i32 number = first + lane_of() * kParts;
-      const i32 at = candidates.at(min_of(number, candidates.count - 1));
-      Sample<T> own = {};
-      if (number < candidates.count) own = sample_of<T>(args, image, strip, samples[at]);
-      if (!tell(own)) return false;
-    }
-  }
-  return true;
+// What a row of a run gets of a sample.
+template <class T>
+struct alignas(sizeof(T) == 8 ? 8 : 16) Share {
+  i32 query;   // of all images
+  i32 weight;  // where the row of weights begins, inside of the query
+  i32 row;     // -1 if it gets nothing
+  T factor;
+};
+
+template <class T>
+__device__ __forceinline__ Share<T> share_of(const Args& args, const Run& run, const Place& place,
+                                             i32 row, i32 listed) {
+  const i32 maps = maps_of(args), points = i32(args.points), levels = i32(args.levels);
+  const i32 sample = listed / maps, query = sample / points, camera = place.number / levels;
+  Share<T> share = {0, 0, -1, T(0)};
+  if (listed - sample * maps != place.number) return share;  // maps overlap
+  T right, down;
+  location_at(args, (run.image * args.queries * points + sample) * args.cameras + camera, right,
+              down);
+  const Touch<T> touch = touch_of(place.h, place.w, right, down);
+  const i32 y = (place.before + row) / place.w, x = place.before + row - y * place.w;
+  const i32 below = y - touch.top, beside = x - touch.left;
+  if (u32(below) > 1u || u32(beside) > 1u) return share;
+  share.query = run.image * i32(args.queries) + query;
+  share.weight = weight_row(args, sample - query * points, camera, place.number - camera * levels);
+  share.row = row;
+  share.factor = (below != 0 ? touch.down : T(1) - touch.down) *
+                 (beside != 0 ? touch.right : T(1) - touch.right);
+  return share;
 }
 
-// Makes of `strip` all rows of a run that lie in the map of a number, whatever rows of that; returns the first one's pixel.
-__device__ __forceinline__ i32 cut(const Args& args, const Run& run, i32 number, Strip& strip) {
-  const bool one_by_one = args.shapes == nullptr;
-  const i32 levels = one_by_one ? 1 : i32(args.levels);
-  strip.camera = number / levels;
-  strip.level = one_by_one ? run.source : number - strip.camera * levels;
-  const Map map = map_of(args, run.image, strip.camera, strip.level);
-  strip.h = map.h;
-  strip.w = map.w;
-  const i32 before = run.image * rows_of(args, run.source) + run.first - i32(map.first);
-  strip.begin = max_of(-before, 0);
-  strip.end = min_of(map.h * map.w - before, run.rows);
-  return max_of(before, 0);
-}
-
-// The same for a run, in whatever maps its rows lie.
-template <class T, int kParts, class Tell>
-__device__ __forceinline__ bool each_of_run(const Args& args, const Run& run, i32 part,
-                                            const Tell& tell) {
+// `tell(place, around)` for all maps that have rows of a run. The whole warp must call.
+template <class Tell>
+__device__ __forceinline__ void each_map(const Args& args, const Run& run, const Tell& tell) {
   const i32 maps = maps_of(args);
 #pragma unroll 1
   for (i32 first = 0; first < maps; first += kWarpSize) {
-    Strip own = {};
-    i32 own_pixel = 0;
-    if (first + lane_of() < maps) own_pixel = cut(args, run, first + lane_of(), own);
-    u32 left = __ballot_sync(0xffffffffu, own.begin < own.end);
+    const i32 map = first + lane_of();
+    const Place own(args, run, min_of(map, maps - 1));
+    u32 left = __ballot_sync(0xffffffffu, map < maps && own.has_any(run.rows));
 #pragma unroll 1
     for (; left != 0; left &= left - 1) {
-      const i32 lane = __ffs(i32(left)) - 1, pixel = __shfl_sync(0xffffffffu, own_pixel, lane);
-      Strip strip = own.of(lane);
-      strip.y = pixel / strip.w;
-      strip.x = pixel - strip.y * strip.w;
-#pragma unroll 1
-      for (const i32 stop = strip.end; strip.begin < stop; strip.begin = strip.end) {
-        strip.end = min_of(stop, strip.begin + strip.w - strip.x);
-        if (!each_of_strip<T, kParts>(args, run.image, strip, part, tell)) return false;
-        ++strip.y;
-        strip.x = 0;
-      }
+      const Place place(own, __ffs(i32(left)) - 1);
+      tell(place, Around(args, run, place));
     }
   }
-  return true;
 }
 
-// Puts the lanes' samples that touch rows behind those of a list in shared memory; returns how many it then has. The whole
-// warp must call.
+// Lists, in shared memory, the shares of 32 numbers from one on, those up to an end: first those that are something. The
+// whole warp must call.
 template <class T>
-__device__ __forceinline__ i32 append(Sample<T>* list, i32 count, const Sample<T>& own) {
-  const u32 all = __ballot_sync(0xffffffffu, own.rows != 0);
-  if (own.rows != 0) list[count + __popc(all & ((1u << lane_of()) - 1))] = own;
-  return count + __popc(all);
+__device__ __forceinline__ void list_shares(const Args& args, const Run& run, const Place& place,
+                                            const Around& around, i32 first, i32 end,
+                                            Share<T>* shares) {
+  const i32 number = min_of(first + lane_of(), end - 1), row = around.row(number);
+  const i32 beside = number - of_lane(around.first, row) < of_lane(around.above, row) ? 0 : 1;
+  const i32 above_base = of_lane(around.bases[0], row), base = of_lane(around.bases[1], row);
+  Share<T> own = {0, 0, -1, T(0)};
+  if (first + lane_of() < end) {
+    const i32 listed = args.samples[number + (beside != 0 ? base : above_base)];
+    own = share_of<T>(args, run, place, row, listed);
+  }
+  const u32 all = __ballot_sync(0xffffffffu, own.row >= 0), before = (1u << lane_of()) - 1;
+  __syncwarp();
+  shares[own.row >= 0 ? __popc(all & before) : __popc(all) + __popc(~all & before)] = own;
+  __syncwarp();
 }
 
 // ---- sums ----------------------------------------------------------------------------------------------------------
@@ -271,76 +258,107 @@ struct Values {
   }
 };
 
-// Of a run's rows, of which a lane sums kPacks packs of kVector channels.
-template <class T, int kVector, int kPacks>
-struct Sums {
-  T at[kRunRows][kPacks][kVector] = {};
-  // Packs behind the last channel do as the last one does.
-  i32 channel[kPacks], group[kPacks];
+// A row of many, of `bytes` bytes each.
+template <class Value>
+__device__ __forceinline__ const Value* row_at(const Value* rows, i32 row, u32 bytes) {
+  u64 offset = u64(u32(row)) * bytes;
+#if defined(__CUDACC_RTC__)
+  // One instruction with the addition; the compiler loses that the factors have 32 bits.
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(offset) : "r"(row), "r"(bytes));
+#endif
+  return reinterpret_cast<const Value*>(reinterpret_cast<const char*>(rows) + offset);
+}
 
-  __device__ __forceinline__ Sums(const Args& args, i32 first_channel) {
+// The kPacks packs of kVector channels that a lane sums, from `first` on. Packs behind the last channel read what the last
+// one does.
+template <class Weight, class Grad, class T, int kVector, int kPacks>
+struct Packs {
+  const Weight* weights[kPacks];
+  const Grad* gradients[kPacks];
+  const T* normalizers;              // or null
+  u32 weight_bytes, gradient_bytes;  // of a query
+  i32 groups, group[kPacks];
+
+  __device__ __forceinline__ Packs(const Args& args, i32 first)
+      : normalizers(static_cast<const T*>(args.normalizer)),
+        weight_bytes(u32(weights_of_query(args, 1)) * u32(sizeof(Weight))),
+        gradient_bytes(u32(args.channels) * u32(sizeof(Grad))),
+        groups(i32(args.groups)) {
 #pragma unroll
     for (int pack = 0; pack < kPacks; ++pack) {
-      channel[pack] = min_of(first_channel + channel_of(pack), i32(args.channels) - kVector);
-      group[pack] = channel[pack] / (i32(args.channels) / i32(args.groups));
+      const i32 channel = min_of(first + channel_of(pack), i32(args.channels) - kVector);
+      group[pack] = channel / (i32(args.channels) / groups);
+      weights[pack] = static_cast<const Weight*>(args.weights) + group[pack];
+      gradients[pack] = static_cast<const Grad*>(args.grad_output) + channel;
     }
   }
   static __device__ __forceinline__ i32 channel_of(int pack) {
     return (pack * kWarpSize + lane_of()) * kVector;
   }
+  __device__ __forceinline__ Weight weight(int pack, const Share<T>& share) const {
+    return row_at(weights[pack], share.query, weight_bytes)[share.weight];
+  }
+  __device__ __forceinline__ Normalizer<T> normalizer(int pack, const Share<T>& share) const {
+    const T* row = row_at(normalizers, share.query, 2 * u32(groups) * u32(sizeof(T)));
+    return {row[group[pack]], row[groups + group[pack]], true};
+  }
+  __device__ __forceinline__ const Grad* gradient(int pack, const Share<T>& share) const {
+    return row_at(gradients[pack], share.query, gradient_bytes);
+  }
 };
 
-template <class Grad, class T>
-__device__ __forceinline__ const Grad* gradient_of(const Args& args, const Sample<T>& sample,
-                                                   i32 channel) {
-  return static_cast<const Grad*>(args.grad_output) +
-         (u64(u32(sample.query)) * u32(args.channels) + u32(channel));
-}
+// Sums of a row, up to now.
+template <class T, int kVector, int kPacks>
+struct Sums {
+  T at[kPacks][kVector] = {};
+  i32 row = -1;
+};
 
-template <class Weight, class T>
-__device__ __forceinline__ T weight_of(const Args& args, const Sample<T>& sample, i32 group) {
-  const u32 groups = u32(args.groups), query = u32(sample.query);
-  const u64 at = u64(query) * u32(weights_of_query(args, 1)) + u32(sample.weight + group);
-  const T weight = T(load(static_cast<const Weight*>(args.weights)[at]));
-  if (args.normalizer == nullptr) return weight;
-  const T* row = static_cast<const T*>(args.normalizer) + u64(query) * (2 * groups) + group;
-  return Normalizer<T>{row[0], row[groups], true}(weight);
-}
-
-// Adds a warp's list of samples, in order.
-template <class Weight, class Grad, class T, int kVector, int kPacks>
-__device__ __forceinline__ void add_samples(const Args& args, const Sample<T>* list, i32 count,
-                                            Sums<T, kVector, kPacks>& sums) {
-  // Samples that loads are in flight for: up to 64 bytes of a lane.
-  constexpr int kBytes = kVector * kPacks * int(sizeof(Grad));
-  constexpr int kAtOnce = kBytes > 32 ? 1 : (kBytes > 16 || kPacks > 1 ? 2 : 4);
+// Adds up a list of shares, in order; `tell(sums)` of each row when another one begins. Loads are in flight for kAtOnce of
+// them.
+template <int kAtOnce, class Weight, class Grad, class T, int kVector, int kPacks, class Tell>
+__device__ __forceinline__ void add_shares(const Packs<Weight, Grad, T, kVector, kPacks>& packs,
+                                           const Share<T>* shares, Sums<T, kVector, kPacks>& sums,
+                                           const Tell& tell) {
 #pragma unroll 1
-  for (i32 first = 0; first < count; first += kAtOnce) {
+  for (i32 first = 0; first < kWarpSize && shares[first].row >= 0; first += kAtOnce) {
     Values<Grad, kVector> values[kAtOnce][kPacks];
-    T weights[kAtOnce][kPacks];
+    Weight read[kAtOnce][kPacks];
+    T factors[kAtOnce][kPacks];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const Sample<T>& sample = list[min_of(first + i, count - 1)];
 #pragma unroll
       for (int pack = 0; pack < kPacks; ++pack) {
-        values[i][pack].read(gradient_of<Grad>(args, sample, sums.channel[pack]));
-        weights[i][pack] = weight_of<Weight>(args, sample, sums.group[pack]);
+        values[i][pack].read(packs.gradient(pack, shares[first + i]));
+        read[i][pack] = packs.weight(pack, shares[first + i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce * kPacks; ++i) {
+      factors[i / kPacks][i % kPacks] = T(load(read[i / kPacks][i % kPacks]));
+    }
+    if (packs.normalizers != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce * kPacks; ++i) {
+        T& factor = factors[i / kPacks][i % kPacks];
+        factor = packs.normalizer(i % kPacks, shares[first + i / kPacks])(factor);
       }
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      if (first + i >= count) continue;
-      const Sample<T>& sample = list[first + i];
+      const Share<T>& share = shares[first + i];
+      if (share.row < 0) continue;
+      if (share.row != sums.row) {
+        tell(sums);
+        sums = {};
+        sums.row = share.row;
+      }
 #pragma unroll
-      for (int row = 0; row < kRunRows; ++row) {
-        if (!sample.touches(row)) continue;
+      for (int pack = 0; pack < kPacks; ++pack) {
+        const T factor = factors[i][pack] * share.factor;
 #pragma unroll
-        for (int pack = 0; pack < kPacks; ++pack) {
-          const T factor = sample.share(row) * weights[i][pack];
-#pragma unroll
-          for (int c = 0; c < kVector; ++c) {
-            sums.at[row][pack][c] += factor * T(values[i][pack].at(c));
-          }
+        for (int c = 0; c < kVector; ++c) {
+          sums.at[pack][c] += factor * T(values[i][pack].at(c));
         }
       }
     }
@@ -350,106 +368,129 @@ __device__ __forceinline__ void add_samples(const Args& args, const Sample<T>* l
 // ---- kernels -------------------------------------------------------------------------------------------------------
 
 template <class Scalar>
-__device__ __forceinline__ Scalar* row_of(const Args& args, const Run& run, i32 row) {
-  const i64 at = i64(run.image) * rows_of(args, run.source) + run.first + row;
-  return static_cast<Scalar*>(args.gradients[run.source]) + at * args.channels;
+__device__ __forceinline__ Scalar* rows_at(const Args& args, const Run& run, i32 channel) {
+  const i64 row = i64(run.image) * rows_of(args, run.source) + run.first;
+  return static_cast<Scalar*>(args.gradients[run.source]) + (row * args.channels + channel);
 }
 
-template <class Scalar, class T, int kVector, int kPacks>
-__device__ __forceinline__ void write_rows(const Args& args, const Run& run, i32 first_channel,
-                                           const Sums<T, kVector, kPacks>& sums) {
+template <class Scalar, int kVector, int kPacks, class T>
+__device__ __forceinline__ void write_row(const Args& args, Scalar* rows, i32 first_channel,
+                                          const Sums<T, kVector, kPacks>& sums) {
 #pragma unroll
-  for (int row = 0; row < kRunRows; ++row) {
-    Scalar* to = row_of<Scalar>(args, run, row);
+  for (int pack = 0; pack < kPacks; ++pack) {
+    const i32 channel = (pack * kWarpSize + lane_of()) * kVector;
+    if (first_channel + channel >= args.channels) continue;
+    Pack<Scalar, kVector> result;
 #pragma unroll
-    for (int pack = 0; pack < kPacks; ++pack) {
-      const i32 channel = first_channel + sums.channel_of(pack);
-      if (row >= run.rows || channel >= args.channels) continue;
-      Pack<Scalar, kVector> result;
-#pragma unroll
-      for (int c = 0; c < kVector; ++c) store(result.at[c], sums.at[row][pack][c]);
-      store_pack<kVector>(to + channel, result);
-    }
+    for (int c = 0; c < kVector; ++c) store(result.at[c], sums.at[pack][c]);
+    store_pack<kVector>(rows + (i64(sums.row) * args.channels + channel), result);
   }
 }
 
-template <class Scalar, class Weight, class Grad, int kVector, int kPacks, int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize, 768 / kBlockSize) gather(const Args args) {
-  using T = Acc<Scalar>;
-  const u32 chunks = Chunks<kVector, kPacks>::count(args), chunk = blockIdx.x % chunks;
-  const i64 number = i64(blockIdx.x / chunks) * (kBlockSize / kWarpSize) + threadIdx.x / kWarpSize;
-  const Run run = run_at(args, i32(number));
-  if (run.image >= args.batch) return;  // that is a run too many for some sources
-  const i32 first_channel = i32(chunk) * Chunks<kVector, kPacks>::kChannels;
-  __shared__ Sample<T> lists[kBlockSize / kWarpSize][kMostTouching];
-  Sample<T>* list = lists[threadIdx.x / kWarpSize];
-  i32 count = 0;
-  const bool all = each_of_run<T, 1>(args, run, 0, [&](const Sample<T>& own) {
-    if (count > kMostTouching - kWarpSize) return false;
-    count = append(list, count, own);
-    return true;
-  });
-  if (!all) {
-    if (chunk == 0 && lane_of() == 0) args.crowded[atomicAdd(args.crowds, 1)] = i32(number);
-    return;
-  }
-  __syncwarp();
-  Sums<T, kVector, kPacks> sums(args, first_channel);
-  add_samples<Weight, Grad>(args, list, count, sums);
-  write_rows<Scalar>(args, run, first_channel, sums);
+// Leaves the quads that have rows of `crowded`, a bit each, to `gather_crowds`.
+__device__ __forceinline__ void leave(const Args& args, i32 quad, u32 crowded) {
+  if (lane_of() < kMostRows / kQuad && (crowded >> (kQuad * lane_of()) & ((1u << kQuad) - 1)) != 0)
+    args.crowded[atomicAdd(args.crowds, 1)] = quad + lane_of();
 }
 
-// Sums of the warps of a block become one, which is written, row by row. Every thread must call.
-template <class Scalar, int kBlockSize, class T, int kVector, int kPacks>
-__device__ __forceinline__ void write_sums(const Args& args, const Run& run, i32 first_channel,
-                                           const Sums<T, kVector, kPacks>& sums) {
-  constexpr i32 kWarps = kBlockSize / kWarpSize, kChannels = Chunks<kVector, kPacks>::kChannels;
-  __shared__ T parts[kWarps][kChannels];
-  const i32 warp = i32(threadIdx.x) / kWarpSize;
-  const i32 channels = min_of(kChannels, i32(args.channels) - first_channel);
-#pragma unroll
-  for (int row = 0; row < kRunRows; ++row) {
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kPacks * kVector; ++i) {
-      parts[warp][sums.channel_of(i / kVector) + i % kVector] =
-          sums.at[row][i / kVector][i % kVector];
-    }
-    __syncthreads();
-    if (row >= run.rows) continue;
-    Scalar* to = row_of<Scalar>(args, run, row) + first_channel;
-#pragma unroll 1
-    for (i32 c = threadIdx.x; c < channels; c += kBlockSize) {
-      T sum = T(0);
-#pragma unroll
-      for (i32 i = 0; i < kWarps; ++i) sum += parts[i][c];
-      store(to[c], sum);
-    }
-  }
-}
-
-template <class Scalar, class Weight, class Grad, int kVector, int kPacks, int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize, 512 / kBlockSize) gather_crowds(const Args args) {
+template <class Scalar, class Weight, class Grad, int kVector, int kPacks, int kRows, int kAtOnce,
+          int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) gather(const Args args) {
   using T = Acc<Scalar>;
   constexpr i32 kWarps = kBlockSize / kWarpSize;
-  __shared__ Sample<T> lists[kWarps][kWarpSize];
+  __shared__ Share<T> lists[kWarps][kWarpSize];
+  Share<T>* list = lists[threadIdx.x / kWarpSize];
+  const u32 chunks = Chunks<kVector, kPacks>::count(args);
+  // The last rows first: those of small maps, which get more samples.
+  const u32 block = gridDim.x - 1 - blockIdx.x, chunk = block % chunks;
+  const i64 number = i64(block / chunks) * kWarps + threadIdx.x / kWarpSize;
+  const i32 quad = i32(number) * (kRows / kQuad);
+  const Run run = run_at(args, quad, kRows);
+  if (run.image >= args.batch || run.rows <= 0) return;
+  const i32 first_channel = i32(chunk) * Chunks<kVector, kPacks>::kChannels;
+  const Packs<Weight, Grad, T, kVector, kPacks> packs(args, first_channel);
+  Scalar* rows = rows_at<Scalar>(args, run, first_channel);
+  u32 seen = 0, written = 0, crowded = 0;  // a bit for each row
+  each_map(args, run, [&](const Place& place, const Around& around) {
+    // Maps that overlap are added up where sums are not yet rounded.
+    if (around.count > kMostShares || (around.rows & seen) != 0) crowded |= around.rows;
+    seen |= around.rows;
+    if ((around.rows & crowded) != 0) return;
+    Sums<T, kVector, kPacks> sums;
+    const auto write = [&](const Sums<T, kVector, kPacks>& row) {
+      if (row.row < 0) return;
+      written |= 1u << row.row;
+      write_row(args, rows, first_channel, row);
+    };
+#pragma unroll 1
+    for (i32 first = 0; first < around.count; first += kWarpSize) {
+      list_shares(args, run, place, around, first, around.count, list);
+      add_shares<kAtOnce>(packs, list, sums, write);
+    }
+    write(sums);
+  });
+  if (chunk == 0) leave(args, quad, crowded);
+  Sums<T, kVector, kPacks> none;
+#pragma unroll 1
+  for (none.row = 0; none.row < run.rows; ++none.row) {
+    if (((written | crowded) >> none.row & 1) == 0) write_row(args, rows, first_channel, none);
+  }
+}
+
+template <class Scalar, class Weight, class Grad, int kVector, int kPacks, int kRows, int kAtOnce,
+          int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) gather_crowds(const Args args) {
+  using T = Acc<Scalar>;
+  constexpr i32 kWarps = kBlockSize / kWarpSize, kChannels = Chunks<kVector, kPacks>::kChannels;
+  __shared__ Share<T> lists[kWarps][kWarpSize];
+  __shared__ T parts[kWarps][kRows][kChannels];
   const i32 warp = i32(threadIdx.x) / kWarpSize;
   const i32 chunks = i32(Chunks<kVector, kPacks>::count(args));
   const i64 items = i64(*args.crowds) * chunks;
 #pragma unroll 1
   for (i64 item = blockIdx.x; item < items; item += gridDim.x) {
     const i64 crowd = item / chunks;
-    const Run run = run_at(args, args.crowded[crowd]);
-    const i32 first_channel = i32(item - crowd * chunks) * Chunks<kVector, kPacks>::kChannels;
-    Sums<T, kVector, kPacks> sums(args, first_channel);
-    each_of_run<T, kWarps>(args, run, warp, [&](const Sample<T>& own) {
-      const i32 count = append(lists[warp], 0, own);
+    const Run run = run_at(args, args.crowded[crowd], kRows);
+    const i32 first_channel = i32(item - crowd * chunks) * kChannels;
+    const Packs<Weight, Grad, T, kVector, kPacks> packs(args, first_channel);
+#pragma unroll 1
+    for (i32 i = lane_of(); i < kRows * kChannels; i += kWarpSize) {
+      parts[warp][i / kChannels][i % kChannels] = T(0);
+    }
+    __syncwarp();
+    each_map(args, run, [&](const Place& place, const Around& around) {
+      Sums<T, kVector, kPacks> sums;
+      const auto add = [&](const Sums<T, kVector, kPacks>& row) {
+        if (row.row < 0) return;
+#pragma unroll
+        for (int i = 0; i < kPacks * kVector; ++i) {
+          parts[warp][row.row][packs.channel_of(i / kVector) + i % kVector] +=
+              row.at[i / kVector][i % kVector];
+        }
+      };
+      const i32 each = (around.count + kWarps - 1) / kWarps;
+      const i32 end = min_of((warp + 1) * each, around.count);
+#pragma unroll 1
+      for (i32 first = warp * each; first < end; first += kWarpSize) {
+        list_shares(args, run, place, around, first, end, lists[warp]);
+        add_shares<kAtOnce>(packs, lists[warp], sums, add);
+      }
+      add(sums);
       __syncwarp();
-      add_samples<Weight, Grad>(args, lists[warp], count, sums);
-      __syncwarp();
-      return true;
     });
-    write_sums<Scalar, kBlockSize>(args, run, first_channel, sums);
+    __syncthreads();
+    Scalar* rows = rows_at<Scalar>(args, run, first_channel);
+    const i32 channels = min_of(kChannels, i32(args.channels) - first_channel);
+#pragma unroll 1
+    for (i32 i = threadIdx.x; i < run.rows * kChannels; i += kBlockSize) {
+      const i32 row = i / kChannels, channel = i % kChannels;
+      if (channel >= channels) continue;
+      T sum = T(0);
+#pragma unroll
+      for (i32 part = 0; part < kWarps; ++part) sum += parts[part][row][channel];
+      store(rows[i64(row) * args.channels + channel], sum);
+    }
+    __syncthreads();
   }
 }
 
