@@ -15,6 +15,18 @@ union Pack {
   u32 words[kBytes >= 4 ? kBytes / 4 : 1];
 };
 
+// A row of many, of `bytes` bytes each.
+template <class Value>
+__device__ __forceinline__ Value* row_at(Value* rows, i32 row, u32 bytes) {
+  u64 offset = u64(u32(row)) * bytes;
+#if defined(__CUDACC_RTC__)
+  // One instruction with the addition; the compiler loses that the factors have 32 bits.
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(offset) : "r"(row), "r"(bytes));
+#endif
+  const char* at = reinterpret_cast<const char*>(rows) + offset;
+  return const_cast<Value*>(reinterpret_cast<const Value*>(at));
+}
+
 // Of memory that no thread of the launch writes.
 template <int kCount, class Scalar>
 __device__ __forceinline__ Pack<Scalar, kCount> load_pack(const Scalar* from) {

@@ -112,15 +112,15 @@ __global__ void __launch_bounds__(kBlockSize) normalize(const Args args) {
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
-// A sample of kVector channels, times its weight; maps have `channels` elements a row.
+// A sample of kVector channels, times its weight; maps have `bytes` bytes a row.
 template <int kVector, class Scalar, class T>
-__device__ __forceinline__ void add_sample(const Scalar* map, i32 channels, const Tap<T>& tap,
+__device__ __forceinline__ void add_sample(const Scalar* map, u32 bytes, const Tap<T>& tap,
                                            T weight, T* sum) {
 #pragma unroll
   for (int corner = 0; corner < 4; ++corner) {
     const i32 pixel = tap.pixels[corner];
     Pack<Scalar, kVector> values = {};
-    if (pixel >= 0) values = load_pack<kVector>(map + i64(pixel) * channels);
+    if (pixel >= 0) values = load_pack<kVector>(row_at(map, pixel, bytes));
     const T factor = weight * tap.share(corner);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) sum[i] += factor * load(values.at[i]);
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kBlockSize) forward(const Args args) {
           const Tap<T> tap = list.taps[i];
           const Scalar* map = static_cast<const Scalar*>(args.maps[tap.source]) + channel;
           const T weight = normalized(T(load(weights[tap.weight])));
-          add_sample<kVector>(map, channels, tap, weight, sum);
+          add_sample<kVector>(map, u32(channels) * u32(sizeof(Scalar)), tap, weight, sum);
         }
       }
       __syncthreads();
@@ -235,6 +235,7 @@ struct Lanes {
 template <class T>
 struct Query {
   i64 number;
+  i64 weights;  // where those of its samples begin
   const T* gradient;
   const T* mean;
 };
@@ -245,10 +246,11 @@ __device__ __forceinline__ void add_taps(const Args& args, const Tap<T>& tap, T 
                                          const T* gradient) {
   constexpr int kWords = kVector % 4 == 0 ? 4 : 1;
   T* sums = static_cast<T*>(args.gradients[tap.source]) + channel;
+  const u32 bytes = u32(args.channels) * u32(sizeof(T));
 #pragma unroll
   for (int corner = 0; corner < 4; ++corner) {
     if (tap.pixels[corner] < 0) continue;
-    T* to = sums + i64(tap.pixels[corner]) * args.channels;
+    T* to = row_at(sums, tap.pixels[corner], bytes);
 #pragma unroll
     for (int i = 0; i < kVector; i += kWords) {
       add_atomically<kWords>(to + i, weight * tap.share(corner), gradient + i);
@@ -264,7 +266,8 @@ __device__ __forceinline__ void differentiate(const Args& args, const Tap<T>& ta
                                               T& dy) {
   const i32 channels = i32(args.channels), groups = i32(args.groups);
   const i32 channels_per_group = lanes.per_group * kVector;
-  const i64 row = weights_of_query(args, query.number) + tap.weight;
+  const u32 row_bytes = u32(channels) * u32(sizeof(Scalar));
+  const i64 row = query.weights + tap.weight;
   const Scalar* map = static_cast<const Scalar*>(args.maps[tap.source]);
 #pragma unroll 1
   for (i32 first = 0; first < groups; first += lanes.at_once) {
@@ -283,8 +286,9 @@ __device__ __forceinline__ void differentiate(const Args& args, const Tap<T>& ta
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
           const i32 pixel = tap.pixels[corner];
-          if (pixel >= 0)
-            values[corner] = load_pack<kVector>(map + i64(pixel) * channels + channel);
+          if (pixel >= 0) {
+            values[corner] = load_pack<kVector>(row_at(map + channel, pixel, row_bytes));
+          }
         }
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
@@ -314,21 +318,28 @@ __device__ __forceinline__ void fill_unseen(const Args& args, const Query<T>& qu
   constexpr int kWarps = kBlockSize / kWarpSize;
   const i32 lane = i32(threadIdx.x) % kWarpSize, warp = i32(threadIdx.x) / kWarpSize;
   const i32 cameras = i32(args.cameras), groups = i32(args.groups), levels = i32(args.levels);
-  const i64 base = weights_of_query(args, query.number);
+  Weight* weights = static_cast<Weight*>(args.grad_weights) + query.weights;
+  const bool neighbours = args.camera_stride <= args.point_stride || count == args.points * cameras;
+  const bool zeros = args.normalizer == nullptr && neighbours;
+  const i32 each = levels * groups;
+#pragma unroll 4
+  for (i32 i = threadIdx.x; zeros && i < count * each; i += kBlockSize) {
+    store(weights[first * each + i], T(0));
+  }
 #pragma unroll 1
-  for (i32 i = lane; i < levels * groups; i += kWarpSize) {
+  for (i32 i = lane; !zeros && i < each; i += kWarpSize) {
     const i32 level = i / groups, group = i - level * groups;
     const Normalizer<T> normalized = normalizer_of<T>(args, query.number, group);
 #pragma unroll 1
     for (i32 pair = first + warp; pair < first + count; pair += kWarps) {
       const i32 point = pair / cameras, camera = pair - point * cameras;
-      const i64 at = base + weight_row(args, point, camera, level) + group;
+      const i32 at = weight_row(args, point, camera, level) + group;
       T value = T(0);
       if (normalized.used) {
-        value =
-            -normalized(T(load(static_cast<const Weight*>(args.weights)[at]))) * query.mean[group];
+        const Weight weight = static_cast<const Weight*>(args.weights)[query.weights + at];
+        value = -normalized(T(load(weight))) * query.mean[group];
       }
-      store(static_cast<Weight*>(args.grad_weights)[at], value);
+      store(weights[at], value);
     }
   }
   const i64 locations = (query.number * args.points * cameras + first) * 2;
@@ -352,7 +363,8 @@ __global__ void __launch_bounds__(kBlockSize, 768 / kBlockSize) points(const Arg
   const i32 lane = i32(threadIdx.x) % kWarpSize, warp = i32(threadIdx.x) / kWarpSize;
   T* gradient = reinterpret_cast<T*>(memory);
   T* mean = gradient + channels;
-  const Query<T> query = {i64(blockIdx.x / parts), gradient, mean};
+  const i64 number = blockIdx.x / parts;
+  const Query<T> query = {number, weights_of_query(args, number), gradient, mean};
 #pragma unroll 1
   for (i32 c = threadIdx.x; c < channels; c += kBlockSize) {
     gradient[c] = load_as<T>(args.grad_output, args.gradient_type, query.number * channels + c);

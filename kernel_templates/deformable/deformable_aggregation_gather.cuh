@@ -258,17 +258,6 @@ struct Values {
   }
 };
 
-// A row of many, of `bytes` bytes each.
-template <class Value>
-__device__ __forceinline__ const Value* row_at(const Value* rows, i32 row, u32 bytes) {
-  u64 offset = u64(u32(row)) * bytes;
-#if defined(__CUDACC_RTC__)
-  // One instruction with the addition; the compiler loses that the factors have 32 bits.
-  asm("mul.wide.u32 %0, %1, %2;" : "=l"(offset) : "r"(row), "r"(bytes));
-#endif
-  return reinterpret_cast<const Value*>(reinterpret_cast<const char*>(rows) + offset);
-}
-
 // The kPacks packs of kVector channels that a lane sums, from `first` on. Packs behind the last channel read what the last
 // one does.
 template <class Weight, class Grad, class T, int kVector, int kPacks>
