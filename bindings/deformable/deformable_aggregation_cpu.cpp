@@ -76,12 +76,11 @@ void check_indices(const Args& a) {
   for (i32 camera = 0; camera < a.cameras; ++camera) {
     for (i32 level = 0; level < a.levels; ++level) {
       if (map_of(a, 0, camera, level).h > 0) continue;
-      const i64 at = camera * a.levels + level;
+      const auto own = deformable_aggregation::extent_at(a, camera * a.levels + level);
       fail(TORCHKILN_ERROR_INDEX, "deformable_aggregation", "spatial_shape and scale_start_index",
            "lie in the " + std::to_string(a.rows) + " rows of feature_maps",
-           std::to_string(index_at(a.shapes, a.wide_indices, 2 * at)) + " x " +
-               std::to_string(index_at(a.shapes, a.wide_indices, 2 * at + 1)) + " from row " +
-               std::to_string(index_at(a.starts, a.wide_indices, at)));
+           std::to_string(own.h) + " x " + std::to_string(own.w) + " from row " +
+               std::to_string(own.first));
     }
   }
 }

@@ -9,6 +9,7 @@
 namespace torchkiln::bindings::aggregation {
 namespace {
 
+using deformable_aggregation::kBinsOfBlock;
 using deformable_aggregation::kMostRows;
 using deformable_aggregation::kQuad;
 using deformable_aggregation::quads_of;
@@ -31,8 +32,6 @@ using Gather = Kernel<Args, GatherStatics, Sizes, GatherTunables>;
 constexpr const char* kPath = "deformable/deformable_aggregation_gather.cuh";
 
 // ---- samples by bins ----
-
-constexpr std::int64_t kBinsOfBlock = 4096;  // as in common/bins.cuh
 
 std::int64_t blocks_of_bins(const Sizes& s) { return ceil_div(s.batch * s.rows, kBinsOfBlock); }
 

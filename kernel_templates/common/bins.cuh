@@ -8,20 +8,17 @@
 
 namespace torchkiln {
 
-// Bins that a block has places for; lists end with a whole number of these.
-constexpr i32 kBinsOfBlock = 4096;
-
-// The counts of a block's bins, of which a thread has some neighbours.
-template <int kBlockSize>
+// The counts of a block's kBins bins, of which a thread has some neighbours; all blocks together have as many as there are.
+template <int kBlockSize, int kBins>
 struct Counts {
-  static constexpr int kItems = kBinsOfBlock / kBlockSize;
+  static constexpr int kItems = kBins / kBlockSize;
   static_assert(kItems % 4 == 0);
   uint4* at;
   uint4 own[kItems / 4];
   i32 sum = 0;
 
   __device__ __forceinline__ explicit Counts(i32* counts)
-      : at(reinterpret_cast<uint4*>(counts + i64(blockIdx.x) * kBinsOfBlock) +
+      : at(reinterpret_cast<uint4*>(counts + i64(blockIdx.x) * kBins) +
            threadIdx.x * (kItems / 4)) {
 #pragma unroll
     for (int i = 0; i < kItems / 4; ++i) {
@@ -32,19 +29,19 @@ struct Counts {
 };
 
 // The sum of the counts of each block's bins.
-template <int kBlockSize>
+template <int kBlockSize, int kBins>
 __device__ __forceinline__ void sum_bins(i32* counts, i32* sums) {
   __shared__ int partial[kBlockSize / kWarpSize];
   int total;
-  block_exclusive_sum<kBlockSize>(Counts<kBlockSize>(counts).sum, partial, total);
+  block_exclusive_sum<kBlockSize>(Counts<kBlockSize, kBins>(counts).sum, partial, total);
   if (threadIdx.x == 0) sums[blockIdx.x] = total;
 }
 
 // Counts become the sums of those before them.
-template <int kBlockSize>
+template <int kBlockSize, int kBins>
 __device__ __forceinline__ void place_bins(i32* counts, const i32* sums) {
   __shared__ int partial[kBlockSize / kWarpSize];
-  const Counts<kBlockSize> counted(counts);
+  const Counts<kBlockSize, kBins> counted(counts);
   i32 before = 0;
 #pragma unroll 1
   for (u32 block = threadIdx.x; block < blockIdx.x; block += kBlockSize) before += sums[block];
@@ -52,7 +49,7 @@ __device__ __forceinline__ void place_bins(i32* counts, const i32* sums) {
   block_exclusive_sum<kBlockSize>(before, partial, placed);
   i32 place = placed + block_exclusive_sum<kBlockSize>(counted.sum, partial, total);
 #pragma unroll
-  for (int i = 0; i < Counts<kBlockSize>::kItems / 4; ++i) {
+  for (int i = 0; i < Counts<kBlockSize, kBins>::kItems / 4; ++i) {
     const uint4 own = counted.own[i];
     const i32 y = place + i32(own.x), z = y + i32(own.y), w = z + i32(own.z);
     counted.at[i] = make_uint4(u32(place), u32(y), u32(z), u32(w));

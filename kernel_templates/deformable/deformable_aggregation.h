@@ -44,8 +44,18 @@ struct Map {
   i32 h, w, source;
 };
 
-TORCHKILN_HD i64 index_at(const void* from, i64 wide, i64 at) {
-  return wide ? static_cast<const i64*>(from)[at] : i64(static_cast<const i32*>(from)[at]);
+// What the index tensors say of a map.
+struct Extent {
+  i64 h, w, first;
+};
+
+TORCHKILN_HD Extent extent_at(const Args& args, i64 at) {
+  const auto read = [at](const auto* shapes, const auto* starts) {
+    return Extent{i64(shapes[2 * at]), i64(shapes[2 * at + 1]), i64(starts[at])};
+  };
+  return args.wide_indices
+             ? read(static_cast<const i64*>(args.shapes), static_cast<const i64*>(args.starts))
+             : read(static_cast<const i32*>(args.shapes), static_cast<const i32*>(args.starts));
 }
 
 // A map that does not lie inside of the rows has no pixels.
@@ -54,10 +64,7 @@ TORCHKILN_HD Map map_of(const Args& args, i64 image, i32 camera, i32 level) {
     const i32 h = args.h[level], w = args.w[level];
     return {(image * args.cameras + camera) * h * w, h, w, level};
   }
-  const i64 at = i64(camera) * args.levels + level;
-  const i64 h = index_at(args.shapes, args.wide_indices, 2 * at);
-  const i64 w = index_at(args.shapes, args.wide_indices, 2 * at + 1);
-  const i64 first = index_at(args.starts, args.wide_indices, at);
+  const auto [h, w, first] = extent_at(args, i64(camera) * args.levels + level);
   const bool inside = h > 0 && w > 0 && h <= args.rows && w <= args.rows && first >= 0 &&
                       h * w <= args.rows - first;
   if (!inside) return {0, 0, 0, 0};
@@ -191,9 +198,10 @@ TORCHKILN_HD Touch<T> touch_of(i32 h, i32 w, T x, T y) {
   return {i32(top), i32(left), down - top, right - left};
 }
 
-constexpr i32 kQuad = 4;          // rows that are crowded together
-constexpr i32 kMostRows = 32;     // that a warp of `gather` owns
-constexpr i32 kMostShares = 256;  // that these get of samples, else they are crowded
+constexpr i32 kBinsOfBlock = 4096;  // that a block of `sum` or `place` has
+constexpr i32 kQuad = 4;            // rows that are crowded together
+constexpr i32 kMostRows = 32;       // that a warp of `gather` owns
+constexpr i32 kMostShares = 256;    // that these get of samples, else they are crowded
 
 // Neighbouring rows of one source of an image: [first, first + rows), none behind the last. There are fewer than 2^31 rows
 // in all.

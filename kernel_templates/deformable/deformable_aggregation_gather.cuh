@@ -55,12 +55,12 @@ __global__ void __launch_bounds__(kBlockSize) count(const Args args) {
 
 template <int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) sum(const Args args) {
-  sum_bins<kBlockSize>(args.ends, args.sums);
+  sum_bins<kBlockSize, kBinsOfBlock>(args.ends, args.sums);
 }
 
 template <int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) place(const Args args) {
-  place_bins<kBlockSize>(args.ends, args.sums);
+  place_bins<kBlockSize, kBinsOfBlock>(args.ends, args.sums);
 }
 
 template <class Scalar, int kBlockSize>
@@ -362,17 +362,18 @@ __device__ __forceinline__ Scalar* rows_at(const Args& args, const Run& run, i32
   return static_cast<Scalar*>(args.gradients[run.source]) + (row * args.channels + channel);
 }
 
+// `rows` are those of a run, from the first channel on of the `channels` that are left.
 template <class Scalar, int kVector, int kPacks, class T>
-__device__ __forceinline__ void write_row(const Args& args, Scalar* rows, i32 first_channel,
+__device__ __forceinline__ void write_row(Scalar* rows, u32 bytes, i32 channels,
                                           const Sums<T, kVector, kPacks>& sums) {
 #pragma unroll
   for (int pack = 0; pack < kPacks; ++pack) {
     const i32 channel = (pack * kWarpSize + lane_of()) * kVector;
-    if (first_channel + channel >= args.channels) continue;
+    if (channel >= channels) continue;
     Pack<Scalar, kVector> result;
 #pragma unroll
     for (int c = 0; c < kVector; ++c) store(result.at[c], sums.at[pack][c]);
-    store_pack<kVector>(rows + (i64(sums.row) * args.channels + channel), result);
+    store_pack<kVector>(row_at(rows, sums.row, bytes) + channel, result);
   }
 }
 
@@ -399,6 +400,8 @@ __global__ void __launch_bounds__(kBlockSize) gather(const Args args) {
   const i32 first_channel = i32(chunk) * Chunks<kVector, kPacks>::kChannels;
   const Packs<Weight, Grad, T, kVector, kPacks> packs(args, first_channel);
   Scalar* rows = rows_at<Scalar>(args, run, first_channel);
+  const i32 channels = i32(args.channels) - first_channel;
+  const u32 row_bytes = u32(args.channels) * u32(sizeof(Scalar));
   u32 seen = 0, written = 0, crowded = 0;  // a bit for each row
   each_map(args, run, [&](const Place& place, const Around& around) {
     // Maps that overlap are added up where sums are not yet rounded.
@@ -409,7 +412,7 @@ __global__ void __launch_bounds__(kBlockSize) gather(const Args args) {
     const auto write = [&](const Sums<T, kVector, kPacks>& row) {
       if (row.row < 0) return;
       written |= 1u << row.row;
-      write_row(args, rows, first_channel, row);
+      write_row(rows, row_bytes, channels, row);
     };
 #pragma unroll 1
     for (i32 first = 0; first < around.count; first += kWarpSize) {
@@ -422,7 +425,7 @@ __global__ void __launch_bounds__(kBlockSize) gather(const Args args) {
   Sums<T, kVector, kPacks> none;
 #pragma unroll 1
   for (none.row = 0; none.row < run.rows; ++none.row) {
-    if (((written | crowded) >> none.row & 1) == 0) write_row(args, rows, first_channel, none);
+    if (((written | crowded) >> none.row & 1) == 0) write_row(rows, row_bytes, channels, none);
   }
 }
 
@@ -477,7 +480,7 @@ __global__ void __launch_bounds__(kBlockSize) gather_crowds(const Args args) {
       T sum = T(0);
 #pragma unroll
       for (i32 part = 0; part < kWarps; ++part) sum += parts[part][row][channel];
-      store(rows[i64(row) * args.channels + channel], sum);
+      store(row_at(rows, row, u32(args.channels) * u32(sizeof(Scalar)))[channel], sum);
     }
     __syncthreads();
   }

@@ -108,7 +108,10 @@ def _arrange(
     form: str = "one",
     **options: Any,
 ) -> dict[str, Any]:
-    """The rows of all cameras, in the form that is tried: they are differentiated as one tensor."""
+    """The rows of all cameras, in the form that is tried: they are differentiated as one tensor.
+
+    In the form "shared", all cameras have the maps of the first; the rows of others are no map's.
+    """
     from torchkiln.ops.deformable.deformable_aggregation import indices_of
 
     cameras = sampling_location.shape[3] if sampling_location.dim() == 5 else 1
@@ -116,9 +119,11 @@ def _arrange(
     if not all(isinstance(size, tuple) and min(size) > 0 for size in sizes):
         raise ValueError(f"{_OP}: sizes must be heights and widths; got {sizes}")
     areas = [height * width for height, width in sizes]
-    if form == "one":
+    if form in ("one", "shared"):
         # Cached, as for users: a graph that is captured makes no tensors of lists.
         shapes, starts = indices_of((tuple(sizes),) * cameras, features.device)
+        if form == "shared":
+            starts = starts[:1].expand_as(starts)
         own = {"spatial_shape": shapes, "scale_start_index": starts}
         return {"feature_maps": features, **points, **own, **options}
     if features.dim() != 3 or features.shape[1] != cameras * sum(areas):
@@ -202,6 +207,7 @@ def parity() -> Parity:
             # More samples around a pixel than a block of the maps' gradient keeps for itself.
             Case("crowded", lambda new: _arguments(new, 8, 200, 2, 8, 1, sizes=[(3, 4), (2, 3)])),
             Case("one_place", _one_place),
+            Case("shared_maps", lambda new: _arguments(new, form="shared")),
             Case("wide", lambda new: _arguments(new, 3, 4, 2, 264, 3, form="channels_last")),
             Case("wide_output", lambda new: _arguments(new, output_dtype=torch.float32)),
             Case("a_group_a_channel", lambda new: _arguments(new, channels=6, groups=6)),
