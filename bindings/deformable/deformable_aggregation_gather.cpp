@@ -125,11 +125,10 @@ Gather gather_kernel() {
             const std::int64_t chunks = ceil_div(p.sizes.channels, 32 * p.statics.vector * t.packs);
             const std::int64_t all = quads(p.sizes);
             // How many are crowded only the device knows: a few blocks for each multiprocessor take all in turn.
-            const std::int64_t most = std::int64_t{8} * p.device.multiprocessors;
+            const std::int64_t most = ceil_div(std::int64_t{8} * p.device.multiprocessors, chunks);
             const std::int64_t blocks =
-                kCrowds ? std::min(all * chunks, most)
-                        : ceil_div(all / (t.rows / kQuad), t.block_size / 32) * chunks;
-            return linear(blocks, t.block_size);
+                kCrowds ? std::min(all, most) : ceil_div(all / (t.rows / kQuad), t.block_size / 32);
+            return linear(blocks * chunks, t.block_size);
           },
   });
 }

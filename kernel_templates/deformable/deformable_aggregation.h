@@ -236,7 +236,8 @@ TORCHKILN_HD Run run_at(const Args& args, i32 quad, i32 rows) {
   i32 quads = 0;
   TORCHKILN_ROLLED
   for (i32 source = 0; source < sources; ++source) quads += i32(quads_of(rows_of(args, source)));
-  Run run = {0, quad / quads, quad % quads, 0};
+  const u32 image = u32(quad) / u32(quads);
+  Run run = {0, i32(image), quad - i32(image) * quads, 0};
   TORCHKILN_ROLLED
   for (; run.source < sources - 1; ++run.source) {
     const i32 own = i32(quads_of(rows_of(args, run.source)));

@@ -100,8 +100,8 @@ struct Place {
 
   // Of a map, whatever its number. It has none where h is 0.
   __device__ __forceinline__ Place(const Args& args, const Run& run, i32 map) : number(map) {
-    const i32 levels = i32(args.levels), camera = map / levels, level = map - camera * levels;
-    const Map own = map_of(args, run.image, camera, level);
+    const u32 levels = u32(args.levels), camera = u32(map) / levels;
+    const Map own = map_of(args, run.image, i32(camera), i32(u32(map) - camera * levels));
     h = own.source == run.source ? own.h : 0;
     w = own.w;
     before = run.image * rows_of(args, run.source) + run.first - i32(own.first);
@@ -134,7 +134,8 @@ struct Around {
     rows = __ballot_sync(0xffffffffu, inside);
     i32 beside = 0;
     if (inside) {
-      const i32 pixel = place.before + lane_of(), left = pixel % place.w != 0 ? 1 : 0;
+      const i32 pixel = place.before + lane_of();
+      const i32 left = u32(pixel) % u32(place.w) != 0 ? 1 : 0;
       const i64 bin = first_bin(args, run.source) + i64(run.image) * rows_of(args, run.source) +
                       run.first + lane_of();
       if (pixel >= place.w) {
@@ -177,14 +178,17 @@ template <class T>
 __device__ __forceinline__ Share<T> share_of(const Args& args, const Run& run, const Place& place,
                                              i32 row, i32 listed) {
   const i32 maps = maps_of(args), points = i32(args.points), levels = i32(args.levels);
-  const i32 sample = listed / maps, query = sample / points, camera = place.number / levels;
+  // Numbers that are never negative: without their sign, divisions are shorter.
+  const i32 sample = i32(u32(listed) / u32(maps)), query = i32(u32(sample) / u32(points));
+  const i32 camera = i32(u32(place.number) / u32(levels));
   Share<T> share = {0, 0, -1, T(0)};
   if (listed - sample * maps != place.number) return share;  // maps overlap
   T right, down;
   location_at(args, (run.image * args.queries * points + sample) * args.cameras + camera, right,
               down);
   const Touch<T> touch = touch_of(place.h, place.w, right, down);
-  const i32 y = (place.before + row) / place.w, x = place.before + row - y * place.w;
+  const i32 pixel = place.before + row, y = i32(u32(pixel) / u32(place.w));
+  const i32 x = pixel - y * place.w;
   const i32 below = y - touch.top, beside = x - touch.left;
   if (u32(below) > 1u || u32(beside) > 1u) return share;
   share.query = run.image * i32(args.queries) + query;
@@ -276,7 +280,7 @@ struct Packs {
 #pragma unroll
     for (int pack = 0; pack < kPacks; ++pack) {
       const i32 channel = min_of(first + channel_of(pack), i32(args.channels) - kVector);
-      group[pack] = channel / (i32(args.channels) / groups);
+      group[pack] = i32(u32(channel) * u32(groups) / u32(args.channels));
       weights[pack] = static_cast<const Weight*>(args.weights) + group[pack];
       gradients[pack] = static_cast<const Grad*>(args.grad_output) + channel;
     }
@@ -437,14 +441,14 @@ __global__ void __launch_bounds__(kBlockSize) gather_crowds(const Args args) {
   __shared__ Share<T> lists[kWarps][kWarpSize];
   __shared__ T parts[kWarps][kRows][kChannels];
   const i32 warp = i32(threadIdx.x) / kWarpSize;
-  const i32 chunks = i32(Chunks<kVector, kPacks>::count(args));
-  const i64 items = i64(*args.crowds) * chunks;
+  // All chunks of channels have as many blocks.
+  const u32 chunks = Chunks<kVector, kPacks>::count(args), crowds = u32(*args.crowds);
+  const i32 first_channel = i32(blockIdx.x % chunks) * kChannels;
+  const i32 channels = min_of(kChannels, i32(args.channels) - first_channel);
+  const Packs<Weight, Grad, T, kVector, kPacks> packs(args, first_channel);
 #pragma unroll 1
-  for (i64 item = blockIdx.x; item < items; item += gridDim.x) {
-    const i64 crowd = item / chunks;
+  for (u32 crowd = blockIdx.x / chunks; crowd < crowds; crowd += gridDim.x / chunks) {
     const Run run = run_at(args, args.crowded[crowd], kRows);
-    const i32 first_channel = i32(item - crowd * chunks) * kChannels;
-    const Packs<Weight, Grad, T, kVector, kPacks> packs(args, first_channel);
 #pragma unroll 1
     for (i32 i = lane_of(); i < kRows * kChannels; i += kWarpSize) {
       parts[warp][i / kChannels][i % kChannels] = T(0);
@@ -472,7 +476,6 @@ __global__ void __launch_bounds__(kBlockSize) gather_crowds(const Args args) {
     });
     __syncthreads();
     Scalar* rows = rows_at<Scalar>(args, run, first_channel);
-    const i32 channels = min_of(kChannels, i32(args.channels) - first_channel);
 #pragma unroll 1
     for (i32 i = threadIdx.x; i < run.rows * kChannels; i += kBlockSize) {
       const i32 row = i / kChannels, channel = i % kChannels;
