@@ -41,6 +41,7 @@ template <class Of, int kMethod, class V>
 struct Channel {
   Rate<kMethod, V> rate[Of::kStates];
   V state[Of::kStates], product[Of::kStates];
+  Real<V> step;  // the sum of all, instead of the products, where alphas are exponential
   Window<kMethod, V> window[Of::kStates];
 };
 
@@ -79,6 +80,7 @@ template <bool kSummarises, class Of, int kMethod, class V>
 __device__ __forceinline__ void scan_four(const Readings<Of, kMethod, V>& in,
                                           Channel<Of, kMethod, V>& channel, Real<V>* y) {
   using T = Real<V>;
+  if constexpr (kSummarises) channel.step += (in.d[0] + in.d[1]) + (in.d[2] + in.d[3]);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     y[i] = T(0);
@@ -117,6 +119,7 @@ __device__ __forceinline__ void enter(const Args& args, const Place& place, cons
   const i64 states = place.row_of(p, lane.row) * p.states, all = p.batch * p.dim * p.states;
   const V* initial = static_cast<const V*>(args.initial_state) + states;
   const V zero = number<V>(0);
+  channel.step = Real<V>(0);
 #pragma unroll
   for (int s = 0; s < Of::kStates; ++s) {
     const int n = lane.state(s);
@@ -187,7 +190,7 @@ __device__ __forceinline__ void write_outputs(const Args& args, const Place& pla
 // The last states, or what the split makes of any state before it.
 template <bool kSummarises, class Of, int kMethod, class V>
 __device__ __forceinline__ void leave(const Args& args, const Place& place, const Lane<Of>& lane,
-                                      int split, bool is_last, Real<V> whole_step,
+                                      int split, bool is_last,
                                       const Channel<Of, kMethod, V>& channel) {
   const Problem& p = args.problem;
   const i64 states = place.row_of(p, lane.row) * p.states, all = p.batch * p.dim * p.states;
@@ -198,7 +201,7 @@ __device__ __forceinline__ void leave(const Args& args, const Place& place, cons
     if constexpr (kSummarises) {
       V product = channel.product[s];
       if constexpr (has_exponential_alpha(kMethod)) {
-        product = quick_exp_of_product(whole_step, channel.rate[s].a);
+        product = quick_exp_of_product(channel.step, channel.rate[s].a);
       }
       static_cast<Affine<V>*>(args.summaries)[split * all + states + n] = {product,
                                                                            channel.state[s]};
@@ -314,7 +317,6 @@ __global__ void __launch_bounds__(
   if (p.constant_B) of_B = constant_matrix(p.B, p, place, lane, matrices);
   if (p.constant_C && !kSummarises) of_C = constant_matrix(p.C, p, place, lane, matrices + kMatrix);
   const RowWeights<Of, T> bias(p.delta_bias, place), skip(p.D, place);
-  T whole_step = T(0);
 
   OfSteps steps(p, place);
   OfB B(p.B, p, place);
@@ -339,13 +341,6 @@ __global__ void __launch_bounds__(
       __syncwarp();
       if constexpr (!kSummarises) {
         write_outputs<Of, kComplex>(args, place, first, out, rows + OfSteps::kArray, skip, u, z);
-      } else if constexpr (has_exponential_alpha(kMethod)) {
-#pragma unroll 2
-        for (int i = 0; i < kTile; i += 4) {
-          T d[4];
-          read_quad(rows + lane.row * Of::kRowPitch + i, d);
-          whole_step += (d[0] + d[1]) + (d[2] + d[3]);
-        }
       }
     }
     // Of two tiles of B and C nobody reads the one that is written now: all have passed the barrier after it.
@@ -366,7 +361,7 @@ __global__ void __launch_bounds__(
     }
     __syncthreads();
   }
-  leave<kSummarises>(args, place, lane, split, end == p.length, whole_step, channel);
+  leave<kSummarises>(args, place, lane, split, end == p.length, channel);
 }
 
 }  // namespace torchkiln::selective_scan
