@@ -195,5 +195,9 @@ TORCHKILN_HD T sigmoid_of(T x) {
   const T e = quick_exp(x < T(0) ? x : -x), large = reciprocal_of(T(1) + e);
   return x < T(0) ? e * large : large;
 }
+#if defined(__CUDACC_RTC__)
+// The reciprocal of infinity is 0 there, as small results are.
+TORCHKILN_HD float sigmoid_of(float x) { return quick_reciprocal(1.0f + quick_exp(-x)); }
+#endif
 
 }  // namespace torchkiln

@@ -2,7 +2,7 @@
 // reads what lies before and behind them too; where the channels are (`columns`), it walks along the sequence with
 // kVector channels and keeps the last inputs in registers. The gradients of weight and bias are summed within a block
 // over its slab, a part of batch and length, and `finish` adds the slabs in a fixed order.
-// spills: up to 8 bytes for packed sequences, by ptxas' own choice: no kernel asks for a number of blocks.
+// spills: up to 8 bytes for packed sequences and on sm_80, by ptxas' own choice.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -23,6 +23,23 @@ __device__ __forceinline__ i64 quotient(i64 n, i64 d) {
 
 // ---- the sequence is contiguous ----
 
+// kVector positions of x from `first` on; they lie wholly before the start, inside, or behind the end. As they come: to
+// convert them would be to wait for them.
+template <int kVector, class Scalar>
+__device__ __forceinline__ Pack<Scalar, kVector> load_positions(const Line<Scalar>& line, i64 first,
+                                                                int reach) {
+  if (first >= 0 && first < line.length) return load_pack<kVector>(line.x + first);
+  Pack<Scalar, kVector> result = {};
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    const i64 position = first + i;
+    if (line.initial != nullptr && position < 0 && position >= -reach) {
+      result.at[i] = line.initial[position];
+    }
+  }
+  return result;
+}
+
 // Inputs, and the sequences that they belong to, of positions from `first` on. Positions come in vectors that lie
 // wholly before the start, inside, or behind the end.
 template <class Scalar, int kWidth, int kVector, int kCount, bool kSequences>
@@ -32,20 +49,25 @@ struct Window {
   int sequence[kSequences ? kCount : 1];
 
   __device__ __forceinline__ Window(const Line<Scalar>& line, i64 first) {
+    Pack<Scalar, kVector> given[kCount / kVector];
+    if (first >= 0 && first + kCount <= line.length) {
+#pragma unroll
+      for (int p = 0; p < kCount; p += kVector) {
+        given[p / kVector] = load_pack<kVector>(line.x + first + p);
+      }
+    } else {
+#pragma unroll
+      for (int p = 0; p < kCount; p += kVector) {
+        given[p / kVector] = load_positions<kVector>(line, first + p, kWidth - 1);
+      }
+    }
 #pragma unroll
     for (int p = 0; p < kCount; p += kVector) {
-      const i64 at = first + p;
-      if (at >= 0 && at < line.length) {
-        const auto pack = load_pack<kVector>(line.x + at);
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) x[p + i] = load(pack.at[i]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) x[p + i] = line.at(at + i, kWidth - 1);
-      }
+      for (int i = 0; i < kVector; ++i) x[p + i] = load(given[p / kVector].at[i]);
       if constexpr (kSequences) {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) sequence[p + i] = line.sequence(at + i);
+        for (int i = 0; i < kVector; ++i) sequence[p + i] = line.sequence(first + p + i);
       }
     }
   }
@@ -116,7 +138,7 @@ __global__ void __launch_bounds__(kBlockSize) forward_rows(const Args args) {
       if (args.silu) sum = silu_of(sum);
       store(result.at[i], window.exists(kBefore + i) ? sum : Acc<Scalar>(0));
     }
-    store_pack<kVector>(out + first, result);
+    store_whole<kVector>(out + first, result);
   }
 }
 
@@ -124,36 +146,16 @@ __global__ void __launch_bounds__(kBlockSize) forward_rows(const Args args) {
 template <class Scalar, int kVector>
 struct Tile {
   using T = Acc<Scalar>;
+  using Raw = Pack<Scalar, kVector>;
   static constexpr int kSpan = kWarpSize * kVector;
   T at[kVector];
 
-  // This lane's positions, from `first` on, of x; they lie wholly before the start, inside, or behind the end.
-  __device__ __forceinline__ void load_x(const Line<Scalar>& line, i64 first, int reach) {
-    if (first >= 0 && first < line.length) {
-      fill(line.x + first);
-      return;
-    }
+  __device__ __forceinline__ void convert(const Raw& raw) {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      const i64 position = first + i;
-      const bool given = line.initial != nullptr && position < 0 && position >= -reach;
-      at[i] = given ? load(line.initial[position]) : T(0);
-    }
+    for (int i = 0; i < kVector; ++i) at[i] = load(raw.at[i]);
   }
-  __device__ __forceinline__ void load_gradient(const Scalar* row, i64 first, i64 length) {
-    if (first < length) {
-      fill(row + first);
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) at[i] = T(0);
-  }
-
- private:
-  __device__ __forceinline__ void fill(const Scalar* from) {
-    const auto pack = load_pack<kVector>(from);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) at[i] = load(pack.at[i]);
+  __device__ __forceinline__ static Raw load_gradient(const Scalar* row, i64 first, i64 length) {
+    return first < length ? load_pack<kVector>(row + first) : Raw{};
   }
 };
 
@@ -209,18 +211,18 @@ __device__ __forceinline__ void backward_segment(const Args& args, const Line<Sc
   const int last = left > kTiles * kSpan ? tiles : tiles - 1;
   const bool counts = last < tiles || i32(threadIdx.x % kWarpSize) * kVector < kReach;
   const i64 first_of_last = counts ? begin + last * kSpan : line.length;
-  AnyTile x, before, coming, after = {};
-  x.load_x(line, first_of_last, kReach);
-  before.load_x(line, begin + (last - 1) * kSpan, kReach);
-  coming.load_gradient(grad_out, first_of_last, line.length);
+  AnyTile x, before, given, after = {};
+  x.convert(load_positions<kVector>(line, first_of_last, kReach));
+  before.convert(load_positions<kVector>(line, begin + (last - 1) * kSpan, kReach));
+  typename AnyTile::Raw next = {}, coming;
+  coming = AnyTile::load_gradient(grad_out, first_of_last, line.length);
 #pragma unroll 1
   for (int tile = last; tile >= 0; --tile) {
     const i64 first = begin + tile * kSpan;
-    const AnyTile given = coming;
-    AnyTile next = before;
+    given.convert(coming);
     if (tile > 0) {
-      next.load_x(line, first - 2 * kSpan, kReach);
-      coming.load_gradient(grad_out, first - kSpan, line.length);
+      next = load_positions<kVector>(line, first - 2 * kSpan, kReach);
+      coming = AnyTile::load_gradient(grad_out, first - kSpan, line.length);
     }
     const Sequences<2 * kReach + kVector, kSequences> sequences(line, first - kReach);
     T window[kReach + kVector];
@@ -247,8 +249,10 @@ __device__ __forceinline__ void backward_segment(const Args& args, const Line<Sc
     }
     after = grad;
     x = before;
-    before = next;
-    if (tile == tiles) continue;
+    if (tile == tiles) {
+      before.convert(next);
+      continue;
+    }
     Pack<Scalar, kVector> result;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -262,7 +266,8 @@ __device__ __forceinline__ void backward_segment(const Args& args, const Line<Sc
       sums[kWidth] += grad.at[i];
       store(result.at[i], sum);
     }
-    if (first < line.length) store_pack<kVector>(out + first, result);
+    if (first < line.length) store_whole<kVector>(out + first, result);
+    before.convert(next);
   }
 }
 
@@ -329,15 +334,17 @@ struct Trail {
   T x[kWidth][kVector];
   int sequence[kSequences ? kWidth : 1];
 
+  // Position `position` comes, beyond the ends too.
   __device__ __forceinline__ void push(const Args& args, const Line<Scalar>& line, i64 position) {
-#pragma unroll
-    for (int j = 0; j + 1 < kWidth; ++j) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) x[j][i] = x[j + 1][i];
-      if constexpr (kSequences) sequence[j] = sequence[j + 1];
-    }
+    move(line, position);
     load_channels<Scalar, kWidth, kVector>(args, line, position, x[kWidth - 1]);
-    if constexpr (kSequences) sequence[kWidth - 1] = line.sequence(position);
+  }
+  // The same with its inputs.
+  __device__ __forceinline__ void push(const Line<Scalar>& line, i64 position,
+                                       const Pack<Scalar, kVector>& given) {
+    move(line, position);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) x[kWidth - 1][i] = load(given.at[i]);
   }
   __device__ __forceinline__ bool joined(int j) const {
     if constexpr (kSequences) return sequence[j] == sequence[kWidth - 1];
@@ -346,6 +353,17 @@ struct Trail {
   __device__ __forceinline__ bool exists() const {
     if constexpr (kSequences) return sequence[kWidth - 1] >= 0;
     return true;
+  }
+
+ private:
+  __device__ __forceinline__ void move(const Line<Scalar>& line, i64 position) {
+#pragma unroll
+    for (int j = 0; j + 1 < kWidth; ++j) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) x[j][i] = x[j + 1][i];
+      if constexpr (kSequences) sequence[j] = sequence[j + 1];
+    }
+    if constexpr (kSequences) sequence[kWidth - 1] = line.sequence(position);
   }
 };
 
@@ -375,9 +393,27 @@ struct Filters {
   }
 };
 
-// channels is a multiple of kVector. A thread takes kSteps positions. Grid: one-dimensional.
+// The results at the newest position of a trail.
+template <class Scalar, int kWidth, int kVector, class AnyTrail>
+__device__ __forceinline__ void store_results(Scalar* to, const AnyTrail& trail,
+                                              const Filters<Scalar, kWidth, kVector>& filters,
+                                              bool silu) {
+  Pack<Scalar, kVector> result;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    Acc<Scalar> sum = filters.sum(trail, i);
+    if (silu) sum = silu_of(sum);
+    store(result.at[i], trail.exists() ? sum : Acc<Scalar>(0));
+  }
+  store_whole<kVector>(to, result);
+}
+
+// channels is a multiple of kVector. A thread takes kSteps positions, a chunk of them under way at once. Grid:
+// one-dimensional.
 template <class Scalar, int kWidth, bool kSequences, int kVector, int kBlockSize, int kSteps>
 __global__ void __launch_bounds__(kBlockSize) forward_columns(const Args args) {
+  constexpr int kChunk = 4;
+  static_assert(kSteps % kChunk == 0);
   const i64 groups = args.channels / kVector;
   const i64 spans = (args.length + kSteps - 1) / kSteps;
   const i64 thread = i64(blockIdx.x) * kBlockSize + threadIdx.x;
@@ -387,22 +423,27 @@ __global__ void __launch_bounds__(kBlockSize) forward_columns(const Args args) {
   const Line<Scalar> line(args, batch, channel);
   const Filters<Scalar, kWidth, kVector> filters(args, channel);
   const i64 first = (span - batch * spans) * kSteps;
-  const i64 last = min_of(args.length, first + kSteps);
-  Scalar* out = static_cast<Scalar*>(args.out) + batch * args.out_strides.batch + channel;
+  const int count = int(min_of(i64(kSteps), args.length - first));
+  const i64 stride = args.out_strides.length;
+  const Scalar* x = line.x + first * line.stride;
+  Scalar* out =
+      static_cast<Scalar*>(args.out) + batch * args.out_strides.batch + channel + first * stride;
   Trail<Scalar, kWidth, kVector, kSequences> trail;
 #pragma unroll
   for (int j = 1; j < kWidth; ++j) trail.push(args, line, first - kWidth + j);
-#pragma unroll 4
-  for (i64 k = first; k < last; ++k) {
-    trail.push(args, line, k);
-    Pack<Scalar, kVector> result;
+#pragma unroll 1
+  for (int k = 0; k < count; k += kChunk, x += kChunk * line.stride, out += kChunk * stride) {
+    Pack<Scalar, kVector> given[kChunk];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      Acc<Scalar> sum = filters.sum(trail, i);
-      if (args.silu) sum = silu_of(sum);
-      store(result.at[i], trail.exists() ? sum : Acc<Scalar>(0));
+    for (int c = 0; c < kChunk; ++c) {
+      given[c] = {};
+      if (k + c < count) given[c] = load_pack<kVector>(x + c * line.stride);
     }
-    store_pack<kVector>(out + k * args.out_strides.length, result);
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) {
+      trail.push(line, first + k + c, given[c]);
+      if (k + c < count) store_results(out + c * stride, trail, filters, args.silu != 0);
+    }
   }
 }
 
@@ -497,7 +538,7 @@ struct ColumnsTile {
         if (kOwn) sums.at[kWidth][i] += grad;
         store(result.at[i], of_x);
       }
-      if (u32(n + c - kReach) < u32(steps)) store_pack<kVector>(out, result);
+      if (u32(n + c - kReach) < u32(steps)) store_whole<kVector>(out, result);
       out += out_stride;
     }
     walk.template move<kReach>();
