@@ -114,8 +114,8 @@ std::int64_t chunks(const GatherStatics& s, std::int64_t channels, std::int64_t 
 // Runs of rows end with their source: at most one more for each.
 std::int64_t runs(const Sizes& s) { return s.batch * (s.rows / kRunRows + s.sources); }
 
-// Sums that a lane keeps in registers.
-constexpr std::int64_t kMostSums = 64;
+// Sums that a lane keeps in registers; twice as many spill.
+constexpr std::int64_t kMostSums = 32;
 
 // A second pack where there are channels for it.
 std::uint32_t packs_for(const GatherStatics& s, std::int64_t channels) {

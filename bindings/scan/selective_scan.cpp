@@ -44,6 +44,9 @@ struct Tunables {
 struct BackwardTunables {
   std::int64_t warps, lanes, states, panels;
 };
+struct SummaryTunables {
+  std::int64_t warps, lanes, states;
+};
 struct SumStatics {
   std::int64_t scalar;
 };
@@ -56,12 +59,16 @@ struct BlockSize {
 
 using Forward = Kernel<Args, Statics, Sizes, Tunables>;
 using Backward = Kernel<BackwardArgs, Statics, Sizes, BackwardTunables>;
+using Summary = Kernel<BackwardArgs, Statics, Sizes, SummaryTunables>;
 using Sum = Kernel<SumArgs, SumStatics, SumSizes, BlockSize>;
 
 constexpr std::int64_t kWarp = 32;
 
 // Of a block.
-std::int64_t channels_of(const Tunables& t) { return t.warps * kWarp / t.lanes; }
+template <class AnyTunables>
+std::int64_t channels_of(const AnyTunables& t) {
+  return t.warps * kWarp / t.lanes;
+}
 
 template <class Problem>
 std::int64_t scalar_bytes(const Problem& p) {
@@ -87,27 +94,24 @@ std::int64_t shared_bytes(const Forward::Problem& p, const Tunables& t) {
   return 2 * matrix * number + rows * selective_scan::pitch_of(tile, real) * real +
          selective_scan::kRowsSlack;
 }
+// Whether lanes have places for all states, and not many more.
+bool is_close(std::int64_t states, std::int64_t places) {
+  return states <= places && places < std::max<std::int64_t>(4 * states, 32);
+}
 bool fits(const Forward::Problem& p, const Tunables& t) {
-  const std::int64_t padded = t.lanes * t.states, states = p.sizes.states;
-  const bool is_close = states <= padded && padded < std::max<std::int64_t>(4 * states, 32);
-  return is_close && t.row_bytes >= 4 * state_bytes(p) &&
+  return is_close(p.sizes.states, t.lanes * t.states) && t.row_bytes >= 4 * state_bytes(p) &&
          shared_bytes(p, t) <= p.device.shared_bytes_per_block;
 }
 
-// The fewest lanes that give every multiprocessor enough warps: those of a channel share what is not done for each state.
+// By the number of states. Few rows are split among blocks rather than among more lanes, which would share less.
 const std::vector<Tunables> kForwardDefaults = {
-    {4, 8, 2, 128}, {4, 16, 1, 256}, {4, 4, 1, 128}, {8, 32, 2, 128}, {8, 32, 8, 64}};
-constexpr std::int64_t kEnoughWarps = 6;
+    {4, 8, 2, 128}, {4, 4, 1, 128}, {8, 32, 2, 128}, {8, 32, 8, 64}};
 
-std::int64_t warps_of(const Sizes& sizes, const Tunables& t) {
-  return ceil_div(sizes.groups * sizes.channels * t.lanes, kWarp);
-}
 std::uint32_t choose_forward(const Forward::Problem& p) {
   const std::int64_t states = p.sizes.states;
-  if (states > 64) return 4;
-  if (states > 16) return 3;
-  if (states <= 4) return 2;
-  return warps_of(p.sizes, kForwardDefaults[0]) < kEnoughWarps * p.device.multiprocessors ? 1 : 0;
+  if (states > 64) return 3;
+  if (states > 16) return 2;
+  return states > 4 ? 0 : 1;
 }
 Geometry forward_geometry(const Forward::Problem& p, const Tunables& t) {
   return linear(panels(p.sizes, channels_of(t)) * p.sizes.splits, t.warps * kWarp,
@@ -115,11 +119,11 @@ Geometry forward_geometry(const Forward::Problem& p, const Tunables& t) {
 }
 
 // What selective_scan_backward.cuh lays out in shared memory.
-std::int64_t row_bytes(const Backward::Problem& p, const BackwardTunables& t,
-                       std::int64_t panel_count) {
+template <class Problem, class AnyTunables>
+std::int64_t row_bytes(const Problem& p, const AnyTunables& t, std::int64_t panel_count) {
   const int arrays = selective_scan::backward_arrays(static_cast<int>(p.statics.method),
                                                      static_cast<int>(panel_count));
-  return scalar_bytes(p) * arrays * (t.warps * kWarp / t.lanes) * selective_scan::kTilePitch;
+  return scalar_bytes(p) * arrays * channels_of(t) * selective_scan::kTilePitch;
 }
 std::int64_t shared_bytes(const Backward::Problem& p, const BackwardTunables& t) {
   const auto padded = static_cast<int>(t.lanes * t.states);
@@ -128,36 +132,44 @@ std::int64_t shared_bytes(const Backward::Problem& p, const BackwardTunables& t)
   return state_bytes(p) * (2 * padded * selective_scan::kTilePitch + t.warps * of_warp) +
          row_bytes(p, t, t.panels);
 }
-std::int64_t summary_bytes(const Backward::Problem& p, const BackwardTunables& t) {
+std::int64_t shared_bytes(const Summary::Problem& p, const SummaryTunables& t) {
   return state_bytes(p) * t.lanes * t.states * selective_scan::kTilePitch + row_bytes(p, t, 1);
 }
-std::int64_t channels_of(const BackwardTunables& t) { return t.warps * kWarp / t.lanes; }
+bool fits(const Summary::Problem& p, const SummaryTunables& t) {
+  return t.lanes * t.states < std::max<std::int64_t>(4 * p.sizes.states, 32) &&
+         shared_bytes(p, t) <= p.device.shared_bytes_per_block;
+}
 // Each block needs a part of its own.
 bool fits(const Backward::Problem& p, const BackwardTunables& t) {
   const std::int64_t padded = t.lanes * t.states, states = p.sizes.states;
-  const bool is_close = t.panels == 1
-                            ? states <= padded && padded < std::max<std::int64_t>(4 * states, 32)
-                            : states > padded && states <= t.panels * padded;
+  const bool has_places =
+      t.panels == 1 ? is_close(states, padded) : states > padded && states <= t.panels * padded;
   const bool has_parts =
       p.sizes.parts == 0 || ceil_div(p.sizes.channels, channels_of(t)) <= p.sizes.parts;
-  return is_close && has_parts && shared_bytes(p, t) <= p.device.shared_bytes_per_block;
+  return has_places && has_parts && shared_bytes(p, t) <= p.device.shared_bytes_per_block;
 }
 // The last ones are for many states, and for those that fill the shared memory.
 const std::vector<BackwardTunables> kBackwardDefaults = {{4, 4, 4, 1}, {4, 4, 2, 1}, {4, 4, 1, 1},
                                                          {4, 8, 4, 1}, {2, 8, 4, 8}, {1, 4, 4, 16},
                                                          {1, 4, 2, 32}};
+// Which of the first four, in both tables.
+std::uint32_t choose_by_states(std::int64_t states) {
+  return states > 16 ? 3 : (states > 8 ? 0 : (states > 4 ? 1 : 2));
+}
 std::uint32_t choose_backward(const Backward::Problem& p) {
-  std::uint32_t chosen =
-      p.sizes.states > 16 ? 3 : (p.sizes.states > 8 ? 0 : (p.sizes.states > 4 ? 1 : 2));
+  std::uint32_t chosen = choose_by_states(p.sizes.states);
   while (chosen + 1 < kBackwardDefaults.size() && !fits(p, kBackwardDefaults[chosen])) {
     chosen = std::max<std::uint32_t>(chosen + 1, 3);
   }
   return chosen;
 }
-template <auto bytes>
-Geometry backward_geometry(const Backward::Problem& p, const BackwardTunables& t) {
+// More states are gone through in turns.
+const std::vector<SummaryTunables> kSummaryDefaults = {{4, 4, 4}, {4, 4, 2}, {4, 4, 1}, {4, 8, 4}};
+std::uint32_t choose_summary(const Summary::Problem& p) { return choose_by_states(p.sizes.states); }
+template <class Problem, class AnyTunables>
+Geometry backward_geometry(const Problem& p, const AnyTunables& t) {
   return linear(panels(p.sizes, channels_of(t)) * p.sizes.splits, t.warps * kWarp,
-                static_cast<std::uint32_t>(bytes(p, t)));
+                static_cast<std::uint32_t>(shared_bytes(p, t)));
 }
 
 std::vector<Parameter> statics() {
@@ -185,27 +197,34 @@ const Forward forward_kernel({
     .geometry = &forward_geometry,
 });
 
-constexpr auto kBackwardBytes =
-    static_cast<std::int64_t (*)(const Backward::Problem&, const BackwardTunables&)>(&shared_bytes);
+// Its chunks begin where the forward keeps states.
+const Backward backward_kernel({
+    .path = "scan/selective_scan_backward.cuh",
+    .entry = "backward",
+    .operators = {kOp},
+    .statics = statics(),
+    .sizes = kSizes,
+    .tunables = {ints("warps", {1, 2, 4, 8}), ints("lanes", {1, 2, 4, 8, 16, 32}),
+                 ints("states", {1, 2, 4, 8}), ints("panels", {1, 2, 4, 8, 16, 32})},
+    .defaults = kBackwardDefaults,
+    .legal = &fits,
+    .choose = &choose_backward,
+    .geometry = &backward_geometry<Backward::Problem, BackwardTunables>,
+});
 
-Backward backward_entry(const char* entry,
-                        Geometry (*geometry)(const Backward::Problem&, const BackwardTunables&)) {
-  return Backward({
-      .path = "scan/selective_scan_backward.cuh",
-      .entry = entry,
-      .operators = {kOp},
-      .statics = statics(),
-      .sizes = kSizes,
-      .tunables = {ints("warps", {1, 2, 4, 8}), ints("lanes", {1, 2, 4, 8, 16, 32}),
-                   ints("states", {1, 2, 4, 8}), ints("panels", {1, 2, 4, 8, 16, 32})},
-      .defaults = kBackwardDefaults,
-      .legal = &fits,
-      .choose = &choose_backward,
-      .geometry = geometry,
-  });
-}
-const Backward backward_kernel = backward_entry("backward", &backward_geometry<kBackwardBytes>);
-const Backward summarise_kernel = backward_entry("summarise", &backward_geometry<&summary_bytes>);
+const Summary summarise_kernel({
+    .path = "scan/selective_scan_backward.cuh",
+    .entry = "summarise",
+    .operators = {kOp},
+    .statics = statics(),
+    .sizes = kSizes,
+    .tunables = {ints("warps", {1, 2, 4, 8}), ints("lanes", {1, 2, 4, 8, 16, 32}),
+                 ints("states", {1, 2, 4, 8})},
+    .defaults = kSummaryDefaults,
+    .legal = &fits,
+    .choose = &choose_summary,
+    .geometry = &backward_geometry<Summary::Problem, SummaryTunables>,
+});
 
 const Sum sum_kernel({
     .path = "scan/selective_scan_backward.cuh",
@@ -621,30 +640,35 @@ std::int64_t parts_of(const ScanInputs& in, const Device& device) {
   return ceil_div(sizes.channels, channels_of(chosen));
 }
 
-// Fewer warps than this on a multiprocessor do not hide what each waits for; a split goes through its positions twice, so
-// it must be long and there must be several.
-constexpr std::int64_t kTooFewWarps = 4, kWarpsWanted = 12, kLeastLength = 1024;
+// Warps that a multiprocessor holds.
+constexpr std::int64_t kResidentWarps = 16;
 
+// A split's positions are gone through twice, which pays where blocks would fill less than half of the GPU; splits are of
+// several tiles.
 std::int64_t splits_of(const ScanInputs& in, const Device& device) {
+  constexpr std::int64_t kLeastLength = 256;
   const Sizes sizes = sizes_of(in, 1, 0);
   const Tunables& chosen =
       kForwardDefaults[choose_forward(Forward::Problem{device, statics_of(in), sizes})];
-  const std::int64_t warps = warps_of(sizes, chosen);
-  if (warps >= kTooFewWarps * device.multiprocessors) return 1;
-  const std::int64_t wanted = ceil_div(kWarpsWanted * device.multiprocessors, warps);
-  return std::clamp<std::int64_t>(in.problem.length / kLeastLength, 1, wanted);
+  const std::int64_t blocks = panels(sizes, channels_of(chosen));
+  const std::int64_t resident = kResidentWarps / chosen.warps * device.multiprocessors;
+  if (2 * blocks > resident) return 1;
+  return std::clamp<std::int64_t>(in.problem.length / kLeastLength, 1, ceil_div(resident, blocks));
 }
 
 // As many as leave no block waiting for another one, of several tiles each. A neighbour's ratio behind a split is not known
 // there.
 std::int64_t backward_splits_of(const ScanInputs& in, const Device& device) {
-  constexpr std::int64_t kResidentWarps = 16, kLeastTiles = 4;
+  constexpr std::int64_t kLeastTiles = 4;
   if (selective_scan::neighbour_of(static_cast<int>(in.method)) > 0) return 1;
   const Sizes sizes = sizes_of(in, 1, 0);
-  const BackwardTunables& chosen =
-      kBackwardDefaults[choose_backward(Backward::Problem{device, statics_of(in), sizes})];
+  const Statics statics = statics_of(in);
+  const Backward::Problem problem{device, statics, sizes};
+  const BackwardTunables& chosen = kBackwardDefaults[choose_backward(problem)];
   const std::int64_t blocks = panels(sizes, channels_of(chosen));
-  const std::int64_t resident = kResidentWarps / chosen.warps * device.multiprocessors;
+  const std::int64_t warps = selective_scan::resident_warps(static_cast<int>(in.method),
+                                                            static_cast<int>(state_bytes(problem)));
+  const std::int64_t resident = warps / chosen.warps * device.multiprocessors;
   const std::int64_t tiles = in.problem.checkpoints;
   const std::int64_t wanted = std::clamp<std::int64_t>(
       resident / blocks, 1, std::max<std::int64_t>(tiles / kLeastTiles, 1));
@@ -675,8 +699,10 @@ void launch_forward(const CudaPlace& place, const ScanPlan& p, const Args& args,
   const auto output = [&](std::size_t offset, const Tensor& tensor) {
     return written && tensor.numel() > 0 ? writes(offset, tensor) : unused(offset);
   };
+  // Nobody begins with a summary of the last split.
+  const std::int64_t splits = args.summarises ? args.splits - 1 : args.splits;
   forward_kernel.run(
-      place, statics_of(in), sizes_of(in, args.splits, 0), args,
+      place, statics_of(in), sizes_of(in, splits, 0), args,
       {reads(kOffsetU, in.u), reads(kOffsetDelta, in.delta), reads_if(kOffsetZ, in.z),
        reads(kOffsetA, in.A), reads(kOffsetB, in.B), reads(kOffsetC, in.C),
        reads_if(kOffsetD, in.D), reads_if(kOffsetBias, in.delta_bias),
@@ -704,7 +730,7 @@ Outputs cuda(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor
     launch_forward(place, p, args, unused(kSummaries));
     return {p.out, p.last_state, p.checkpoints};
   }
-  const Tensor summaries = empty(u, p.inputs.wide(), {args.splits, 2 * p.last_state.numel()});
+  const Tensor summaries = empty(u, p.inputs.wide(), {args.splits - 1, 2 * p.last_state.numel()});
   args.summaries = summaries.mutable_data_ptr();
   args.summarises = 1;
   launch_forward(place, p, args, scratch(kSummaries, summaries));
@@ -760,6 +786,30 @@ void launch_backward(const CudaPlace& place, ScanBackwardPlan& p, const ScanSums
        matrix(offsetof(BackwardArgs, grad_C), sums.C, in.problem.constant_C)});
 }
 
+void launch_sums(const CudaPlace& place, const ScanInputs& in, const SumArgs& args) {
+  using selective_scan::Segment;
+  static_assert(selective_scan::kSegments == 5);
+  std::int64_t most = 0;
+  for (const Segment& segment : args.segments) most = std::max<std::int64_t>(most, segment.count);
+  const auto buffer_of = [&](int i, std::size_t offset, torchkiln_access access, ScalarType dtype,
+                             std::int64_t count) {
+    const std::int64_t bytes = count * static_cast<std::int64_t>(element_size(dtype));
+    return buffer(offsetof(SumArgs, segments) + i * sizeof(Segment) + offset, access, bytes,
+                  static_cast<std::int16_t>(kernel_type(dtype)));
+  };
+  const auto from = [&](int i) {
+    const Segment& s = args.segments[i];
+    return buffer_of(i, offsetof(Segment, from), TORCHKILN_READ, in.wide(), s.count * s.parts);
+  };
+  const auto to = [&](int i) {
+    const Segment& s = args.segments[i];
+    return buffer_of(i, offsetof(Segment, to), TORCHKILN_WRITE, s.narrow ? in.dtype() : in.wide(),
+                     s.count);
+  };
+  sum_kernel.run(place, {kernel_type(in.dtype())}, {most}, args,
+                 {from(0), to(0), from(1), to(1), from(2), to(2), from(3), to(3), from(4), to(4)});
+}
+
 Gradients backward_cuda(const Tensor& grad_out, const Optional& grad_last_state, const Tensor& u,
                         const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
                         const Optional& D, const Optional& z, const Optional& delta_bias,
@@ -777,12 +827,7 @@ Gradients backward_cuda(const Tensor& grad_out, const Optional& grad_last_state,
   p.args.splits = static_cast<i32>(backward_splits_of(p.inputs, place.facts()));
   const ScanSums sums = make_sums(p, parts);
   launch_backward(place, p, sums, parts);
-  const SumArgs args = sums_of(p, sums, parts);
-  std::int64_t most = 0;
-  for (const selective_scan::Segment& segment : args.segments) {
-    most = std::max<std::int64_t>(most, segment.count);
-  }
-  sum_kernel.run(place, {kernel_type(p.inputs.dtype())}, {most}, args, {});
+  launch_sums(place, p.inputs, sums_of(p, sums, parts));
   return as_tuple(p.gradients);
 }
 

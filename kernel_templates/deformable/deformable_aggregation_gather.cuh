@@ -8,6 +8,7 @@
 //           samples of all bins that may touch its rows, and each warp adds those that touch its own, in order. Blocks
 //           that have too many leave their rows to
 //   gather_crowds, where the warps of a block share the samples of a few rows, and add up what they have in order
+// spills: a few words for double, and on sm_75, whose threads have fewer registers in blocks of this size
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

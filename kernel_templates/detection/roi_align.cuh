@@ -10,6 +10,7 @@
 //   last      channels_last: one thread computes a row of bins for 16 bytes of channels, neighbouring threads
 //             neighbouring channels; the taps that rows of bins share hit L1
 //   direct    one thread per output, geometry included: the maximum, and averages too small to deserve two launches
+// spills: up to 80 bytes for wide types and indices where blocks are large; no kernel asks for a number of blocks.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

@@ -6,6 +6,7 @@
 //                           which takes a sixteenth of the steps; thin bins are then searched in global memory
 //   direct                  channels first, one thread, one bin: float64, and maps too wide for shared memory
 //   forward_channels_last   one thread, one bin of kVector channels; neighbouring threads take neighbouring channels
+// spills: up to 110 bytes of staged where blocks are large; no kernel asks for a number of blocks.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

@@ -4,7 +4,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "common/types.h"
+#include "common/numbers.h"
 
 namespace torchkiln::sigmoid_focal_loss {
 
@@ -92,17 +92,6 @@ TORCHKILN_HD double log1p_of(double e) {
 #endif
 }
 
-TORCHKILN_HD float reciprocal(float x) {
-#if defined(__CUDACC_RTC__)
-  float result;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-#else
-  return 1.0f / x;
-#endif
-}
-TORCHKILN_HD double reciprocal(double x) { return 1.0 / x; }
-
 // x^y for x in (0, 1].
 TORCHKILN_HD float power_of(float x, float y) {
 #if defined(__CUDACC_RTC__)
@@ -136,7 +125,7 @@ struct Sigmoid {
 template <class T>
 TORCHKILN_HD Sigmoid<T> sigmoid(T x) {
   const T e = exp_negative(x < T(0) ? -x : x);
-  const T large = reciprocal(T(1) + e), small = e * large;
+  const T large = quick_reciprocal(T(1) + e), small = e * large;
   return {x < T(0) ? small : large, x < T(0) ? large : small, log1p_of(e)};
 }
 

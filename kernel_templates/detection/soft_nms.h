@@ -34,11 +34,12 @@ struct Args {
 };
 
 // Whether a box with this intersection with a better one, and this area of both together, loses score. An empty union
-// (points, lines) and a NaN coordinate, whose area is NaN, lower nothing.
+// (points, lines) and a NaN coordinate, whose area is NaN, lower nothing. An infinite union leaves an IoU of 0, which
+// reaches a threshold of 0, though 0 * infinity is NaN.
 template <class T>
 TORCHKILN_HD bool is_lowered(i64 method, T inter, T total, T threshold) {
   if (!(total > T(0))) return false;
-  return method == kGaussian ? inter > T(0) : inter >= threshold * total;
+  return method == kGaussian ? inter > T(0) : !(inter < threshold * total);
 }
 
 // What the score is multiplied by then.

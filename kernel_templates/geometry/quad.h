@@ -87,7 +87,9 @@ TORCHKILN_HD T unit_integral(T x0, T y0, T x1, T y1) {
 
 // Twice an area up to here is none: its reciprocal would pass the range when it meets a vertex that is far away.
 template <class T>
-constexpr T kNoArea = sizeof(T) == 8 ? T(1e-240) : T(1e-30);
+constexpr T kNoArea = T(1e-30);
+template <>
+inline constexpr double kNoArea<double> = 1e-240;
 
 // The area that `q`, moved by (dx, dy), shares with the triangle of the origin, a and b; negative where that triangle
 // turns clockwise, which one of a concave quadrilateral does.

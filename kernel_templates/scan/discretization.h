@@ -111,16 +111,16 @@ TORCHKILN_HD Phi<kTop, V> phi_closed(V z) {
   return phi;
 }
 
-// Half a unit: six digits are left of phi_3 there.
-template <class V>
+// Half a unit: six digits are left of phi_3 there. A whole one for phi_4, which loses one more.
+template <int kTop, class V>
 TORCHKILN_HD bool is_for_series(V z) {
-  return inner(z, z) <= (sizeof(Real<V>) == 8 ? Real<V>(1) : Real<V>(0.25));
+  return inner(z, z) <= (sizeof(Real<V>) == 8 || kTop > 3 ? Real<V>(1) : Real<V>(0.25));
 }
 
 template <int kTop, class V>
 TORCHKILN_HD Phi<kTop, V> phi_of(V z) {
   using T = Real<V>;
-  const bool is_small = is_for_series(z);
+  const bool is_small = is_for_series<kTop>(z);
 #if defined(__CUDACC_RTC__)
   return is_small ? phi_series<kTop>(z) : phi_closed<kTop>(z);
 #else
@@ -137,7 +137,7 @@ TORCHKILN_HD Phi<kTop, V> phi_of(V z) {
 template <int kTop, class V>
 TORCHKILN_HD Phi<kTop, V> phi_given(V z, V inverse, V exponential) {
   using T = Real<V>;
-  const bool is_small = is_for_series(z);
+  const bool is_small = is_for_series<kTop>(z);
   const Phi<kTop, V> series = phi_series<kTop>(z);
   Phi<kTop, V> phi;
   V closed = phi.at[0] = exponential;
@@ -279,31 +279,39 @@ struct Slopes {
   V by_ratio[taps_of(kMethod)];
 };
 
+// phi_j' = phi_j - j phi_{j+1}.
+template <int kMethod, class V>
+TORCHKILN_HD Slopes<kMethod, V> slopes_of_phi(const Phi<top_of(kMethod) + 1, V>& phi,
+                                              Real<V> ratio) {
+  using T = Real<V>;
+  constexpr int kTop = top_of(kMethod);
+  Slopes<kMethod, V> s;
+  V by_z[kTop + 1];
+  TORCHKILN_UNROLLED
+  for (int j = 0; j <= kTop; ++j) by_z[j] = phi.at[j] - T(j) * phi.at[j + 1];
+  s.value.alpha = s.by_z.alpha = phi.at[0];
+  weights_of_phi<kMethod>(phi.at, ratio, s.value.weight);
+  weights_of_phi<kMethod>(by_z, ratio, s.by_z.weight);
+  if constexpr (neighbour_of(kMethod) != 0) {
+    weights_by_ratio<kMethod>(phi.at, ratio, s.by_ratio);
+  }
+  return s;
+}
+
 template <int kMethod, class V>
 TORCHKILN_HD Slopes<kMethod, V> slopes(V z, Real<V> ratio) {
   using T = Real<V>;
+  if constexpr (top_of(kMethod) > 0) {
+    return slopes_of_phi<kMethod>(phi_of<top_of(kMethod) + 1>(z), ratio);
+  }
   Slopes<kMethod, V> s;
   const V one = number<V>(T(1));
-  if constexpr (top_of(kMethod) > 0) {
-    constexpr int kTop = top_of(kMethod);
-    const auto phi = phi_of<kTop + 1>(z);
-    V by_z[kTop + 1];
-    TORCHKILN_UNROLLED
-    for (int j = 0; j <= kTop; ++j) by_z[j] = phi.at[j] - T(j) * phi.at[j + 1];
-    s.value.alpha = s.by_z.alpha = phi.at[0];
-    weights_of_phi<kMethod>(phi.at, ratio, s.value.weight);
-    weights_of_phi<kMethod>(by_z, ratio, s.by_z.weight);
-    if constexpr (neighbour_of(kMethod) != 0) {
-      weights_by_ratio<kMethod>(phi.at, ratio, s.by_ratio);
-    }
-    return s;
-  }
   s.value = coefficients<kMethod>(z, ratio);
   if constexpr (kMethod == kMamba) {
     s.by_z.alpha = s.value.alpha;
     s.by_z.weight[0] = number<V>(T(0));
   } else if constexpr (kMethod == kBilinear || kMethod == kTustin) {
-    const V inverse = reciprocal_of(one - T(0.5) * z);
+    const V inverse = (kMethod == kTustin ? T(2) : T(1)) * s.value.weight[0];
     s.by_z.alpha = inverse * inverse;
     const T factor = kMethod == kTustin ? T(0.25) : T(0.5);
     for (V& weight : s.by_z.weight) weight = factor * s.by_z.alpha;
@@ -318,6 +326,20 @@ TORCHKILN_HD Slopes<kMethod, V> slopes(V z, Real<V> ratio) {
     }
   }
   return s;
+}
+
+// The same for z = d * a, from the reciprocals of both.
+template <int kMethod, class V>
+TORCHKILN_HD Slopes<kMethod, V> slopes(Real<V> d, Real<V> inverse_d, Rate<kMethod, V> rate,
+                                       Real<V> ratio) {
+  const V z = d * rate.a;
+  if constexpr (top_of(kMethod) > 0 && sizeof(Real<V>) == 4) {
+    constexpr int kTop = top_of(kMethod) + 1;
+    const V alpha = quick_exp_of_product(d, rate.a);
+    return slopes_of_phi<kMethod>(phi_given<kTop>(z, inverse_d * rate.inverse, alpha), ratio);
+  } else {
+    return slopes<kMethod>(z, ratio);
+  }
 }
 
 // With alpha known already.

@@ -319,8 +319,12 @@ __global__ void __launch_bounds__(
       if (wants_outputs) {
         write_outputs<Of, kComplex>(args, place, first, rows + OfSteps::kArray, skip, u, z);
       } else if (has_exponential_alpha(kMethod)) {
-#pragma unroll 1
-        for (int i = 0; i < kTile; ++i) whole_step += rows[lane.row * Of::kRowPitch + i];
+#pragma unroll 2
+        for (int i = 0; i < kTile; i += 4) {
+          T d[4];
+          read_quad(rows + lane.row * Of::kRowPitch + i, d);
+          whole_step += (d[0] + d[1]) + (d[2] + d[3]);
+        }
       }
     }
     // Of two tiles of B and C nobody reads the one that is written now: all have passed the barrier after it.

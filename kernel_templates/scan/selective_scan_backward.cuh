@@ -3,10 +3,10 @@
 // through the tile, four positions at a time. The gradients of variable B and C, which all channels of a group share, are
 // summed over the channels of a block before they go to memory. Where there are too few rows for the GPU, positions are
 // split among blocks: a first launch summarises what each split makes of the adjoint state behind it.
-// compile time: above 250 ms; four positions of a state are unrolled, with the rule's derivatives, and of Mamba's rule all
-// states of a lane.
+// compile time: above 250 ms; four positions of a state are unrolled, with the rule's derivatives, and of rules without a
+// sample ahead all states of a lane.
 // spills: up to 60 bytes for the quadratic rules in double, several hundred for complex numbers in double, which do not fit
-// into registers.
+// into registers; 12 bytes in the summaries of `highorder`.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -35,6 +35,8 @@ __device__ __forceinline__ void walk_state(const RowFour<kMethod, Real<V>>& in, 
 #pragma unroll
   for (int i = 0; i < 4; ++i) samples[i] = number<V>(0);
 
+  const Rate<kMethod, V> rate = rate_of<kMethod>(a);
+
   // What the way back needs of the states: for Mamba's rule those before, otherwise derivatives by z.
   V alpha[4], weight[4][kTaps], of_z[4], held[4], of_ratio[4];
 #pragma unroll
@@ -44,7 +46,7 @@ __device__ __forceinline__ void walk_state(const RowFour<kMethod, Real<V>>& in, 
       of_z[i] = before;
       before = alpha[i] * before + (in.d[i] * in.u[i]) * B[i];
     } else {
-      const auto s = slopes<kMethod>(in.d[i] * a, in.ratio[i]);
+      const auto s = slopes(in.d[i], in.inverse_d[i], rate, in.ratio[i]);
       alpha[i] = s.value.alpha;
       held[i] = held_of<kMethod>(s.value.weight, v + i);
       of_z[i] = s.by_z.alpha * before + in.d[i] * held_of<kMethod>(s.by_z.weight, v + i);
@@ -100,7 +102,8 @@ __device__ __forceinline__ void walk_state(const RowFour<kMethod, Real<V>>& in, 
   if constexpr (kAhead > 0) {
     // That of the position before for the first sample of these.
     const V lambda = (kFactor * in.g_before) * conjugate(C[0]) + adjoint;
-    const auto c = coefficients<kMethod>(in.d_before, a, in.ratio_before);
+    const T inverse = inverse_step<kMethod>(in.d_before);
+    const auto c = coefficients(in.d_before, inverse, rate, in.ratio_before);
     samples[0] = samples[0] + (in.d_before * conjugate(c.weight[kTaps - 1])) * lambda;
   }
 #pragma unroll
@@ -121,7 +124,7 @@ struct Carry {
 // Whether a lane has its states in registers, and all of them in the code. Longer rules would not fit: their loops over
 // states are rolled, and what is carried lies in local memory.
 template <int kMethod, class V>
-constexpr bool is_flat = kMethod == kMamba && sizeof(V) == 4;
+constexpr bool is_flat = sizeof(V) == 4 && ahead_of(kMethod) == 0 && neighbour_of(kMethod) == 0;
 
 // A warp's part of a tile of one panel of states.
 template <class Of, class Scalar, int kMethod, class V>
@@ -178,6 +181,7 @@ struct Walk {
       in.template read<Of>(row, four, u_behind);
 #pragma unroll kUnrolled
       for (int s = 0; s < Of::kStates; ++s) {
+        const Rate<kMethod, V> rate = rate_of<kMethod>(carry[s].a);
         V v[kBack + 4 + kAhead];
         read<kBack, kAhead>(B, args.problem.constant_B, p.B, s, four, v);
 #pragma unroll
@@ -186,7 +190,7 @@ struct Walk {
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const auto c = coefficients<kMethod>(in.d[i], carry[s].a, in.ratio[i]);
+          const auto c = coefficients(in.d[i], in.inverse_d[i], rate, in.ratio[i]);
           const V held = held_of<kMethod>(c.weight, v + i);
           state[s] = c.alpha * state[s] + (taps_of(kMethod) == 1 ? held : in.d[i] * held);
         }
@@ -398,11 +402,11 @@ struct Memory {
   }
 };
 
-// Warps that a multiprocessor should hold, so that what each waits for is hidden.
+// Blocks of a multiprocessor, so that what each warp waits for is hidden.
 template <int kMethod, class V, int kWarps>
 constexpr int blocks_of() {
-  const int warps = is_flat<kMethod, V> ? 16 : (sizeof(V) == 4 ? 12 : 8);
-  return warps > kWarps ? warps / kWarps : 1;
+  constexpr int kResident = resident_warps(kMethod, int(sizeof(V)));
+  return kResident > kWarps ? kResident / kWarps : 1;
 }
 
 // Grid: one-dimensional; for each split, batch and group the panels of channels.
@@ -503,13 +507,12 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
 
 // What each split but the first makes of the adjoint state behind it, one map for each state. A split's positions are
 // those that `backward` goes through after the ones that are not its own.
-template <class Scalar, int kMethod, bool kComplex, int kWarps, int kLanes, int kStates,
-          int kPanels>
+template <class Scalar, int kMethod, bool kComplex, int kWarps, int kLanes, int kStates>
 __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArgs args) {
   using T = Acc<Scalar>;
   using V = State<Scalar, kComplex>;
-  using Of = TileLayout<V, kWarps, kLanes, kStates, kPanels>;
-  using At = Arrays<kMethod, kPanels>;
+  using Of = TileLayout<V, kWarps, kLanes, kStates, 1>;
+  using At = Arrays<kMethod, 1>;
   constexpr int kBack = back_of(kMethod);
   constexpr int kUnrolled = is_flat<kMethod, V> ? kStates : 1;
   extern __shared__ uint4 memory[];
@@ -555,7 +558,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
           walk.template read<0, 0>(walk.C, p.constant_C, p.C, s, four, of_C);
 #pragma unroll
           for (int i = 3; i >= 0; --i) {
-            const V alpha = conjugate(coefficients<kMethod>(d[i], a[s], T(1)).alpha);
+            const Rate<kMethod, V> rate = rate_of<kMethod>(a[s]);
+            const auto c = coefficients(d[i], inverse_step<kMethod>(d[i]), rate, T(1));
+            const V alpha = conjugate(c.alpha);
             sum[s] = alpha * (((kComplex ? T(2) : T(1)) * g[i]) * conjugate(of_C[i]) + sum[s]);
             product[s] = alpha * product[s];
           }

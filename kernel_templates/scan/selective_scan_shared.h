@@ -42,6 +42,12 @@ TORCHKILN_HD constexpr int four_numbers(int lanes, int lane_states) {
   return (kCheckpoint / 4 + 1) * four_pitch(lanes, lane_states);
 }
 
+// Warps that a multiprocessor holds, which says how many registers each has.
+TORCHKILN_HD constexpr int resident_warps(int method, int state_bytes) {
+  if (state_bytes > 4) return 8;
+  return method == kMamba ? 16 : 12;
+}
+
 // Rows that each channel has: those of the forward, three of gradients and slopes, and results where these cannot take
 // the places of what they come from.
 TORCHKILN_HD constexpr int backward_arrays(int method, int panels) {

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from support.op_suite import CompositionSuite, Failure
 from support.strategies import boxes
+from torchkiln import reference
 from torchkiln.ops import remove_small_boxes
 from torchkiln.reference.detection.remove_small_boxes import parity
 
@@ -45,6 +46,12 @@ class TestRemoveSmallBoxes(CompositionSuite):
 def test_a_side_of_the_minimum_is_enough(device: str) -> None:
     rows = torch.tensor([[0, 0, 2, 3.0], [0, 0, 2, 1.99]], device=device)
     assert remove_small_boxes(rows, 2).tolist() == [0]
+
+
+def test_a_side_between_infinities_is_small(device: str) -> None:
+    rows = torch.tensor([[0, math.inf, 2, math.inf]], device=device)
+    assert remove_small_boxes(rows, -1).tolist() == []
+    assert reference.remove_small_boxes(rows, -1).tolist() == []
 
 
 @given(boxes())

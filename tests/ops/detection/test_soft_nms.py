@@ -174,6 +174,14 @@ class TestSoftNms(OpSuite):
         torch.testing.assert_close(on_gpu[1].cpu(), values)
 
 
+def test_an_infinite_box_reaches_a_threshold_of_0(device: str) -> None:
+    rows = torch.tensor([[0.0, 0, 4, 4], [8, -math.inf, 9, 4]], device=device)
+    scores = torch.tensor([0.75, 0.5], device=device)
+    for threshold, kept in ((0.0, [0]), (0.1, [0, 1])):
+        found = ops.soft_nms(rows, scores, threshold, min_score=0.25, method="naive")[0]
+        assert found.tolist() == kept
+
+
 def test_reference_by_hand() -> None:
     # The second overlaps the first by 8 of 24, the third the second alike.
     rows = torch.tensor([[0.0, 0, 4, 4], [0, 2, 4, 6], [0, 4, 4, 8]])

@@ -27,7 +27,7 @@ def remove_small_boxes(boxes: Tensor, min_size: float) -> Tensor:
     rows = [
         row
         for row, (x1, y1, x2, y2) in enumerate(boxes.tolist())
-        if min(x2 - x1, y2 - y1) >= min_size and not any(map(math.isnan, (x1, y1, x2, y2)))
+        if x2 - x1 >= min_size and y2 - y1 >= min_size  # never of a side that is NaN
     ]
     return torch.tensor(rows, dtype=torch.int64, device=boxes.device)
 
