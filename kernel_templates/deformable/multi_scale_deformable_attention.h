@@ -46,7 +46,7 @@ struct Args {
   i64 positions;  // the gradient is that of positions in pixels, in the accumulator's type
 };
 
-// A level; 0 by 0 where what it says does not fit into the value.
+// A level; 0 by 0, without samples, where what it says does not fit into the value.
 struct Level {
   i32 h, w, start;
 };
@@ -114,8 +114,10 @@ struct Corner {
 
 template <class T>
 TORCHKILN_HD Corner corner_of(Position<T> at, Level level) {
-  if (!(at.y > T(-1) && at.x > T(-1) && at.y < T(level.h) && at.x < T(level.w)))
-    return {0, 0, false};
+  // A level without pixels has a margin, but nothing in it.
+  const bool inside =
+      level.h > 0 && at.y > T(-1) && at.x > T(-1) && at.y < T(level.h) && at.x < T(level.w);
+  if (!inside) return {0, 0, false};
   return {i32(floor_of(at.y)), i32(floor_of(at.x)), true};
 }
 

@@ -1,0 +1,103 @@
+"""A level that does not lie within its tensor has no samples: on the GPU nobody can refuse it."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from support import emulated
+from torchkiln import ops
+from torchkiln.testing import Inputs
+
+PIXELS = 20
+# Height, width, first pixel. But for the first, nothing lies there.
+LEVELS = ((4, 4, 0), (5, 5, 0), (3, 0, 0), (0, 3, 0), (-1, -1, 0), (2, 2, PIXELS - 1))
+# Odd, for accesses before a buffer; even, for those behind it.
+SCHEDULES = (1, 0)
+
+Function = Callable[[list[Tensor], Tensor, Tensor, bool], Tensor]
+
+
+def attend(tensors: list[Tensor], sizes: Tensor, starts: Tensor, deterministic: bool) -> Tensor:
+    value, places, weights = tensors
+    return ops.multi_scale_deformable_attention(
+        value, sizes, starts, places, weights, deterministic=deterministic
+    )
+
+
+def attend_fused(
+    tensors: list[Tensor], sizes: Tensor, starts: Tensor, deterministic: bool
+) -> Tensor:
+    value, places, weights = tensors
+    references = places.detach()[:, :, 0, :, 0]
+    return ops.multi_scale_deformable_attention_fused(
+        value, sizes, starts, references, places, weights, deterministic=deterministic
+    )
+
+
+def aggregate(tensors: list[Tensor], sizes: Tensor, starts: Tensor, deterministic: bool) -> Tensor:
+    value, places, weights = tensors
+    if not value.is_cuda:  # where the others are refused
+        there = sizes.amin(1) > 0
+        sizes, starts, weights = sizes[there], starts[there], weights[:, :, :, there]
+    # One camera, two heads as groups.
+    return ops.deformable_aggregation(
+        value.flatten(2),
+        places[:, :, 0, :1].transpose(2, 3),
+        weights.permute(0, 1, 4, 3, 2)[:, :, :, None],
+        sizes[None],
+        starts[None],
+        deterministic=deterministic,
+    )
+
+
+def results(
+    function: Function, tensors: list[Tensor], levels: Tensor, deterministic: bool
+) -> list[Tensor]:
+    """The output and the gradients of all tensors."""
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    output = function(leaves, levels[:, :2].contiguous(), levels[:, 2].contiguous(), deterministic)
+    direction = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+    gradients = torch.autograd.grad(output, leaves, direction.to(output.device))
+    return [output.detach().cpu(), *(gradient.cpu() for gradient in gradients)]
+
+
+def compare(function: Function, queries: int, deterministic: bool, dtype: torch.dtype) -> None:
+    """Raises where the GPU's results differ from those of the levels that lie within the value."""
+    new = Inputs(3)
+    samples = (2, queries, 2, len(LEVELS), 3)
+    shapes = {"value": (2, PIXELS, 2, 8), "places": (*samples, 2), "weights": samples}
+    tensors = [new.uniform(*shape).to(dtype) for shape in shapes.values()]
+    levels = torch.tensor(LEVELS)
+    empty = torch.zeros_like(levels)
+    empty[0] = levels[0]
+    expected = results(function, tensors, empty, deterministic)
+    for schedule in SCHEDULES:
+        emulated.schedule(schedule)
+        on_gpu = [tensor.cuda() for tensor in tensors]
+        actual = results(function, on_gpu, levels.cuda(), deterministic)
+        for result, other in zip(actual, expected, strict=True):
+            torch.testing.assert_close(result, other)
+
+
+# With as many queries as pixels, the gradient of an attention's value is merged in blocks.
+@pytest.mark.parametrize(
+    ("function", "queries"),
+    [(attend, 5), (attend, PIXELS), (attend_fused, 5), (attend_fused, PIXELS), (aggregate, 5)],
+)
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_levels_that_do_not_fit(
+    gpu: ProcessPoolExecutor,
+    function: Function,
+    queries: int,
+    deterministic: bool,
+    dtype: torch.dtype,
+) -> None:
+    gpu.submit(compare, function, queries, deterministic, dtype).result()
