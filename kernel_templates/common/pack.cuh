@@ -15,6 +15,15 @@ union Pack {
   u32 words[kBytes >= 4 ? kBytes / 4 : 1];
 };
 
+// By words: an initialiser in braces may become a constant in memory, which every use then waits for.
+template <int kCount, class Scalar>
+__device__ __forceinline__ Pack<Scalar, kCount> zero_pack() {
+  Pack<Scalar, kCount> result;
+#pragma unroll
+  for (u32& word : result.words) word = 0;
+  return result;
+}
+
 // Of memory that no thread of the launch writes.
 template <int kCount, class Scalar>
 __device__ __forceinline__ Pack<Scalar, kCount> load_pack(const Scalar* from) {
