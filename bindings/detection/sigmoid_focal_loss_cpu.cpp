@@ -16,7 +16,7 @@
 #if !defined(__x86_64__) || !defined(__GNUC__) || defined(__clang__)
 #define TORCHKILN_VECTORIZED
 #else
-#define TORCHKILN_VECTORIZED __attribute__((target_clones("avx512f", "arch=haswell", "default")))
+#define TORCHKILN_VECTORIZED __attribute__((target_clones("avx512f", "arch=x86-64-v3", "default")))
 #endif
 
 namespace torchkiln::bindings {

@@ -28,8 +28,13 @@ constexpr const char* kOp = "selective_scan";
 
 // ---- kernels ----
 
+// summarises: whether only summaries of splits are written.
 struct Statics {
-  std::int64_t scalar, method, is_complex;
+  std::int64_t scalar, method, is_complex, summarises;
+};
+// variable: whether both B and C are.
+struct BackwardStatics {
+  std::int64_t scalar, method, is_complex, variable;
 };
 struct Sizes {
   std::int64_t length, states;
@@ -58,8 +63,8 @@ struct BlockSize {
 };
 
 using Forward = Kernel<Args, Statics, Sizes, Tunables>;
-using Backward = Kernel<BackwardArgs, Statics, Sizes, BackwardTunables>;
-using Summary = Kernel<BackwardArgs, Statics, Sizes, SummaryTunables>;
+using Backward = Kernel<BackwardArgs, BackwardStatics, Sizes, BackwardTunables>;
+using Summary = Kernel<BackwardArgs, BackwardStatics, Sizes, SummaryTunables>;
 using Sum = Kernel<SumArgs, SumStatics, SumSizes, BlockSize>;
 
 constexpr std::int64_t kWarp = 32;
@@ -172,10 +177,10 @@ Geometry backward_geometry(const Problem& p, const AnyTunables& t) {
                 static_cast<std::uint32_t>(shared_bytes(p, t)));
 }
 
-std::vector<Parameter> statics() {
+std::vector<Parameter> statics(const char* flag) {
   std::vector<std::int64_t> methods(selective_scan::kMethods);
   for (std::size_t i = 0; i < methods.size(); ++i) methods[i] = static_cast<std::int64_t>(i);
-  return {types("scalar", kFloatTypes), ints("method", methods), bools("complex")};
+  return {types("scalar", kFloatTypes), ints("method", methods), bools("complex"), bools(flag)};
 }
 
 const std::vector<torchkiln_size> kSizes = {
@@ -187,7 +192,7 @@ const Forward forward_kernel({
     .path = "scan/selective_scan.cuh",
     .entry = "forward",
     .operators = {kOp},
-    .statics = statics(),
+    .statics = statics("summarises"),
     .sizes = kSizes,
     .tunables = {ints("warps", {2, 4, 8}), ints("lanes", {1, 2, 4, 8, 16, 32}),
                  ints("states", {1, 2, 4, 8}), ints("row_bytes", {64, 128, 256, 512})},
@@ -202,7 +207,7 @@ const Backward backward_kernel({
     .path = "scan/selective_scan_backward.cuh",
     .entry = "backward",
     .operators = {kOp},
-    .statics = statics(),
+    .statics = statics("variable"),
     .sizes = kSizes,
     .tunables = {ints("warps", {1, 2, 4, 8}), ints("lanes", {1, 2, 4, 8, 16, 32}),
                  ints("states", {1, 2, 4, 8}), ints("panels", {1, 2, 4, 8, 16, 32})},
@@ -216,7 +221,7 @@ const Summary summarise_kernel({
     .path = "scan/selective_scan_backward.cuh",
     .entry = "summarise",
     .operators = {kOp},
-    .statics = statics(),
+    .statics = statics("variable"),
     .sizes = kSizes,
     .tunables = {ints("warps", {1, 2, 4, 8}), ints("lanes", {1, 2, 4, 8, 16, 32}),
                  ints("states", {1, 2, 4, 8})},
@@ -432,8 +437,7 @@ ScanPlan plan_forward(ScanInputs in, const Optional& initial_state, bool with_ch
             .last_state = p.last_state.mutable_data_ptr(),
             .checkpoints = with_checkpoints ? p.checkpoints.mutable_data_ptr() : nullptr,
             .summaries = nullptr,
-            .splits = 1,
-            .summarises = 0};
+            .splits = 1};
   return p;
 }
 
@@ -622,8 +626,12 @@ Gradients backward_cpu(const Tensor& grad_out, const Optional& grad_last_state, 
 
 // ---- CUDA ----
 
-Statics statics_of(const ScanInputs& in) {
-  return {kernel_type(in.dtype()), in.method, in.is_complex};
+Statics statics_of(const ScanInputs& in, bool summarises) {
+  return {kernel_type(in.dtype()), in.method, in.is_complex, summarises};
+}
+BackwardStatics backward_statics_of(const ScanInputs& in) {
+  const selective_scan::Problem& p = in.problem;
+  return {kernel_type(in.dtype()), in.method, in.is_complex, !p.constant_B && !p.constant_C};
 }
 
 Sizes sizes_of(const ScanInputs& in, std::int64_t splits, std::int64_t parts) {
@@ -633,7 +641,7 @@ Sizes sizes_of(const ScanInputs& in, std::int64_t splits, std::int64_t parts) {
 
 // As many as the kernel has blocks that share a gradient.
 std::int64_t parts_of(const ScanInputs& in, const Device& device) {
-  const Statics statics = statics_of(in);
+  const BackwardStatics statics = backward_statics_of(in);
   const Sizes sizes = sizes_of(in, 1, 0);
   const BackwardTunables& chosen =
       kBackwardDefaults[choose_backward(Backward::Problem{device, statics, sizes})];
@@ -649,7 +657,7 @@ std::int64_t splits_of(const ScanInputs& in, const Device& device) {
   constexpr std::int64_t kLeastLength = 256;
   const Sizes sizes = sizes_of(in, 1, 0);
   const Tunables& chosen =
-      kForwardDefaults[choose_forward(Forward::Problem{device, statics_of(in), sizes})];
+      kForwardDefaults[choose_forward(Forward::Problem{device, statics_of(in, false), sizes})];
   const std::int64_t blocks = panels(sizes, channels_of(chosen));
   const std::int64_t resident = kResidentWarps / chosen.warps * device.multiprocessors;
   if (2 * blocks > resident) return 1;
@@ -662,7 +670,7 @@ std::int64_t backward_splits_of(const ScanInputs& in, const Device& device) {
   constexpr std::int64_t kLeastTiles = 4;
   if (selective_scan::neighbour_of(static_cast<int>(in.method)) > 0) return 1;
   const Sizes sizes = sizes_of(in, 1, 0);
-  const Statics statics = statics_of(in);
+  const BackwardStatics statics = backward_statics_of(in);
   const Backward::Problem problem{device, statics, sizes};
   const BackwardTunables& chosen = kBackwardDefaults[choose_backward(problem)];
   const std::int64_t blocks = panels(sizes, channels_of(chosen));
@@ -692,17 +700,16 @@ constexpr std::size_t kOffsetC = in_problem(offsetof(Problem, C));
 constexpr std::size_t kOffsetD = in_problem(offsetof(Problem, D));
 constexpr std::size_t kOffsetBias = in_problem(offsetof(Problem, delta_bias));
 
-void launch_forward(const CudaPlace& place, const ScanPlan& p, const Args& args,
+void launch_forward(const CudaPlace& place, const ScanPlan& p, const Args& args, bool summarises,
                     const Buffer& summaries) {
   const ScanInputs& in = p.inputs;
-  const std::int64_t written = args.summarises ? 0 : 1;
   const auto output = [&](std::size_t offset, const Tensor& tensor) {
-    return written && tensor.numel() > 0 ? writes(offset, tensor) : unused(offset);
+    return !summarises && tensor.numel() > 0 ? writes(offset, tensor) : unused(offset);
   };
   // Nobody begins with a summary of the last split.
-  const std::int64_t splits = args.summarises ? args.splits - 1 : args.splits;
+  const std::int64_t splits = summarises ? args.splits - 1 : args.splits;
   forward_kernel.run(
-      place, statics_of(in), sizes_of(in, splits, 0), args,
+      place, statics_of(in, summarises), sizes_of(in, splits, 0), args,
       {reads(kOffsetU, in.u), reads(kOffsetDelta, in.delta), reads_if(kOffsetZ, in.z),
        reads(kOffsetA, in.A), reads(kOffsetB, in.B), reads(kOffsetC, in.C),
        reads_if(kOffsetD, in.D), reads_if(kOffsetBias, in.delta_bias),
@@ -727,15 +734,13 @@ Outputs cuda(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor
   args.splits = static_cast<i32>(splits_of(p.inputs, place.facts()));
   constexpr std::size_t kSummaries = offsetof(Args, summaries);
   if (args.splits == 1) {
-    launch_forward(place, p, args, unused(kSummaries));
+    launch_forward(place, p, args, false, unused(kSummaries));
     return {p.out, p.last_state, p.checkpoints};
   }
   const Tensor summaries = empty(u, p.inputs.wide(), {args.splits - 1, 2 * p.last_state.numel()});
   args.summaries = summaries.mutable_data_ptr();
-  args.summarises = 1;
-  launch_forward(place, p, args, scratch(kSummaries, summaries));
-  args.summarises = 0;
-  launch_forward(place, p, args, reads(kSummaries, summaries));
+  launch_forward(place, p, args, true, scratch(kSummaries, summaries));
+  launch_forward(place, p, args, false, reads(kSummaries, summaries));
   return {p.out, p.last_state, p.checkpoints};
 }
 
@@ -756,13 +761,13 @@ void launch_backward(const CudaPlace& place, ScanBackwardPlan& p, const ScanSums
   p.args.summaries = summaries.mutable_data_ptr();
   if (maps > 0) {
     summarise_kernel.run(
-        place, statics_of(in), sizes, p.args,
+        place, backward_statics_of(in), sizes, p.args,
         {reads(kOffsetU, in.u), reads(kOffsetDelta, in.delta), reads_if(kOffsetZ, in.z),
          reads(kOffsetA, in.A), reads(kOffsetC, in.C), reads_if(kOffsetBias, in.delta_bias),
          reads(offsetof(BackwardArgs, grad_out), p.grad_out), scratch(kSummaries, summaries)});
   }
   backward_kernel.run(
-      place, statics_of(in), sizes, p.args,
+      place, backward_statics_of(in), sizes, p.args,
       {reads(kOffsetU, in.u),
        reads(kOffsetDelta, in.delta),
        reads_if(kOffsetZ, in.z),

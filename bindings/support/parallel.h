@@ -10,7 +10,7 @@
 // One body per instruction set, chosen at load.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define TORCHKILN_VECTORISED \
-  __attribute__((optimize("O3"), target_clones("avx512f", "avx2,fma", "default")))
+  __attribute__((optimize("O3"), target_clones("avx512f", "arch=x86-64-v3", "default")))
 #else
 #define TORCHKILN_VECTORISED
 #endif

@@ -68,6 +68,13 @@ __device__ __forceinline__ Pack<Scalar, kCount> read_pack(const Scalar* from) {
   return result;
 }
 
+// Has memory brought into the second cache, where a later load finds it.
+__device__ __forceinline__ void prefetch(const void* from) {
+#if defined(__CUDACC_RTC__)
+  asm volatile("prefetch.global.L2 [%0];" : : "l"(from));
+#endif
+}
+
 template <int kCount, class Scalar>
 __device__ __forceinline__ void store_pack(Scalar* to, const Pack<Scalar, kCount>& value) {
   using Value = Pack<Scalar, kCount>;

@@ -82,10 +82,23 @@ TORCHKILN_HD constexpr T inverse_factorial(int n) {
   return kTo[n];
 }
 
+// Terms of the series, and up to which |z| it is taken: of the closed forms, phi_j is left with the digits of e^z times
+// |z|^j. In float that is about six of seven, and as many with so few terms.
+template <int kTop, class T>
+struct Series {
+  static constexpr int kTerms = kTop == 1 ? 5 : (kTop > 3 ? 7 : 6);
+  static constexpr T kReach = kTop == 1 ? T(0.125) : (kTop > 3 ? T(1) : T(0.5));
+};
+template <int kTop>
+struct Series<kTop, double> {
+  static constexpr int kTerms = 15;
+  static constexpr double kReach = 1;
+};
+
 template <int kTop, class V>
 TORCHKILN_HD Phi<kTop, V> phi_series(V z) {
   using T = Real<V>;
-  constexpr int kLast = kTop + (sizeof(T) == 8 ? 15 : 7) - 1;
+  constexpr int kLast = kTop + Series<kTop, T>::kTerms - 1;
   Phi<kTop, V> phi;
   phi.at[kTop] = number<V>(inverse_factorial<T>(kLast));
   TORCHKILN_UNROLLED
@@ -111,10 +124,14 @@ TORCHKILN_HD Phi<kTop, V> phi_closed(V z) {
   return phi;
 }
 
-// Half a unit: six digits are left of phi_3 there. A whole one for phi_4, which loses one more.
 template <int kTop, class V>
 TORCHKILN_HD bool is_for_series(V z) {
-  return inner(z, z) <= (sizeof(Real<V>) == 8 || kTop > 3 ? Real<V>(1) : Real<V>(0.25));
+  constexpr Real<V> kReach = Series<kTop, Real<V>>::kReach;
+  if constexpr (is_complex_type<V>) {
+    return inner(z, z) <= kReach * kReach;
+  } else {
+    return abs_of(z) <= kReach;
+  }
 }
 
 template <int kTop, class V>

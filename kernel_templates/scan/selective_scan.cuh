@@ -41,6 +41,7 @@ template <class Of, int kMethod, class V>
 struct Channel {
   Rate<kMethod, V> rate[Of::kStates];
   V state[Of::kStates], product[Of::kStates];
+  Real<V> step;  // the sum of all, instead of the products, where alphas are exponential
   Window<kMethod, V> window[Of::kStates];
 };
 
@@ -58,6 +59,7 @@ struct Readings {
   V B[Of::kStates][4 + kMore], C[Of::kStates][4];
 
   // `rows`: where the channel's four lies in the rows of steps.
+  template <bool kSummarises>
   __device__ __forceinline__ void read(const T* rows, const V* B_memory, const V* C_memory,
                                        const MatrixReader& of_B, const MatrixReader& of_C) {
     constexpr int kArray = Of::kRows * Of::kRowPitch;
@@ -67,17 +69,18 @@ struct Readings {
     if constexpr (neighbour_of(kMethod) != 0) read_quad(rows + 2 * kArray, ratio);
 #pragma unroll
     for (int s = 0; s < Of::kStates; ++s) {
-      of_B.read(B_memory, s, B[s], kMore > 0);
-      of_C.read(C_memory, s, C[s], false);
+      of_B.template read<Of>(B_memory, s, B[s], kMore > 0);
+      if constexpr (!kSummarises) of_C.template read<Of>(C_memory, s, C[s], false);
     }
   }
 };
 
-// Four positions: the lane's part of their outputs.
-template <class Of, int kMethod, class V>
-__device__ __forceinline__ void scan_four(const Readings<Of, kMethod, V>& in, bool wants_product,
+// Four positions: the lane's part of their outputs, or what they add to a summary.
+template <bool kSummarises, class Of, int kMethod, class V>
+__device__ __forceinline__ void scan_four(const Readings<Of, kMethod, V>& in,
                                           Channel<Of, kMethod, V>& channel, Real<V>* y) {
   using T = Real<V>;
+  if constexpr (kSummarises) channel.step += (in.d[0] + in.d[1]) + (in.d[2] + in.d[3]);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     y[i] = T(0);
@@ -97,9 +100,10 @@ __device__ __forceinline__ void scan_four(const Readings<Of, kMethod, V>& in, bo
         input = in.d[i] * channel.window[s].held(c.weight);
       }
       channel.state[s] = c.alpha * channel.state[s] + input;
-      y[i] += inner(in.C[s][i], conjugate(channel.state[s]));
-      if constexpr (!has_exponential_alpha(kMethod)) {
-        if (wants_product) channel.product[s] = c.alpha * channel.product[s];
+      if constexpr (!kSummarises) {
+        y[i] += inner(in.C[s][i], conjugate(channel.state[s]));
+      } else if constexpr (!has_exponential_alpha(kMethod)) {
+        channel.product[s] = c.alpha * channel.product[s];
       }
     }
   }
@@ -107,7 +111,7 @@ __device__ __forceinline__ void scan_four(const Readings<Of, kMethod, V>& in, bo
 
 // Weights, states and the samples before the first position of a split. The state is what the splits before make of the
 // initial one.
-template <class Of, class Scalar, int kMethod, class V>
+template <bool kSummarises, class Of, class Scalar, int kMethod, class V>
 __device__ __forceinline__ void enter(const Args& args, const Place& place, const Lane<Of>& lane,
                                       int split, int first, Channel<Of, kMethod, V>& channel) {
   const Problem& p = args.problem;
@@ -115,6 +119,7 @@ __device__ __forceinline__ void enter(const Args& args, const Place& place, cons
   const i64 states = place.row_of(p, lane.row) * p.states, all = p.batch * p.dim * p.states;
   const V* initial = static_cast<const V*>(args.initial_state) + states;
   const V zero = number<V>(0);
+  channel.step = Real<V>(0);
 #pragma unroll
   for (int s = 0; s < Of::kStates; ++s) {
     const int n = lane.state(s);
@@ -122,9 +127,9 @@ __device__ __forceinline__ void enter(const Args& args, const Place& place, cons
     channel.product[s] = number<V>(1);
     channel.rate[s] = rate_of<kMethod>(is_state ? static_cast<const V*>(p.A)[weights + n] : zero);
     channel.state[s] =
-        is_state && args.initial_state != nullptr && !args.summarises ? initial[n] : zero;
+        is_state && args.initial_state != nullptr && !kSummarises ? initial[n] : zero;
   }
-  if (!args.summarises) {
+  if constexpr (!kSummarises) {
     const Affine<V>* maps = static_cast<const Affine<V>*>(args.summaries) + states;
 #pragma unroll 1
     for (int before = 0; before < split; ++before, maps += all) {
@@ -156,12 +161,14 @@ __device__ __forceinline__ void enter(const Args& args, const Place& place, cons
 // Skip connection and gate, on the way out of shared memory.
 template <class Of, bool kComplex, class Scalar>
 __device__ __forceinline__ void write_outputs(const Args& args, const Place& place, int first,
+                                              const RowSources<Of, Scalar>& out,
                                               const Acc<Scalar>* sums,
                                               const RowWeights<Of, Acc<Scalar>>& skip,
                                               const RowFours<Of, Scalar>& u,
                                               const RowFours<Of, Scalar>& z) {
   using T = Acc<Scalar>;
   const Problem& p = args.problem;
+  const bool whole = is_whole<Of>(p, first);
 #pragma unroll
   for (int k = 0; k < Of::kRowItems; ++k) {
     const RowItem<Of> item(k);
@@ -176,15 +183,14 @@ __device__ __forceinline__ void write_outputs(const Args& args, const Place& pla
 #pragma unroll
       for (int i = 0; i < 4; ++i) y[i] *= value[i] * sigmoid_of(value[i]);
     }
-    store_four(static_cast<Scalar*>(args.out) + place.row_of(p, item.row) * p.length,
-               first + item.four * 4, p, y);
+    store_four(out.at[k], memory_of(p, first + item.four * 4), p, whole, y);
   }
 }
 
 // The last states, or what the split makes of any state before it.
-template <class Of, int kMethod, class V>
+template <bool kSummarises, class Of, int kMethod, class V>
 __device__ __forceinline__ void leave(const Args& args, const Place& place, const Lane<Of>& lane,
-                                      int split, bool is_last, Real<V> whole_step,
+                                      int split, bool is_last,
                                       const Channel<Of, kMethod, V>& channel) {
   const Problem& p = args.problem;
   const i64 states = place.row_of(p, lane.row) * p.states, all = p.batch * p.dim * p.states;
@@ -192,10 +198,10 @@ __device__ __forceinline__ void leave(const Args& args, const Place& place, cons
   for (int s = 0; s < Of::kStates; ++s) {
     const int n = lane.state(s);
     if (!place.has(lane.row) || n >= int(p.states)) continue;
-    if (args.summarises) {
+    if constexpr (kSummarises) {
       V product = channel.product[s];
       if constexpr (has_exponential_alpha(kMethod)) {
-        product = quick_exp_of_product(whole_step, channel.rate[s].a);
+        product = quick_exp_of_product(channel.step, channel.rate[s].a);
       }
       static_cast<Affine<V>*>(args.summaries)[split * all + states + n] = {product,
                                                                            channel.state[s]};
@@ -212,8 +218,18 @@ struct Kept {
   bool wanted;
 };
 
-// Scans the tile that lies in shared memory; leaves the sums over states where the inputs were.
-template <class Of, int kMethod, int kMatrix, class V>
+// Sums a four over the lanes of its channel, and leaves the sums at `to`.
+template <class Of, class T>
+__device__ __forceinline__ void give(const Lane<Of>& lane, bool exists, T* y, T* to) {
+  sum_over_lanes<Of::kLanes>(y, lane.part);
+  if (!exists || !is_sums_writer<Of::kLanes>(lane.part)) return;
+#pragma unroll
+  for (int i = 0; i < kKeptSums<Of::kLanes>; ++i) to[i] = y[i];
+}
+
+// Scans the tile that lies in shared memory; leaves the sums over states where the inputs were. A four is summed while the
+// next one is scanned, so that nobody waits for the shuffles.
+template <bool kSummarises, class Of, int kMethod, int kMatrix, class V>
 __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane, int first,
                                           const V* matrices, Real<V>* rows, MatrixReader of_B,
                                           MatrixReader of_C, Channel<Of, kMethod, V>& channel,
@@ -224,30 +240,35 @@ __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane
   rows += lane.row * Of::kRowPitch;
   T* sums = rows + Of::kRows * Of::kRowPitch + sums_first<Of::kLanes>(lane.part);
   Readings<Of, kMethod, V> in;
-  in.read(rows, matrices, matrices + kMatrix, of_B, of_C);
+  in.template read<kSummarises>(rows, matrices, matrices + kMatrix, of_B, of_C);
+  T before[4] = {T(0), T(0), T(0), T(0)};
 #pragma unroll 1
-  for (int position = first; position < end; position += 4) {
-    if (kept.wanted && position % kCheckpoint == 0) {
+  for (int start = first; start < end; start += kCheckpoint) {
+    if (!kSummarises && kept.wanted && start % kCheckpoint == 0) {
 #pragma unroll
       for (int s = 0; s < Of::kStates; ++s) {
         if (lane.state(s) < int(p.states)) kept.states[lane.state(s)] = channel.state[s];
       }
       kept.states += p.states;
     }
-    T y[4];
-    scan_four(in, args.summarises, channel, y);
-    // What lies behind the tile is read and not used.
-    rows += 4;
-    of_B.at += of_B.step;
-    of_C.at += of_C.step;
-    in.read(rows, matrices, matrices + kMatrix, of_B, of_C);
-    sum_over_lanes<Of::kLanes>(y, lane.part);
-    if (is_sums_writer<Of::kLanes>(lane.part)) {
+    const int stop = min_of(start + kCheckpoint, end);
+#pragma unroll 1
+    for (int position = start; position < stop; position += 4) {
+      T y[4];
+      scan_four<kSummarises>(in, channel, y);
+      // What lies behind the tile is read and not used.
+      rows += 4;
+      of_B.at += of_B.step;
+      of_C.at += of_C.step;
+      in.template read<kSummarises>(rows, matrices, matrices + kMatrix, of_B, of_C);
+      if constexpr (kSummarises) continue;
+      give(lane, position > first, before, sums - 4);
 #pragma unroll
-      for (int i = 0; i < kKeptSums<Of::kLanes>; ++i) sums[i] = y[i];
+      for (int i = 0; i < 4; ++i) before[i] = y[i];
+      sums += 4;
     }
-    sums += 4;
   }
+  if constexpr (!kSummarises) give(lane, true, before, sums - 4);
 }
 
 // Blocks that a multiprocessor should hold: 16 warps with 128 registers a lane, or 12 with 168 where more is kept.
@@ -258,8 +279,8 @@ __device__ constexpr int resident_blocks() {
 }
 
 // Grid: one-dimensional; for each split, batch and group the panels of channels.
-template <class Scalar, int kMethod, bool kComplex, int kWarps, int kLanes, int kStates,
-          int kRowBytes>
+template <class Scalar, int kMethod, bool kComplex, bool kSummarises, int kWarps, int kLanes,
+          int kStates, int kRowBytes>
 __global__ void __launch_bounds__(
     kWarps* kWarpSize, resident_blocks<Acc<Scalar>, kMethod, kComplex, kWarps, kStates>())
     forward(const Args args) {
@@ -286,22 +307,23 @@ __global__ void __launch_bounds__(
   if (begin >= end) return;
 
   const Lane<Of> lane;
-  const bool wants_outputs = !args.summarises;
   Channel<Of, kMethod, V> channel;
-  enter<Of, Scalar>(args, place, lane, split, begin, channel);
+  enter<kSummarises, Of, Scalar>(args, place, lane, split, begin, channel);
   const i64 kept_before = i64(begin + kCheckpoint - 1) / kCheckpoint;
   Kept<V> kept = {static_cast<V*>(args.checkpoints) +
                       (place.row_of(p, lane.row) * p.checkpoints + kept_before) * p.states,
-                  args.checkpoints != nullptr && wants_outputs && place.has(lane.row)};
-  MatrixReader of_B, of_C;
+                  args.checkpoints != nullptr && place.has(lane.row)};
+  MatrixReader of_B = {}, of_C = {};
   if (p.constant_B) of_B = constant_matrix(p.B, p, place, lane, matrices);
-  if (p.constant_C) of_C = constant_matrix(p.C, p, place, lane, matrices + kMatrix);
+  if (p.constant_C && !kSummarises) of_C = constant_matrix(p.C, p, place, lane, matrices + kMatrix);
   const RowWeights<Of, T> bias(p.delta_bias, place), skip(p.D, place);
-  T whole_step = T(0);
 
-  OfSteps steps;
-  OfB B;
-  OfC C;
+  OfSteps steps(p, place);
+  OfB B(p.B, p, place);
+  OfC C(p.C, p, place);
+  const RowSources<Of, const Scalar> of_z(p.z, place);
+  const RowSources<Of, Scalar> out(static_cast<Scalar*>(args.out), p.dim * p.length, p.length,
+                                   place);
   RowFours<Of, Scalar> u, z;
   // A tile is scanned while the next one is on its way.
 #pragma unroll 1
@@ -309,22 +331,16 @@ __global__ void __launch_bounds__(
     const int next = first + kTile;
     if (next < end) {
       steps.load(p, place, next);
-      if (!p.constant_B) B.load(p.B, p, place, next);
-      if (!p.constant_C && wants_outputs) C.load(p.C, p, place, next);
+      if (!p.constant_B) B.load(p, next);
+      if (!p.constant_C && !kSummarises) C.load(p, next);
     }
     if (first >= begin) {
-      if (p.z.data != nullptr && wants_outputs) z.load(p.z, p, place, first);
-      scan_tile<Of, kMethod, kMatrix>(args, lane, first, matrices, rows, of_B, of_C, channel, kept);
+      if (p.z.data != nullptr && !kSummarises) z.load(of_z, p, first);
+      scan_tile<kSummarises, Of, kMethod, kMatrix>(args, lane, first, matrices, rows, of_B, of_C,
+                                                   channel, kept);
       __syncwarp();
-      if (wants_outputs) {
-        write_outputs<Of, kComplex>(args, place, first, rows + OfSteps::kArray, skip, u, z);
-      } else if (has_exponential_alpha(kMethod)) {
-#pragma unroll 2
-        for (int i = 0; i < kTile; i += 4) {
-          T d[4];
-          read_quad(rows + lane.row * Of::kRowPitch + i, d);
-          whole_step += (d[0] + d[1]) + (d[2] + d[3]);
-        }
+      if constexpr (!kSummarises) {
+        write_outputs<Of, kComplex>(args, place, first, out, rows + OfSteps::kArray, skip, u, z);
       }
     }
     // Of two tiles of B and C nobody reads the one that is written now: all have passed the barrier after it.
@@ -338,14 +354,14 @@ __global__ void __launch_bounds__(
         B.write(p, matrices + tile * OfB::kNumbers);
         of_B = variable_matrix(lane, tile);
       }
-      if (!p.constant_C) {
-        if (wants_outputs) C.write(p, matrices + kMatrix + tile * OfC::kNumbers);
-        of_C = variable_matrix(lane, tile);  // what lies there is read, wanted or not
+      if (!p.constant_C && !kSummarises) {
+        C.write(p, matrices + kMatrix + tile * OfC::kNumbers);
+        of_C = variable_matrix(lane, tile);
       }
     }
     __syncthreads();
   }
-  leave(args, place, lane, split, end == p.length, whole_step, channel);
+  leave<kSummarises>(args, place, lane, split, end == p.length, channel);
 }
 
 }  // namespace torchkiln::selective_scan

@@ -42,7 +42,6 @@ struct Args {
   void* checkpoints;          // (batch, dim, checkpoints, states) or null
   void* summaries;  // (splits, batch, dim, states) pairs: what a split makes of the state before it
   i32 splits;       // of the positions, among blocks; each is whole tiles
-  i32 summarises;   // whether this launch only writes summaries
 };
 
 struct BackwardArgs {

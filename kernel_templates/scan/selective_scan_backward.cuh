@@ -3,10 +3,9 @@
 // through the tile, four positions at a time. The gradients of variable B and C, which all channels of a group share, are
 // summed over the channels of a block before they go to memory. Where there are too few rows for the GPU, positions are
 // split among blocks: a first launch summarises what each split makes of the adjoint state behind it.
-// compile time: above 250 ms; four positions of a state are unrolled, with the rule's derivatives, and of rules without a
-// sample ahead all states of a lane.
-// spills: up to 60 bytes for the quadratic rules in double, several hundred for complex numbers in double, which do not fit
-// into registers; 12 bytes in the summaries of `highorder`.
+// compile time: above 250 ms; four positions of a state are unrolled, with the rule's derivatives, and all states of a lane.
+// spills: up to 16 bytes in float; up to 60 bytes for the quadratic rules in double, several hundred for complex numbers in
+// double, which do not fit into registers; 12 bytes in the summaries of `highorder`.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -83,10 +82,12 @@ __device__ __forceinline__ void walk_state(const RowFour<kMethod, Real<V>>& in, 
         const int to = i + j - kBack;
         if (to < 0) {
           to_before[-to - 1] = to_before[-to - 1] + push;
-        } else if (j > kBack && i == in.last) {  // the last position's sample ahead is its own
-          samples[i] = samples[i] + push;
-        } else if (to < 4) {
+        } else if (j <= kBack) {
           samples[to] = samples[to] + push;
+        } else {  // the last position's sample ahead is its own
+          const bool is_last = i == in.last;
+          samples[i] = samples[i] + select(is_last, push, number<V>(0));
+          if (to < 4) samples[to] = samples[to] + select(is_last, number<V>(0), push);
         }
       }
     }
@@ -124,10 +125,11 @@ struct Carry {
 // Whether a lane has its states in registers, and all of them in the code. Longer rules would not fit: their loops over
 // states are rolled, and what is carried lies in local memory.
 template <int kMethod, class V>
-constexpr bool is_flat = sizeof(V) == 4 && ahead_of(kMethod) == 0 && neighbour_of(kMethod) == 0;
+constexpr bool is_flat = sizeof(V) == 4 && neighbour_of(kMethod) == 0;
 
-// A warp's part of a tile of one panel of states.
-template <class Of, class Scalar, int kMethod, class V>
+// A warp's part of a tile of one panel of states. kVariable: neither B nor C is constant; without branches, states of a lane
+// are worked out side by side.
+template <class Of, class Scalar, int kMethod, bool kVariable, class V>
 struct Walk {
   using T = Acc<Scalar>;
   using At = Arrays<kMethod, Of::kPanels>;
@@ -148,7 +150,7 @@ struct Walk {
   template <int kLeft, int kRight>
   __device__ __forceinline__ void read(const V* tile, bool is_constant, const void* matrix, int s,
                                        int four, V* out) const {
-    if (!is_constant) {
+    if (kVariable || !is_constant) {
       return read_window<kLeft, kRight>(tile + s * Of::kLanes * Of::kPitch, four, out);
     }
     const Problem& p = args.problem;
@@ -201,9 +203,11 @@ struct Walk {
   // The gradients of B and C at a four of a state, summed over the warp's channels, or over positions.
   __device__ __forceinline__ void give_shared(V* shared, int s, int four, Carry<V>& carry) const {
     const Problem& p = args.problem;
-    if (p.constant_B) carry.of_B = carry.of_B + (shared[0] + shared[1] + (shared[2] + shared[3]));
-    if (p.constant_C) carry.of_C = carry.of_C + (shared[4] + shared[5] + (shared[6] + shared[7]));
-    if (p.constant_B && p.constant_C) return;
+    if constexpr (!kVariable) {
+      if (p.constant_B) carry.of_B = carry.of_B + (shared[0] + shared[1] + (shared[2] + shared[3]));
+      if (p.constant_C) carry.of_C = carry.of_C + (shared[4] + shared[5] + (shared[6] + shared[7]));
+      if (p.constant_B && p.constant_C) return;
+    }
     fold<8, Of::kRows, Of::kLanes>(shared, lane.row);
     V* to = kept + (four + 1) * Of::kFourPitch;
     if (!is_keeper<8, Of::kRows>(lane.row)) return;
@@ -410,8 +414,8 @@ constexpr int blocks_of() {
 }
 
 // Grid: one-dimensional; for each split, batch and group the panels of channels.
-template <class Scalar, int kMethod, bool kComplex, int kWarps, int kLanes, int kStates,
-          int kPanels>
+template <class Scalar, int kMethod, bool kComplex, bool kVariable, int kWarps, int kLanes,
+          int kStates, int kPanels>
 __global__ void __launch_bounds__(kWarps* kWarpSize,
                                   blocks_of<kMethod, State<Scalar, kComplex>, kWarps>())
     backward(const BackwardArgs args) {
@@ -455,21 +459,21 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
 #pragma unroll 1
     for (int panel = 0; panel * Of::kPadded < p.states; ++panel) {
       const int n0 = panel * Of::kPadded;
-      if (!p.constant_B) {
+      if (kVariable || !p.constant_B) {
         fill_matrix<Of, Scalar, V, kBack, kAhead>(p.B, p, place, n0, first, own.B);
       }
-      if (!p.constant_C) {
+      if (kVariable || !p.constant_C) {
         fill_matrix<Of, Scalar, V, kAhead, 0>(p.C, p, place, n0, first, own.C);
       }
       __syncthreads();
       const int part = lane.part * Of::kPitch;
       const int fours = (min_of(Of::kTile, length - first) + 3) / 4;
-      const Walk<Of, Scalar, kMethod, V> walk = {args,         place,    lane, rows,  own.B + part,
-                                                 own.C + part, own.kept, n0,   fours, first};
+      const Walk<Of, Scalar, kMethod, kVariable, V> walk = {
+          args, place, lane, rows, own.B + part, own.C + part, own.kept, n0, fours, first};
       walk.advance(carry[kPanels == 1 ? 0 : panel]);
       walk.go_back(carry[kPanels == 1 ? 0 : panel]);
       __syncthreads();
-      if (is_own && !(p.constant_B && p.constant_C)) {
+      if (is_own && (kVariable || !(p.constant_B && p.constant_C))) {
         write_matrix_gradients<Of>(args, place, own.C + Of::kMatrix, n0, first);
       }
     }
@@ -499,15 +503,16 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
     const Carry<V>& c = carry[i / kStates][i % kStates];
     const i64 at = row * p.states + n, of_split = share.split * p.batch * p.dim * p.states + at;
     static_cast<V*>(args.grad_A)[of_split] = c.of_A;
-    if (p.constant_B) static_cast<V*>(args.grad_B)[of_split] = c.of_B;
-    if (p.constant_C) static_cast<V*>(args.grad_C)[of_split] = c.of_C;
+    if (!kVariable && p.constant_B) static_cast<V*>(args.grad_B)[of_split] = c.of_B;
+    if (!kVariable && p.constant_C) static_cast<V*>(args.grad_C)[of_split] = c.of_C;
     if (share.split == 0) static_cast<V*>(args.grad_initial_state)[at] = c.adjoint;
   }
 }
 
 // What each split but the first makes of the adjoint state behind it, one map for each state. A split's positions are
 // those that `backward` goes through after the ones that are not its own.
-template <class Scalar, int kMethod, bool kComplex, int kWarps, int kLanes, int kStates>
+template <class Scalar, int kMethod, bool kComplex, bool kVariable, int kWarps, int kLanes,
+          int kStates>
 __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArgs args) {
   using T = Acc<Scalar>;
   using V = State<Scalar, kComplex>;
@@ -542,9 +547,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
       const int first = tile * Of::kTile;
       __syncthreads();  // the rows and the tile are no longer read
       fill_rows<Of, Scalar, kMethod>(args, place, lane, first, begin, end, rows);
-      if (!p.constant_C) fill_matrix<Of, Scalar, V, 0, 0>(p.C, p, place, n0, first, C);
+      if (kVariable || !p.constant_C) fill_matrix<Of, Scalar, V, 0, 0>(p.C, p, place, n0, first, C);
       __syncthreads();
-      const Walk<Of, Scalar, kMethod, V> walk = {
+      const Walk<Of, Scalar, kMethod, kVariable, V> walk = {
           args,    place, lane,       rows, nullptr, C + lane.part * Of::kPitch,
           nullptr, n0,    Of::kFours, first};
 #pragma unroll 1

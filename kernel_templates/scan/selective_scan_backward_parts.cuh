@@ -107,6 +107,18 @@ __device__ __forceinline__ Four<Scalar, 1> load_gradient(const BackwardArgs& arg
   return four;
 }
 
+// Asks for what the tile before will read at `position` of it.
+template <class Scalar>
+__device__ __forceinline__ void prefetch_rows(const BackwardArgs& args, const Place& place, int row,
+                                              int position) {
+  const Problem& p = args.problem;
+  const int at = memory_of_one(p, position);
+  prefetch(row_begin<Scalar>(p.u, place, row) + at);
+  prefetch(row_begin<Scalar>(p.delta, place, row) + at);
+  prefetch(row_begin<Scalar>(args.grad_out, place, row) + at * args.grad_stride);
+  if (p.z.data != nullptr) prefetch(row_begin<Scalar>(p.z, place, row) + at);
+}
+
 // Lays out what lanes need of their channel in the tile that begins at `first`, in the rows at `row`. Positions outside of
 // [begin, end) change no state. Returns the lane's part of the gradient of D.
 template <class Of, class Scalar, int kMethod>
@@ -124,6 +136,7 @@ __device__ __forceinline__ Acc<Scalar> fill_rows(const BackwardArgs& args, const
     const int position = first + four * 4;
     T* to = row + four * 4;
     T u[4], d[4], g[4], more[4];
+    prefetch_rows<Scalar>(args, place, lane.row, position - Of::kTile);
     numbers_of(load_four<1>(row_begin<Scalar>(p.u, place, lane.row), position, p), p, u);
     numbers_of(load_four<1>(delta, position, p), p, d);
     numbers_of(load_gradient<Scalar>(args, place, lane.row, position), p, g);
@@ -138,10 +151,8 @@ __device__ __forceinline__ Acc<Scalar> fill_rows(const BackwardArgs& args, const
       write_quad(to + At::kGates * Of::kArray, more);
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      more[i] = p.softplus ? sigmoid_of(d[i] + bias) : T(1);
-      d[i] = step_of(d[i], bias, p.softplus);
-    }
+    for (int i = 0; i < 4; ++i) more[i] = p.softplus ? sigmoid_of(d[i] + bias) : T(1);
+    steps_of(d, bias, p.softplus);
     write_quad(to + At::kSlopes * Of::kArray, more);
     if constexpr (neighbour_of(kMethod) != 0) {
       constexpr int kNeighbour = neighbour_of(kMethod);
@@ -154,9 +165,10 @@ __device__ __forceinline__ Acc<Scalar> fill_rows(const BackwardArgs& args, const
       }
       write_quad(to + At::kRatios * Of::kArray, more);
     }
+    const int before = begin - position, behind = place.has(lane.row) ? end - position : 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const bool is_there = place.has(lane.row) && position + i >= begin && position + i < end;
+      const bool is_there = i >= before && i < behind;
       d[i] = is_there ? d[i] : T(0);
       g[i] = is_there ? g[i] : T(0);
       of_D += g[i] * u[i];
@@ -268,6 +280,7 @@ __device__ __forceinline__ void fill_matrix(const void* matrix, const Problem& p
     for (int i = 0; i < 4; ++i) values[i] = number<V>(0);
     if (n0 + item.state < p.states) {
       const Scalar* row = matrix_row<V, Scalar>(matrix, p, place, n0 + item.state);
+      prefetch(row + kParts * memory_of_one(p, first + item.four * 4 - Of::kTile));
       numbers_of(load_four<kParts>(row, first + item.four * 4, p), p, values);
     }
     write_quad(tile + item.slot(), values);

@@ -115,18 +115,22 @@ __device__ __forceinline__ int memory_of(const Problem& p, int first) {
 __device__ __forceinline__ bool is_pack(const Problem& p, int begin) {
   return p.aligned && begin >= 0 && begin + 4 <= int(p.length);
 }
+// The same for all fours of a tile, which a block goes by.
+template <class Of>
+__device__ __forceinline__ bool is_whole(const Problem& p, int first) {
+  return p.aligned && first + Of::kTile <= int(p.length);
+}
 __device__ __forceinline__ int inside_of(const Problem& p, int begin) {
   return max_of(0, min_of(begin, int(p.length) - 1));
 }
 
-// Positions beyond the ends are those at the ends.
+// The four from `begin` on in memory. Positions beyond the ends are those at the ends.
 template <int kParts, class Scalar>
-__device__ __forceinline__ Four<Scalar, kParts> load_four(const Scalar* row, int first,
-                                                          const Problem& p) {
+__device__ __forceinline__ Four<Scalar, kParts> load_four(const Scalar* row, int begin,
+                                                          const Problem& p, bool is_pack) {
   using Result = Four<Scalar, kParts>;
   Result four;
-  const int begin = memory_of(p, first);
-  if (is_pack(p, begin)) {
+  if (is_pack) {
     const Scalar* from = row + i64(begin) * kParts;
 #pragma unroll
     for (int q = 0; q < Result::kCount; q += Result::kPack) {
@@ -138,9 +142,18 @@ __device__ __forceinline__ Four<Scalar, kParts> load_four(const Scalar* row, int
   for (int i = 0; i < 4; ++i) {
     const Scalar* from = row + i64(inside_of(p, begin + i)) * kParts;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) four.at(i * kParts + part) = from[part];
+    for (int part = 0; part < kParts; ++part) {
+      four.at(i * kParts + part) = load_pack<1>(from + part).at[0];
+    }
   }
   return four;
+}
+// That of the scan's positions from `first` on.
+template <int kParts, class Scalar>
+__device__ __forceinline__ Four<Scalar, kParts> load_four(const Scalar* row, int first,
+                                                          const Problem& p) {
+  const int begin = memory_of(p, first);
+  return load_four<kParts>(row, begin, p, is_pack(p, begin));
 }
 
 // As numbers in the order of the scan.
@@ -161,14 +174,13 @@ __device__ __forceinline__ void numbers_of(const Four<Scalar, kParts>& four, con
 }
 
 template <class Scalar, class T>
-__device__ __forceinline__ void store_four(Scalar* row, int first, const Problem& p,
+__device__ __forceinline__ void store_four(Scalar* row, int begin, const Problem& p, bool is_pack,
                                            const T* values) {
   Four<Scalar, 1> four;
 #pragma unroll
   for (int i = 0; i < 4; ++i) store(four.at(i), p.reverse ? values[3 - i] : values[i]);
-  const int begin = memory_of(p, first);
   Scalar* to = row + begin;
-  if (is_pack(p, begin)) {
+  if (is_pack) {
     constexpr int kPack = Four<Scalar, 1>::kPack;
 #pragma unroll
     for (int q = 0; q < 4; q += kPack) store_pack(to + q, four.packs[q / kPack]);
@@ -178,6 +190,12 @@ __device__ __forceinline__ void store_four(Scalar* row, int first, const Problem
   for (int i = 0; i < 4; ++i) {
     if (u32(begin + i) < u32(p.length)) to[i] = four.at(i);
   }
+}
+template <class Scalar, class T>
+__device__ __forceinline__ void store_four(Scalar* row, int first, const Problem& p,
+                                           const T* values) {
+  const int begin = memory_of(p, first);
+  store_four(row, begin, p, is_pack(p, begin), values);
 }
 
 // Where one position lies in memory; those beyond the ends are those at the ends.
@@ -209,18 +227,44 @@ __device__ __forceinline__ const Scalar* row_begin(const Rows& rows, const Place
          place.channel_of(row) * rows.channel;
 }
 
+// Keeps the compiler from working a pointer out again wherever it is used: that takes longer than to scan a four.
+template <class T>
+__device__ __forceinline__ T* worked_out(T* pointer) {
+#if defined(__CUDACC_RTC__)
+  asm("" : "+l"(pointer));
+#endif
+  return pointer;
+}
+
+// Where the rows of a lane's fours begin.
+template <class Of, class Scalar>
+struct RowSources {
+  Scalar* at[Of::kRowItems];
+
+  __device__ __forceinline__ RowSources(Scalar* data, i64 batch, i64 channel, const Place& place) {
+#pragma unroll
+    for (int k = 0; k < Of::kRowItems; ++k) {
+      at[k] =
+          worked_out(data + place.batch * batch + place.channel_of(RowItem<Of>(k).row) * channel);
+    }
+  }
+  __device__ __forceinline__ RowSources(const Rows& rows, const Place& place)
+      : RowSources(static_cast<Scalar*>(rows.data), rows.batch, rows.channel, place) {}
+};
+
 // A lane's fours of a row tensor in the tile that begins at `first`.
 template <class Of, class Scalar>
 struct RowFours {
   Four<Scalar, 1> at[Of::kRowItems];
 
-  __device__ __forceinline__ void load(const Rows& rows, const Problem& p, const Place& place,
+  __device__ __forceinline__ void load(const RowSources<Of, const Scalar>& rows, const Problem& p,
                                        int first) {
+    const bool whole = is_whole<Of>(p, first);
 #pragma unroll
     for (int k = 0; k < Of::kRowItems; ++k) {
       const RowItem<Of> item(k);
       if (!item.exists()) continue;
-      at[k] = load_four<1>(row_begin<Scalar>(rows, place, item.row), first + item.four * 4, p);
+      at[k] = load_four<1>(rows.at[k], memory_of(p, first + item.four * 4), p, whole);
     }
   }
 };
@@ -259,6 +303,15 @@ template <class T>
 __device__ __forceinline__ T step_of(T delta, T bias, bool softplus) {
   return softplus ? softplus_of(delta + bias) : delta + bias;
 }
+// Four of them, out of deltas: with one branch, so that they are worked out side by side.
+template <class T>
+__device__ __forceinline__ void steps_of(T* d, T bias, bool softplus) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] += bias;
+  if (!softplus) return;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] = softplus_of(d[i]);
+}
 
 // What the recurrence of a warp's channels takes from u and delta: rows of d, of u (or d * u where kScaled), and of the
 // ratios that true-time rules need.
@@ -269,13 +322,17 @@ struct Steps {
   static constexpr int kArray = Of::kRows * Of::kRowPitch;
   static constexpr int kNumbers = step_arrays(kMethod) * kArray;
 
+  const RowSources<Of, const Scalar> of_u, of_delta;
   RowFours<Of, Scalar> u, delta;
   // delta beside each four, and u behind it.
   RowScalars<Of, Scalar> beside, behind;
 
+  __device__ __forceinline__ Steps(const Problem& p, const Place& place)
+      : of_u(p.u, place), of_delta(p.delta, place) {}
+
   __device__ __forceinline__ void load(const Problem& p, const Place& place, int first) {
-    u.load(p.u, p, place, first);
-    delta.load(p.delta, p, place, first);
+    u.load(of_u, p, first);
+    delta.load(of_delta, p, first);
     if constexpr (kNeighbour != 0)
       beside.load(p.delta, p, place, first + (kNeighbour > 0 ? 4 : -1));
     if constexpr (ahead_of(kMethod) > 0) behind.load(p.u, p, place, first + 4);
@@ -291,8 +348,7 @@ struct Steps {
       T d[4], x[4];
       numbers_of(delta.at[k], p, d);
       numbers_of(u.at[k], p, x);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) d[i] = step_of(d[i], bias.at[k], p.softplus);
+      steps_of(d, bias.at[k], p.softplus);
       if constexpr (kNeighbour != 0) {
         const T other = step_of(T(torchkiln::load(beside.at[k])), bias.at[k], p.softplus);
         T ratio[4];
@@ -303,9 +359,10 @@ struct Steps {
         }
         write_quad(rows + 2 * kArray + item.slot(), ratio);
       }
+      const int steps = place.has(item.row) ? int(p.length) - first - item.four * 4 : 0;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (!place.has(item.row) || first + item.four * 4 + i >= p.length) d[i] = T(0);
+        d[i] = i < steps ? d[i] : T(0);
         if (kScaled) x[i] *= d[i];
       }
       write_quad(rows + item.slot(), d);
@@ -358,20 +415,24 @@ template <class Of, class Scalar, class V, bool kAhead>
 struct MatrixFours {
   static constexpr int kParts = is_complex_type<V> ? 2 : 1;
   static constexpr int kNumbers = Of::kPadded * Of::kMatrixPitch;
+  const Scalar* row;  // of the first one, in memory
   Four<Scalar, kParts> at[Of::kMatrixItems];
   V behind[kAhead ? Of::kMatrixItems : 1];
 
-  __device__ __forceinline__ void load(const void* matrix, const Problem& p, const Place& place,
-                                       int first) {
+  __device__ __forceinline__ MatrixFours(const void* matrix, const Problem& p, const Place& place)
+      : row(worked_out(matrix_row<V, Scalar>(matrix, p, place, MatrixItem<Of>(0).state))) {}
+
+  __device__ __forceinline__ void load(const Problem& p, int first) {
+    const bool whole = is_whole<Of>(p, first);
 #pragma unroll
     for (int k = 0; k < Of::kMatrixItems; ++k) {
       const MatrixItem<Of> item(k);
       if (item.state >= p.states) continue;
-      const Scalar* row = matrix_row<V, Scalar>(matrix, p, place, item.state);
-      at[k] = load_four<kParts>(row, first + item.four * 4, p);
+      const Scalar* own = row + i64(item.state - MatrixItem<Of>(0).state) * p.length * kParts;
+      at[k] = load_four<kParts>(own, memory_of(p, first + item.four * 4), p, whole);
       if constexpr (kAhead) {
         if (item.four == Of::kFours - 1) {
-          behind[k] = matrix_at<V>(row, memory_of_one(p, first + Of::kTile));
+          behind[k] = matrix_at<V>(own, memory_of_one(p, first + Of::kTile));
         }
       }
     }
@@ -408,15 +469,19 @@ struct Lane {
   __device__ __forceinline__ int state(int s) const { return s * Of::kLanes + part; }
 };
 
-// Where a lane reads B or C, in numbers from the matrix's memory: four q of state s lies at `at + q * step + s * slab`, and
-// behind it the position behind that four. (Pointers would no longer be known to be of shared memory.)
-struct MatrixReader {
-  int at, step, slab;
+// Numbers from a lane's state to its next one, in the memory of B and C.
+template <class Of>
+constexpr int slab_of = Of::kLanes * Of::kMatrixPitch;
 
-  template <class V>
+// Where a lane reads B or C, in numbers from the matrix's memory: four q of state s lies at `at + q * step + s * slab_of`,
+// and behind it the position behind that four. (Pointers would no longer be known to be of shared memory.)
+struct MatrixReader {
+  int at, step;
+
+  template <class Of, class V>
   __device__ __forceinline__ void read(const V* memory, int s, V* out, bool with_behind) const {
-    read_quad(memory + at + s * slab, out);
-    if (with_behind) out[4] = memory[at + s * slab + 4];
+    read_quad(memory + at + s * slab_of<Of>, out);
+    if (with_behind) out[4] = memory[at + s * slab_of<Of> + 4];
   }
 };
 
@@ -426,8 +491,9 @@ template <class Of, class V>
 __device__ __forceinline__ MatrixReader constant_matrix(const void* matrix, const Problem& p,
                                                         const Place& place, const Lane<Of>& lane,
                                                         V* memory) {
-  constexpr int kPitch = pitch_of(4, sizeof(V)), kSlab = Of::kThreads * kPitch;
-  const int at = int(threadIdx.x) * kPitch;
+  constexpr int kPitch = pitch_of(4, sizeof(V)), kThreadsOfSlab = slab_of<Of> / kPitch;
+  const int slab = int(threadIdx.x) / kThreadsOfSlab * Of::kStates;
+  const int at = slab * slab_of<Of> + int(threadIdx.x) % kThreadsOfSlab * kPitch;
   V* own = memory + at;
   const V* weights = static_cast<const V*>(matrix) + i64(place.channel_of(lane.row)) * p.states;
 #pragma unroll
@@ -435,16 +501,16 @@ __device__ __forceinline__ MatrixReader constant_matrix(const void* matrix, cons
     const int n = lane.state(s);
     const V value = n < int(p.states) ? weights[n] : number<V>(0),
             four[4] = {value, value, value, value};
-    write_quad(own + s * kSlab, four);
-    own[s * kSlab + 4] = value;
+    write_quad(own + s * slab_of<Of>, four);
+    own[s * slab_of<Of> + 4] = value;
   }
-  return {at, 0, kSlab};
+  return {at, 0};
 }
 
 // `tile`: which of the tiles of a variable matrix.
 template <class Of>
 __device__ __forceinline__ MatrixReader variable_matrix(const Lane<Of>& lane, int tile) {
-  return {(tile * Of::kPadded + lane.part) * Of::kMatrixPitch, 4, Of::kLanes * Of::kMatrixPitch};
+  return {(tile * Of::kPadded + lane.part) * Of::kMatrixPitch, 4};
 }
 
 // Sums four values over the lanes of each channel. A lane ends up with kKept of the sums, of which the first is

@@ -19,9 +19,10 @@ TORCHKILN_HD constexpr int matrix_tiles(int padded_states) { return padded_state
 // Numbers that B or C has: tiles, or a four for each thread and its states where it is constant.
 TORCHKILN_HD constexpr int matrix_numbers(int threads, int lanes, int states, int tile,
                                           int number_bytes) {
-  const int padded = lanes * states;
-  const int variable = matrix_tiles(padded) * padded * pitch_of(tile, number_bytes);
-  const int constant = threads * states * pitch_of(4, number_bytes);
+  const int padded = lanes * states, slab = lanes * pitch_of(tile, number_bytes);
+  const int threads_of_slab = slab / pitch_of(4, number_bytes);
+  const int constant = (threads + threads_of_slab - 1) / threads_of_slab * states * slab;
+  const int variable = matrix_tiles(padded) * states * slab;
   return variable > constant ? variable : constant;
 }
 
