@@ -87,11 +87,15 @@ const ForwardRows forward_rows({
     .operators = {kOp},
     .statics = kStatics,
     .sizes = kSizes,
-    .tunables = {ints("block_size", {128, 256}), ints("lanes", {8, 32}), ints("items", {1, 2, 4})},
-    .defaults = {{128, 32, 2}, {128, 8, 1}},
+    .tunables = {ints("block_size", {128, 256}), ints("lanes", {8, 32}),
+                 ints("items", {1, 2, 4, 8})},
+    .defaults = {{128, 32, 4}, {128, 8, 1}, {128, 32, 2}},
     .valid = &has_row_vector,
+    // Fewer items where there are few threads of four.
     .choose = [](const ForwardRows::Problem& p) -> std::uint32_t {
-      return p.sizes.length <= 16 * p.statics.vector ? 1 : 0;
+      if (p.sizes.length <= 16 * p.statics.vector) return 1;
+      const std::int64_t warps = p.sizes.lines * ceil_div(p.sizes.length, 128 * p.statics.vector);
+      return warps < 64 * p.device.multiprocessors ? 2 : 0;
     },
     .geometry =
         [](const ForwardRows::Problem& p, const RowsTunables& t) {

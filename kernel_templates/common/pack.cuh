@@ -27,6 +27,15 @@ __device__ __forceinline__ Value* row_at(Value* rows, i32 row, u32 bytes) {
   return const_cast<Value*>(reinterpret_cast<const Value*>(at));
 }
 
+// By words: an initialiser in braces may become a constant in memory, which every use then waits for.
+template <int kCount, class Scalar>
+__device__ __forceinline__ Pack<Scalar, kCount> zero_pack() {
+  Pack<Scalar, kCount> result;
+#pragma unroll
+  for (u32& word : result.words) word = 0;
+  return result;
+}
+
 // Of memory that no thread of the launch writes.
 template <int kCount, class Scalar>
 __device__ __forceinline__ Pack<Scalar, kCount> load_pack(const Scalar* from) {
@@ -91,6 +100,30 @@ __device__ __forceinline__ void store_pack(Scalar* to, const Pack<Scalar, kCount
   } else {
     for (int i = 0; i < kCount; ++i) to[i] = value.at[i];
   }
+}
+
+// The same, of global memory, and surely at once: the compiler takes a store of several words apart and, in some kernels,
+// does not put it together again.
+template <int kCount, class Scalar>
+__device__ __forceinline__ void store_whole(Scalar* to, const Pack<Scalar, kCount>& value) {
+#if defined(__CUDACC_RTC__)
+  const u32* words = value.words;
+  if constexpr (Pack<Scalar, kCount>::kBytes == 16) {
+    asm volatile(
+        "{.reg .u64 to; cvta.to.global.u64 to, %0; st.global.v4.u32 [to], {%1, %2, %3, %4};}"
+        :
+        : "l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+        : "memory");
+    return;
+  } else if constexpr (Pack<Scalar, kCount>::kBytes == 8) {
+    asm volatile("{.reg .u64 to; cvta.to.global.u64 to, %0; st.global.v2.u32 [to], {%1, %2};}"
+                 :
+                 : "l"(to), "r"(words[0]), "r"(words[1])
+                 : "memory");
+    return;
+  }
+#endif
+  store_pack<kCount>(to, value);
 }
 
 }  // namespace torchkiln

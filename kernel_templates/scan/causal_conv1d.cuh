@@ -2,7 +2,7 @@
 // reads what lies before and behind them too; where the channels are (`columns`), it walks along the sequence with
 // kVector channels and keeps the last inputs in registers. The gradients of weight and bias are summed within a block
 // over its slab, a part of batch and length, and `finish` adds the slabs in a fixed order.
-// spills: up to 8 bytes for packed sequences, by ptxas' own choice: no kernel asks for a number of blocks.
+// spills: up to 72 bytes for packed sequences by columns, 16 else: what more warps on a multiprocessor cost.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -23,30 +23,56 @@ __device__ __forceinline__ i64 quotient(i64 n, i64 d) {
 
 // ---- the sequence is contiguous ----
 
-// Inputs, and the sequences that they belong to, of positions from `first` on. Positions come in vectors that lie
-// wholly before the start, inside, or behind the end.
-template <class Scalar, int kWidth, int kVector, int kCount, bool kSequences>
+// kVector positions of x from `first` on; they lie wholly before `begin`, where there is what `initial` says, inside, or
+// behind the end. As they come: to convert them would be to wait for them.
+template <int kVector, class Scalar, class Index>
+__device__ __forceinline__ Pack<Scalar, kVector> load_positions(const Scalar* x,
+                                                                const Scalar* initial, Index first,
+                                                                Index begin, Index end, int reach) {
+  if (first >= begin && first < end) return load_pack<kVector>(x + first);
+  auto result = zero_pack<kVector, Scalar>();
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    const Index position = first + i - begin;
+    if (initial != nullptr && position < 0 && position >= -reach) result.at[i] = initial[position];
+  }
+  return result;
+}
+
+// What a window is made of, as it comes: kVector positions of the row, and those before them that they reach.
+template <class Scalar, int kWidth, int kVector>
+struct Given {
+  static constexpr int kBefore = kHalo<kWidth, kVector>;
+  Pack<Scalar, kVector> at[kBefore / kVector + 1];
+
+  // kInside: none of them lies before the start.
+  template <bool kInside>
+  __device__ __forceinline__ void read(const Line<Scalar>& line, i64 first) {
+#pragma unroll
+    for (int p = 0; p < kBefore; p += kVector) {
+      const i64 from = first - kBefore + p;
+      at[p / kVector] = kInside ? load_pack<kVector>(line.x + from)
+                                : load_positions<kVector>(line.x, line.initial, from, i64(0),
+                                                          line.length, kWidth - 1);
+    }
+    at[kBefore / kVector] = load_pack<kVector>(line.x + first);
+  }
+};
+
+// Inputs, and the sequences that they belong to; element kBefore is position `first`.
+template <class Scalar, int kWidth, int kVector, bool kSequences>
 struct Window {
   using T = Acc<Scalar>;
+  static constexpr int kBefore = kHalo<kWidth, kVector>, kCount = kBefore + kVector;
   T x[kCount];
   int sequence[kSequences ? kCount : 1];
 
-  __device__ __forceinline__ Window(const Line<Scalar>& line, i64 first) {
+  __device__ __forceinline__ Window(const Given<Scalar, kWidth, kVector>& given,
+                                    const Line<Scalar>& line, i64 first) {
 #pragma unroll
-    for (int p = 0; p < kCount; p += kVector) {
-      const i64 at = first + p;
-      if (at >= 0 && at < line.length) {
-        const auto pack = load_pack<kVector>(line.x + at);
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) x[p + i] = load(pack.at[i]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) x[p + i] = line.at(at + i, kWidth - 1);
-      }
-      if constexpr (kSequences) {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) sequence[p + i] = line.sequence(at + i);
-      }
+    for (int i = 0; i < kCount; ++i) {
+      x[i] = load(given.at[i / kVector].at[i % kVector]);
+      if constexpr (kSequences) sequence[i] = line.sequence(first - kBefore + i);
     }
   }
   // Whether position `from` counts for position `to`.
@@ -88,35 +114,55 @@ struct Filter {
   }
 };
 
-// length is a multiple of kVector. kLanes neighbouring threads stand on one row, each on kItems vectors of it.
-// Grid: one-dimensional.
+// length is a multiple of kVector. kLanes neighbouring threads stand on one row, each on kItems vectors of it, two of
+// which are under way while one is worked on. Grid: one-dimensional.
 template <class Scalar, int kWidth, bool kSequences, int kVector, int kBlockSize, int kLanes,
           int kItems>
 __global__ void __launch_bounds__(kBlockSize) forward_rows(const Args args) {
-  constexpr int kBefore = kHalo<kWidth, kVector>;
-  constexpr int kSpan = kLanes * kItems * kVector;
+  using AnyWindow = Window<Scalar, kWidth, kVector, kSequences>;
+  constexpr int kBefore = AnyWindow::kBefore, kStep = kLanes * kVector, kSpan = kItems * kStep;
+  constexpr int kAhead = kItems < 2 ? kItems : 2;
+  static_assert(kItems % kAhead == 0);
   const i64 spans = (args.length + kSpan - 1) / kSpan;
   const i64 group = i64(blockIdx.x) * (kBlockSize / kLanes) + threadIdx.x / kLanes;
   const i64 row = quotient(group, spans);
   if (row >= args.batch * args.channels) return;
   const i64 batch = quotient(row, args.channels), channel = row - batch * args.channels;
   const Line<Scalar> line(args, batch, channel);
-  const Filter<Scalar, kWidth> filter(args, channel);
   Scalar* out = static_cast<Scalar*>(args.out) + batch * args.out_strides.batch +
                 channel * args.out_strides.channel;
   i64 first = (group - row * spans) * kSpan + threadIdx.x % kLanes * kVector;
-#pragma unroll 1
-  for (int item = 0; item < kItems && first < args.length; ++item, first += kLanes * kVector) {
-    const Window<Scalar, kWidth, kVector, kBefore + kVector, kSequences> window(line,
-                                                                                first - kBefore);
-    Pack<Scalar, kVector> result;
+  Given<Scalar, kWidth, kVector> given[kAhead];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      Acc<Scalar> sum = filter.sum(window, kBefore + i);
-      if (args.silu) sum = silu_of(sum);
-      store(result.at[i], window.exists(kBefore + i) ? sum : Acc<Scalar>(0));
+  for (int i = 0; i < kAhead; ++i) {
+    if (first + i * kStep >= args.length) continue;
+    if (i * kStep >= kBefore && i > 0) {
+      given[i].template read<true>(line, first + i * kStep);
+    } else {
+      given[i].template read<false>(line, first + i * kStep);
     }
-    store_pack<kVector>(out + first, result);
+  }
+  // After these: what it is converted to waits for it.
+  const Filter<Scalar, kWidth> filter(args, channel);
+#pragma unroll 1
+  for (int item = 0; item < kItems; item += kAhead) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i, first += kStep) {
+      if (first >= args.length) return;
+      const AnyWindow window(given[i], line, first);
+      const i64 next = first + kAhead * kStep;
+      if (item + kAhead < kItems && next < args.length) {
+        given[i].template read<(kAhead * kStep >= kBefore)>(line, next);
+      }
+      Pack<Scalar, kVector> result;
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) {
+        Acc<Scalar> sum = filter.sum(window, kBefore + k);
+        if (args.silu) sum = silu_of(sum);
+        store(result.at[k], window.exists(kBefore + k) ? sum : Acc<Scalar>(0));
+      }
+      store_whole<kVector>(out + first, result);
+    }
   }
 }
 
@@ -124,36 +170,16 @@ __global__ void __launch_bounds__(kBlockSize) forward_rows(const Args args) {
 template <class Scalar, int kVector>
 struct Tile {
   using T = Acc<Scalar>;
+  using Raw = Pack<Scalar, kVector>;
   static constexpr int kSpan = kWarpSize * kVector;
   T at[kVector];
 
-  // This lane's positions, from `first` on, of x; they lie wholly before the start, inside, or behind the end.
-  __device__ __forceinline__ void load_x(const Line<Scalar>& line, i64 first, int reach) {
-    if (first >= 0 && first < line.length) {
-      fill(line.x + first);
-      return;
-    }
+  __device__ __forceinline__ void convert(const Raw& raw) {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      const i64 position = first + i;
-      const bool given = line.initial != nullptr && position < 0 && position >= -reach;
-      at[i] = given ? load(line.initial[position]) : T(0);
-    }
+    for (int i = 0; i < kVector; ++i) at[i] = load(raw.at[i]);
   }
-  __device__ __forceinline__ void load_gradient(const Scalar* row, i64 first, i64 length) {
-    if (first < length) {
-      fill(row + first);
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) at[i] = T(0);
-  }
-
- private:
-  __device__ __forceinline__ void fill(const Scalar* from) {
-    const auto pack = load_pack<kVector>(from);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) at[i] = load(pack.at[i]);
+  __device__ __forceinline__ static Raw load_gradient(const Scalar* row, int first, int end) {
+    return first < end ? load_pack<kVector>(row + first) : zero_pack<kVector, Scalar>();
   }
 };
 
@@ -193,7 +219,7 @@ struct Sequences {
 };
 
 // A segment of a row, kTiles tiles, from its end to its start: what comes behind is known when a tile's turn has come.
-// Writes the gradient of x, adds to `sums`. Every lane of the warp must call.
+// Positions are counted from its start. Writes the gradient of x, adds to `sums`. Every lane of the warp must call.
 template <class Scalar, int kWidth, bool kSequences, int kVector, int kTiles>
 __device__ __forceinline__ void backward_segment(const Args& args, const Line<Scalar>& line,
                                                  const Filter<Scalar, kWidth>& filter,
@@ -202,27 +228,34 @@ __device__ __forceinline__ void backward_segment(const Args& args, const Line<Sc
   using T = Acc<Scalar>;
   using AnyTile = Tile<Scalar, kVector>;
   constexpr int kReach = kWidth - 1, kSpan = AnyTile::kSpan;
-  const i64 begin = segment * kTiles * kSpan + i64(threadIdx.x % kWarpSize) * kVector;
-  const i64 left = line.length - segment * kTiles * kSpan;
-  const int tiles = left > kTiles * kSpan ? kTiles : int((left + kSpan - 1) / kSpan);
+  const i64 base = segment * (kTiles * kSpan);
+  const int own = i32(threadIdx.x % kWarpSize) * kVector;
+  const int end = int(min_of(line.length - base, i64((kTiles + 1) * kSpan)));
+  const int tiles = min_of(kTiles, (end + kSpan - 1) / kSpan);
+  const auto load_x = [&](int at) {
+    return load_positions<kVector>(line.x + base, base == 0 ? line.initial : nullptr, at,
+                                   base == 0 ? 0 : -kSpan, end, kReach);
+  };
+  grad_out += base;
+  out += base;
   // The tile behind the segment is there for its first gradients only.
-  const int last = left > kTiles * kSpan ? tiles : tiles - 1;
-  const bool counts = last < tiles || i32(threadIdx.x % kWarpSize) * kVector < kReach;
-  const i64 first_of_last = counts ? begin + last * kSpan : line.length;
-  AnyTile x, before, coming, after = {};
-  x.load_x(line, first_of_last, kReach);
-  before.load_x(line, begin + (last - 1) * kSpan, kReach);
-  coming.load_gradient(grad_out, first_of_last, line.length);
+  const int last = end > kTiles * kSpan ? tiles : tiles - 1;
+  const bool counts = last < tiles || own < kReach;
+  const int first_of_last = counts ? own + last * kSpan : end;
+  AnyTile x, before, given, after = {};
+  x.convert(load_x(first_of_last));
+  before.convert(load_x(own + (last - 1) * kSpan));
+  typename AnyTile::Raw next = {}, coming;
+  coming = AnyTile::load_gradient(grad_out, first_of_last, end);
 #pragma unroll 1
   for (int tile = last; tile >= 0; --tile) {
-    const i64 first = begin + tile * kSpan;
-    const AnyTile given = coming;
-    AnyTile next = before;
+    const int first = own + tile * kSpan;
+    given.convert(coming);
     if (tile > 0) {
-      next.load_x(line, first - 2 * kSpan, kReach);
-      coming.load_gradient(grad_out, first - kSpan, line.length);
+      next = load_x(first - 2 * kSpan);
+      coming = AnyTile::load_gradient(grad_out, first - kSpan, end);
     }
-    const Sequences<2 * kReach + kVector, kSequences> sequences(line, first - kReach);
+    const Sequences<2 * kReach + kVector, kSequences> sequences(line, base + first - kReach);
     T window[kReach + kVector];
 #pragma unroll
     for (int i = 0; i < kReach + kVector; ++i) {
@@ -247,8 +280,10 @@ __device__ __forceinline__ void backward_segment(const Args& args, const Line<Sc
     }
     after = grad;
     x = before;
-    before = next;
-    if (tile == tiles) continue;
+    if (tile == tiles) {
+      before.convert(next);
+      continue;
+    }
     Pack<Scalar, kVector> result;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -262,14 +297,20 @@ __device__ __forceinline__ void backward_segment(const Args& args, const Line<Sc
       sums[kWidth] += grad.at[i];
       store(result.at[i], sum);
     }
-    if (first < line.length) store_pack<kVector>(out + first, result);
+    if (first < end) store_whole<kVector>(out + first, result);
+    before.convert(next);
   }
 }
+
+// Warps of a multiprocessor that there should be registers for.
+template <class Scalar, bool kSequences>
+constexpr int kRowWarps = kSequences || sizeof(Scalar) == 8 ? 16 : (sizeof(Scalar) == 4 ? 32 : 24);
 
 // A block takes one channel of one slab, a warp a segment at a time. length is a multiple of kVector. Grid: channels,
 // slabs.
 template <class Scalar, int kWidth, bool kSequences, int kVector, int kBlockSize, int kTiles>
-__global__ void __launch_bounds__(kBlockSize) backward_rows(const Args args) {
+__global__ void __launch_bounds__(kBlockSize, kRowWarps<Scalar, kSequences>* kWarpSize / kBlockSize)
+    backward_rows(const Args args) {
   using T = Acc<Scalar>;
   constexpr int kSpan = kTiles * Tile<Scalar, kVector>::kSpan;
   __shared__ T shared[kBlockSize / kWarpSize];
@@ -329,15 +370,17 @@ struct Trail {
   T x[kWidth][kVector];
   int sequence[kSequences ? kWidth : 1];
 
+  // Position `position` comes, beyond the ends too.
   __device__ __forceinline__ void push(const Args& args, const Line<Scalar>& line, i64 position) {
-#pragma unroll
-    for (int j = 0; j + 1 < kWidth; ++j) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) x[j][i] = x[j + 1][i];
-      if constexpr (kSequences) sequence[j] = sequence[j + 1];
-    }
+    move(line, position);
     load_channels<Scalar, kWidth, kVector>(args, line, position, x[kWidth - 1]);
-    if constexpr (kSequences) sequence[kWidth - 1] = line.sequence(position);
+  }
+  // The same with its inputs.
+  __device__ __forceinline__ void push(const Line<Scalar>& line, i64 position,
+                                       const Pack<Scalar, kVector>& given) {
+    move(line, position);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) x[kWidth - 1][i] = load(given.at[i]);
   }
   __device__ __forceinline__ bool joined(int j) const {
     if constexpr (kSequences) return sequence[j] == sequence[kWidth - 1];
@@ -346,6 +389,17 @@ struct Trail {
   __device__ __forceinline__ bool exists() const {
     if constexpr (kSequences) return sequence[kWidth - 1] >= 0;
     return true;
+  }
+
+ private:
+  __device__ __forceinline__ void move(const Line<Scalar>& line, i64 position) {
+#pragma unroll
+    for (int j = 0; j + 1 < kWidth; ++j) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) x[j][i] = x[j + 1][i];
+      if constexpr (kSequences) sequence[j] = sequence[j + 1];
+    }
+    if constexpr (kSequences) sequence[kWidth - 1] = line.sequence(position);
   }
 };
 
@@ -375,9 +429,27 @@ struct Filters {
   }
 };
 
-// channels is a multiple of kVector. A thread takes kSteps positions. Grid: one-dimensional.
+// The results at the newest position of a trail.
+template <class Scalar, int kWidth, int kVector, class AnyTrail>
+__device__ __forceinline__ void store_results(Scalar* to, const AnyTrail& trail,
+                                              const Filters<Scalar, kWidth, kVector>& filters,
+                                              bool silu) {
+  Pack<Scalar, kVector> result;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    Acc<Scalar> sum = filters.sum(trail, i);
+    if (silu) sum = silu_of(sum);
+    store(result.at[i], trail.exists() ? sum : Acc<Scalar>(0));
+  }
+  store_whole<kVector>(to, result);
+}
+
+// channels is a multiple of kVector. A thread takes kSteps positions, a chunk of them under way at once. Grid:
+// one-dimensional.
 template <class Scalar, int kWidth, bool kSequences, int kVector, int kBlockSize, int kSteps>
 __global__ void __launch_bounds__(kBlockSize) forward_columns(const Args args) {
+  constexpr int kChunk = 4;
+  static_assert(kSteps % kChunk == 0);
   const i64 groups = args.channels / kVector;
   const i64 spans = (args.length + kSteps - 1) / kSteps;
   const i64 thread = i64(blockIdx.x) * kBlockSize + threadIdx.x;
@@ -387,22 +459,27 @@ __global__ void __launch_bounds__(kBlockSize) forward_columns(const Args args) {
   const Line<Scalar> line(args, batch, channel);
   const Filters<Scalar, kWidth, kVector> filters(args, channel);
   const i64 first = (span - batch * spans) * kSteps;
-  const i64 last = min_of(args.length, first + kSteps);
-  Scalar* out = static_cast<Scalar*>(args.out) + batch * args.out_strides.batch + channel;
+  const int count = int(min_of(i64(kSteps), args.length - first));
+  const i64 stride = args.out_strides.length;
+  const Scalar* x = line.x + first * line.stride;
+  Scalar* out =
+      static_cast<Scalar*>(args.out) + batch * args.out_strides.batch + channel + first * stride;
   Trail<Scalar, kWidth, kVector, kSequences> trail;
 #pragma unroll
   for (int j = 1; j < kWidth; ++j) trail.push(args, line, first - kWidth + j);
-#pragma unroll 4
-  for (i64 k = first; k < last; ++k) {
-    trail.push(args, line, k);
-    Pack<Scalar, kVector> result;
+#pragma unroll 1
+  for (int k = 0; k < count; k += kChunk, x += kChunk * line.stride, out += kChunk * stride) {
+    Pack<Scalar, kVector> given[kChunk];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      Acc<Scalar> sum = filters.sum(trail, i);
-      if (args.silu) sum = silu_of(sum);
-      store(result.at[i], trail.exists() ? sum : Acc<Scalar>(0));
+    for (int c = 0; c < kChunk; ++c) {
+      given[c] = zero_pack<kVector, Scalar>();
+      if (k + c < count) given[c] = load_pack<kVector>(x + c * line.stride);
     }
-    store_pack<kVector>(out + k * args.out_strides.length, result);
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) {
+      trail.push(line, first + k + c, given[c]);
+      if (k + c < count) store_results(out + c * stride, trail, filters, args.silu != 0);
+    }
   }
 }
 
@@ -441,7 +518,7 @@ struct Chunk {
                                        const Scalar*& from_grad, i64 grad_stride, int left) {
 #pragma unroll
     for (int c = 0; c < kChunk; ++c) {
-      x[c] = grad[c] = {};
+      x[c] = grad[c] = zero_pack<kVector, Scalar>();
       if (c < left) {
         x[c] = load_pack<kVector>(from_x);
         grad[c] = load_pack<kVector>(from_grad);
@@ -497,7 +574,7 @@ struct ColumnsTile {
         if (kOwn) sums.at[kWidth][i] += grad;
         store(result.at[i], of_x);
       }
-      if (u32(n + c - kReach) < u32(steps)) store_pack<kVector>(out, result);
+      if (u32(n + c - kReach) < u32(steps)) store_whole<kVector>(out, result);
       out += out_stride;
     }
     walk.template move<kReach>();
