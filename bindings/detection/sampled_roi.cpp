@@ -128,7 +128,10 @@ sampled_roi::Args args_of(const SampledSettings& s, const Tensor& boxes, const S
   const std::int64_t part =
       sampled_roi::bins_at_once(std::max<std::int64_t>(1, args.bins), args.hint, 64);
   const std::int64_t parts = ceil_div(args.bins, part) * args.groups;
-  if (parts <= kMaxI32 / std::max<std::int64_t>(1, ceil_div(args.channels, 32))) return args;
+  if (std::max(args.bins, args.c) <= kMaxI32 &&
+      parts <= kMaxI32 / std::max<std::int64_t>(1, ceil_div(args.channels, 32))) {
+    return args;
+  }
   fail(TORCHKILN_ERROR_VALUE, name_of(s.kind), boxes_name(s.kind),
        "be fewer, so that parts of bins and channels can be counted in 31 bits", text(boxes),
        "Call it for a part of them at a time");

@@ -30,7 +30,8 @@ class Table {
     first_ = first;
     for (std::int64_t bin = first; bin < first + bins; ++bin) {
       patches_.push_back(Op::template patch<T>(args_, group, bin));
-      const Patch<T>& p = patches_.back();
+      Patch<T>& p = patches_.back();
+      sampled_roi::clip<Op>(p, args_);
       if (image >= 0 && p.image != image) {
         patches_.clear();
         return;

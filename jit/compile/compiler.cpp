@@ -189,7 +189,8 @@ cache::Object Compiler::compile(const Specialization& specialization, const Targ
                    .target = target,
                    .key = key,
                    .canonical = canonical_options,
-                   .options = nvrtc_options(canonical_options, target, version(), key),
+                   .options = nvrtc_options(canonical_options, target,
+                                            !is_user_path(specialization.path), version(), key),
                    .name = "/torchkiln/" + specialization.entry + ".cu",
                    .text = specialization.program(),
                    .files = sources_.closure(specialization.path)};

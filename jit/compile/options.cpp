@@ -16,21 +16,25 @@ constexpr int kEveryVersion = 12000;
 struct Flag {
   std::string_view text;
   int since;
-  bool needs_ptxas;  // of no use for PTX
+  bool needs_ptxas = false;  // of no use for PTX
+  bool embedded = false;     // not for files of users
 };
 
 // Flags that change no instruction; so they are not in the key.
 constexpr std::array kFixedFlags = {
     // Unannotated functions are __device__: the shared .h files carry no CUDA words.
-    Flag{"-default-device", kEveryVersion, false},
+    Flag{"-default-device", kEveryVersion},
     // Closed world: no header of the working directory.
-    Flag{"--no-source-include", kEveryVersion, false},
+    Flag{"--no-source-include", kEveryVersion},
     // The default raises RLIMIT_STACK of the whole process for the time of a compile.
-    Flag{"--modify-stack-limit=false", kEveryVersion, false},
+    Flag{"--modify-stack-limit=false", kEveryVersion},
     // Registers, shared memory and spills come from this log.
     Flag{"--ptxas-options=-v", kEveryVersion, true},
     // The cache is ours: a second one below it would make compile times lie.
-    Flag{"--no-cache", 12090, false},
+    Flag{"--no-cache", 12090},
+    // Without NVRTC's declarations of textures, launches and the runtime's types, which users may want: a quarter of the
+    // time of an empty kernel.
+    Flag{"--minimal", 12060, false, true},
 };
 constexpr int kRandomSeedSince = 12090;
 
@@ -64,11 +68,13 @@ std::vector<std::string> canonical_options(const Settings& settings) {
 }
 
 std::vector<std::string> nvrtc_options(const std::vector<std::string>& canonical,
-                                       const Target& target, int version, const std::string& key) {
+                                       const Target& target, bool embedded, int version,
+                                       const std::string& key) {
   std::vector<std::string> options = {"--gpu-architecture=" + target.text()};
   for (const std::string& name : canonical) options.push_back(flag_of(name));
   for (const Flag& flag : kFixedFlags) {
-    if (version >= flag.since && !(flag.needs_ptxas && target.ptx)) options.emplace_back(flag.text);
+    const bool fits = !(flag.needs_ptxas && target.ptx) && (embedded || !flag.embedded);
+    if (version >= flag.since && fits) options.emplace_back(flag.text);
   }
   constexpr std::size_t kSeedDigits = 16;
   if (version >= kRandomSeedSince) {

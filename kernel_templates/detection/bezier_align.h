@@ -24,30 +24,33 @@ struct Axis {
   T center, bin;
 };
 
-// column: of the first point; the other coordinate's columns lie between.
+// at: the first point's coordinate; the other coordinates lie between. By value, as load_as_called().
 template <class T>
-TORCHKILN_HD Axis<T> axis_of(const Args& args, i64 row, int column, T u, T v, i64 pooled) {
-  const T scale = T(args.spatial_scale);
+TORCHKILN_HD_CALLED Axis<T> axis_of(const void* boxes, i64 type, i64 at, T scale, bool aligned, T u,
+                                    T v, T pooled) {
   T p[8];
   for (int i = 0; i < 8; ++i) {
-    p[i] = rounded_product(sampled_roi::number<T>(args, row + column + 2 * i), scale);
+    p[i] = rounded_product(load_as_called<T>(boxes, type, at + 2 * i), scale);
   }
   const T upper = curve(p[0], p[1], p[2], p[3], u);
   const T lower = curve(p[7], p[6], p[5], p[4], u);
   T size = max_of(abs_of(p[0] - p[3]), abs_of(p[7] - p[4]));
-  if (!args.aligned) size = size < T(1) ? T(1) : size;
+  if (!aligned) size = size < T(1) ? T(1) : size;
   const T center = rounded_product(lower, v) + rounded_product(upper, T(1) - v);
-  return {center - (args.aligned ? T(0.5) : T(0)), size / T(pooled)};
+  return {center - (aligned ? T(0.5) : T(0)), size / pooled};
 }
 
 struct Pooled : sampled_roi::Operator {
   template <class T>
   TORCHKILN_HD static sampled_roi::Patch<T> patch(const Args& args, i64 group, i64 bin) {
-    const i64 row = group * 17, row_bin = bin / args.pooled_w;
+    const i64 row = group * 17, row_bin = u32(bin) / u32(args.pooled_w);
     const T u = T(bin - row_bin * args.pooled_w) / T(args.pooled_w);
     const T v = T(row_bin) / T(args.pooled_h);
-    const Axis<T> x = axis_of(args, row, 1, u, v, args.pooled_w);
-    const Axis<T> y = axis_of(args, row, 2, u, v, args.pooled_h);
+    const auto axis = [&](i64 at, i64 pooled) {
+      return axis_of(args.boxes, args.box_type, at, T(args.spatial_scale), args.aligned != 0, u, v,
+                     T(pooled));
+    };
+    const Axis<T> x = axis(row + 1, args.pooled_w), y = axis(row + 2, args.pooled_h);
     sampled_roi::Patch<T> p = {};
     p.image = sampled_roi::image_of<T>(args, row);
     p.rows = sampled_roi::sample_count(args, y.bin);
@@ -56,7 +59,7 @@ struct Pooled : sampled_roi::Operator {
     p.column_x = x.bin / T(max_of(p.columns, 1));
     p.y = y.center - (y.bin - p.row_y) / T(2);
     p.x = x.center - (x.bin - p.column_x) / T(2);
-    return sampled_roi::average(args, p, sampled_roi::is_finite(p.y + p.x + y.bin + x.bin));
+    return sampled_roi::average(p, sampled_roi::is_finite(p.y + p.x + y.bin + x.bin));
   }
 };
 

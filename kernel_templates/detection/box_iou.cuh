@@ -10,11 +10,6 @@
 
 namespace torchkiln::box_iou {
 
-// a / b of numbers from 0 on; almost all of them have 32 bits, and that takes a tenth of the instructions.
-__device__ __forceinline__ i64 divide(i64 a, i64 b) {
-  return (u64(a) | u64(b)) >> 32 == 0 ? i64(u32(a) / u32(b)) : a / b;
-}
-
 // A box, as one or two loads where kAligned says that rows begin at 16 bytes, or at their own size.
 template <bool kAligned, class Scalar>
 __device__ __forceinline__ Box<Acc<Scalar>> fetch_box(const Scalar* boxes, i64 index,
@@ -40,9 +35,9 @@ __global__ void __launch_bounds__(kBlockSize) forward(const Args args) {
   const Scalar* boxes1 = static_cast<const Scalar*>(args.boxes1);
   const i64 vectors = args.m / kVector;
   const i64 item = i64(blockIdx.x) * kBlockSize + threadIdx.x;
-  const i64 row_step = divide(i64(gridDim.x) * kBlockSize, vectors);
+  const i64 row_step = i64(gridDim.x) * kBlockSize / vectors;
   if (item >= row_step * vectors) return;
-  const i64 first_row = divide(item, vectors), column = (item - first_row * vectors) * kVector;
+  const i64 first_row = item / vectors, column = (item - first_row * vectors) * kVector;
   Box<T> others[kVector];
   T areas[kVector];
 #pragma unroll

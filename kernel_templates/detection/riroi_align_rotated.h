@@ -21,7 +21,9 @@ struct Pooled : roi_align_rotated::Pooled {
     const T steps = rounded_product(angle, per_radian);
     const T whole = floor_of(steps), turns = floor_of(whole / T(args.orientations));
     if (!sampled_roi::is_finite(steps)) return p;  // without samples
-    p.turn = i32(whole - turns * T(args.orientations));
+    // Of huge angles it may be off by rounding.
+    const i32 turn = i32(whole - turns * T(args.orientations)) % i32(args.orientations);
+    p.turn = turn < 0 ? turn + i32(args.orientations) : turn;
     p.blend = steps - whole;
     return p;
   }

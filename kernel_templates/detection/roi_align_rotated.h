@@ -31,7 +31,7 @@ struct Pooled : sampled_roi::Operator {
     const T step_h = bin_h / T(max_of(p.rows, 1)), step_w = bin_w / T(max_of(p.columns, 1));
     T sine, cosine;
     sin_cos_of(angle, sine, cosine);
-    const i64 row_bin = bin / args.pooled_w;
+    const i64 row_bin = u32(bin) / u32(args.pooled_w);
     // The first sample, from the centre.
     const T column = T(bin - row_bin * args.pooled_w);
     const T down = rounded_product(T(row_bin), bin_h) - height / T(2) + step_h / T(2);
@@ -42,8 +42,7 @@ struct Pooled : sampled_roi::Operator {
     p.row_x = step_h * sine;
     p.column_y = -step_w * sine;
     p.column_x = step_w * cosine;
-    return sampled_roi::average(args, p,
-                                sampled_roi::is_finite(p.y + p.x + width + height + angle));
+    return sampled_roi::average(p, sampled_roi::is_finite(p.y + p.x + width + height + angle));
   }
 };
 

@@ -73,8 +73,8 @@ __device__ __forceinline__ void put(const Args& args, i64 offset, const Best<T>*
   if (args.argmax) store_pack(static_cast<Code<kCodeBytes>*>(args.argmax) + offset, codes);
 }
 
-// The greatest of a bin, for kVector channels from `channel` on.
-template <class Scalar, class Index, bool kChannelsLast, int kVector>
+// The greatest of a bin, for kVector channels from `channel` on; kUnrolled columns at a time.
+template <class Scalar, class Index, bool kChannelsLast, int kVector, int kUnrolled = 4>
 __device__ __forceinline__ void search(const Args& args, i32 image, i64 channel, Range rows,
                                        Range columns, Best<Acc<Scalar>>* best) {
   using T = Acc<Scalar>;
@@ -86,7 +86,7 @@ __device__ __forceinline__ void search(const Args& args, i32 image, i64 channel,
   for (i32 y = rows.begin; y < rows.end; ++y) {
     const Scalar* at =
         input + input_offset<Index, kChannelsLast>(args.shape, image, channel, y, columns.begin);
-#pragma unroll 4
+#pragma unroll kUnrolled
     for (i32 x = columns.begin; x < columns.end; ++x) {
       const auto values = load_pack<kVector>(at);
 #pragma unroll
@@ -413,8 +413,9 @@ __global__ void __launch_bounds__(kBlockSize) staged(const Args args) {
       for (int m = 0; m < kMaps; ++m) {
         Best<T> best = worst<T>(0, 0);
         if (!is_empty) {
-          search<Scalar, Index, false, 1>(args, image, channel + m,
-                                          {top + rows.begin, top + rows.end}, columns, &best);
+          // With a table of cells that is rare, and short code counts.
+          search<Scalar, Index, false, 1, kWindow == 1 ? 1 : 4>(
+              args, image, channel + m, {top + rows.begin, top + rows.end}, columns, &best);
         }
         put<1, kCodeBytes, Scalar>(args, at + m * bins, &best, is_empty);
       }

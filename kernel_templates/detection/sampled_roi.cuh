@@ -27,21 +27,22 @@ struct Table {
 
 // What a block computes.
 struct Part {
-  i64 group, first, channel;  // bins [first, first + bins), channels [channel, channel + channels)
-  i32 bins, channels;
+  i64 channel;
+  // bins [first, first + bins), channels [channel, channel + channels)
+  i32 group, first, bins, channels;
 };
 
 // Neighbouring blocks have the same channels, so that maps are read from memory once.
 template <int kEntries, int kChannels>
 __device__ __forceinline__ Part part_of(const Args& args) {
   const i32 at_once = bins_at_once(args.bins, args.hint, kEntries);
-  const u32 parts = u32((args.bins + at_once - 1) / at_once), tiles = parts * u32(args.groups);
-  const u32 tile = blockIdx.x % tiles;
+  const u32 parts = (u32(args.bins) + at_once - 1) / at_once, tiles = parts * u32(args.groups);
+  const u32 chunk = blockIdx.x / tiles, tile = blockIdx.x - chunk * tiles;
   Part part;
-  part.group = tile / parts;
-  part.first = i64(tile % parts) * at_once;
-  part.bins = i32(min_of(i64(at_once), args.bins - part.first));
-  part.channel = i64(blockIdx.x / tiles) * kChannels;
+  part.group = i32(tile / parts);
+  part.first = i32(tile - u32(part.group) * parts) * at_once;
+  part.bins = min_of(at_once, i32(args.bins) - part.first);
+  part.channel = i64(chunk) * kChannels;
   part.channels = i32(min_of(i64(kChannels), args.channels - part.channel));
   return part;
 }
@@ -56,6 +57,7 @@ __device__ __forceinline__ void lay_out(AnyTable& table, const Args& args, const
     auto& patch = table.patches[bin];
     using T = decltype(patch.y);
     patch = Op::template patch<T>(args, part.group, part.first + bin);
+    clip<Op>(patch, args);
     if (patch.count() > 0) atomicMax(&table.most, patch.count());
   }
   __syncthreads();
@@ -67,7 +69,7 @@ __device__ __forceinline__ void fill(AnyTable& table, i32 bins, i32 begin, i32 c
                                      const Pixel& pixel) {
 #pragma unroll 1
   for (i32 entry = threadIdx.x; entry < bins * count; entry += kBlockSize) {
-    const i32 sample = entry / bins;
+    const i32 sample = i32(u32(entry) / u32(bins));
     const auto& patch = table.patches[entry - sample * bins];
     take(point_of<Op>(patch, begin + sample), h, w, patch.share, pixel, table.pixels[entry],
          table.weights[entry]);
@@ -154,7 +156,7 @@ __device__ __forceinline__ void exchange(const Args& args, const Patch<T>& patch
 #pragma unroll
   for (int i = 0; i < kVector; ++i) own[i] = value[i];
   __syncwarp();
-  const i32 orientations = i32(args.orientations), at = i32(channel % orientations);
+  const i32 orientations = i32(args.orientations), at = i32(u32(channel) % u32(orientations));
   const T* block = own - at;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
@@ -326,7 +328,7 @@ __device__ __forceinline__ void scatter(const Args& args) {
     const u32 item = first + threadIdx.x;
     const bool active = item < bins * vectors;
     const u32 bin = active ? item / vectors : 0;
-    const Index channel = Index(part.channel) + Index(active ? item % vectors : 0) * kVector;
+    const Index channel = Index(part.channel) + Index(active ? item - bin * vectors : 0) * kVector;
     const Patch<T>& patch = table.patches[bin];
     const i64 own = part.first + bin;
     T* to = static_cast<T*>(args.maps) +
@@ -392,10 +394,19 @@ struct TileTable : Table<T, kEntries, kBlockSize> {
   T sums[kTileSide * kTileSide][kBlockSize];
 };
 
+// A bin by its number, counted on over the groups from the first one of `group`.
+struct Place {
+  i32 group, bin;
+};
+__device__ __forceinline__ Place place_of(const Args& args, i32 group, u32 number) {
+  const u32 further = number / u32(args.bins);
+  return {group + i32(further), i32(number - further * u32(args.bins))};
+}
+
 // Adds the samples of the listed bins to the channel of this thread. The table's pixels are those of the tile, -1 for
 // others. Every thread of the block must call.
 template <class Op, class Scalar, class Index, int kEntries, int kBlockSize, class Tile>
-__device__ __forceinline__ void add_listed(const Args& args, Tile& tile, i64 first, i32 total,
+__device__ __forceinline__ void add_listed(const Args& args, Tile& tile, Place first, i32 total,
                                            i32 tile_y, i32 tile_x, i64 channel) {
   using T = Acc<Scalar>;
   const i32 h = i32(args.h), w = i32(args.w), most = tile.most, chunk = kEntries / total;
@@ -404,8 +415,8 @@ __device__ __forceinline__ void add_listed(const Args& args, Tile& tile, i64 fir
     x -= tile_x;
     return y >= 0 && y < kTileSide && x >= 0 && x < kTileSide ? y * kTileSide + x : -1;
   };
-  const i32 border = Op::kBordered ? i32(channel / args.channels) : 0;
-  const Index own = Index(Op::kBordered ? channel % args.channels : channel);
+  const i32 border = Op::kBordered ? i32(u32(channel) / u32(args.channels)) : 0;
+  const Index own = Index(channel) - border * Index(args.channels);
 #pragma unroll 1
   for (i32 begin = 0; begin < most; begin += chunk) {
     const i32 count = min_of(chunk, most - begin);
@@ -415,14 +426,15 @@ __device__ __forceinline__ void add_listed(const Args& args, Tile& tile, i64 fir
     if (channel >= args.c) continue;
 #pragma unroll 1
     for (i32 slot = 0; slot < total; ++slot) {
-      const i64 flat = first + tile.listed[slot];
-      const i64 group = flat / args.bins, bin = flat - group * args.bins;
-      if (Op::kBordered && i32(bin % kBorders) != border) continue;
+      const Place at = place_of(args, first.group, u32(first.bin) + u32(tile.listed[slot]));
+      if (Op::kBordered && at.bin % i32(kBorders) != border) continue;
       T gradient;
-      load_gradient<Op, 1, Scalar, Index>(args, tile.patches[slot], group, bin, own, &gradient);
+      load_gradient<Op, 1, Scalar, Index>(args, tile.patches[slot], at.group, at.bin, own,
+                                          &gradient);
       i32 from = 0, to = count;
       if constexpr (Op::kMaximum) {
-        from = args.argmax[Index(flat) * Index(args.channels) + own] - begin;
+        const Index bin = Index(at.group) * Index(args.bins) + at.bin;
+        from = args.argmax[bin * Index(args.channels) + own] - begin;
         to = min_of(from + 1, count);
         if (from < 0) continue;
       }
@@ -458,16 +470,15 @@ __device__ __forceinline__ void gather(const Args& args) {
 #pragma unroll 1
   for (int i = 0; i < kTileSide * kTileSide; ++i) tile.sums[i][threadIdx.x] = T(0);
 
-  const i64 begin = Op::kByImage ? image * args.bins : 0;
-  const i64 end = Op::kByImage ? begin + args.bins : args.groups * args.bins;
+  const i64 candidates = Op::kByImage ? args.bins : args.groups * args.bins;
+  Place first = {Op::kByImage ? image : 0, 0};
 #pragma unroll 1
-  for (i64 first = begin; first < end; first += kBlockSize) {
-    const i64 flat = first + threadIdx.x;
+  for (i64 seen = 0; seen < candidates; seen += kBlockSize) {
     Patch<T> patch = {};
     bool listed = false;
-    if (flat < end) {
-      const i64 group = flat / args.bins;
-      patch = Op::template patch<T>(args, group, flat - group * args.bins);
+    if (seen + threadIdx.x < candidates) {
+      const Place own = place_of(args, first.group, u32(first.bin) + threadIdx.x);
+      patch = Op::template patch<T>(args, own.group, own.bin);
       listed = patch.image == image && touches<Op>(patch, tile_y, tile_x);
     }
     int total;
@@ -477,13 +488,15 @@ __device__ __forceinline__ void gather(const Args& args) {
     if (listed) {
       tile.patches[slot] = patch;
       tile.listed[slot] = i32(threadIdx.x);
-      atomicMax(&tile.most, patch.count());
+      clip<Op>(tile.patches[slot], args);
+      atomicMax(&tile.most, tile.patches[slot].count());
     }
     __syncthreads();
     if (total > 0) {
       add_listed<Op, Scalar, Index, kEntries, kBlockSize>(args, tile, first, total, tile_y, tile_x,
                                                           channel);
     }
+    first = place_of(args, first.group, u32(first.bin) + kBlockSize);
     __syncthreads();
   }
   if (channel >= args.c) return;

@@ -1,6 +1,6 @@
 // The frame of operators that pool bilinear samples at points of any place: rotated and curved regions, borders of
 // boxes. Shared by CPU and GPU. An operator is a struct, in a header of its own, that says
-//   patch<T>(args, group, bin)   where the samples of a bin lie
+//   patch<T>(args, group, bin)   where the samples of a bin lie, before clip()
 //   kMaximum                     bins are the greatest sample, not the weighted sum
 //   kIdentity                    the input is added: a bin for each of its pixels
 //   kOriented                    channels are turned: each is a blend of two neighbouring orientations
@@ -29,7 +29,7 @@ struct Args {
   const void* boxes;           // as the operator says, of box_type
   i64 box_type;                // FloatType
   i64 n, c, h, w;              // of the maps
-  i64 groups, bins, channels;  // of the output
+  i64 groups, bins, channels;  // of the output; none is 2^31, for 64-bit divisions are long
   i64 pooled_h, pooled_w;
   i64 samples;  // per bin and axis, 0 or less for one per pixel; or as the operator says
   i64 hint;     // how many samples a bin has, where that is known; else a guess
@@ -72,16 +72,18 @@ TORCHKILN_HD i32 sample_count(const Args& args, T bin) {
   return bin >= T(0) ? i32(min_of(wanted, T(roi_align::kMostSamples))) : 0;
 }
 
-// Leaves out rows and columns that lie off the map: a region may be a thousand times larger than it.
+// Leaves out rows and columns that lie off the map: a region may be a thousand times larger than it. In place: a patch in
+// registers would cost the whole kernel twenty.
 template <class T>
-TORCHKILN_HD_CALLED Patch<T> clipped(Patch<T> p, i32 h, i32 w) {
+TORCHKILN_HD void leave_out(Patch<T>& p, i32 h, i32 w) {
   const double row_y = double(p.row_y), row_x = double(p.row_x);
   const double column_y = double(p.column_y), column_x = double(p.column_x);
   const double y = double(p.y), x = double(p.x);
   const double det = row_y * column_x - row_x * column_y;
   const double inverse = 1 / det;
-  if (!(inverse - inverse == 0)) return p;
+  if (!(inverse - inverse == 0)) return;
   double low_i = 1e30, high_i = -1e30, low_j = 1e30, high_j = -1e30;
+  TORCHKILN_ROLLED
   for (int corner = 0; corner < 4; ++corner) {
     const double dy = (corner & 1 ? double(h) : -1.0) - y;
     const double dx = (corner & 2 ? double(w) : -1.0) - x;
@@ -99,15 +101,22 @@ TORCHKILN_HD_CALLED Patch<T> clipped(Patch<T> p, i32 h, i32 w) {
   if (p.rows <= 0 || p.columns <= 0) p.rows = p.columns = 0;
   p.y = T(y + i * row_y + j * column_y);
   p.x = T(x + i * row_x + j * column_x);
-  return p;
+}
+
+// The same where it is worth it: of grids, whose samples nobody numbers.
+template <class Op, class T>
+TORCHKILN_HD void clip(Patch<T>& p, const Args& args) {
+  if constexpr (!Op::kMaximum && !Op::kIdentity) {
+    if (p.count() > kFewSamples) leave_out(p, i32(args.h), i32(args.w));
+  }
 }
 
 // A grid of samples, averaged; `finite` says whether all that it was made of is a number.
 template <class T>
-TORCHKILN_HD Patch<T> average(const Args& args, Patch<T> p, bool finite) {
+TORCHKILN_HD Patch<T> average(Patch<T> p, bool finite) {
   if (!finite || p.image < 0 || p.rows == 0 || p.columns == 0) p.rows = p.columns = 0;
   p.share = p.rows > 0 ? T(1) / (T(p.rows) * T(p.columns)) : T(0);
-  return p.count() > kFewSamples ? clipped(p, i32(args.h), i32(args.w)) : p;
+  return p;
 }
 
 // A number, and not infinite.
@@ -118,9 +127,10 @@ TORCHKILN_HD bool is_finite(T x) {
 
 // Bins that are worked on at once: as many samples as there are entries in a table, all parts about equal.
 TORCHKILN_HD i32 bins_at_once(i64 bins, i64 hint, i32 entries) {
-  const i64 most = max_of(i64(1), min_of(i64(kMostBins), entries / max_of(hint, i64(1))));
-  const i64 parts = (bins + most - 1) / most;
-  return i32((bins + parts - 1) / parts);
+  const u32 fitting = u32(entries) / u32(max_of(hint, i64(1)));
+  const u32 most = max_of(u32(1), min_of(u32(kMostBins), fitting)), all = u32(bins);
+  const u32 parts = (all + most - 1) / most;
+  return i32((all + parts - 1) / parts);
 }
 
 // Where a sample lies.
@@ -161,7 +171,7 @@ struct Operator {
 
   template <class T>
   TORCHKILN_HD static Point<T> point(const Patch<T>& p, i32 sample) {
-    const i32 i = sample / p.columns, j = sample - i * p.columns;
+    const i32 i = i32(u32(sample) / u32(p.columns)), j = sample - i * p.columns;
     return {p.y + rounded_product(T(i), p.row_y) + rounded_product(T(j), p.column_y),
             p.x + rounded_product(T(i), p.row_x) + rounded_product(T(j), p.column_x)};
   }
@@ -173,17 +183,14 @@ TORCHKILN_HD Point<T> point_of(const Patch<T>& p, i32 sample) {
   return sample < p.count() ? Op::point(p, sample) : Point<T>{T(-2), T(-2)};
 }
 
-// Orientation of the input that is `steps` behind an output's (or before it, when negative).
-TORCHKILN_HD i32 turned(i32 orientation, i32 steps, i32 orientations) {
-  const i32 rest = (orientation - steps) % orientations;
-  return rest < 0 ? rest + orientations : rest;
-}
-
-// The channel, among blocks of `orientations`, whose orientation lies `steps` behind.
+// The channel, among blocks of `orientations`, whose orientation lies `steps` behind (or before, when negative), which are
+// no more than there are orientations.
 template <class Index>
 TORCHKILN_HD Index turned_channel(Index channel, i32 steps, i32 orientations) {
-  const i32 own = i32(channel % Index(orientations));
-  return channel - Index(own) + Index(turned(own, steps, orientations));
+  const i32 own = i32(u32(channel) % u32(orientations));
+  const i32 rest = own - steps;
+  const i32 turned = rest < 0 ? rest + orientations : rest;
+  return channel + Index((turned < orientations ? turned : turned - orientations) - own);
 }
 
 }  // namespace torchkiln::sampled_roi

@@ -126,8 +126,12 @@ TORCHKILN_HD_CALLED T shared_area(const PeerQuad<T>& a, const PeerQuad<T>& b) {
         add_candidate(points, px + t * ux, py + t * uy);
     }
   }
-  add_corners<T>(points, a, dx, dy, b, T(0), T(0));
-  add_corners<T>(points, b, -dx, -dy, a, dx, dy);
+  TORCHKILN_ROLLED
+  for (int pass = 0; pass < 2; ++pass) {
+    const bool own = pass == 0;
+    add_corners<T>(points, own ? a : b, own ? dx : -dx, own ? dy : -dy, own ? b : a,
+                   own ? T(0) : dx, own ? T(0) : dy);
+  }
   return points.count > 2 ? hull_area(points) : T(0);
 }
 

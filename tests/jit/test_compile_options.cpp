@@ -30,11 +30,22 @@ TEST(Options, NewFlagsOnlyWhereTheyAreKnown) {
   List newer = common;
   newer.insert(newer.end(), {"--no-cache", "--frandom-seed=aaaaaaaaaaaaaaaa"});
   for (const int version : {12000, 12060, 12080}) {
-    EXPECT_EQ(nvrtc_options({"std=c++17"}, target, version, kKey), common) << version;
+    EXPECT_EQ(nvrtc_options({"std=c++17"}, target, false, version, kKey), common) << version;
   }
   for (const int version : {12090, 13000, 13050}) {
-    EXPECT_EQ(nvrtc_options({"std=c++17"}, target, version, kKey), newer) << version;
+    EXPECT_EQ(nvrtc_options({"std=c++17"}, target, false, version, kKey), newer) << version;
   }
+}
+
+TEST(Options, OnlyOurFilesDoWithoutTextures) {
+  const auto is_minimal = [](bool embedded, int version) {
+    const List list = nvrtc_options({"std=c++17"}, {.architecture = 90}, embedded, version, kKey);
+    return std::find(list.begin(), list.end(), "--minimal") != list.end();
+  };
+  EXPECT_TRUE(is_minimal(true, 12060));
+  EXPECT_TRUE(is_minimal(true, 13050));
+  EXPECT_FALSE(is_minimal(true, 12000));
+  EXPECT_FALSE(is_minimal(false, 13050));
 }
 
 TEST(Options, FollowTargetAndLineinfo) {
@@ -42,15 +53,15 @@ TEST(Options, FollowTargetAndLineinfo) {
     return std::find(list.begin(), list.end(), flag) != list.end();
   };
   const Target specific{.architecture = 90, .specific = true};
-  EXPECT_TRUE(has(nvrtc_options({}, specific, 12060, kKey), "--gpu-architecture=sm_90a"));
-  EXPECT_TRUE(has(nvrtc_options({"lineinfo"}, specific, 12060, kKey), "-lineinfo"));
+  EXPECT_TRUE(has(nvrtc_options({}, specific, true, 12060, kKey), "--gpu-architecture=sm_90a"));
+  EXPECT_TRUE(has(nvrtc_options({"lineinfo"}, specific, true, 12060, kKey), "-lineinfo"));
   const Target ptx{.architecture = 90, .ptx = true};
-  EXPECT_TRUE(has(nvrtc_options({}, ptx, 12060, kKey), "--gpu-architecture=compute_90"));
-  EXPECT_FALSE(has(nvrtc_options({}, ptx, 12060, kKey), "--ptxas-options=-v"));
+  EXPECT_TRUE(has(nvrtc_options({}, ptx, true, 12060, kKey), "--gpu-architecture=compute_90"));
+  EXPECT_FALSE(has(nvrtc_options({}, ptx, true, 12060, kKey), "--ptxas-options=-v"));
 }
 
 TEST(Options, UnknownCanonicalOptionIsOurBug) {
-  EXPECT_THROW(nvrtc_options({"fast=yes"}, {.architecture = 90}, 13000, kKey), Error);
+  EXPECT_THROW(nvrtc_options({"fast=yes"}, {.architecture = 90}, true, 13000, kKey), Error);
 }
 
 constexpr const char* kSpillLog =
