@@ -26,9 +26,6 @@ struct Sizes {
 struct QueryTunables {
   std::int64_t lanes, points, block_size;
 };
-struct ForwardTunables {
-  std::int64_t lanes, points, block_size, together;
-};
 struct StripTunables {
   std::int64_t lanes, pixels, sets, block_size;
 
@@ -44,7 +41,7 @@ struct BlockTunables {
   std::int64_t block_size;
 };
 
-using Forward = Kernel<Args, Statics, Sizes, ForwardTunables>;
+using Forward = Kernel<Args, Statics, Sizes, QueryTunables>;
 using Backward = Kernel<Args, BackwardStatics, Sizes, QueryTunables>;
 using Merge = Kernel<Args, Statics, Sizes, PatchTunables>;
 using Bound = Kernel<Args, NoStatics, BoundSizes, BlockTunables>;
@@ -99,14 +96,12 @@ std::uint32_t lanes_for(const AnyProblem& p) {
 std::int64_t blocks_of(const Sizes& s, std::int64_t queries) {
   return s.heads == 0 ? 0 : s.heads * ceil_div(s.queries / s.heads, queries);
 }
-template <class AnyTunables>
-Geometry over_queries(const Sizes& s, const AnyTunables& t) {
+Geometry over_queries(const Sizes& s, const QueryTunables& t) {
   return linear(blocks_of(s, t.block_size / t.lanes), t.block_size);
 }
 
 // A table of samples for each query of a block, `numbers` of the accumulator's type in each.
-template <class AnyTunables>
-bool table_fits(std::int64_t scalar, const AnyTunables& t, std::int64_t numbers) {
+bool table_fits(std::int64_t scalar, const QueryTunables& t, std::int64_t numbers) {
   const std::int64_t bytes = 16 + numbers * accumulator_bytes(scalar);
   return t.block_size / t.lanes * t.points * bytes <= kSharedBytes;
 }
@@ -114,12 +109,9 @@ bool table_fits(std::int64_t scalar, const AnyTunables& t, std::int64_t numbers)
 const std::vector<Parameter> kQueryTunables = {ints("lanes", {4, 8, 16, 32}),
                                                ints("points", {8, 16, 32}),
                                                ints("block_size", {64, 128, 256, 512})};
-const std::vector<Parameter> kForwardTunables = {kQueryTunables[0], kQueryTunables[1],
-                                                 kQueryTunables[2], ints("together", {1, 2, 4})};
-// The last three for few queries, which leave registers for more samples in flight.
-const std::vector<ForwardTunables> kForwardDefaults = {{4, 8, 256, 2},   {8, 16, 256, 2},
-                                                       {32, 16, 128, 2}, {8, 16, 128, 4},
-                                                       {8, 16, 128, 4},  {32, 16, 128, 4}};
+// The last three for few queries.
+const std::vector<QueryTunables> kForwardDefaults = {{4, 8, 256},  {8, 16, 256}, {32, 16, 128},
+                                                     {4, 16, 128}, {8, 16, 128}, {32, 16, 128}};
 const std::vector<QueryTunables> kBackwardDefaults = {{4, 16, 128}, {8, 16, 256}, {32, 16, 128},
                                                       {4, 16, 128}, {8, 16, 128}, {32, 16, 128}};
 
@@ -138,14 +130,14 @@ const Forward forward_kernel({
     .statics = {types("scalar", kFloatTypes), types("place", kFloatTypes),
                 ints("vector", {1, 2, 4, 8})},
     .sizes = kSizes,
-    .tunables = kForwardTunables,
+    .tunables = kQueryTunables,
     .defaults = kForwardDefaults,
     .valid = &reads_exist,
     .legal = [](const Forward::Problem& p,
-                const ForwardTunables& t) { return table_fits(p.statics.scalar, t, 5); },
+                const QueryTunables& t) { return table_fits(p.statics.scalar, t, 5); },
     .choose = &queries_for<Forward::Problem>,
     .geometry = [](const Forward::Problem& p,
-                   const ForwardTunables& t) { return over_queries(p.sizes, t); },
+                   const QueryTunables& t) { return over_queries(p.sizes, t); },
 });
 
 const Backward backward_kernel({

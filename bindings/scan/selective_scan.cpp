@@ -108,15 +108,18 @@ bool fits(const Forward::Problem& p, const Tunables& t) {
          shared_bytes(p, t) <= p.device.shared_bytes_per_block;
 }
 
-// By the number of states. Few rows are split among blocks rather than among more lanes, which would share less.
+// By the number of states. Few rows are split among blocks rather than among more lanes, which would share less. Positions
+// of half types fill a line of 128 bytes with the first one.
 const std::vector<Tunables> kForwardDefaults = {
-    {4, 8, 2, 128}, {4, 4, 1, 128}, {8, 32, 2, 128}, {8, 32, 8, 64}};
+    {4, 8, 2, 256}, {4, 8, 2, 128}, {4, 4, 1, 128}, {8, 32, 2, 128}, {8, 32, 8, 64}};
 
 std::uint32_t choose_forward(const Forward::Problem& p) {
-  const std::int64_t states = p.sizes.states;
-  if (states > 64) return 3;
-  if (states > 16) return 2;
-  return states > 4 ? 0 : 1;
+  const std::int64_t states = p.sizes.states, scalar = p.statics.scalar;
+  if (states > 64) return 4;
+  if (states > 16) return 3;
+  if (states <= 4) return 2;
+  const bool is_half = scalar == TORCHKILN_HALF || scalar == TORCHKILN_BFLOAT16;
+  return is_half && !p.statics.is_complex ? 0 : 1;
 }
 Geometry forward_geometry(const Forward::Problem& p, const Tunables& t) {
   return linear(panels(p.sizes, channels_of(t)) * p.sizes.splits, t.warps * kWarp,
@@ -651,8 +654,8 @@ std::int64_t parts_of(const ScanInputs& in, const Device& device) {
 // Warps that a multiprocessor holds.
 constexpr std::int64_t kResidentWarps = 16;
 
-// A split's positions are gone through twice, which pays where blocks would fill less than half of the GPU; splits are of
-// several tiles.
+// A split's positions are gone through twice, which pays where blocks would fill less than half of the GPU. Twice as many as
+// it holds leave few multiprocessors without work in the end; splits are of several tiles.
 std::int64_t splits_of(const ScanInputs& in, const Device& device) {
   constexpr std::int64_t kLeastLength = 256;
   const Sizes sizes = sizes_of(in, 1, 0);
@@ -661,7 +664,8 @@ std::int64_t splits_of(const ScanInputs& in, const Device& device) {
   const std::int64_t blocks = panels(sizes, channels_of(chosen));
   const std::int64_t resident = kResidentWarps / chosen.warps * device.multiprocessors;
   if (2 * blocks > resident) return 1;
-  return std::clamp<std::int64_t>(in.problem.length / kLeastLength, 1, ceil_div(resident, blocks));
+  return std::clamp<std::int64_t>(in.problem.length / kLeastLength, 1,
+                                  ceil_div(2 * resident, blocks));
 }
 
 // As many as leave no block waiting for another one, of several tiles each. A neighbour's ratio behind a split is not known

@@ -80,7 +80,8 @@ struct Span {
 
 template <int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) order(const Args args) {
-  const i64 bin = i64(blockIdx.x) * kBlockSize + threadIdx.x;
+  // Neighbouring pixels of a small map all have many samples: they go to different blocks.
+  const i64 bin = i64(threadIdx.x) * gridDim.x + blockIdx.x;
   const Span span(args.ends, bin, bin);
   order_bins<kBlockSize>(args.samples, span.begin, span.count);
 }

@@ -1,8 +1,7 @@
 // Multi-scale deformable attention on the GPU.
 //
 //   forward   kLanes lanes per query and head, lanes on channels, 16 bytes each. What the samples take is worked out once
-//             for all channels, a sample a lane, and stands in shared memory; then the pixels of kTogether samples are
-//             under way at once: it is their coming that binds. Warps talk to themselves only
+//             for all channels, a sample a lane, and stands in shared memory. Warps talk to themselves only
 //   backward  the same lanes: gradients of places and weights. The products with the four pixels of a sample are summed
 //             over the lanes so that each quarter of them ends with one. kScatter: value gradients too, by vector atomics
 //             of 16 bytes of sums, so that an instruction fills sectors; else the first pixel of each sample is left
@@ -115,52 +114,19 @@ __device__ __forceinline__ FourPacks<Scalar, kCount> load_pixels(const Scalar* m
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
-// Adds up kCount samples of a table from `first` on. All pixels are under way before one is needed.
-template <int kCount, class Scalar, int kVector, class T, class AnyTable>
-__device__ __forceinline__ void add_samples(const AnyTable& table, const T* shares, i32 first,
-                                            const Scalar* map, i32 stride, i32 group, T* sums) {
-  constexpr bool kApart = sizeof(T) == 8;
-  FourPacks<Scalar, kVector> values[kCount];
-#pragma unroll
-  for (int s = 0; s < kCount; ++s) {
-    values[s] = load_pixels<kVector>(map, table.pixels[AnyTable::slot(group, first + s)], stride);
-  }
-#pragma unroll
-  for (int s = 0; s < kCount; ++s) {
-    const i32 slot = AnyTable::slot(group, first + s);
-    const Weights<T> weights = table.weights[slot];
-    T own[kVector] = {};
-#pragma unroll
-    for (int corner = 0; corner < 4; ++corner) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        (kApart ? own : sums)[i] += weights.at[corner] * load(values[s].at[corner].at[i]);
-      }
-    }
-    if constexpr (kApart) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) sums[i] += own[i] * shares[slot];
-    }
-  }
-}
-
-// Warps of a multiprocessor that there should be registers for, and in each for the pixels of kTogether samples.
-template <class Scalar, int kTogether>
-constexpr int kForwardWarps = sizeof(Scalar) == 8 || kTogether == 4 ? 16 : 48 - 8 * kTogether;
-
-template <class Scalar, class Place, int kVector, int kLanes, int kPoints, int kBlockSize,
-          int kTogether>
-__global__ void __launch_bounds__(kBlockSize, kForwardWarps<Scalar, kTogether>* kWarpSize /
-                                                  kBlockSize) forward(const Args args) {
+template <class Scalar, class Place, int kVector, int kLanes, int kPoints, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) forward(const Args args) {
   using T = Acc<Scalar>;
   constexpr int kGroups = kBlockSize / kLanes;
   constexpr bool kApart = sizeof(T) == 8;
+  // Eight loads of 16 bytes in flight are enough, and fill the registers.
+  constexpr int kUnrolled = kVector == 8 ? 1 : 2;
   using Samples = Table<T, kGroups, kPoints>;
   __shared__ Samples table;
   __shared__ T shares[kApart ? kGroups * kPoints : 1];
   __shared__ Levels levels;
   levels.fill(args);
-  if (Levels::exist(args)) __syncthreads();
+  __syncthreads();
   const auto item = item_of<kGroups>(args, levels, i32(threadIdx.x) / kLanes);
   const i32 lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   const i32 samples = i32(args.l * args.p), channels = i32(args.d);
@@ -182,14 +148,24 @@ __global__ void __launch_bounds__(kBlockSize, kForwardWarps<Scalar, kTogether>* 
         __syncwarp();
       }
       if (!active) continue;
-      i32 sample = 0;
-#pragma unroll 1
-      for (; sample <= listed - kTogether; sample += kTogether) {
-        add_samples<kTogether, Scalar, kVector>(table, shares, sample, map, stride, group, sums);
-      }
-#pragma unroll 1
-      for (; kTogether > 1 && sample < listed; ++sample) {
-        add_samples<1, Scalar, kVector>(table, shares, sample, map, stride, group, sums);
+#pragma unroll kUnrolled
+      for (i32 sample = 0; sample < listed; ++sample) {
+        const i32 slot = Samples::slot(group, sample);
+        const Pixels pixels = table.pixels[slot];
+        const Weights<T> weights = table.weights[slot];
+        const auto values = load_pixels<kVector>(map, pixels, stride);
+        T own[kVector] = {};
+#pragma unroll
+        for (int corner = 0; corner < 4; ++corner) {
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) {
+            (kApart ? own : sums)[i] += weights.at[corner] * load(values.at[corner].at[i]);
+          }
+        }
+        if constexpr (kApart) {
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) sums[i] += own[i] * shares[slot];
+        }
       }
     }
     if (!active) continue;
@@ -348,7 +324,7 @@ __global__ void __launch_bounds__(kBlockSize) backward(const Args args) {
   __shared__ Weights<T> products[kGroups * kPoints];
   __shared__ Levels levels;
   levels.fill(args);
-  if (Levels::exist(args)) __syncthreads();
+  __syncthreads();
   const auto item = item_of<kGroups>(args, levels, i32(threadIdx.x) / kLanes);
   const Points points(args);
   const i32 lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;

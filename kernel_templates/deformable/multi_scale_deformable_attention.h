@@ -91,12 +91,12 @@ TORCHKILN_HD Position<T> scale_of(const Args& args, Query query, i32 level, Leve
   return {load(box[3]) * share * T(size.h), load(box[2]) * share * T(size.w)};
 }
 
-// Of a place as it was read.
 template <class T, class Place>
-TORCHKILN_HD Position<T> position_at(const Args& args, Query query, Position<T> place, i32 level,
+TORCHKILN_HD Position<T> position_of(const Args& args, Query query, i32 sample, i32 level,
                                      Level size) {
+  const Pair<Place> place = static_cast<const Pair<Place>*>(args.places)[query.first + sample];
   const Position<T> scale = scale_of<T, Place>(args, query, level, size);
-  Position<T> result = {place.y * scale.y - T(0.5), place.x * scale.x - T(0.5)};
+  Position<T> result = {load(place.y) * scale.y - T(0.5), load(place.x) * scale.x - T(0.5)};
   if (args.references != nullptr) {
     const Place* reference = static_cast<const Place*>(args.references) +
                              (query.reference + level) * args.reference_size;
@@ -104,19 +104,6 @@ TORCHKILN_HD Position<T> position_at(const Args& args, Query query, Position<T> 
     result.x += load(reference[0]) * T(size.w);
   }
   return result;
-}
-
-template <class T, class Place>
-TORCHKILN_HD Position<T> given_place(const Args& args, Query query, i32 sample) {
-  const Pair<Place> place = static_cast<const Pair<Place>*>(args.places)[query.first + sample];
-  return {load(place.y), load(place.x)};
-}
-
-template <class T, class Place>
-TORCHKILN_HD Position<T> position_of(const Args& args, Query query, i32 sample, i32 level,
-                                     Level size) {
-  return position_at<T, Place>(args, query, given_place<T, Place>(args, query, sample), level,
-                               size);
 }
 
 // The pixel up and to the left of a position, perhaps one before the level's.
@@ -134,15 +121,8 @@ TORCHKILN_HD Corner corner_of(Position<T> at, Level level) {
   return {i32(floor_of(at.y)), i32(floor_of(at.x)), true};
 }
 
-// A bit for each of the four pixels around a position that lies on the level: upper left, upper right, lower left, lower
-// right.
-TORCHKILN_HD u32 pixels_on(Corner corner, Level level) {
-  if (!corner.inside) return 0;
-  return ((corner.y >= 0 ? 3u : 0u) | (corner.y + 1 < level.h ? 12u : 0u)) &
-         ((corner.x >= 0 ? 5u : 0u) | (corner.x + 1 < level.w ? 10u : 0u));
-}
-
-// The four pixels around a position, in the same order. One that is masked or off the level is not live: it has the weight 0, and the place of one that is.
+// The four pixels around a position: upper left, upper right, lower left, lower right. One that is masked or off the level
+// is not live: it has the weight 0, and the place of one that is.
 struct alignas(16) Pixels {
   i32 at[4];
 };
@@ -196,7 +176,8 @@ TORCHKILN_HD Taps<T> taps_at(Position<T> at, Level level, const u8* mask) {
   taps.pixels = {{upper + left, upper + right, lower + left, lower + right}};
   taps.weights = {
       {of_upper * of_left, of_upper * of_right, of_lower * of_left, of_lower * of_right}};
-  taps.live = pixels_on(corner, level);
+  taps.live = ((has_upper ? 3u : 0u) | (has_lower ? 12u : 0u)) &
+              ((has_left ? 5u : 0u) | (has_right ? 10u : 0u));
   if (mask != nullptr) drop_masked(taps, mask);
   return taps;
 }

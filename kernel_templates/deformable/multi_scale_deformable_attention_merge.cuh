@@ -92,50 +92,34 @@ __device__ __forceinline__ void fill_rows(Scalar* rows, const i32* queries, cons
   }
 }
 
-// A sample of a thread: where it is, and where it falls.
+// The samples of one thread.
 struct OwnSample {
-  Position<float> at;  // at first, the place as it was read
-  float weight;
-  i32 query;  // of the block; -1: there is none
-  i32 first;  // the upper left pixel
-  u32 live;   // as in Taps
+  i32 first;   // Taps::first
+  i32 corner;  // in the window: row * kWindow + column of the upper left pixel; -1 outside
+  u32 live;
+  i32 query;
+  float y, x, weight;
+  Position<float> at;
 };
 
 template <class Place, int kQueries, class AnyPatch>
-__device__ __forceinline__ OwnSample read_sample(const AnyPatch& patch, const Args& args,
-                                                 const Owner& owner, i32 level, i32 number,
-                                                 const Points& points) {
+__device__ __forceinline__ OwnSample own_sample(const AnyPatch& patch, const Args& args,
+                                                const Owner& owner, i32 level, Level size,
+                                                i32 number, const Points& points) {
   OwnSample own = {};
   // Of the level: numbers go through the points of a query first.
   own.query = points.quotient_of(number);
-  if (own.query >= kQueries || patch.queries[own.query] < 0) {
-    own.query = -1;
-    return own;
-  }
+  if (own.query >= kQueries || patch.queries[own.query] < 0) return own;
   const Query query = query_at(args, owner.image, owner.head, patch.queries[own.query]);
   const i32 sample = level * points.points + number - own.query * points.points;
-  own.at = given_place<float, Place>(args, query, sample);
-  own.weight = load(static_cast<const Place*>(args.weights)[query.first + sample]);
+  own.at = position_of<float, Place>(args, query, sample, level, size);
+  const Taps<float> taps = taps_at(own.at, size, owner.mask);
+  own.first = taps.first;
+  own.live = taps.live;
+  own.y = taps.fraction_y;
+  own.x = taps.fraction_x;
+  own.weight = weight_of<float, Place>(args, query, sample, patch.softmaxes[own.query]);
   return own;
-}
-
-template <class Place, class AnyPatch>
-__device__ __forceinline__ void place_sample(OwnSample& own, const AnyPatch& patch,
-                                             const Args& args, const Owner& owner, i32 level,
-                                             Level size) {
-  if (own.query < 0) return;
-  const Query query = query_at(args, owner.image, owner.head, patch.queries[own.query]);
-  own.at = position_at<float, Place>(args, query, own.at, level, size);
-  if (args.references != nullptr) own.weight = patch.softmaxes[own.query](own.weight);
-  const Corner corner = corner_of(own.at, size);
-  own.first = size.start + corner.y * size.w + corner.x;
-  own.live = pixels_on(corner, size);
-  if (owner.mask == nullptr) return;
-#pragma unroll 1
-  for (u32 left = own.live; left != 0; left &= left - 1) {
-    const i32 pixel = __ffs(i32(left)) - 1;
-    if (owner.mask[own.first + pixel / 2 * size.w + pixel % 2] != 0) own.live &= ~(1u << pixel);
-  }
 }
 
 // The corner of a window around the mean of the samples' positions; within the level, but for the pixel before it.
@@ -157,52 +141,24 @@ __device__ __forceinline__ Position<float> window_of(const AnyPatch& patch, Leve
   return {begin(sum.y, size.h), begin(sum.x, size.w)};
 }
 
-// Counts become how many stand before, in order; returns how many there are. Every thread must call; a barrier ends it.
-template <int kBlockSize, class AnyPatch>
-__device__ __forceinline__ i32 sum_counts(AnyPatch& patch) {
-  constexpr int kPixels = kWindow * kWindow, kOwn = (kPixels + kBlockSize - 1) / kBlockSize;
-  const i32 begin = i32(threadIdx.x) * kOwn, end = min_of(begin + kOwn, kPixels);
-  i32 counted = 0;
-#pragma unroll 1
-  for (i32 i = begin; i < end; ++i) counted += patch.counts[i];
-  int total;
-  i32 before = block_exclusive_sum<kBlockSize>(counted, patch.partial, total);
-#pragma unroll 1
-  for (i32 i = begin; i < end; ++i) {
-    const i32 count = patch.counts[i];
-    patch.counts[i] = before;
-    before += count;
-  }
-  __syncthreads();
-  return total;
-}
-
 // Sorts the shares of kSamples samples of a level; returns how many there are. Every thread must call.
 template <class Place, int kQueries, int kBlockSize, class AnyPatch>
 __device__ __forceinline__ i32 sort_shares(AnyPatch& patch, const Args& args, const Owner& owner,
                                            i32 level, i32 begin) {
+  constexpr int kPixels = kWindow * kWindow, kOwn = (kPixels + kBlockSize - 1) / kBlockSize;
   const Points points(args);
   const i32 warp = threadIdx.x / kWarpSize;
   const Level size = patch.levels.at(args, level);
   OwnSample own[kSamplesOfThread];
-#pragma unroll
-  for (int i = 0; i < kSamplesOfThread; ++i) {
-    own[i] = read_sample<Place, kQueries>(patch, args, owner, level,
-                                          begin + i * kBlockSize + i32(threadIdx.x), points);
-  }
   Position<float> sum = {0.0f, 0.0f};
   i32 sampled = 0;
-  // All of them pass through one place in turn: the code stands once.
-#pragma unroll 1
-  for (int i = 0; i < kSamplesOfThread; ++i) {
-    OwnSample next = own[0];
 #pragma unroll
-    for (int k = 1; k < kSamplesOfThread; ++k) own[k - 1] = own[k];
-    place_sample<Place>(next, patch, args, owner, level, size);
-    own[kSamplesOfThread - 1] = next;
-    if (next.live == 0) continue;
-    sum.y += next.at.y;
-    sum.x += next.at.x;
+  for (int i = 0; i < kSamplesOfThread; ++i) {
+    own[i] = own_sample<Place, kQueries>(patch, args, owner, level, size,
+                                         begin + i * kBlockSize + i32(threadIdx.x), points);
+    if (own[i].live == 0) continue;
+    sum.y += own[i].at.y;
+    sum.x += own[i].at.x;
     ++sampled;
   }
   sum = {warp_sum(sum.y), warp_sum(sum.x)};
@@ -212,35 +168,49 @@ __device__ __forceinline__ i32 sort_shares(AnyPatch& patch, const Args& args, co
     patch.sampled[warp] = sampled;
   }
   if (threadIdx.x == 0) patch.outside = 0;
-#pragma unroll 1
-  for (i32 i = threadIdx.x; i < kWindow * kWindow; i += kBlockSize) patch.counts[i] = 0;
+  for (i32 i = threadIdx.x; i < kPixels; i += kBlockSize) patch.counts[i] = 0;
   __syncthreads();
   const Position<float> window = window_of<kBlockSize>(patch, size);
-  i32 corners[kSamplesOfThread];  // in the window: row * kWindow + column of `first`; -1 outside
   i32 ranks[kSamplesOfThread][4];
 #pragma unroll
   for (int i = 0; i < kSamplesOfThread; ++i) {
     const i32 y = i32(floor_of(own[i].at.y) - window.y), x = i32(floor_of(own[i].at.x) - window.x);
-    const bool within = u32(y) < kWindow - 1 && u32(x) < kWindow - 1;
-    corners[i] = within ? y * kWindow + x : -1;
+    const bool within = own[i].live != 0 && u32(y) < kWindow - 1 && u32(x) < kWindow - 1;
+    own[i].corner = within ? y * kWindow + x : -1;
 #pragma unroll
     for (int pixel = 0; pixel < 4; ++pixel) {
       if ((own[i].live >> pixel & 1u) == 0) continue;
-      const i32 at = corners[i] + pixel / 2 * kWindow + pixel % 2;
+      const i32 at = own[i].corner + pixel / 2 * kWindow + pixel % 2;
       ranks[i][pixel] = atomicAdd(within ? &patch.counts[at] : &patch.outside, 1);
     }
   }
   __syncthreads();
-  const i32 outside = patch.outside, total = sum_counts<kBlockSize>(patch);
+  const i32 outside = patch.outside;
+  i32 counts[kOwn];
+  i32 counted = 0;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const i32 at = i32(threadIdx.x) * kOwn + i;
+    counts[i] = at < kPixels ? patch.counts[at] : 0;
+    counted += counts[i];
+  }
+  int total;
+  i32 before = block_exclusive_sum<kBlockSize>(counted, patch.partial, total);
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const i32 at = i32(threadIdx.x) * kOwn + i;
+    if (at < kPixels) patch.counts[at] = before;
+    before += counts[i];
+  }
+  __syncthreads();
 #pragma unroll
   for (int i = 0; i < kSamplesOfThread; ++i) {
-    const Blend<float> blend = {own[i].at.y - floor_of(own[i].at.y),
-                                own[i].at.x - floor_of(own[i].at.x), own[i].live};
+    const Blend<float> blend = {own[i].y, own[i].x, own[i].live};
 #pragma unroll
     for (int pixel = 0; pixel < 4; ++pixel) {
       if (!blend.has(pixel)) continue;
-      const i32 at = corners[i] + pixel / 2 * kWindow + pixel % 2;
-      const i32 place = (corners[i] >= 0 ? patch.counts[at] : total) + ranks[i][pixel];
+      const i32 at = own[i].corner + pixel / 2 * kWindow + pixel % 2;
+      const i32 place = (own[i].corner >= 0 ? patch.counts[at] : total) + ranks[i][pixel];
       const u32 of = u32(own[i].first + pixel / 2 * size.w + pixel % 2);
       patch.shares[place] = {blend.weight(pixel) * own[i].weight, of << 8 | u32(own[i].query)};
     }

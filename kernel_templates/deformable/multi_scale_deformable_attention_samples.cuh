@@ -22,8 +22,7 @@ __device__ __forceinline__ Scalar* apart(Scalar* from, i32 i, i32 step_bytes) {
 
 // ---- levels ----
 
-// The first levels, in shared memory: to read and to check one takes thirty instructions. Only where the queries may be
-// the pixels: fewer ones rather take these than wait for a barrier before they read anything.
+// The first levels, in shared memory: to read and to check one takes thirty instructions.
 struct Levels {
   static constexpr i32 kMost = 16;
   struct alignas(16) Entry {
@@ -31,18 +30,15 @@ struct Levels {
   };
   Entry first[kMost];
 
-  // Whether they are there, for all threads of the launch.
-  __device__ __forceinline__ static bool exist(const Args& args) { return args.q == args.s; }
-  // If they exist, a barrier must follow.
+  // A barrier must follow.
   __device__ __forceinline__ void fill(const Args& args) {
     const i32 own = threadIdx.x;
-    if (exist(args) && own < kMost && own < args.l) {
+    if (own < kMost && own < args.l) {
       first[own].size = level_of(args.shapes, args.starts, args.s, own);
     }
   }
   __device__ __forceinline__ Level at(const Args& args, i32 level) const {
-    return exist(args) && level < kMost ? first[level].size
-                                        : level_of(args.shapes, args.starts, args.s, level);
+    return level < kMost ? first[level].size : level_of(args.shapes, args.starts, args.s, level);
   }
 };
 
@@ -50,7 +46,7 @@ struct Levels {
 // levels, row by row, it goes through bands of kBand rows, column by column: n in a row are a patch, not a line.
 template <int kBand>
 __device__ __forceinline__ i32 query_at_place(const Args& args, const Levels& levels, i32 place) {
-  if (!Levels::exist(args) || args.l > Levels::kMost) return place;
+  if (args.q != args.s || args.l > Levels::kMost) return place;
   u32 total = 0, begin = 0;
   Level own = {};
 #pragma unroll 1
