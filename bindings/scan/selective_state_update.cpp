@@ -161,6 +161,10 @@ void check(const Inputs& in) {
     check_sizes(name, **tensor, channels);
   }
   if (in.indices) check_numbers(kOp, "state_batch_indices", *in.indices, in.x);
+  if (in.x.numel() >= std::int64_t(1) << 31) {
+    fail(TORCHKILN_ERROR_VALUE, kOp, "x", "have fewer than 2^31 elements", text(in.x),
+         "Split the batch");
+  }
 }
 
 void check_method(const Inputs& in) {
@@ -278,11 +282,12 @@ Plan plan(const Inputs& in) {
   set_strides(a.C_strides, p.C, -1, true, in.is_complex);
   if (p.D) set_strides(a.D_strides, *p.D, 1, heads, false);
   if (p.dt_bias) set_strides(a.bias_strides, *p.dt_bias, 1, heads, false);
-  a.batch = p.x.size(0);
-  a.heads = p.x.size(1);
-  a.places = heads ? p.x.size(2) : 1;
   a.states = p.B.size(2);
-  a.groups = p.B.size(1);
+  a.all_channels = static_cast<u32>(p.x.numel());
+  a.places = heads ? static_cast<u32>(p.x.size(2)) : 1;
+  a.channels = static_cast<u32>(p.x.size(1)) * a.places;
+  a.groups = static_cast<u32>(p.B.size(1));
+  a.group_heads = static_cast<u32>(p.x.size(1) / p.B.size(1));
   a.rows = p.state.size(0);
   a.slots = p.x_history ? p.x_history->size(1) : 1;
   a.softplus = in.softplus;
@@ -297,7 +302,7 @@ Plan plan(const Inputs& in) {
 void check_rows(const Plan& p) {
   if (!p.indices) return;
   const auto* rows = data<std::int32_t>(*p.indices);
-  for (std::int64_t b = 0; b < p.args.batch; ++b) {
+  for (std::int64_t b = 0; b < p.x.size(0); ++b) {
     if (rows[b] < p.args.rows) continue;
     fail(TORCHKILN_ERROR_INDEX, kOp, "state_batch_indices",
          "be below the number of states (" + std::to_string(p.args.rows) + ")",
@@ -307,15 +312,15 @@ void check_rows(const Plan& p) {
 
 template <class Scalar, class State, class V, int kMethod>
 void update_channel(const Args& args, std::int64_t at) {
-  const i64 channels = args.heads * args.places, batch = at / channels;
-  const Channel<Scalar, V, kMethod> channel(args, batch, at - batch * channels);
+  Channel<Scalar, V, kMethod> channel(args, static_cast<u32>(at));
   Acc<Scalar> sum = 0;
   if (channel.row >= 0) {
+    channel.start();
     for (i64 n = 0; n < args.states; ++n) {
       const i64 where = channel.state_at(n);
       const V state = selective_state_update::load_number<V, State>(args.state, where);
-      selective_state_update::store_number<V, State>(args.state, where,
-                                                     channel.advance(state, n, sum));
+      selective_state_update::store_number<V, State>(
+          args.state, where, channel.advance(state, channel.terms(n), n, sum));
     }
   }
   channel.finish(sum);
@@ -323,11 +328,9 @@ void update_channel(const Args& args, std::int64_t at) {
 
 template <class Scalar, class State, class V, int kMethod>
 void update_all(const Args& args) {
-  parallel_for(args.batch * args.heads * args.places, 20 + 8 * args.states,
-               [&](std::int64_t begin, std::int64_t end) {
-                 for (std::int64_t i = begin; i < end; ++i)
-                   update_channel<Scalar, State, V, kMethod>(args, i);
-               });
+  parallel_for(args.all_channels, 20 + 8 * args.states, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) update_channel<Scalar, State, V, kMethod>(args, i);
+  });
 }
 
 template <class Scalar, class State, class V>
@@ -371,15 +374,24 @@ void run_cpu(const Plan& p, const Inputs& in) {
 
 // ---- CUDA ----
 
+// Whether so many states lie next to each other, aligned, wherever a vector of them begins.
+template <std::size_t kCount>
+bool is_in_vectors(const Tensor& tensor, const i64 (&strides)[kCount], std::int64_t vector) {
+  const auto bytes = static_cast<std::uint64_t>(vector) * element_size(tensor.scalar_type());
+  return strides[kCount - 1] == 1 &&
+         std::all_of(strides, strides + kCount - 1, [&](i64 s) { return s % vector == 0; }) &&
+         reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
+}
+
 Statics statics_of(const Plan& p, const Inputs& in) {
   Statics s = {kernel_type(p.x.scalar_type()), kernel_type(p.state.scalar_type()), in.is_complex,
                in.method, 1};
   const std::int64_t full = full_vector(s);
-  const i64* strides = p.args.state_strides;
-  const auto bytes = static_cast<std::uint64_t>(full) * element_size(p.state.scalar_type());
-  if (p.args.states % full == 0 && strides[0] % full == 0 && strides[1] % full == 0 &&
-      strides[2] % full == 0 && strides[3] == 1 &&
-      reinterpret_cast<std::uintptr_t>(p.args.state) % bytes == 0)
+  const Args& a = p.args;
+  const bool is_tied = a.A_strides[2] == 0;
+  if (a.states % full == 0 && is_in_vectors(p.state, a.state_strides, full) &&
+      (is_tied || is_in_vectors(p.A, a.A_strides, full)) && is_in_vectors(p.B, a.B_strides, full) &&
+      is_in_vectors(p.C, a.C_strides, full))
     s.vector = full;
   return s;
 }
@@ -394,8 +406,7 @@ void run_cuda(const Plan& p, const Inputs& in) {
     return tensor ? updates(offset, *tensor) : unused(offset);
   };
   update_kernel.run(
-      place, statics_of(p, in), {p.args.batch * p.args.heads * p.args.places, p.args.states},
-      p.args,
+      place, statics_of(p, in), {p.args.all_channels, p.args.states}, p.args,
       {updates(offsetof(Args, state), p.state), reads(offsetof(Args, x), p.x),
        reads(offsetof(Args, dt), p.dt), reads(offsetof(Args, A), p.A),
        reads(offsetof(Args, B), p.B), reads(offsetof(Args, C), p.C),

@@ -22,6 +22,24 @@ TORCHKILN_HD Acc<Scalar> load_either(const void* values, bool is_float, i64 at) 
   if (is_float) return Acc<Scalar>(static_cast<const float*>(values)[at]);
   return load(static_cast<const Scalar*>(values)[at]);
 }
+// Such an element as it lies in memory: other loads may be under way with it, and nothing waits before its value is used.
+template <class Scalar>
+struct Either {
+  static constexpr bool kIsHalf = sizeof(Scalar) == 2;  // float32 stands beside no other
+  float wide = 0;
+  Scalar own{};
+
+  TORCHKILN_HD void read(const void* values, bool is_float, i64 at) {
+    if (kIsHalf && is_float) {
+      wide = static_cast<const float*>(values)[at];
+    } else {
+      own = static_cast<const Scalar*>(values)[at];
+    }
+  }
+  TORCHKILN_HD Acc<Scalar> value(bool is_float) const {
+    return kIsHalf && is_float ? Acc<Scalar>(wide) : load(own);
+  }
+};
 template <class Scalar>
 TORCHKILN_HD void store_either(void* values, bool is_float, i64 at, Acc<Scalar> value) {
   if (is_float) {

@@ -203,6 +203,46 @@ def test_a_row_beyond_the_state() -> None:
         )
 
 
+def test_too_many_channels() -> None:
+    """States without numbers, and the rest expanded: no memory."""
+    state, x = torch.zeros(2**16, 2**15, 0), torch.ones(1, 1).expand(2**16, 2**15)
+    empty = torch.zeros(2**16, 0)
+    with pytest.raises(
+        ValueError,
+        match=r"^selective_state_update: x must have fewer than 2\^31 elements; got "
+        r"\(65536, 32768\)\. Split the batch",
+    ):
+        selective_state_update(state, x, x, x.new_zeros(2**15, 0), empty, empty)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", ["A", "B", "C", "tied A", "none"])
+def test_strides_along_states_change_no_number(
+    change: str, weight: torch.dtype, dtype: torch.dtype, device: str
+) -> None:
+    """The GPU reads several states at once, where all tensors allow it."""
+    weight = torch.promote_types(weight, dtype)
+    new = Inputs()
+    state = new.normal(2, 6, 24).to(device, torch.float32)
+    x, dt = new.normal(2, 6).to(device, dtype), new.uniform(2, 6).to(device, dtype)
+    of = {
+        "A": -new.uniform(6, 24).to(device, weight),
+        **{name: new.normal(2, 24).to(device, dtype) for name in "BC"},
+    }
+    if change == "tied A":
+        of["A"] = of["A"][:, :1].expand(6, 24)
+    elif change != "none":
+        of[change] = of[change].repeat_interleave(3, 1)[:, ::3]
+    expected_state = state.double()
+    expected = selective_state_update(
+        expected_state, x.double(), dt.double(), *(of[name].double() for name in "ABC")
+    )
+    out = selective_state_update(state, x, dt, of["A"], of["B"], of["C"])
+    torch.testing.assert_close(out, expected.to(dtype))
+    torch.testing.assert_close(state, expected_state.float(), rtol=1e-5, atol=1e-5)
+
+
 def test_a_state_without_numbers(device: str) -> None:
     """It may have strides of 0."""
     state = torch.zeros(1, 2, 0, device=device).expand(3, 2, 0)
