@@ -282,12 +282,14 @@ Plan plan(const Inputs& in) {
   set_strides(a.C_strides, p.C, -1, true, in.is_complex);
   if (p.D) set_strides(a.D_strides, *p.D, 1, heads, false);
   if (p.dt_bias) set_strides(a.bias_strides, *p.dt_bias, 1, heads, false);
+  a.batch = p.x.size(0);
+  a.heads = p.x.size(1);
+  a.places = heads ? p.x.size(2) : 1;
   a.states = p.B.size(2);
+  a.groups = p.B.size(1);
   a.all_channels = static_cast<u32>(p.x.numel());
-  a.places = heads ? static_cast<u32>(p.x.size(2)) : 1;
-  a.channels = static_cast<u32>(p.x.size(1)) * a.places;
-  a.groups = static_cast<u32>(p.B.size(1));
-  a.group_heads = static_cast<u32>(p.x.size(1) / p.B.size(1));
+  a.channels = static_cast<u32>(a.heads * a.places);
+  a.group_heads = static_cast<u32>(a.heads / a.groups);
   a.rows = p.state.size(0);
   a.slots = p.x_history ? p.x_history->size(1) : 1;
   a.softplus = in.softplus;
@@ -312,15 +314,15 @@ void check_rows(const Plan& p) {
 
 template <class Scalar, class State, class V, int kMethod>
 void update_channel(const Args& args, std::int64_t at) {
-  Channel<Scalar, V, kMethod> channel(args, static_cast<u32>(at));
+  const i64 channels = args.heads * args.places, batch = at / channels;
+  const Channel<Scalar, V, kMethod> channel(args, batch, at - batch * channels);
   Acc<Scalar> sum = 0;
   if (channel.row >= 0) {
-    channel.start();
     for (i64 n = 0; n < args.states; ++n) {
       const i64 where = channel.state_at(n);
       const V state = selective_state_update::load_number<V, State>(args.state, where);
-      selective_state_update::store_number<V, State>(
-          args.state, where, channel.advance(state, channel.terms(n), n, sum));
+      selective_state_update::store_number<V, State>(args.state, where,
+                                                     channel.advance(state, n, sum));
     }
   }
   channel.finish(sum);
@@ -328,9 +330,11 @@ void update_channel(const Args& args, std::int64_t at) {
 
 template <class Scalar, class State, class V, int kMethod>
 void update_all(const Args& args) {
-  parallel_for(args.all_channels, 20 + 8 * args.states, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) update_channel<Scalar, State, V, kMethod>(args, i);
-  });
+  parallel_for(args.batch * args.heads * args.places, 20 + 8 * args.states,
+               [&](std::int64_t begin, std::int64_t end) {
+                 for (std::int64_t i = begin; i < end; ++i)
+                   update_channel<Scalar, State, V, kMethod>(args, i);
+               });
 }
 
 template <class Scalar, class State, class V>

@@ -37,6 +37,52 @@ __device__ __forceinline__ Pack<Scalar, kCount> load_own(const Scalar* from) {
   return pack;
 }
 
+// A channel whose inputs are read when it is made and first used by `start`, so that states may be on their way with them.
+template <class Scalar, class V, int kMethod>
+struct Ahead : Channel<Scalar, V, kMethod> {
+  using Base = Channel<Scalar, V, kMethod>;
+  using T = Acc<Scalar>;
+  u32 channel;
+  i64 state_from, A_from, B_from, C_from;  // of state 0
+  Scalar dt, x, z{};
+  Either<Scalar> D, bias;
+
+  // `index`: among the channels of all sequences.
+  __device__ __forceinline__ Ahead(const Args& a, u32 index) : Base(a) {
+    const u32 b = index / a.channels, places = u32(a.places);
+    channel = index - b * a.channels;
+    const u32 h = places == 1 ? channel : channel / places;
+    this->batch = b;
+    this->head = h;
+    this->place = channel - h * places;
+    this->group = a.groups == 1 ? 0 : h / a.group_heads;
+    this->row = a.indices != nullptr ? static_cast<const i32*>(a.indices)[b] : i32(b);
+    if (this->row >= a.rows) this->row = -1;
+    dt = static_cast<const Scalar*>(a.dt)[this->at(a.dt_strides)];
+    x = static_cast<const Scalar*>(a.x)[this->at(a.x_strides)];
+    if (a.z != nullptr) z = static_cast<const Scalar*>(a.z)[this->at(a.z_strides)];
+    if (a.dt_bias != nullptr)
+      bias.read(a.dt_bias, a.bias_is_float != 0, this->of_channel(a.bias_strides));
+    if (a.D != nullptr) D.read(a.D, a.D_is_float != 0, this->of_channel(a.D_strides));
+    state_from = u32(this->row) * a.state_strides[0] + this->of_channel(a.state_strides + 1);
+    A_from = this->of_channel(a.A_strides);
+    B_from = b * a.B_strides[0] + this->group * a.B_strides[1];
+    C_from = b * a.C_strides[0] + this->group * a.C_strides[1];
+  }
+
+  // Only where there is a state.
+  __device__ __forceinline__ void start() {
+    T step = load(dt);
+    if (this->args.dt_bias != nullptr) step += bias.value(this->args.bias_is_float != 0);
+    this->step = this->args.softplus != 0 ? softplus_of(step) : step;
+    this->u[0] = load(x);
+    this->ratio = T(1);
+    if constexpr (Base::kBack > 0) this->look_back(channel);
+  }
+  __device__ __forceinline__ T own_D() const { return D.value(this->args.D_is_float != 0); }
+  __device__ __forceinline__ T own_z() const { return load(z); }
+};
+
 // Neighbouring states of a channel, and A, B and C of them, as they lie in memory.
 template <class Scalar, class State, class V, int kVector>
 struct Lane {
@@ -70,18 +116,25 @@ struct Lane {
       to = load_pack<kVector>(values + n);
     }
   }
-  __device__ __forceinline__ T A_of(const Args& args, int i) const {
+  __device__ __forceinline__ T number_of_A(const Args& args, int i) const {
     return sizeof(Scalar) == 2 && args.A_is_float != 0 ? T(wide_A.at[i]) : load(A.at[i]);
   }
 
+  struct Numbers {
+    T A, B, C;
+    __device__ __forceinline__ T A_of(i64) const { return A; }
+    __device__ __forceinline__ T B_of(i64) const { return B; }
+    __device__ __forceinline__ T C_of(i64) const { return C; }
+  };
   template <class Of>
   __device__ __forceinline__ void advance(const Of& channel, i64 n, T& sum) {
     const bool is_tied = channel.args.A_strides[2] == 0;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      const T rate = A_of(channel.args, i);
-      const Terms<V> of = {is_tied ? A_of(channel.args, 0) : rate, load(B.at[i]), load(C.at[i])};
-      store(states.at[i], channel.advance(load(states.at[i]), of, n + i, sum));
+      const T rate = number_of_A(channel.args, i);
+      const Numbers numbers = {is_tied ? number_of_A(channel.args, 0) : rate, load(B.at[i]),
+                               load(C.at[i])};
+      store(states.at[i], channel.advance(load(states.at[i]), n + i, sum, numbers));
     }
     store_pack<kVector>(from, states);
   }
@@ -92,17 +145,15 @@ struct Lane<Scalar, State, V, 1> {
   using T = Acc<Scalar>;
   i64 from;
   V state;
-  Terms<V> of;
 
   template <class Of>
   __device__ __forceinline__ void read(const Of& channel, i64 n) {
-    from = channel.state_at(n);
+    from = channel.state_from + n * channel.args.state_strides[3];
     state = load_number<V, State>(channel.args.state, from);
-    of = channel.terms(n);
   }
   template <class Of>
   __device__ __forceinline__ void advance(const Of& channel, i64 n, T& sum) {
-    store_number<V, State>(channel.args.state, from, channel.advance(state, of, n, sum));
+    store_number<V, State>(channel.args.state, from, channel.advance(state, n, sum));
   }
 };
 
@@ -116,7 +167,7 @@ __global__ void __launch_bounds__(kBlockSize) update(const Args args) {
   constexpr int kStep = kLanes * kVector;
   const u32 at = blockIdx.x * (kBlockSize / kLanes) + threadIdx.x / kLanes;
   const bool is_channel = at < args.all_channels;  // the others only take part in the shuffles
-  Channel<Scalar, V, kMethod> channel(args, is_channel ? at : 0);
+  Ahead<Scalar, V, kMethod> channel(args, is_channel ? at : 0);
   T sum = T(0);
   if (is_channel && channel.row >= 0) {
     i64 n = threadIdx.x % kLanes * kVector;
@@ -134,7 +185,7 @@ __global__ void __launch_bounds__(kBlockSize) update(const Args args) {
   for (int offset = kLanes / 2; offset > 0; offset /= 2) {
     sum += __shfl_xor_sync(0xffffffffu, sum, offset);
   }
-  if (is_channel && threadIdx.x % kLanes == 0) channel.finish(sum);
+  if (is_channel && threadIdx.x % kLanes == 0) channel.finish(sum, channel);
 }
 
 }  // namespace torchkiln::selective_state_update

@@ -34,13 +34,10 @@ struct Args {
   i64 state_strides[4];
   i64 x_strides[3], dt_strides[3], z_strides[3], A_strides[3], B_strides[3], C_strides[3];
   i64 D_strides[2], bias_strides[2];
-  i64 states, rows, slots;
-  u32 all_channels;  // of all sequences, below 2^31
-  u32 channels;      // of a sequence: heads * places
-  u32 places;
-  u32 groups, group_heads;  // how many, and heads of each
+  i64 batch, heads, places, states, groups, rows, slots;
   i32 softplus;
   i32 A_is_float, D_is_float, bias_is_float;
+  u32 all_channels, channels, group_heads;  // of all sequences, of one, heads of a group
 };
 
 // Element `at` of a tensor of real numbers, or of pairs of them.
@@ -64,105 +61,93 @@ TORCHKILN_HD void store_number(void* values, i64 at, V value) {
   }
 }
 
-// What a step reads of one state.
-template <class V>
-struct Terms {
-  V A, B, C;
-};
-
-// One channel of one sequence. V: a state, real or complex. What is read when it is made is first used by `start`, so
-// that states may be on their way with it.
+// One channel of one sequence. V: a state, real or complex.
 template <class Scalar, class V, int kMethod>
 struct Channel {
   using T = Acc<Scalar>;
   static constexpr int kBack = back_of(kMethod);
 
   const Args& args;
-  u32 batch, channel, head, place, group;
-  i32 row;                                 // below 0: there is no state
-  i64 state_from, A_from, B_from, C_from;  // of state 0
-  Scalar dt, x, z{};
-  Either<Scalar> D, bias;
+  i64 batch, head, place, group;
+  i64 row;  // below 0: there is no state
   T step, ratio;
   T u[kBack + 1];         // samples, the own one first
   i64 sample[kBack + 1];  // of what is before it: index in B_history, below 0: the own one
   i64 slot;
 
-  // `index`: among the channels of all sequences.
-  TORCHKILN_HD Channel(const Args& a, u32 index) : args(a) {
-    batch = index / a.channels;
-    channel = index - batch * a.channels;
-    head = a.places == 1 ? channel : channel / a.places;
-    place = channel - head * a.places;
-    group = a.groups == 1 ? 0 : head / a.group_heads;
-    row = a.indices != nullptr ? static_cast<const i32*>(a.indices)[batch] : i32(batch);
+  TORCHKILN_HD explicit Channel(const Args& a) : args(a) {}
+  TORCHKILN_HD Channel(const Args& a, i64 b, i64 channel)
+      : args(a), batch(b), head(channel / a.places), place(channel - head * a.places) {
+    group = head / (a.heads / a.groups);
+    row = a.indices != nullptr ? static_cast<const i32*>(a.indices)[b] : b;
     if (row >= a.rows) row = -1;
-    dt = static_cast<const Scalar*>(a.dt)[at(a.dt_strides)];
-    x = static_cast<const Scalar*>(a.x)[at(a.x_strides)];
-    if (a.z != nullptr) z = static_cast<const Scalar*>(a.z)[at(a.z_strides)];
-    if (a.dt_bias != nullptr)
-      bias.read(a.dt_bias, a.bias_is_float != 0, of_channel(a.bias_strides));
-    if (a.D != nullptr) D.read(a.D, a.D_is_float != 0, of_channel(a.D_strides));
-    state_from = u32(row) * a.state_strides[0] + of_channel(a.state_strides + 1);
-    A_from = of_channel(a.A_strides);
-    B_from = batch * a.B_strides[0] + group * a.B_strides[1];
-    C_from = batch * a.C_strides[0] + group * a.C_strides[1];
-  }
-
-  // Only where there is a state.
-  TORCHKILN_HD void start() {
-    step = load(dt);
-    if (args.dt_bias != nullptr) step += bias.value(args.bias_is_float != 0);
-    if (args.softplus != 0) step = softplus_of(step);
-    u[0] = load(x);
+    if (row < 0) return;
+    step = load(static_cast<const Scalar*>(a.dt)[at(a.dt_strides)]);
+    if (a.dt_bias != nullptr) {
+      step += load_either<Scalar>(a.dt_bias, a.bias_is_float != 0, of_channel(a.bias_strides));
+    }
+    if (a.softplus != 0) step = softplus_of(step);
+    u[0] = load(static_cast<const Scalar*>(a.x)[at(a.x_strides)]);
     ratio = T(1);
-    if constexpr (kBack > 0) look_back();
+    if constexpr (kBack > 0) look_back(channel);
   }
 
   // Fills in the samples before the own one. Those before the first one repeat it.
-  TORCHKILN_HD void look_back() {
+  TORCHKILN_HD void look_back(i64 channel) {
+    const i64 channels = args.heads * args.places;
     const i64 seen = static_cast<const i32*>(args.seen)[row];
     slot = row * args.slots + seen % args.slots;
     for (int j = 1; j <= kBack; ++j) {
       const i64 index = max_of(seen - j, i64(0));
       sample[j] = seen == 0 ? -1 : row * args.slots + index % args.slots;
-      u[j] = seen == 0 ? u[0]
-                       : load(static_cast<const Scalar*>(
-                             args.x_history)[sample[j] * args.channels + channel]);
+      u[j] = seen == 0
+                 ? u[0]
+                 : load(static_cast<const Scalar*>(args.x_history)[sample[j] * channels + channel]);
     }
     if constexpr (neighbour_of(kMethod) != 0) {
       T* steps = static_cast<T*>(args.dt_history);
-      if (seen > 0) ratio = steps[sample[1] * args.channels + channel] / step;
+      if (seen > 0) ratio = steps[sample[1] * channels + channel] / step;
     }
   }
 
   TORCHKILN_HD i64 at(const i64* strides) const {
-    return batch * strides[0] + of_channel(strides + 1);
+    return batch * strides[0] + head * strides[1] + place * strides[2];
   }
   TORCHKILN_HD i64 of_channel(const i64* strides) const {
     return head * strides[0] + place * strides[1];
   }
-  TORCHKILN_HD i64 state_at(i64 n) const { return state_from + n * args.state_strides[3]; }
+  TORCHKILN_HD i64 state_at(i64 n) const {
+    return row * args.state_strides[0] + head * args.state_strides[1] +
+           place * args.state_strides[2] + n * args.state_strides[3];
+  }
 
-  TORCHKILN_HD Terms<V> terms(i64 n) const {
-    const i64 from = A_from + n * args.A_strides[2];
-    Terms<V> of;
-    if constexpr (is_complex_type<V>) {
-      of.A = load_number<V, T>(args.A, from);
-    } else {
-      of.A = load_either<Scalar>(args.A, args.A_is_float != 0, from);
-    }
-    of.B = load_number<V, Scalar>(args.B, B_from + n * args.B_strides[2]);
-    of.C = load_number<V, Scalar>(args.C, C_from + n * args.C_strides[2]);
-    return of;
+  TORCHKILN_HD V A_of(i64 n) const {
+    const i64 from = of_channel(args.A_strides) + n * args.A_strides[2];
+    if constexpr (is_complex_type<V>)
+      return load_number<V, T>(args.A, from);
+    else
+      return load_either<Scalar>(args.A, args.A_is_float != 0, from);
+  }
+
+  TORCHKILN_HD V B_of(i64 n) const {
+    return load_number<V, Scalar>(
+        args.B, batch * args.B_strides[0] + group * args.B_strides[1] + n * args.B_strides[2]);
+  }
+  TORCHKILN_HD V C_of(i64 n) const {
+    return load_number<V, Scalar>(
+        args.C, batch * args.C_strides[0] + group * args.C_strides[1] + n * args.C_strides[2]);
   }
 
   // State n from what it was; adds its part of the output to `sum`.
-  TORCHKILN_HD V advance(V state, const Terms<V>& of, i64 n, T& sum) const {
-    const auto c = coefficients<kMethod>(T(step) * of.A, ratio);
-    V held = c.weight[kBack] * (u[0] * of.B);
+  TORCHKILN_HD V advance(V state, i64 n, T& sum) const { return advance(state, n, sum, *this); }
+  // With A, B and C from elsewhere.
+  template <class From>
+  TORCHKILN_HD V advance(V state, i64 n, T& sum, const From& from) const {
+    const auto c = coefficients<kMethod>(T(step) * from.A_of(n), ratio);
+    const V b = from.B_of(n);
+    V held = c.weight[kBack] * (u[0] * b);
     for (int j = 1; j <= kBack; ++j) {
-      V before = of.B;
+      V before = b;
       if (sample[j] >= 0) {
         before = load_number<V, Scalar>(args.B_history,
                                         (sample[j] * args.groups + group) * args.states + n);
@@ -170,8 +155,9 @@ struct Channel {
       held = held + c.weight[kBack - j] * (u[j] * before);
     }
     state = c.alpha * state + step * held;
-    sum += (is_complex_type<V> ? T(2) : T(1)) * inner(state, conjugate(of.C));
-    if constexpr (kBack > 0) keep_B(of.B, n);
+    const V out = from.C_of(n);
+    sum += (is_complex_type<V> ? T(2) : T(1)) * inner(state, conjugate(out));
+    if constexpr (kBack > 0) keep_B(b, n);
     return state;
   }
 
@@ -181,20 +167,32 @@ struct Channel {
     store_number<V, Scalar>(args.B_history, (slot * args.groups + group) * args.states + n, b);
   }
 
+  TORCHKILN_HD T own_D() const {
+    return load_either<Scalar>(args.D, args.D_is_float != 0, of_channel(args.D_strides));
+  }
+  TORCHKILN_HD T own_z() const {
+    return load(static_cast<const Scalar*>(args.z)[at(args.z_strides)]);
+  }
+
   // Once a channel, with the whole sum.
-  TORCHKILN_HD void finish(T sum) const {
-    Scalar& out = static_cast<Scalar*>(args.out)[i64(batch) * args.channels + channel];
+  TORCHKILN_HD void finish(T sum) const { finish(sum, *this); }
+  template <class From>
+  TORCHKILN_HD void finish(T sum, const From& from) const {
+    const i64 channels = args.heads * args.places, channel = head * args.places + place;
+    Scalar& out = static_cast<Scalar*>(args.out)[batch * channels + channel];
     if (row < 0) {
       store(out, T(0));
       return;
     }
-    if (args.D != nullptr) sum += u[0] * D.value(args.D_is_float != 0);
-    if (args.z != nullptr) sum *= silu_of(load(z));
+    if (args.D != nullptr) {
+      sum += u[0] * from.own_D();
+    }
+    if (args.z != nullptr) sum *= silu_of(from.own_z());
     store(out, sum);
     if constexpr (kBack > 0) {
-      store(static_cast<Scalar*>(args.x_history)[slot * args.channels + channel], u[0]);
+      store(static_cast<Scalar*>(args.x_history)[slot * channels + channel], u[0]);
       if constexpr (neighbour_of(kMethod) != 0) {
-        static_cast<T*>(args.dt_history)[slot * args.channels + channel] = step;
+        static_cast<T*>(args.dt_history)[slot * channels + channel] = step;
       }
     }
   }
