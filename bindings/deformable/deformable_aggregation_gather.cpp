@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <limits>
 #include <string>
+#include <type_traits>
+#include <vector>
 
 #include "bindings/deformable/deformable_aggregation_cuda.h"
 
@@ -24,10 +26,14 @@ struct GatherStatics {
 struct GatherTunables {
   std::int64_t packs, rows, at_once, block_size;
 };
+struct CrowdTunables {
+  std::int64_t packs, at_once, block_size;
+};
 
 using Samples = Kernel<Args, SampleStatics, Sizes, BlockTunables>;
 using OfBins = Kernel<Args, NoStatics, Sizes, BlockTunables>;
 using Gather = Kernel<Args, GatherStatics, Sizes, GatherTunables>;
+using Crowds = Kernel<Args, GatherStatics, Sizes, CrowdTunables>;
 
 constexpr const char* kPath = "deformable/deformable_aggregation_gather.cuh";
 
@@ -86,21 +92,21 @@ std::int64_t quads(const Sizes& s) {
   return s.batch * quads_of(s.rows + (s.sources - 1) * (kMostRows - 1));
 }
 
-// `gather`, where a warp owns so many rows, or `gather_crowds`, where a block does.
-template <bool kCrowds>
-Gather gather_kernel() {
-  return Gather({
+// `gather`, where a warp owns so many rows, or `gather_crowds`, where a block owns a quad.
+template <class AnyGather, class AnyTunables>
+AnyGather gather_kernel(const char* entry, const std::vector<Parameter>& tunables,
+                        const std::vector<AnyTunables>& defaults) {
+  constexpr bool kCrowds = std::is_same_v<AnyTunables, CrowdTunables>;
+  using Problem = typename AnyGather::Problem;
+  return AnyGather({
       .path = kPath,
-      .entry = kCrowds ? "gather_crowds" : "gather",
+      .entry = entry,
       .operators = kOperators,
       .statics = {types("scalar", kFloatTypes), types("weight", kFloatTypes),
                   types("gradient", kFloatTypes), ints("vector", {1, 2, 4, 8})},
       .sizes = kSizes,
-      .tunables = {ints("packs", {1, 2}),
-                   kCrowds ? ints("rows", {kQuad}) : ints("rows", {8, 16, kMostRows}),
-                   ints("at_once", {2, 4, 8}), ints("block_size", {64, 128, 256})},
-      .defaults = {{1, kCrowds ? kQuad : 16, kCrowds ? 4 : 2, 128},
-                   {2, kCrowds ? kQuad : 16, 2, 128}},
+      .tunables = tunables,
+      .defaults = defaults,
       .valid =
           [](const GatherStatics& s) {
             return is_own_or_sum(s.scalar, s.weight) && is_own_or_sum(s.scalar, s.gradient) &&
@@ -108,33 +114,45 @@ Gather gather_kernel() {
                     s.vector == full_vector(s.scalar) / 2);
           },
       .legal =
-          [](const Gather::Problem& p, const GatherTunables& t) {
+          [](const Problem& p, const AnyTunables& t) {
             // Sums of rows in static shared memory, beside lists.
             const std::int64_t bytes = p.statics.scalar == TORCHKILN_DOUBLE ? 8 : 4;
             return !kCrowds ||
                    t.block_size * (kQuad * p.statics.vector * t.packs * bytes + 24) <= 48 * 1024;
           },
       // A second pack where there are channels for it.
-      .choose = [](const Gather::Problem& p) -> std::uint32_t {
+      .choose = [](const Problem& p) -> std::uint32_t {
         const GatherStatics& s = p.statics;
         const bool more = p.sizes.channels > 32 * s.vector;
         return more && s.vector < 8 && s.scalar != TORCHKILN_DOUBLE ? 1 : 0;
       },
       .geometry =
-          [](const Gather::Problem& p, const GatherTunables& t) {
+          [](const Problem& p, const AnyTunables& t) {
             const std::int64_t chunks = ceil_div(p.sizes.channels, 32 * p.statics.vector * t.packs);
             const std::int64_t all = quads(p.sizes);
-            // How many are crowded only the device knows: a few blocks for each multiprocessor take all in turn.
-            const std::int64_t most = ceil_div(std::int64_t{8} * p.device.multiprocessors, chunks);
-            const std::int64_t blocks =
-                kCrowds ? std::min(all, most) : ceil_div(all / (t.rows / kQuad), t.block_size / 32);
+            std::int64_t blocks = 0;
+            if constexpr (kCrowds) {
+              // How many are crowded only the device knows: a few blocks for each multiprocessor take all in turn.
+              const std::int64_t most =
+                  ceil_div(std::int64_t{8} * p.device.multiprocessors, chunks);
+              blocks = std::min(all, most);
+            } else {
+              blocks = ceil_div(all / (t.rows / kQuad), t.block_size / 32);
+            }
             return linear(blocks * chunks, t.block_size);
           },
   });
 }
 
-const Gather rows_kernel = gather_kernel<false>();
-const Gather crowds_kernel = gather_kernel<true>();
+const Parameter kPacks = ints("packs", {1, 2});
+const Parameter kAtOnce = ints("at_once", {2, 4, 8});
+const Parameter kBlockSizes = ints("block_size", {64, 128, 256});
+
+const Gather rows_kernel = gather_kernel<Gather, GatherTunables>(
+    "gather", {kPacks, ints("rows", {8, 16, kMostRows}), kAtOnce, kBlockSizes},
+    {{1, 16, 2, 128}, {2, 16, 2, 128}});
+const Crowds crowds_kernel = gather_kernel<Crowds, CrowdTunables>(
+    "gather_crowds", {kPacks, kAtOnce, kBlockSizes}, {{1, 4, 128}, {2, 2, 128}});
 
 // ---- launches ----
 

@@ -435,13 +435,13 @@ __global__ void __launch_bounds__(kBlockSize) gather(const Args args) {
   }
 }
 
-template <class Scalar, class Weight, class Grad, int kVector, int kPacks, int kRows, int kAtOnce,
+template <class Scalar, class Weight, class Grad, int kVector, int kPacks, int kAtOnce,
           int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) gather_crowds(const Args args) {
   using T = Acc<Scalar>;
   constexpr i32 kWarps = kBlockSize / kWarpSize, kChannels = Chunks<kVector, kPacks>::kChannels;
   __shared__ Share<T> lists[kWarps][kWarpSize];
-  __shared__ T parts[kWarps][kRows][kChannels];
+  __shared__ T parts[kWarps][kQuad][kChannels];
   const i32 warp = i32(threadIdx.x) / kWarpSize;
   // All chunks of channels have as many blocks.
   const u32 chunks = Chunks<kVector, kPacks>::count(args), crowds = u32(*args.crowds);
@@ -450,9 +450,9 @@ __global__ void __launch_bounds__(kBlockSize) gather_crowds(const Args args) {
   const Packs<Weight, Grad, T, kVector, kPacks> packs(args, first_channel);
 #pragma unroll 1
   for (u32 crowd = blockIdx.x / chunks; crowd < crowds; crowd += gridDim.x / chunks) {
-    const Run run = run_at(args, args.crowded[crowd], kRows);
+    const Run run = run_at(args, args.crowded[crowd], kQuad);
 #pragma unroll 1
-    for (i32 i = lane_of(); i < kRows * kChannels; i += kWarpSize) {
+    for (i32 i = lane_of(); i < kQuad * kChannels; i += kWarpSize) {
       parts[warp][i / kChannels][i % kChannels] = T(0);
     }
     __syncwarp();

@@ -1,4 +1,5 @@
 // bezier_align on the GPU: the kernels of sampled_roi.cuh on its samples.
+// spills: up to 8 bytes in float64, by ptxas' own choice: no kernel asks for a number of blocks.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

@@ -1,4 +1,5 @@
 // riroi_align_rotated on the GPU: the kernels of sampled_roi.cuh on its samples.
+// spills: up to 12 bytes for half types, by ptxas' own choice: no kernel asks for a number of blocks.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

@@ -199,14 +199,17 @@ void __stcg(T* to, T value) {
   *to = value;
 }
 
-// Threads change only where they wait, so plain code is atomic.
+// Threads change where they wait, and anywhere after a tick: what is exchanged must be what was read.
 namespace torchkiln_emulator {
 template <class T, class F>
 T exchange(T* at, const F& next) {
-  volatile T* place = at;
-  const T old = *place;
-  *place = T(next(old));
-  return old;
+  T old = *static_cast<volatile T*>(at);
+  for (;;) {
+    T value = T(next(old));
+    if (__atomic_compare_exchange(at, &old, &value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+      return old;
+    }
+  }
 }
 }  // namespace torchkiln_emulator
 #define TORCHKILN_ATOMIC(name, Type, expression)                                   \
