@@ -59,7 +59,7 @@ __device__ __forceinline__ Pack<Scalar, kCount> load_pack(const Scalar* from) {
   return result;
 }
 
-// Of shared memory.
+// Of shared memory, or of what this thread writes afterwards: not through the cache for what is only read.
 template <int kCount, class Scalar>
 __device__ __forceinline__ Pack<Scalar, kCount> read_pack(const Scalar* from) {
   using Result = Pack<Scalar, kCount>;

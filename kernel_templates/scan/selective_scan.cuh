@@ -330,7 +330,7 @@ __global__ void __launch_bounds__(
   for (int first = begin - kTile; first < end; first += kTile) {
     const int next = first + kTile;
     if (next < end) {
-      steps.load(p, place, next);
+      steps.load(p, next);
       if (!p.constant_B) B.load(p, next);
       if (!p.constant_C && !kSummarises) C.load(p, next);
     }

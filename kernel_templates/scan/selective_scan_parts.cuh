@@ -274,13 +274,13 @@ template <class Of, class Scalar>
 struct RowScalars {
   Scalar at[Of::kRowItems];
 
-  __device__ __forceinline__ void load(const Rows& rows, const Problem& p, const Place& place,
+  __device__ __forceinline__ void load(const RowSources<Of, const Scalar>& rows, const Problem& p,
                                        int first) {
 #pragma unroll
     for (int k = 0; k < Of::kRowItems; ++k) {
       const RowItem<Of> item(k);
       if (!item.exists()) continue;
-      at[k] = row_begin<Scalar>(rows, place, item.row)[memory_of_one(p, first + item.four * 4)];
+      at[k] = rows.at[k][memory_of_one(p, first + item.four * 4)];
     }
   }
 };
@@ -330,12 +330,11 @@ struct Steps {
   __device__ __forceinline__ Steps(const Problem& p, const Place& place)
       : of_u(p.u, place), of_delta(p.delta, place) {}
 
-  __device__ __forceinline__ void load(const Problem& p, const Place& place, int first) {
+  __device__ __forceinline__ void load(const Problem& p, int first) {
     u.load(of_u, p, first);
     delta.load(of_delta, p, first);
-    if constexpr (kNeighbour != 0)
-      beside.load(p.delta, p, place, first + (kNeighbour > 0 ? 4 : -1));
-    if constexpr (ahead_of(kMethod) > 0) behind.load(p.u, p, place, first + 4);
+    if constexpr (kNeighbour != 0) beside.load(of_delta, p, first + (kNeighbour > 0 ? 4 : -1));
+    if constexpr (ahead_of(kMethod) > 0) behind.load(of_u, p, first + 4);
   }
 
   // Into the rows of the warp. Steps beyond the end are 0 and change nothing.

@@ -18,25 +18,6 @@ struct StateOf<Scalar, true> {
   using Type = Complex<Acc<Scalar>>;
 };
 
-// Of memory that this thread writes afterwards: not through the cache for what is only read.
-template <int kCount, class Scalar>
-__device__ __forceinline__ Pack<Scalar, kCount> load_own(const Scalar* from) {
-  Pack<Scalar, kCount> pack;
-  if constexpr (sizeof(pack) == 16) {
-    const uint4 words = *reinterpret_cast<const uint4*>(from);
-    pack.words[0] = words.x;
-    pack.words[1] = words.y;
-    pack.words[2] = words.z;
-    pack.words[3] = words.w;
-  } else {
-    static_assert(sizeof(pack) == 8);
-    const uint2 words = *reinterpret_cast<const uint2*>(from);
-    pack.words[0] = words.x;
-    pack.words[1] = words.y;
-  }
-  return pack;
-}
-
 // A channel whose inputs are read when it is made and first used by `start`, so that states may be on their way with them.
 template <class Scalar, class V, int kMethod>
 struct Ahead : Channel<Scalar, V, kMethod> {
@@ -96,7 +77,7 @@ struct Lane {
   __device__ __forceinline__ void read(const Of& channel, i64 n) {
     const Args& args = channel.args;
     from = static_cast<State*>(args.state) + (channel.state_from + n);
-    states = load_own<kVector>(from);
+    states = read_pack<kVector>(from);
     B = load_pack<kVector>(static_cast<const Scalar*>(args.B) + (channel.B_from + n));
     C = load_pack<kVector>(static_cast<const Scalar*>(args.C) + (channel.C_from + n));
     if (sizeof(Scalar) == 2 && args.A_is_float != 0) {
