@@ -12,13 +12,6 @@
 #include "bindings/detection/sigmoid_focal_loss.h"
 #include "bindings/support/parallel.h"
 
-// Loops over floats, compiled for each width of vectors; the best one is picked when the library is loaded.
-#if !defined(__x86_64__) || !defined(__GNUC__) || defined(__clang__)
-#define TORCHKILN_VECTORIZED
-#else
-#define TORCHKILN_VECTORIZED __attribute__((target_clones("avx512f", "arch=x86-64-v3", "default")))
-#endif
-
 namespace torchkiln::bindings {
 namespace {
 
@@ -61,13 +54,16 @@ inline void soft_loop(Span<T>& s, std::int64_t n, const Factors<T>& f) {
   }
 }
 
-TORCHKILN_VECTORIZED void negative_squared(Span<float>& s, std::int64_t n, Factors<float> f) {
+__attribute__((TORCHKILN_CLONES)) void negative_squared(Span<float>& s, std::int64_t n,
+                                                        Factors<float> f) {
   negative_loop<2>(s, n, f);
 }
-TORCHKILN_VECTORIZED void negative_any(Span<float>& s, std::int64_t n, Factors<float> f) {
+__attribute__((TORCHKILN_CLONES)) void negative_any(Span<float>& s, std::int64_t n,
+                                                    Factors<float> f) {
   negative_loop<0>(s, n, f);
 }
-TORCHKILN_VECTORIZED void soft_squared(Span<float>& s, std::int64_t n, Factors<float> f) {
+__attribute__((TORCHKILN_CLONES)) void soft_squared(Span<float>& s, std::int64_t n,
+                                                    Factors<float> f) {
   soft_loop<2>(s, n, f);
 }
 

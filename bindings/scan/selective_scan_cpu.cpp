@@ -12,14 +12,8 @@
 #include "bindings/scan/selective_scan.h"
 #include "bindings/support/parallel.h"
 
-// One body per instruction set, chosen at load; everything is inlined into it. Named levels, because g++ makes two
-// bodies of "avx2,fma", and asks for a processor by name when it is given one.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define TORCHKILN_SCAN_LOOPS \
-  __attribute__((flatten, target_clones("avx512f", "arch=x86-64-v3", "default")))
-#else
-#define TORCHKILN_SCAN_LOOPS __attribute__((flatten))
-#endif
+// Everything is inlined into each body.
+#define TORCHKILN_SCAN_LOOPS __attribute__((flatten, TORCHKILN_CLONES))
 
 namespace torchkiln::bindings {
 namespace {

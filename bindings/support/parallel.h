@@ -7,11 +7,13 @@
 #include <algorithm>
 #include <cstdint>
 
-// One body per instruction set, chosen at load.
+// An attribute: one body per instruction set, chosen at load. Named levels, because g++ makes two bodies of "avx2,fma", and
+// asks for a processor by name when it is given one.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define TORCHKILN_VECTORISED \
-  __attribute__((optimize("O3"), target_clones("avx512f", "arch=x86-64-v3", "default")))
+#define TORCHKILN_CLONES target_clones("avx512f", "arch=x86-64-v3", "default")
+#define TORCHKILN_VECTORISED __attribute__((optimize("O3"), TORCHKILN_CLONES))
 #else
+#define TORCHKILN_CLONES
 #define TORCHKILN_VECTORISED
 #endif
 
