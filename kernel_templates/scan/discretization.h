@@ -166,6 +166,34 @@ TORCHKILN_HD Phi<kTop, V> phi_given(V z, V inverse, V exponential) {
   return phi;
 }
 
+// From here to 0 polynomials take the place of both: all z of a trained model lie there, but for few.
+constexpr float kNear = -2;
+
+// Minimax polynomials of phi_top, of relative errors 2.5e-7, 5.3e-8, 3.3e-7 and 1.3e-7; the others follow from it.
+template <int kTop>
+TORCHKILN_HD Phi<kTop, float> phi_near(float z) {
+  constexpr float kTo[][7] = {
+      {0.999999751f, 0.499988823f, 0.166581846f, 0.0414182423f, 7.97633872e-3f, 1.11388426e-3f,
+       8.36217968e-5f},
+      {0.499999974f, 0.166665439f, 0.0416571163f, 8.30488949e-3f, 1.34759673e-3f, 1.66509134e-4f,
+       1.15958725e-5f},
+      {0.166666612f, 0.0416647747f, 8.32242966e-3f, 1.36536117e-3f, 1.74694049e-4f,
+       1.29982042e-5f},
+      {0.0416666611f, 8.3331382e-3f, 1.38775787e-3f, 1.9596709e-4f, 2.23409277e-5f,
+       1.54217827e-6f},
+  };
+  constexpr int kLast = kTop > 2 ? 5 : 6;
+  Phi<kTop, float> phi;
+  phi.at[kTop] = kTo[kTop - 1][kLast];
+  TORCHKILN_UNROLLED
+  for (int i = kLast - 1; i >= 0; --i) phi.at[kTop] = z * phi.at[kTop] + kTo[kTop - 1][i];
+  TORCHKILN_UNROLLED
+  for (int j = kTop - 1; j >= 0; --j) {
+    phi.at[j] = z * phi.at[j + 1] + inverse_factorial<float>(j);
+  }
+  return phi;
+}
+
 // Which phi the weights of an exponential rule need; 0 where alpha is no exponential, or there are no weights.
 TORCHKILN_HD constexpr int top_of(int method) {
   if (method == kZoh) return 1;
@@ -274,16 +302,40 @@ TORCHKILN_HD Rate<kMethod, V> rate_of(V a) {
 }
 
 template <int kMethod, class V>
-TORCHKILN_HD Coefficients<kMethod, V> coefficients(Real<V> d, Real<V> inverse_d,
-                                                   Rate<kMethod, V> rate, Real<V> ratio) {
+TORCHKILN_HD Coefficients<kMethod, V> coefficients(Real<V> d, Rate<kMethod, V> rate,
+                                                   Real<V> ratio) {
   if constexpr (top_of(kMethod) > 0 && sizeof(Real<V>) == 4) {
     Coefficients<kMethod, V> c;
     c.alpha = quick_exp_of_product(d, rate.a);
-    const auto phi = phi_given<top_of(kMethod)>(d * rate.a, inverse_d * rate.inverse, c.alpha);
+    const V inverse = quick_reciprocal(d) * rate.inverse;
+    const auto phi = phi_given<top_of(kMethod)>(d * rate.a, inverse, c.alpha);
     weights_of_phi<kMethod>(phi.at, ratio, c.weight);
     return c;
   } else {
     return coefficients<kMethod>(d, rate.a, ratio);
+  }
+}
+
+template <class V>
+constexpr bool is_float = false;
+template <>
+constexpr bool is_float<float> = true;
+// Whether a rule has cheaper coefficients where z is near 0.
+template <int kMethod, class V>
+constexpr bool has_near = is_float<V> && top_of(kMethod) > 0 && neighbour_of(kMethod) == 0;
+
+// kIsNear: for d * a in [kNear, 0].
+template <bool kIsNear, int kMethod, class V>
+TORCHKILN_HD Coefficients<kMethod, V> coefficients_at(Real<V> d, Rate<kMethod, V> rate,
+                                                      Real<V> ratio) {
+  if constexpr (kIsNear) {
+    const auto phi = phi_near<top_of(kMethod)>(d * rate.a);
+    Coefficients<kMethod, V> c;
+    c.alpha = phi.at[0];
+    weights_of_phi<kMethod>(phi.at, ratio, c.weight);
+    return c;
+  } else {
+    return coefficients(d, rate, ratio);
   }
 }
 
@@ -345,17 +397,26 @@ TORCHKILN_HD Slopes<kMethod, V> slopes(V z, Real<V> ratio) {
   return s;
 }
 
-// The same for z = d * a, from the reciprocals of both.
+// The same for z = d * a.
 template <int kMethod, class V>
-TORCHKILN_HD Slopes<kMethod, V> slopes(Real<V> d, Real<V> inverse_d, Rate<kMethod, V> rate,
-                                       Real<V> ratio) {
+TORCHKILN_HD Slopes<kMethod, V> slopes(Real<V> d, Rate<kMethod, V> rate, Real<V> ratio) {
   const V z = d * rate.a;
   if constexpr (top_of(kMethod) > 0 && sizeof(Real<V>) == 4) {
     constexpr int kTop = top_of(kMethod) + 1;
-    const V alpha = quick_exp_of_product(d, rate.a);
-    return slopes_of_phi<kMethod>(phi_given<kTop>(z, inverse_d * rate.inverse, alpha), ratio);
+    const V alpha = quick_exp_of_product(d, rate.a), inverse = quick_reciprocal(d) * rate.inverse;
+    return slopes_of_phi<kMethod>(phi_given<kTop>(z, inverse, alpha), ratio);
   } else {
     return slopes<kMethod>(z, ratio);
+  }
+}
+
+// kIsNear: for d * a in [kNear, 0].
+template <bool kIsNear, int kMethod, class V>
+TORCHKILN_HD Slopes<kMethod, V> slopes_at(Real<V> d, Rate<kMethod, V> rate, Real<V> ratio) {
+  if constexpr (kIsNear) {
+    return slopes_of_phi<kMethod>(phi_near<top_of(kMethod) + 1>(d * rate.a), ratio);
+  } else {
+    return slopes(d, rate, ratio);
   }
 }
 

@@ -41,7 +41,8 @@ template <class Of, int kMethod, class V>
 struct Channel {
   Rate<kMethod, V> rate[Of::kStates];
   V state[Of::kStates], product[Of::kStates];
-  Real<V> step;  // the sum of all, instead of the products, where alphas are exponential
+  Real<V> step;   // the sum of all, instead of the products, where alphas are exponential
+  float longest;  // step near 0
   Window<kMethod, V> window[Of::kStates];
 };
 
@@ -76,7 +77,7 @@ struct Readings {
 };
 
 // Four positions: the lane's part of their outputs, or what they add to a summary.
-template <bool kSummarises, class Of, int kMethod, class V>
+template <bool kSummarises, bool kIsNear, class Of, int kMethod, class V>
 __device__ __forceinline__ void scan_four(const Readings<Of, kMethod, V>& in,
                                           Channel<Of, kMethod, V>& channel, Real<V>* y) {
   using T = Real<V>;
@@ -85,10 +86,9 @@ __device__ __forceinline__ void scan_four(const Readings<Of, kMethod, V>& in,
   for (int i = 0; i < 4; ++i) {
     y[i] = T(0);
     const T ratio = neighbour_of(kMethod) != 0 ? in.ratio[i] : T(1);
-    const T inverse_d = top_of(kMethod) > 0 ? quick_reciprocal(in.d[i]) : T(0);
 #pragma unroll
     for (int s = 0; s < Of::kStates; ++s) {
-      const auto c = coefficients(in.d[i], inverse_d, channel.rate[s], ratio);
+      const auto c = coefficients_at<kIsNear>(in.d[i], channel.rate[s], ratio);
       V input;
       if constexpr (kMethod == kMamba) {
         input = in.x[i] * in.B[s][i];
@@ -128,6 +128,9 @@ __device__ __forceinline__ void enter(const Args& args, const Place& place, cons
     channel.rate[s] = rate_of<kMethod>(is_state ? static_cast<const V*>(p.A)[weights + n] : zero);
     channel.state[s] =
         is_state && args.initial_state != nullptr && !kSummarises ? initial[n] : zero;
+  }
+  if constexpr (has_near<kMethod, V>) {
+    channel.longest = longest_near<Of::kStates>([&](int s) { return channel.rate[s].a; });
   }
   if constexpr (!kSummarises) {
     const Affine<V>* maps = static_cast<const Affine<V>*>(args.summaries) + states;
@@ -255,7 +258,9 @@ __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane
 #pragma unroll 1
     for (int position = start; position < stop; position += 4) {
       T y[4];
-      scan_four<kSummarises>(in, channel, y);
+      near_or_far<kMethod, V, 4>(in.d, channel.longest, [&](auto is_near) {
+        scan_four<kSummarises, is_near.value>(in, channel, y);
+      });
       // What lies behind the tile is read and not used.
       rows += 4;
       of_B.at += of_B.step;

@@ -21,7 +21,7 @@ struct Sums {
 
 // Four positions of one state, from the adjoint state behind them: adds to the sums and to the gradient of A, and leaves
 // the gradients of B and C in `shared`.
-template <class Of, int kMethod, class V>
+template <bool kIsNear, int kMethod, class V>
 __device__ __forceinline__ void walk_state(const RowFour<kMethod, Real<V>>& in, const V* B,
                                            const V* C, V a, V before, V& adjoint, V& of_A,
                                            V (&pushed)[2], Sums<Real<V>>& sums, V* shared) {
@@ -45,7 +45,7 @@ __device__ __forceinline__ void walk_state(const RowFour<kMethod, Real<V>>& in, 
       of_z[i] = before;
       before = alpha[i] * before + (in.d[i] * in.u[i]) * B[i];
     } else {
-      const auto s = slopes(in.d[i], in.inverse_d[i], rate, in.ratio[i]);
+      const auto s = slopes_at<kIsNear>(in.d[i], rate, in.ratio[i]);
       alpha[i] = s.value.alpha;
       held[i] = held_of<kMethod>(s.value.weight, v + i);
       of_z[i] = s.by_z.alpha * before + in.d[i] * held_of<kMethod>(s.by_z.weight, v + i);
@@ -103,9 +103,8 @@ __device__ __forceinline__ void walk_state(const RowFour<kMethod, Real<V>>& in, 
   if constexpr (kAhead > 0) {
     // That of the position before for the first sample of these.
     const V lambda = (kFactor * in.g_before) * conjugate(C[0]) + adjoint;
-    const T inverse = inverse_step<kMethod>(in.d_before);
-    const auto c = coefficients(in.d_before, inverse, rate, in.ratio_before);
-    samples[0] = samples[0] + (in.d_before * conjugate(c.weight[kTaps - 1])) * lambda;
+    const auto c = coefficients_at<kIsNear>(in.d[4], rate, in.ratio_before);
+    samples[0] = samples[0] + (in.d[4] * conjugate(c.weight[kTaps - 1])) * lambda;
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -144,6 +143,7 @@ struct Walk {
   V* kept;         // of the warp: the states before fours, and gradients of B and C
   int n0, fours;
   int first;
+  float longest;  // step near 0
 
   __device__ __forceinline__ int state_of(int s) const { return n0 + lane.state(s); }
 
@@ -181,21 +181,28 @@ struct Walk {
       RowFour<kMethod, T> in;
       if constexpr (kAhead > 0) u_behind = row[At::kInputs * Of::kArray + four * 4 + 4];
       in.template read<Of>(row, four, u_behind);
+      near_or_far<kMethod, V, 4>(in.d, longest, [&](auto is_near) {
+        advance_four<is_near.value>(in, four, carry, state);
+      });
+    }
+  }
+  template <bool kIsNear>
+  __device__ __forceinline__ void advance_four(const RowFour<kMethod, T>& in, int four,
+                                               const Carry<V>* carry, V* state) const {
 #pragma unroll kUnrolled
-      for (int s = 0; s < Of::kStates; ++s) {
-        const Rate<kMethod, V> rate = rate_of<kMethod>(carry[s].a);
-        V v[kBack + 4 + kAhead];
-        read<kBack, kAhead>(B, args.problem.constant_B, p.B, s, four, v);
+    for (int s = 0; s < Of::kStates; ++s) {
+      const Rate<kMethod, V> rate = rate_of<kMethod>(carry[s].a);
+      V v[kBack + 4 + kAhead];
+      read<kBack, kAhead>(B, args.problem.constant_B, args.problem.B, s, four, v);
 #pragma unroll
-        for (int i = 0; i < kBack + 4 + kAhead; ++i) {
-          v[i] = (taps_of(kMethod) == 1 ? in.d[i & 3] * in.u[i] : in.u[i]) * v[i];
-        }
+      for (int i = 0; i < kBack + 4 + kAhead; ++i) {
+        v[i] = (taps_of(kMethod) == 1 ? in.d[i & 3] * in.u[i] : in.u[i]) * v[i];
+      }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const auto c = coefficients(in.d[i], in.inverse_d[i], rate, in.ratio[i]);
-          const V held = held_of<kMethod>(c.weight, v + i);
-          state[s] = c.alpha * state[s] + (taps_of(kMethod) == 1 ? held : in.d[i] * held);
-        }
+      for (int i = 0; i < 4; ++i) {
+        const auto c = coefficients_at<kIsNear>(in.d[i], rate, in.ratio[i]);
+        const V held = held_of<kMethod>(c.weight, v + i);
+        state[s] = c.alpha * state[s] + (taps_of(kMethod) == 1 ? held : in.d[i] * held);
       }
     }
   }
@@ -271,16 +278,18 @@ struct Walk {
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums.u[i] = sums.d[i] = sums.y[i] = sums.ratio[i] = T(0);
       const V* before = kept + four * Of::kFourPitch + threadIdx.x % kWarpSize;
+      near_or_far<kMethod, V, 4 + kAhead>(in.d, longest, [&](auto is_near) {
 #pragma unroll kUnrolled
-      for (int s = 0; s < Of::kStates; ++s) {
-        V of_B[kBack + 4 + kAhead], of_C[kAhead + 4], shared[8];
-        read<kBack, kAhead>(B, p.constant_B, p.B, s, four, of_B);
-        read<kAhead, 0>(C, p.constant_C, p.C, s, four, of_C);
-        Carry<V>& own = carry[s];
-        walk_state<Of, kMethod>(in, of_B, of_C, own.a, before[s * kWarpSize], own.adjoint, own.of_A,
-                                own.pushed, sums, shared);
-        give_shared(shared, s, four, own);
-      }
+        for (int s = 0; s < Of::kStates; ++s) {
+          V of_B[kBack + 4 + kAhead], of_C[kAhead + 4], shared[8];
+          read<kBack, kAhead>(B, p.constant_B, p.B, s, four, of_B);
+          read<kAhead, 0>(C, p.constant_C, p.C, s, four, of_C);
+          Carry<V>& own = carry[s];
+          walk_state<is_near.value, kMethod>(in, of_B, of_C, own.a, before[s * kWarpSize],
+                                             own.adjoint, own.of_A, own.pushed, sums, shared);
+          give_shared(shared, s, four, own);
+        }
+      });
       __syncwarp();  // all have read what is now written over
       finish(in, sums, four);
     }
@@ -468,10 +477,16 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
       __syncthreads();
       const int part = lane.part * Of::kPitch;
       const int fours = (min_of(Of::kTile, length - first) + 3) / 4;
+      Carry<V>* carried = carry[kPanels == 1 ? 0 : panel];
+      float longest = 0;
+      if constexpr (has_near<kMethod, V>) {
+        longest = longest_near<kStates>([&](int s) { return carried[s].a; });
+      }
       const Walk<Of, Scalar, kMethod, kVariable, V> walk = {
-          args, place, lane, rows, own.B + part, own.C + part, own.kept, n0, fours, first};
-      walk.advance(carry[kPanels == 1 ? 0 : panel]);
-      walk.go_back(carry[kPanels == 1 ? 0 : panel]);
+          args,     place, lane,  rows, own.B + part, own.C + part,
+          own.kept, n0,    fours, first, longest};
+      walk.advance(carried);
+      walk.go_back(carried);
       __syncthreads();
       if (is_own && (kVariable || !(p.constant_B && p.constant_C))) {
         write_matrix_gradients<Of>(args, place, own.C + Of::kMatrix, n0, first);
@@ -551,7 +566,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
       __syncthreads();
       const Walk<Of, Scalar, kMethod, kVariable, V> walk = {
           args,    place, lane,       rows, nullptr, C + lane.part * Of::kPitch,
-          nullptr, n0,    Of::kFours, first};
+          nullptr, n0,    Of::kFours, first, 0};
 #pragma unroll 1
       for (int four = Of::kFours - 1; four >= 0; --four) {
         T d[4], g[4];
@@ -564,7 +579,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
 #pragma unroll
           for (int i = 3; i >= 0; --i) {
             const Rate<kMethod, V> rate = rate_of<kMethod>(a[s]);
-            const auto c = coefficients(d[i], inverse_step<kMethod>(d[i]), rate, T(1));
+            const auto c = coefficients(d[i], rate, T(1));
             const V alpha = conjugate(c.alpha);
             sum[s] = alpha * (((kComplex ? T(2) : T(1)) * g[i]) * conjugate(of_C[i]) + sum[s]);
             product[s] = alpha * product[s];

@@ -221,18 +221,12 @@ __device__ __forceinline__ void read_window(const V* row, int four, V* out) {
   if constexpr (kAhead > 0) out[kBack + 4] = row[four * 4 + 4];
 }
 
-// What `slopes` and `coefficients` of the exponential rules take beside a step.
-template <int kMethod, class T>
-__device__ __forceinline__ T inverse_step(T d) {
-  return top_of(kMethod) > 0 ? quick_reciprocal(d) : T(0);
-}
-
 // What a lane reads of a channel's four positions, and of those beside them.
 template <int kMethod, class T>
 struct RowFour {
   static constexpr int kBack = back_of(kMethod), kAhead = ahead_of(kMethod);
-  T d[4], inverse_d[4], g[4], ratio[4], u[kBack + 4 + kAhead];
-  T d_before, g_before, ratio_before;
+  T d[4 + kAhead], g[4], ratio[4], u[kBack + 4 + kAhead];  // behind the steps: that before the first one
+  T g_before, ratio_before;
   int last;  // which one is the last of all; above 3: none
   bool is_first;
 
@@ -243,13 +237,11 @@ struct RowFour {
     const int before = slot_of(four * 4 - 1);
     const T* own = row + four * 4;
     read_quad(own + At::kSteps * Of::kArray, d);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) inverse_d[i] = inverse_step<kMethod>(d[i]);
     read_quad(own + At::kGradients * Of::kArray, g);
     read_window<kBack, 0>(row + At::kInputs * Of::kArray, four, u);
     if constexpr (kAhead > 0) {
       u[kBack + 4] = u_behind;
-      d_before = row[At::kSteps * Of::kArray + before];
+      d[4] = row[At::kSteps * Of::kArray + before];
       g_before = row[At::kGradients * Of::kArray + before];
     }
     ratio_before = T(1);

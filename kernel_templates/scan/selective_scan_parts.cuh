@@ -468,6 +468,36 @@ struct Lane {
   __device__ __forceinline__ int state(int s) const { return s * Of::kLanes + part; }
 };
 
+// The longest step with which all z = d a of a lane's states lie in [kNear, 0]; `a_of(s)` is the rate of one of them.
+template <int kStates, class F>
+__device__ __forceinline__ float longest_near(const F& a_of) {
+  float least = -1e-30f, greatest = 0.0f;
+#pragma unroll
+  for (int s = 0; s < kStates; ++s) {
+    least = min_of(least, a_of(s));
+    greatest = max_of(greatest, a_of(s));
+  }
+  return greatest > 0.0f ? 0.0f : kNear / least;
+}
+
+template <bool kValue>
+struct Truth {
+  static constexpr bool value = kValue;
+};
+
+// work(Truth<whether all z of a warp lie in [kNear, 0]>). As unsigned numbers, negative steps and NaN are above all others.
+// Every lane of the warp must call.
+template <int kMethod, class V, int kCount, class F>
+__device__ __forceinline__ void near_or_far(const Real<V>* d, float longest, const F& work) {
+  if constexpr (has_near<kMethod, V>) {
+    u32 greatest = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) greatest = max_of(greatest, float_bits(d[i]));
+    if (__all_sync(kAllLanes, greatest <= float_bits(longest))) return work(Truth<true>());
+  }
+  work(Truth<false>());
+}
+
 // Numbers from a lane's state to its next one, in the memory of B and C.
 template <class Of>
 constexpr int slab_of = Of::kLanes * Of::kMatrixPitch;
