@@ -110,7 +110,7 @@ const std::vector<Parameter> kQueryTunables = {ints("lanes", {4, 8, 16, 32}),
                                                ints("points", {8, 16, 32}),
                                                ints("block_size", {64, 128, 256, 512})};
 // The last three for few queries.
-const std::vector<QueryTunables> kForwardDefaults = {{4, 8, 256},  {8, 16, 256}, {32, 16, 128},
+const std::vector<QueryTunables> kForwardDefaults = {{4, 8, 256},  {8, 8, 256},  {32, 16, 128},
                                                      {4, 16, 128}, {8, 16, 128}, {32, 16, 128}};
 const std::vector<QueryTunables> kBackwardDefaults = {{4, 16, 128}, {8, 16, 256}, {32, 16, 128},
                                                       {4, 16, 128}, {8, 16, 128}, {32, 16, 128}};

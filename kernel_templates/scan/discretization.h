@@ -41,6 +41,11 @@ TORCHKILN_HD constexpr int neighbour_of(int method) {
   return method == kPolyTrueTime ? 1 : (method == kHighorderTrueTime ? -1 : 0);
 }
 
+template <class V>
+constexpr bool is_float = false;
+template <>
+constexpr bool is_float<float> = true;
+
 // alpha, and w by offset from -back_of to ahead_of.
 template <int kMethod, class V>
 struct Coefficients {
@@ -166,23 +171,21 @@ TORCHKILN_HD Phi<kTop, V> phi_given(V z, V inverse, V exponential) {
   return phi;
 }
 
-// From here to 0 polynomials take the place of both: all z of a trained model lie there, but for few.
-constexpr float kNear = -2;
+// From here to 0 a polynomial takes the place of both. All z of a trained model lie there, but for few.
+constexpr float kNear = -1.75f;
 
-// Minimax polynomials of phi_top, of relative errors 2.5e-7, 5.3e-8, 3.3e-7 and 1.3e-7; the others follow from it.
+// Minimax polynomials of phi_top; the others follow from it, none with a greater relative error than 1.8e-7, 7.3e-7, 4.2e-6
+// and 1.6e-6.
 template <int kTop>
 TORCHKILN_HD Phi<kTop, float> phi_near(float z) {
   constexpr float kTo[][7] = {
-      {0.999999751f, 0.499988823f, 0.166581846f, 0.0414182423f, 7.97633872e-3f, 1.11388426e-3f,
-       8.36217968e-5f},
-      {0.499999974f, 0.166665439f, 0.0416571163f, 8.30488949e-3f, 1.34759673e-3f, 1.66509134e-4f,
-       1.15958725e-5f},
-      {0.166666612f, 0.0416647747f, 8.32242966e-3f, 1.36536117e-3f, 1.74694049e-4f,
-       1.29982042e-5f},
-      {0.0416666611f, 8.3331382e-3f, 1.38775787e-3f, 1.9596709e-4f, 2.23409277e-5f,
-       1.54217827e-6f},
+      {0.99999982f, 0.499991658f, 0.166601017f, 0.041466073f, 8.0301393e-3f, 1.14162119e-3f,
+       8.89533499e-5f},
+      {0.499999634f, 0.166653637f, 0.0415890539f, 8.15875056e-3f, 1.20354989e-3f, 1.00163706e-4f},
+      {0.166665968f, 0.041648428f, 8.25453094e-3f, 1.26536084e-3f, 1.14007004e-4f},
+      {0.0416666011f, 8.33152492e-3f, 1.38070272e-3f, 1.85066667e-4f, 1.542538e-5f},
   };
-  constexpr int kLast = kTop > 2 ? 5 : 6;
+  constexpr int kLast = kTop > 2 ? 4 : 7 - kTop;
   Phi<kTop, float> phi;
   phi.at[kTop] = kTo[kTop - 1][kLast];
   TORCHKILN_UNROLLED
@@ -203,6 +206,18 @@ TORCHKILN_HD constexpr int top_of(int method) {
 
 // ---- weights ----
 
+// factor * x + y. The compiler makes x + x of 2 x before it sees that it could be one instruction.
+template <class T, class V>
+TORCHKILN_HD V fused(T factor, V x, V y) {
+#if defined(__CUDACC_RTC__)
+  if constexpr (is_float<V>) {
+    asm("fma.rn.f32 %0, %1, %2, %0;" : "+f"(y) : "f"(factor), "f"(x));
+    return y;
+  }
+#endif
+  return factor * x + y;
+}
+
 // Those of the exponential rules, linear in phi_1 ... phi_3: given their derivatives it gives its own.
 template <int kMethod, class V>
 TORCHKILN_HD void weights_of_phi(const V* phi, Real<V> ratio, V* weight) {
@@ -213,12 +228,12 @@ TORCHKILN_HD void weights_of_phi(const V* phi, Real<V> ratio, V* weight) {
     weight[0] = phi[1] - phi[2];
     weight[1] = phi[2];
   } else if constexpr (kMethod == kPoly) {
-    weight[0] = phi[1] - T(1.5) * phi[2] + phi[3];
-    weight[1] = T(2) * (phi[2] - phi[3]);
     weight[2] = phi[3] - T(0.5) * phi[2];
+    weight[1] = fused(T(-2), weight[2], phi[2]);
+    weight[0] = (phi[1] - phi[2]) + weight[2];
   } else if constexpr (kMethod == kHighorder) {
     weight[0] = phi[3] - T(0.5) * phi[2];
-    weight[1] = phi[1] - T(2) * phi[3];
+    weight[1] = fused(T(-2), phi[3], phi[1]);
     weight[2] = phi[3] + T(0.5) * phi[2];
   } else if constexpr (kMethod == kPolyTrueTime) {
     const T whole = T(1) + ratio, inverse = reciprocal_of(ratio), part = reciprocal_of(whole);
@@ -316,15 +331,11 @@ TORCHKILN_HD Coefficients<kMethod, V> coefficients(Real<V> d, Rate<kMethod, V> r
   }
 }
 
-template <class V>
-constexpr bool is_float = false;
-template <>
-constexpr bool is_float<float> = true;
 // Whether a rule has cheaper coefficients where z is near 0.
 template <int kMethod, class V>
 constexpr bool has_near = is_float<V> && top_of(kMethod) > 0 && neighbour_of(kMethod) == 0;
 
-// kIsNear: for d * a in [kNear, 0].
+// kIsNear: d * a is in [kNear, 0].
 template <bool kIsNear, int kMethod, class V>
 TORCHKILN_HD Coefficients<kMethod, V> coefficients_at(Real<V> d, Rate<kMethod, V> rate,
                                                       Real<V> ratio) {
@@ -336,6 +347,46 @@ TORCHKILN_HD Coefficients<kMethod, V> coefficients_at(Real<V> d, Rate<kMethod, V
     return c;
   } else {
     return coefficients(d, rate, ratio);
+  }
+}
+
+// sum_j w_j v_{k+j}; `v` begins with the sample furthest back.
+template <int kMethod, class V>
+TORCHKILN_HD V held_of(const V* weight, const V* v) {
+  if constexpr (kMethod == kMamba) return v[0];
+  V sum = weight[0] * v[0];
+  TORCHKILN_UNROLLED
+  for (int j = 1; j < taps_of(kMethod); ++j) sum = sum + weight[j] * v[j];
+  return sum;
+}
+
+// The state behind a step by its increment, which needs no alpha and no weights.
+template <int kMethod>
+TORCHKILN_HD float stepped_near(float state, float d, float a, const float* v) {
+  const float z = d * a;
+  const auto phi = phi_near<top_of(kMethod)>(z);
+  if constexpr (kMethod == kZoh) {
+    return state + phi.at[1] * (z * state + v[0]);
+  } else {
+    constexpr int kBegin = back_of(kMethod) - 1;
+    const float rise = v[kBegin + 1] - v[kBegin];
+    float sum = phi.at[2] * rise;
+    if constexpr (taps_of(kMethod) == 3) {  // and by how much it changes
+      sum += (phi.at[3] - 0.5f * phi.at[2]) * ((v[2] - v[1]) - (v[1] - v[0]));
+    }
+    return state + d * (phi.at[1] * (a * state + v[kBegin]) + sum);
+  }
+}
+
+// The state behind a step. The one sample of rules with one is multiplied by d. kIsNear: d * a is in [kNear, 0].
+template <bool kIsNear, int kMethod, class V>
+TORCHKILN_HD V stepped(V state, Real<V> d, Rate<kMethod, V> rate, Real<V> ratio, const V* v) {
+  if constexpr (kIsNear) {
+    return stepped_near<kMethod>(state, d, rate.a, v);
+  } else {
+    const auto c = coefficients(d, rate, ratio);
+    const V held = held_of<kMethod>(c.weight, v);
+    return c.alpha * state + (taps_of(kMethod) == 1 ? held : d * held);
   }
 }
 
@@ -410,7 +461,7 @@ TORCHKILN_HD Slopes<kMethod, V> slopes(Real<V> d, Rate<kMethod, V> rate, Real<V>
   }
 }
 
-// kIsNear: for d * a in [kNear, 0].
+// kIsNear: d * a is in [kNear, 0].
 template <bool kIsNear, int kMethod, class V>
 TORCHKILN_HD Slopes<kMethod, V> slopes_at(Real<V> d, Rate<kMethod, V> rate, Real<V> ratio) {
   if constexpr (kIsNear) {

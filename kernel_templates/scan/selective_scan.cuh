@@ -28,12 +28,6 @@ struct Window {
     for (int j = 0; j + 1 < taps_of(kMethod); ++j) at[j] = at[j + 1];
     at[taps_of(kMethod) - 1] = sample;
   }
-  __device__ __forceinline__ V held(const V* weight) const {
-    V sum = weight[0] * at[0];
-#pragma unroll
-    for (int j = 1; j < taps_of(kMethod); ++j) sum = sum + weight[j] * at[j];
-    return sum;
-  }
 };
 
 // What a lane keeps of its channel from position to position.
@@ -41,8 +35,7 @@ template <class Of, int kMethod, class V>
 struct Channel {
   Rate<kMethod, V> rate[Of::kStates];
   V state[Of::kStates], product[Of::kStates];
-  Real<V> step;   // the sum of all, instead of the products, where alphas are exponential
-  float longest;  // step near 0
+  Real<V> step;  // the sum of all, instead of the products, where alphas are exponential
   Window<kMethod, V> window[Of::kStates];
 };
 
@@ -88,23 +81,15 @@ __device__ __forceinline__ void scan_four(const Readings<Of, kMethod, V>& in,
     const T ratio = neighbour_of(kMethod) != 0 ? in.ratio[i] : T(1);
 #pragma unroll
     for (int s = 0; s < Of::kStates; ++s) {
-      const auto c = coefficients_at<kIsNear>(in.d[i], channel.rate[s], ratio);
-      V input;
-      if constexpr (kMethod == kMamba) {
-        input = in.x[i] * in.B[s][i];
-      } else if constexpr (taps_of(kMethod) == 1) {
-        input = c.weight[0] * (in.x[i] * in.B[s][i]);
-      } else {
-        const int at = i + ahead_of(kMethod);
-        channel.window[s].push(in.x[at] * in.B[s][at]);
-        input = in.d[i] * channel.window[s].held(c.weight);
+      const int at = i + ahead_of(kMethod);
+      channel.window[s].push(in.x[at] * in.B[s][at]);
+      const auto& rate = channel.rate[s];
+      V& state = channel.state[s];
+      state = stepped<kIsNear>(state, in.d[i], rate, ratio, channel.window[s].at);
+      if constexpr (kSummarises && !has_exponential_alpha(kMethod)) {
+        channel.product[s] = coefficients(in.d[i], rate, ratio).alpha * channel.product[s];
       }
-      channel.state[s] = c.alpha * channel.state[s] + input;
-      if constexpr (!kSummarises) {
-        y[i] += inner(in.C[s][i], conjugate(channel.state[s]));
-      } else if constexpr (!has_exponential_alpha(kMethod)) {
-        channel.product[s] = c.alpha * channel.product[s];
-      }
+      if constexpr (!kSummarises) y[i] += inner(in.C[s][i], conjugate(state));
     }
   }
 }
@@ -128,9 +113,6 @@ __device__ __forceinline__ void enter(const Args& args, const Place& place, cons
     channel.rate[s] = rate_of<kMethod>(is_state ? static_cast<const V*>(p.A)[weights + n] : zero);
     channel.state[s] =
         is_state && args.initial_state != nullptr && !kSummarises ? initial[n] : zero;
-  }
-  if constexpr (has_near<kMethod, V>) {
-    channel.longest = longest_near<Of::kStates>([&](int s) { return channel.rate[s].a; });
   }
   if constexpr (!kSummarises) {
     const Affine<V>* maps = static_cast<const Affine<V>*>(args.summaries) + states;
@@ -160,6 +142,35 @@ __device__ __forceinline__ void enter(const Args& args, const Place& place, cons
     }
   }
 }
+
+// Tells tiles all z of which, of all channels of a warp, lie near 0.
+template <class Of, int kMethod, class V>
+struct Nearness {
+  float longest[Of::kRowItems];  // step near 0 of each of a lane's fours
+
+  __device__ __forceinline__ explicit Nearness(const Channel<Of, kMethod, V>& channel) {
+    if constexpr (has_near<kMethod, V>) {
+      const float own = longest_near<Of>([&](int s) { return channel.rate[s].a; });
+#pragma unroll
+      for (int k = 0; k < Of::kRowItems; ++k) {
+        longest[k] = __shfl_sync(kAllLanes, own, RowItem<Of>(k).row % Of::kRows * Of::kLanes);
+      }
+    }
+  }
+  // `rows`: what the lane itself has written there.
+  __device__ __forceinline__ bool of_tile(const float* rows) const {
+    bool is_near = true;
+#pragma unroll
+    for (int k = 0; k < Of::kRowItems; ++k) {
+      const RowItem<Of> item(k);
+      if (!item.exists()) continue;
+      float d[4];
+      read_quad(rows + item.slot(), d);
+      is_near = is_near && are_within<4>(d, longest[k]);
+    }
+    return __all_sync(kAllLanes, is_near);
+  }
+};
 
 // Skip connection and gate, on the way out of shared memory.
 template <class Of, bool kComplex, class Scalar>
@@ -232,7 +243,7 @@ __device__ __forceinline__ void give(const Lane<Of>& lane, bool exists, T* y, T*
 
 // Scans the tile that lies in shared memory; leaves the sums over states where the inputs were. A four is summed while the
 // next one is scanned, so that nobody waits for the shuffles.
-template <bool kSummarises, class Of, int kMethod, int kMatrix, class V>
+template <bool kSummarises, bool kIsNear, class Of, int kMethod, int kMatrix, class V>
 __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane, int first,
                                           const V* matrices, Real<V>* rows, MatrixReader of_B,
                                           MatrixReader of_C, Channel<Of, kMethod, V>& channel,
@@ -258,9 +269,7 @@ __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane
 #pragma unroll 1
     for (int position = start; position < stop; position += 4) {
       T y[4];
-      near_or_far<kMethod, V, 4>(in.d, channel.longest, [&](auto is_near) {
-        scan_four<kSummarises, is_near.value>(in, channel, y);
-      });
+      scan_four<kSummarises, kIsNear>(in, channel, y);
       // What lies behind the tile is read and not used.
       rows += 4;
       of_B.at += of_B.step;
@@ -330,6 +339,8 @@ __global__ void __launch_bounds__(
   const RowSources<Of, Scalar> out(static_cast<Scalar*>(args.out), p.dim * p.length, p.length,
                                    place);
   RowFours<Of, Scalar> u, z;
+  const Nearness<Of, kMethod, V> nearness(channel);
+  bool is_near = false;
   // A tile is scanned while the next one is on its way.
 #pragma unroll 1
   for (int first = begin - kTile; first < end; first += kTile) {
@@ -341,8 +352,10 @@ __global__ void __launch_bounds__(
     }
     if (first >= begin) {
       if (p.z.data != nullptr && !kSummarises) z.load(of_z, p, first);
-      scan_tile<kSummarises, Of, kMethod, kMatrix>(args, lane, first, matrices, rows, of_B, of_C,
-                                                   channel, kept);
+      near_or_far<kMethod, V>(is_near, [&](auto near) {
+        scan_tile<kSummarises, near.value, Of, kMethod, kMatrix>(args, lane, first, matrices, rows,
+                                                                 of_B, of_C, channel, kept);
+      });
       __syncwarp();
       if constexpr (!kSummarises) {
         write_outputs<Of, kComplex>(args, place, first, out, rows + OfSteps::kArray, skip, u, z);
@@ -354,6 +367,7 @@ __global__ void __launch_bounds__(
     if (next < end) {
       const int tile = next / kTile % kTiles;
       steps.write(p, place, bias, next, rows);
+      if constexpr (has_near<kMethod, V>) is_near = nearness.of_tile(rows);
       u = steps.u;
       if (!p.constant_B) {
         B.write(p, matrices + tile * OfB::kNumbers);

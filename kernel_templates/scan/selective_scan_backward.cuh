@@ -28,11 +28,11 @@ __device__ __forceinline__ void walk_state(const RowFour<kMethod, Real<V>>& in, 
   using T = Real<V>;
   constexpr int kBack = back_of(kMethod), kAhead = ahead_of(kMethod), kTaps = taps_of(kMethod);
   constexpr T kFactor = is_complex_type<V> ? 2 : 1;
-  V v[kBack + 4 + kAhead], samples[4], to_before[2] = {number<V>(0), number<V>(0)};
+  V v[kBack + 4 + kAhead], samples[4 + kAhead], to_before[2] = {number<V>(0), number<V>(0)};
 #pragma unroll
   for (int i = 0; i < kBack + 4 + kAhead; ++i) v[i] = in.u[i] * B[i];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) samples[i] = number<V>(0);
+  for (int i = 0; i < 4 + kAhead; ++i) samples[i] = number<V>(0);
 
   const Rate<kMethod, V> rate = rate_of<kMethod>(a);
 
@@ -63,31 +63,29 @@ __device__ __forceinline__ void walk_state(const RowFour<kMethod, Real<V>>& in, 
   for (int i = 3; i >= 0; --i) {
     const V lambda = (kFactor * in.g[i]) * conjugate(C[kAhead + i]) + adjoint;
     adjoint = conjugate(alpha[i]) * lambda;
-    const V by_z = (kMethod == kMamba ? adjoint : lambda) * conjugate(of_z[i]);
-    of_A = of_A + in.d[i] * by_z;
-    sums.d[i] += inner(by_z, a);
     if constexpr (kTaps == 1) {
+      const V by_z = (kMethod == kMamba ? adjoint : lambda) * conjugate(of_z[i]);
+      of_A = of_A + in.d[i] * by_z;
+      sums.d[i] += inner(by_z, a);
       // u and d get it times the other one, once all states are in.
       const V push = kMethod == kMamba ? lambda : conjugate(weight[i][0]) * lambda;
       sums.u[i] += inner(push, B[i]);
       shared[i] = (in.d[i] * in.u[i]) * push;
     } else {
-      sums.d[i] += inner(lambda, held[i]);
+      const V scaled = in.d[i] * lambda;
+      of_A = of_A + scaled * conjugate(of_z[i]);
+      sums.d[i] += inner(lambda, a * of_z[i] + held[i]);
       if constexpr (neighbour_of(kMethod) != 0) {
-        sums.ratio[i] += inner(lambda, in.d[i] * of_ratio[i]);
+        sums.ratio[i] += inner(scaled, of_ratio[i]);
       }
 #pragma unroll
       for (int j = 0; j < kTaps; ++j) {
-        const V push = (in.d[i] * conjugate(weight[i][j])) * lambda;
+        const V push = conjugate(weight[i][j]) * scaled;
         const int to = i + j - kBack;
         if (to < 0) {
           to_before[-to - 1] = to_before[-to - 1] + push;
-        } else if (j <= kBack) {
+        } else {
           samples[to] = samples[to] + push;
-        } else {  // the last position's sample ahead is its own
-          const bool is_last = i == in.last;
-          samples[i] = samples[i] + select(is_last, push, number<V>(0));
-          if (to < 4) samples[to] = samples[to] + select(is_last, number<V>(0), push);
         }
       }
     }
@@ -101,10 +99,17 @@ __device__ __forceinline__ void walk_state(const RowFour<kMethod, Real<V>>& in, 
   // Samples before the first are the first.
   if (in.is_first) samples[0] = samples[0] + to_before[0] + to_before[1];
   if constexpr (kAhead > 0) {
+    // The sample behind the last one is the last one.
+    if (in.last < 4) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        samples[i] = samples[i] + select(i == in.last, samples[i + 1], number<V>(0));
+      }
+    }
     // That of the position before for the first sample of these.
     const V lambda = (kFactor * in.g_before) * conjugate(C[0]) + adjoint;
-    const auto c = coefficients_at<kIsNear>(in.d[4], rate, in.ratio_before);
-    samples[0] = samples[0] + (in.d[4] * conjugate(c.weight[kTaps - 1])) * lambda;
+    const auto c = coefficients_at<kIsNear>(in.d_before, rate, in.ratio_before);
+    samples[0] = samples[0] + conjugate(c.weight[kTaps - 1]) * (in.d_before * lambda);
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -143,7 +148,6 @@ struct Walk {
   V* kept;         // of the warp: the states before fours, and gradients of B and C
   int n0, fours;
   int first;
-  float longest;  // step near 0
 
   __device__ __forceinline__ int state_of(int s) const { return n0 + lane.state(s); }
 
@@ -161,7 +165,22 @@ struct Walk {
     for (int i = 0; i < kLeft + 4 + kRight; ++i) out[i] = value;
   }
 
+  // Whether all z of the warp lie near 0.
+  __device__ __forceinline__ bool is_near(const Carry<V>* carry) const {
+    const float longest = longest_near<Of>([&](int s) { return carry[s].a; });
+    const T* d = row + At::kSteps * Of::kArray;
+    bool is_near = kAhead == 0 || are_within<1>(d + slot_of(-1), longest);
+#pragma unroll 1
+    for (int four = lane.part; four < Of::kFours; four += Of::kLanes) {
+      T own[4];
+      read_quad(d + four * 4, own);
+      is_near = is_near && are_within<4>(own, longest);
+    }
+    return __all_sync(kAllLanes, is_near);
+  }
+
   // Keeps the state before every four.
+  template <bool kIsNear>
   __device__ __forceinline__ void advance(const Carry<V>* carry) const {
     const Problem& p = args.problem;
     const V* from = static_cast<const V*>(args.checkpoints) +
@@ -181,28 +200,19 @@ struct Walk {
       RowFour<kMethod, T> in;
       if constexpr (kAhead > 0) u_behind = row[At::kInputs * Of::kArray + four * 4 + 4];
       in.template read<Of>(row, four, u_behind);
-      near_or_far<kMethod, V, 4>(in.d, longest, [&](auto is_near) {
-        advance_four<is_near.value>(in, four, carry, state);
-      });
-    }
-  }
-  template <bool kIsNear>
-  __device__ __forceinline__ void advance_four(const RowFour<kMethod, T>& in, int four,
-                                               const Carry<V>* carry, V* state) const {
 #pragma unroll kUnrolled
-    for (int s = 0; s < Of::kStates; ++s) {
-      const Rate<kMethod, V> rate = rate_of<kMethod>(carry[s].a);
-      V v[kBack + 4 + kAhead];
-      read<kBack, kAhead>(B, args.problem.constant_B, args.problem.B, s, four, v);
+      for (int s = 0; s < Of::kStates; ++s) {
+        const Rate<kMethod, V> rate = rate_of<kMethod>(carry[s].a);
+        V v[kBack + 4 + kAhead];
+        read<kBack, kAhead>(B, args.problem.constant_B, p.B, s, four, v);
 #pragma unroll
-      for (int i = 0; i < kBack + 4 + kAhead; ++i) {
-        v[i] = (taps_of(kMethod) == 1 ? in.d[i & 3] * in.u[i] : in.u[i]) * v[i];
-      }
+        for (int i = 0; i < kBack + 4 + kAhead; ++i) {
+          v[i] = (taps_of(kMethod) == 1 ? in.d[i & 3] * in.u[i] : in.u[i]) * v[i];
+        }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const auto c = coefficients_at<kIsNear>(in.d[i], rate, in.ratio[i]);
-        const V held = held_of<kMethod>(c.weight, v + i);
-        state[s] = c.alpha * state[s] + (taps_of(kMethod) == 1 ? held : in.d[i] * held);
+        for (int i = 0; i < 4; ++i) {
+          state[s] = stepped<kIsNear>(state[s], in.d[i], rate, in.ratio[i], v + i);
+        }
       }
     }
   }
@@ -263,6 +273,7 @@ struct Walk {
   }
 
   // From the last position to the first.
+  template <bool kIsNear>
   __device__ __forceinline__ void go_back(Carry<V>* carry) const {
     const Problem& p = args.problem;
     T u_behind = T(0);
@@ -278,18 +289,16 @@ struct Walk {
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums.u[i] = sums.d[i] = sums.y[i] = sums.ratio[i] = T(0);
       const V* before = kept + four * Of::kFourPitch + threadIdx.x % kWarpSize;
-      near_or_far<kMethod, V, 4 + kAhead>(in.d, longest, [&](auto is_near) {
 #pragma unroll kUnrolled
-        for (int s = 0; s < Of::kStates; ++s) {
-          V of_B[kBack + 4 + kAhead], of_C[kAhead + 4], shared[8];
-          read<kBack, kAhead>(B, p.constant_B, p.B, s, four, of_B);
-          read<kAhead, 0>(C, p.constant_C, p.C, s, four, of_C);
-          Carry<V>& own = carry[s];
-          walk_state<is_near.value, kMethod>(in, of_B, of_C, own.a, before[s * kWarpSize],
-                                             own.adjoint, own.of_A, own.pushed, sums, shared);
-          give_shared(shared, s, four, own);
-        }
-      });
+      for (int s = 0; s < Of::kStates; ++s) {
+        V of_B[kBack + 4 + kAhead], of_C[kAhead + 4], shared[8];
+        read<kBack, kAhead>(B, p.constant_B, p.B, s, four, of_B);
+        read<kAhead, 0>(C, p.constant_C, p.C, s, four, of_C);
+        Carry<V>& own = carry[s];
+        walk_state<kIsNear, kMethod>(in, of_B, of_C, own.a, before[s * kWarpSize], own.adjoint,
+                                     own.of_A, own.pushed, sums, shared);
+        give_shared(shared, s, four, own);
+      }
       __syncwarp();  // all have read what is now written over
       finish(in, sums, four);
     }
@@ -478,15 +487,14 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
       const int part = lane.part * Of::kPitch;
       const int fours = (min_of(Of::kTile, length - first) + 3) / 4;
       Carry<V>* carried = carry[kPanels == 1 ? 0 : panel];
-      float longest = 0;
-      if constexpr (has_near<kMethod, V>) {
-        longest = longest_near<kStates>([&](int s) { return carried[s].a; });
-      }
       const Walk<Of, Scalar, kMethod, kVariable, V> walk = {
-          args,     place, lane,  rows, own.B + part, own.C + part,
-          own.kept, n0,    fours, first, longest};
-      walk.advance(carried);
-      walk.go_back(carried);
+          args, place, lane, rows, own.B + part, own.C + part, own.kept, n0, fours, first};
+      bool is_near = false;
+      if constexpr (has_near<kMethod, V>) is_near = walk.is_near(carried);
+      near_or_far<kMethod, V>(is_near, [&](auto near) {
+        walk.template advance<near.value>(carried);
+        walk.template go_back<near.value>(carried);
+      });
       __syncthreads();
       if (is_own && (kVariable || !(p.constant_B && p.constant_C))) {
         write_matrix_gradients<Of>(args, place, own.C + Of::kMatrix, n0, first);
@@ -566,7 +574,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
       __syncthreads();
       const Walk<Of, Scalar, kMethod, kVariable, V> walk = {
           args,    place, lane,       rows, nullptr, C + lane.part * Of::kPitch,
-          nullptr, n0,    Of::kFours, first, 0};
+          nullptr, n0,    Of::kFours, first};
 #pragma unroll 1
       for (int four = Of::kFours - 1; four >= 0; --four) {
         T d[4], g[4];

@@ -28,16 +28,6 @@ __device__ __forceinline__ T bias_of(const Problem& p, const Place& place, int r
                                  : T(0);
 }
 
-// sum_j w_j v_{i+j}; `v` begins with the sample furthest back.
-template <int kMethod, class V>
-__device__ __forceinline__ V held_of(const V* weight, const V* v) {
-  if constexpr (kMethod == kMamba) return v[0];
-  V sum = weight[0] * v[0];
-#pragma unroll
-  for (int j = 1; j < taps_of(kMethod); ++j) sum = sum + weight[j] * v[j];
-  return sum;
-}
-
 // Where position `at` of a tile lies in a row: two before it and the one behind it stand behind the others.
 __device__ __forceinline__ constexpr int slot_of(int at) { return at < 0 ? kTilePitch + at : at; }
 
@@ -225,8 +215,8 @@ __device__ __forceinline__ void read_window(const V* row, int four, V* out) {
 template <int kMethod, class T>
 struct RowFour {
   static constexpr int kBack = back_of(kMethod), kAhead = ahead_of(kMethod);
-  T d[4 + kAhead], g[4], ratio[4], u[kBack + 4 + kAhead];  // behind the steps: that before the first one
-  T g_before, ratio_before;
+  T d[4], g[4], ratio[4], u[kBack + 4 + kAhead];
+  T d_before, g_before, ratio_before;
   int last;  // which one is the last of all; above 3: none
   bool is_first;
 
@@ -241,7 +231,7 @@ struct RowFour {
     read_window<kBack, 0>(row + At::kInputs * Of::kArray, four, u);
     if constexpr (kAhead > 0) {
       u[kBack + 4] = u_behind;
-      d[4] = row[At::kSteps * Of::kArray + before];
+      d_before = row[At::kSteps * Of::kArray + before];
       g_before = row[At::kGradients * Of::kArray + before];
     }
     ratio_before = T(1);

@@ -468,32 +468,42 @@ struct Lane {
   __device__ __forceinline__ int state(int s) const { return s * Of::kLanes + part; }
 };
 
-// The longest step with which all z = d a of a lane's states lie in [kNear, 0]; `a_of(s)` is the rate of one of them.
-template <int kStates, class F>
+// The longest step with which all z = d a of a lane's channel lie in [kNear, 0]; `a_of(s)` is the rate of one of the lane's
+// states. Every lane of the warp must call.
+template <class Of, class F>
 __device__ __forceinline__ float longest_near(const F& a_of) {
   float least = -1e-30f, greatest = 0.0f;
 #pragma unroll
-  for (int s = 0; s < kStates; ++s) {
+  for (int s = 0; s < Of::kStates; ++s) {
     least = min_of(least, a_of(s));
     greatest = max_of(greatest, a_of(s));
+  }
+#pragma unroll
+  for (int mask = Of::kLanes / 2; mask > 0; mask /= 2) {
+    least = min_of(least, __shfl_xor_sync(kAllLanes, least, mask));
+    greatest = max_of(greatest, __shfl_xor_sync(kAllLanes, greatest, mask));
   }
   return greatest > 0.0f ? 0.0f : kNear / least;
 }
 
+// Whether steps lie in [0, longest]: as unsigned numbers, negative ones and NaN are above all others.
+template <int kCount>
+__device__ __forceinline__ bool are_within(const float* d, float longest) {
+  u32 greatest = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) greatest = max_of(greatest, float_bits(d[i]));
+  return greatest <= float_bits(longest);
+}
+
+// work(Truth<whether coefficients near 0 do>).
 template <bool kValue>
 struct Truth {
   static constexpr bool value = kValue;
 };
-
-// work(Truth<whether all z of a warp lie in [kNear, 0]>). As unsigned numbers, negative steps and NaN are above all others.
-// Every lane of the warp must call.
-template <int kMethod, class V, int kCount, class F>
-__device__ __forceinline__ void near_or_far(const Real<V>* d, float longest, const F& work) {
+template <int kMethod, class V, class F>
+__device__ __forceinline__ void near_or_far(bool is_near, const F& work) {
   if constexpr (has_near<kMethod, V>) {
-    u32 greatest = 0;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) greatest = max_of(greatest, float_bits(d[i]));
-    if (__all_sync(kAllLanes, greatest <= float_bits(longest))) return work(Truth<true>());
+    if (is_near) return work(Truth<true>());
   }
   work(Truth<false>());
 }
