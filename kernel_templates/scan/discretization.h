@@ -360,21 +360,21 @@ TORCHKILN_HD V held_of(const V* weight, const V* v) {
   return sum;
 }
 
-// The state behind a step by its increment, which needs no alpha and no weights.
+// The state behind a step by its increment, without alpha or weights: the terms of Taylor's series that precede the last phi,
+// and what remains.
 template <int kMethod>
 TORCHKILN_HD float stepped_near(float state, float d, float a, const float* v) {
   const float z = d * a;
-  const auto phi = phi_near<top_of(kMethod)>(z);
+  const float phi = phi_near<top_of(kMethod)>(z).at[top_of(kMethod)];
   if constexpr (kMethod == kZoh) {
-    return state + phi.at[1] * (z * state + v[0]);
+    return state + phi * (z * state + v[0]);
   } else {
     constexpr int kBegin = back_of(kMethod) - 1;
-    const float rise = v[kBegin + 1] - v[kBegin];
-    float sum = phi.at[2] * rise;
-    if constexpr (taps_of(kMethod) == 3) {  // and by how much it changes
-      sum += (phi.at[3] - 0.5f * phi.at[2]) * ((v[2] - v[1]) - (v[1] - v[0]));
-    }
-    return state + d * (phi.at[1] * (a * state + v[kBegin]) + sum);
+    const float slope = a * state + v[kBegin], rise = v[kBegin + 1] - v[kBegin];
+    if constexpr (taps_of(kMethod) == 2) return state + d * (slope + phi * (z * slope + rise));
+    const float bend = (v[2] - v[1]) - (v[1] - v[0]);
+    const float change = z * slope + (rise - 0.5f * bend);
+    return state + d * ((slope + 0.5f * change) + phi * (z * change + bend));
   }
 }
 

@@ -2,9 +2,9 @@
 // lanes, and no tensor of the size of all states. While a tile of positions is scanned, the next one is on its way into
 // registers. Where there are too few rows for the GPU, positions are split among blocks: a first launch summarises each
 // split by one map for each state, the second one begins with those of the splits before its own.
-// compile time: above 250 ms for complex numbers, for double, for quadratic rules, and where a lane has eight states; a
-// loop over them would put them into memory.
-// spills: some hundred bytes there; up to 90 for complex numbers in double and true-time rules.
+// compile time: above 250 ms for complex numbers, for double, for exponential rules, whose tile stands there twice, and where
+// a lane has eight states; a loop over them would put them into memory.
+// spills: some hundred bytes there; up to 90 for complex numbers in double and true-time rules, 24 for quadratic ones.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -285,18 +285,18 @@ __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane
   if constexpr (!kSummarises) give(lane, true, before, sums - 4);
 }
 
-// Blocks that a multiprocessor should hold: 16 warps with 128 registers a lane, or 12 with 168 where more is kept.
-template <class T, int kMethod, bool kComplex, int kWarps, int kStates>
+// Blocks that a multiprocessor should hold: 16 warps with 128 registers a lane, or 12 with 168 where a lane has more states.
+template <class T, bool kComplex, int kWarps, int kStates>
 __device__ constexpr int resident_blocks() {
   if (sizeof(T) == 8 || kComplex || kStates > 4) return 1;
-  return (kStates > 2 || taps_of(kMethod) > 2 ? 12 : 16) / kWarps;
+  return (kStates > 2 ? 12 : 16) / kWarps;
 }
 
 // Grid: one-dimensional; for each split, batch and group the panels of channels.
 template <class Scalar, int kMethod, bool kComplex, bool kSummarises, int kWarps, int kLanes,
           int kStates, int kRowBytes>
-__global__ void __launch_bounds__(
-    kWarps* kWarpSize, resident_blocks<Acc<Scalar>, kMethod, kComplex, kWarps, kStates>())
+__global__ void __launch_bounds__(kWarps* kWarpSize,
+                                  resident_blocks<Acc<Scalar>, kComplex, kWarps, kStates>())
     forward(const Args args) {
   using T = Acc<Scalar>;
   using V = State<Scalar, kComplex>;
