@@ -36,6 +36,8 @@ MAMBA, CONV = "mamba-ssm", "causal-conv1d"
 class Target:
     """What a row must reach, and what it aims at.
 
+    Targets that many rows share, or that compare two of them, stand in goals.py.
+
     kind: "speedup" (peer's time / ours), "baseline" (the same, by the row's baseline of that peer
     where it did not run), "host" (ours / peer's, of eager calls), "floor" (share of the floor),
     "memory" (bytes beyond inputs and outputs).

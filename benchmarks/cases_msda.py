@@ -44,6 +44,7 @@ from torchkiln.reference.deformable import multi_scale_deformable_attention as r
 
 OPERATOR = "multi_scale_deformable_attention"
 COMPOSITION = "grid_sample"
+FUSED, UNFUSED = f"{OPERATOR}_fused", f"{OURS}, unfused"
 
 # By workload, images, dtype and direction: microseconds of mmcv and of the better of deformops' two
 # implementations, measured together on another H200 (mmcv a8073c74b, deformops 3.0.1, torch 2.11).
@@ -73,7 +74,7 @@ GOALS = {
 
 NAMES = {
     OPERATOR: ("value", "sampling_locations", "attention_weights"),
-    f"{OPERATOR}_fused": ("value", "sampling_offsets", "attention_logits"),
+    FUSED: ("value", "sampling_offsets", "attention_logits"),
 }
 WORKLOADS = {parity.op: {w.name: w for w in parity.workloads} for parity in reference.parities()}
 TINY = {"images": 1, "heads": 2, "channels": 8, "shrink": 12}
@@ -141,6 +142,26 @@ def composition() -> Callable[..., Tensor]:
     return call
 
 
+def unfused(
+    *,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    spatial_shapes: Tensor,
+    **tensors: Tensor,
+) -> Tensor:
+    """What a model does around the plain form: places from centres and offsets, and a softmax."""
+    sizes = spatial_shapes.flip(-1)[None, None, None, :, None]
+    places = reference_points[:, :, None, :, None] + sampling_offsets / sizes
+    weights = attention_logits.flatten(-2).softmax(-1).view_as(attention_logits)
+    return ours(OPERATOR)(  # type: ignore[no-any-return]
+        spatial_shapes=spatial_shapes,
+        sampling_locations=places,
+        attention_weights=weights,
+        **tensors,
+    )
+
+
 def by_reference(operator: str) -> Callable[..., Tensor]:
     """Our operator by its definition."""
 
@@ -179,6 +200,8 @@ def row(
         functions: dict[str, Callable[[], Callable[..., Tensor]]] = {OURS: lambda: function}
         if operator == OPERATOR and not deterministic:
             functions |= peer_functions(device)
+        if operator == FUSED:
+            functions[UNFUSED] = lambda: unfused
         leaves = NAMES[operator]
         moved = sum(inputs[name].numel() for name in NAMES[operator])
         output = torch.Size(output_shape).numel()
@@ -203,13 +226,12 @@ def gpu_rows() -> Iterator[Case]:
     for workload, images, dtype, direction in PEERS:
         options = goals(workload, images, dtype, direction)
         yield row(direction, workload, dtype, sizes={"images": images}, **options)
-    fused = f"{OPERATOR}_fused"
     for direction in (FORWARD, BOTH):
         yield row(direction, "encoder", BF16, sizes={"images": 6}, quick=True)
         yield row(direction, "decoder", F16, quick=True)
         for dtype in (F32, F16):
-            yield row(direction, "encoder", dtype, fused, quick=True)
-            yield row(direction, "decoder", dtype, fused)
+            yield row(direction, "encoder", dtype, FUSED, quick=True)
+            yield row(direction, "decoder", dtype, FUSED)
         yield row(direction, "encoder", sizes={"channels": 30})
         yield row(direction, "encoder", sizes={"heads": 16, "channels": 16, "points": 8})
     for dtype in (F32, F16):

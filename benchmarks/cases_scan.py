@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import data, plain
 from benchmarks import peer_sides as peers
 from benchmarks.cases import (
     BF16,
@@ -23,24 +24,25 @@ from benchmarks.cases import (
     OURS,
     PARITIES,
     PLAIN,
+    SEED,
     Baseline,
-    Bind,
     Case,
     Target,
     name_of,
     nbytes,
-    oracle_of,
     ours,
-    side,
 )
-from benchmarks.harness import Inputs, Work
+from benchmarks.harness import Call, Inputs, Side, Work
+from torchkiln import backend
 
+NAMES = ("input", "delta", "A", "B", "C", "D", "z", "delta_bias")
 METHODS = ("mamba", "zoh", "foh", "bilinear", "tustin", "poly", "highorder", "rk4", "rk4_constant")
 
 # The reference has a number for each batch, channel, position and state, in float64.
 MOST_STATES = 2**27
 # Batch, channels, length, states.
 Size = tuple[int, int, int, int]
+SIZE = (8, 768, 1024, 16)
 # Microseconds of mamba-ssm e9594ce, forward and forward + backward.
 PEER: dict[tuple[Size, torch.dtype], tuple[float, float]] = {
     ((8, 768, 1024, 16), F32): (229, 822),
@@ -59,7 +61,7 @@ PEER: dict[tuple[Size, torch.dtype], tuple[float, float]] = {
 
 
 def inputs_of(size: Size, device: torch.device, dtype: torch.dtype, grad: bool) -> Inputs:
-    """Those of the workload; what is differentiated is named input for the harness."""
+    """Those of the workload and, for a backward, the gradient of the output."""
     (found,) = (w for w in PARITIES["selective_scan"].workloads if w.name == "mamba")
     sizes = dict(zip(("batch", "dim", "length", "states"), size, strict=True))
     made = found.arguments(sizes, dtype, "contiguous", device)
@@ -70,61 +72,87 @@ def inputs_of(size: Size, device: torch.device, dtype: torch.dtype, grad: bool) 
         if isinstance(value, Tensor) and name != "initial_state"
     }
     inputs["input"] = inputs.pop("u")
-    return {name: value.requires_grad_(grad) for name, value in inputs.items()}
+    inputs = {name: value.requires_grad_(grad) for name, value in inputs.items()}
+    if grad:
+        shape = inputs["input"].shape
+        inputs["grad"] = data.normal(shape, SEED).to(device, dtype, copy=True)
+    return inputs
 
 
-def scan_bind(scan: Callable[..., Any], direction: str, **settings: Any) -> Bind:
-    """The call of one direction."""
-    names = ("input", "delta", "A", "B", "C", "D", "z", "delta_bias")
+def differentiated(scan: Callable[..., Tensor], inputs: Inputs, direction: str) -> Call:
+    """The call of one direction; the output and the gradients of all inputs are its result."""
+    leaves = [inputs[name] for name in NAMES]
+    if direction == FORWARD:
+        return partial(scan, *leaves)
 
-    def bind(inputs: Inputs) -> Callable[[], Tensor]:
-        call = partial(scan, *(inputs[name] for name in names), True, **settings)
-        return call if direction == FORWARD else lambda: call().sum()
+    def both() -> tuple[Tensor, ...]:
+        out = scan(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, inputs["grad"])
 
-    return bind
+    return both
 
 
-def reference_scan(*tensors: Tensor, discretization: str) -> Tensor:
-    """A loop over positions in PyTorch."""
-    import torchkiln
+def native(method: str, true_time: bool, deterministic: bool) -> Callable[..., Tensor]:
+    """Our operator."""
+    return partial(
+        ours("selective_scan"),
+        delta_softplus=True,
+        discretization=method,
+        true_time=true_time,
+        deterministic=deterministic,
+    )
 
-    with torchkiln.backend("reference"):
-        return ours("selective_scan")(*tensors, discretization=discretization)  # type: ignore[no-any-return]
+
+def by_reference(scan: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same call, by the definition."""
+
+    def call(*tensors: Tensor) -> Tensor:
+        with backend("reference"):
+            return scan(*tensors)
+
+    return call
 
 
 def selective_scan(
-    size: Size, dtype: torch.dtype, direction: str, method: str = "mamba", **options: Any
+    size: Size,
+    dtype: torch.dtype,
+    direction: str,
+    method: str = "mamba",
+    true_time: bool = False,
+    deterministic: bool = False,
+    **options: Any,
 ) -> Case:
     """One rule. Bytes: the inputs once, the output; in the backward their gradients too."""
     batch, dim, length, states = size
     is_both = direction == BOTH
 
     def make(device: torch.device) -> Work:
-        sides = [
-            side(
-                OURS,
-                lambda: scan_bind(ours("selective_scan"), direction, discretization=method),
-                direction,
-            )
-        ]
-        has_peer = device.type == "cuda" and peers.can_import(peers.SCAN_MODULE)
-        if method == "mamba" and has_peer:
-            sides.append(side(MAMBA, lambda: scan_bind(peers.selective_scan, direction), direction))
-        plain = scan_bind(reference_scan, direction, discretization=method)
-        if device.type == "cpu":
-            sides.append(side(PLAIN, lambda: plain, direction))
+        own = native(method, true_time, deterministic)
+        functions: dict[str, Callable[..., Tensor]] = {OURS: own}
+        if method == "mamba" and not deterministic:
+            if device.type == "cuda" and peers.can_import(peers.SCAN_MODULE):
+                functions[MAMBA] = partial(peers.selective_scan, delta_softplus=True)
+            if device.type == "cpu":
+                functions[PLAIN] = plain.selective_scan
         rows, matrices = batch * dim * length, 2 * batch * states * length
         moved = (4 * rows + matrices) + (is_both and 8 * rows + 2 * matrices)
         has_oracle = direction == FORWARD and rows * states <= MOST_STATES
         return Work(
             inputs_of(size, device, dtype, is_both),
-            sides,
-            oracle=oracle_of(plain) if has_oracle else None,
+            [
+                Side(name, partial(differentiated, function, direction=direction))
+                for name, function in functions.items()
+            ],
+            oracle=(lambda i: differentiated(by_reference(own), i, FORWARD)())
+            if has_oracle
+            else None,
             floor_bytes=nbytes(dtype) * moved,
         )
 
     label = "x".join(map(str, size))
-    return Case("selective_scan", label, name_of(dtype), direction, make, data=method, **options)
+    notes = {"true time": true_time, "deterministic": deterministic}
+    name = ", ".join([method, *(note for note, is_so in notes.items() if is_so)])
+    return Case("selective_scan", label, name_of(dtype), direction, make, data=name, **options)
 
 
 def gpu_rows() -> Iterator[Case]:
@@ -138,7 +166,10 @@ def gpu_rows() -> Iterator[Case]:
     for method in METHODS[1:]:
         for direction in (FORWARD, BOTH):
             for dtype in (F32, F16):
-                yield selective_scan((8, 768, 1024, 16), dtype, direction, method, quick=True)
+                yield selective_scan(SIZE, dtype, direction, method, quick=True)
+    yield selective_scan(SIZE, F32, FORWARD, "highorder", true_time=True, quick=True)
+    for dtype in (F32, F16):
+        yield selective_scan(SIZE, dtype, BOTH, deterministic=True, quick=True)
     for direction in (FORWARD, BOTH):
         yield selective_scan((1, 1536, 262_144, 16), BF16, direction, quick=True)
         yield selective_scan((1, 64, 262_144, 16), BF16, direction)
@@ -146,21 +177,22 @@ def gpu_rows() -> Iterator[Case]:
 
 
 def cpu_rows(threads: int) -> Iterator[Case]:
-    """Against a loop in PyTorch."""
-    goal = (Target("speedup", 50, 150, PLAIN),)
-    yield selective_scan(
-        (1, 1536, 2048, 16), F32, FORWARD, device="cpu", threads=threads, quick=True, targets=goal
-    )
-    yield selective_scan(
-        (1, 1536, 2048, 16), F32, FORWARD, "foh", device="cpu", threads=threads, quick=True
-    )
-    yield selective_scan((1, 1536, 2048, 16), F32, BOTH, device="cpu", threads=threads, quick=True)
+    """Against a loop in PyTorch; goals.py says what all threads must reach."""
+    options: dict[str, Any] = {"device": "cpu", "threads": threads, "quick": True}
+    size = (1, 1536, 2048, 16)
+    for direction in (FORWARD, BOTH):
+        yield selective_scan(size, F32, direction, **options)
+    yield selective_scan(size, F32, FORWARD, "foh", **options)
 
 
 def tiny_rows() -> Iterator[Case]:
-    """Every builder once, small."""
+    """Every form once, small."""
+    options: dict[str, Any] = {"device": "cpu", "quick": True}
     for direction in (FORWARD, BOTH):
-        yield selective_scan((1, 8, 33, 4), F32, direction, "foh", device="cpu", quick=True)
+        for method in ("mamba", "foh"):
+            yield selective_scan((2, 8, 33, 4), F32, direction, method, **options)
+    yield selective_scan((2, 8, 33, 4), F32, BOTH, deterministic=True, **options)
+    yield selective_scan((2, 8, 33, 4), F32, FORWARD, "highorder", true_time=True, **options)
 
 
 GPU_TABLES = (gpu_rows,)

@@ -122,3 +122,26 @@ def sigmoid_focal_loss(
     weight = alpha * targets + (1 - alpha) * (1 - targets)
     loss = weight * loss * (1 - of_target) ** gamma
     return loss.sum() if reduction == "sum" else loss
+
+
+def selective_scan(
+    input: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
+    delta_bias: Tensor,
+) -> Tensor:  # fmt: skip
+    """Mamba's rule, with softplus and gate, one position after the other.
+
+    B and C have one group. Nothing has more numbers than an input: a state for each position would
+    have N times as many.
+    """
+    delta = functional.softplus(delta + delta_bias[:, None])
+    along = (delta, delta * input, B[:, 0], C[:, 0])
+    # A position's numbers lie next to each other; unbind, because each index has a gradient of
+    # all positions.
+    positions = zip(*(x.movedim(-1, 0).contiguous().unbind(0) for x in along), strict=True)
+    state = input.new_zeros(*input.shape[:2], A.shape[1])
+    outputs = []
+    for step, held, b, c in positions:
+        decay = torch.exp(step[..., None] * A)
+        state = torch.addcmul(held[..., None] * b[:, None], decay, state)
+        outputs.append((state @ c[..., None]).squeeze(-1))
+    return (torch.stack(outputs, -1) + D[:, None] * input) * functional.silu(z)

@@ -11,19 +11,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-OURS, TORCHVISION = "torchkiln", "torchvision"
-# Mean error over the largest value of the answer, above which a side counts as wrong.
-WRONG = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-# Kept boxes may differ from the float64 answer where an overlap lies on the threshold.
-WRONG_INDICES = 0.01
+from benchmarks.goals import goals, mean_of
+from benchmarks.rows import OURS, Row, number, size_text
 
 METHOD = """\
 Every row compares sides in one process on the same inputs. They take turns in random order; the
@@ -35,7 +30,8 @@ in it. **Eager** is wall time per call, many in a row; **latency** is that of a 
 synchronisation after it. **Speed-up** is against the fastest peer; below 1 the row is a **loss**. A
 peer whose error says that it computes something else is marked *wrong* and is no peer in the
 ratios. **Floor** is the share of the time that moving the bytes once would take at this GPU's
-measured copy bandwidth.
+measured copy bandwidth. Targets that compare two rows of ours say *of two runs* where the rows were
+not measured in the same one.
 """
 
 BASELINES = """\
@@ -45,130 +41,6 @@ ran beside ours have no need of them. Where that table has the time of another s
 peer's is scaled by that side's time here over its time there; a time marked *unscaled* is as it
 stood.
 """
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of the JSON file, with what follows from its numbers."""
-
-    key: str
-    data: dict[str, Any]
-    run: dict[str, Any]
-
-    @property
-    def sides(self) -> dict[str, Any]:
-        """Numbers by side."""
-        return self.data.get("sides", {})  # type: ignore[no-any-return]
-
-    @property
-    def title(self) -> str:
-        """The row without its operator."""
-        names = ("direction", "size", "data", "dtype", "layout")
-        parts = [self.data[name] for name in names if self.data[name]]
-        if self.data["device"] == "cpu":
-            parts.append(f"CPU, {self.data['threads'] or 'all'} threads")
-        return ", ".join(parts)
-
-    def time(self, side: str, metric: str = "") -> float | None:
-        """Median microseconds: cold where there is one, else warm."""
-        numbers = self.sides.get(side, {})
-        found = numbers.get(metric) if metric else numbers.get("cold_us") or numbers.get("warm_us")
-        return found["median"] if found else None
-
-    def is_wrong(self, side: str) -> bool:
-        """True if the side's answer is another one."""
-        error = self.sides.get(side, {}).get("error")
-        if not error:
-            return False
-        if "note" in error:
-            return True
-        if "differing" in error:
-            return error["differing"] > WRONG_INDICES * max(error["kept"], 1)  # type: ignore[no-any-return]
-        relative = error["mean"] / max(error["scale"], 1e-30)
-        return not relative <= WRONG.get(self.data["dtype"], 1e-4)
-
-    def best_peer(self) -> tuple[str, float] | None:
-        """The fastest other side that is right."""
-        times = [
-            (time, name)
-            for name in self.sides
-            if name != OURS and not self.is_wrong(name) and (time := self.time(name)) is not None
-        ]
-        return (min(times)[1], min(times)[0]) if times else None
-
-    def speedup(self) -> float | None:
-        """Against the fastest peer; None if either is missing or ours is wrong."""
-        peer, own = self.best_peer(), self.time(OURS)
-        return peer[1] / own if peer and own and not self.is_wrong(OURS) else None
-
-    def floor_us(self) -> float | None:
-        """The time of moving the bytes once."""
-        bandwidth, size = self.run.get("copy_bandwidth"), self.data.get("floor_bytes")
-        on_gpu = self.data["device"] == "cuda"
-        return size / bandwidth * 1e6 if bandwidth and size and on_gpu else None
-
-    def floor_share(self) -> float | None:
-        """How much of ours the floor is; of cold times only, warm ones may lie below it."""
-        floor, own = self.floor_us(), self.time(OURS, "cold_us")
-        return floor / own if floor and own else None
-
-    def peer_us(self, peer: str) -> float | None:
-        """The best right time of a peer's sides; those of one with several begin with its name."""
-        names = [name for name in self.sides if name == peer or name.startswith(f"{peer}, ")]
-        times = [self.time(name) for name in names if not self.is_wrong(name)]
-        return min((time for time in times if time), default=None)
-
-    def elsewhere(self) -> dict[str, tuple[float, bool]]:
-        """Times of peers that did not run here, by name, and whether they were scaled."""
-        found = {}
-        for baseline in self.data.get("baselines", []):
-            if self.peer_us(baseline["peer"]):
-                continue
-            here = self.time(baseline["beside"])
-            is_scaled = bool(baseline["beside_us"] and here)
-            scale = here / baseline["beside_us"] if is_scaled and here else 1.0
-            found[baseline["peer"]] = (baseline["us"] * scale, is_scaled)
-        return found
-
-    def reached(self, target: dict[str, Any]) -> float | None:
-        """What the row has of a target's measure."""
-        own = self.time(OURS)
-        if own is None or self.is_wrong(OURS):
-            return None
-        if target["kind"] == "speedup":
-            peer = self.time(target["peer"])
-            return peer / own if peer else None
-        if target["kind"] == "host":
-            ours, peer = self.time(OURS, "eager_us"), self.time(target["peer"], "eager_us")
-            return ours / peer if ours and peer else None
-        if target["kind"] == "baseline":
-            name = target["peer"]
-            peer = self.peer_us(name) or self.elsewhere().get(name, (None, False))[0]
-            return peer / own if peer else None
-        if target["kind"] == "floor":
-            return self.floor_share()
-        return self.sides[OURS].get("extra_bytes")  # type: ignore[no-any-return]
-
-
-def number(value: float | None, unit: str = "") -> str:
-    """Three significant digits."""
-    if value is None:
-        return ""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}{unit}"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:.{min(digits, 3)}f}{unit}"
-
-
-def size_text(value: float | None) -> str:
-    """Bytes for people."""
-    if value is None:
-        return ""
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -215,36 +87,9 @@ def error_text(error: dict[str, Any] | None) -> str:
     return f"{error['max'] / scale:.1e} / {error['mean'] / scale:.1e}"
 
 
-def target_texts(target: dict[str, Any], reached: float | None) -> tuple[str, str, str]:
-    """Rule, what was reached, and the verdict."""
-    kind, must, aim = target["kind"], target["must"], target["aim"]
-    small_is_good = kind in ("host", "memory")
-    if kind == "memory":
-        rule, found = f"extra memory ≤ {size_text(must)}", size_text(reached)
-    elif kind == "floor":
-        rule = f"{must:.0%} of the floor, aim {aim:.0%}"
-        found = "" if reached is None else f"{reached:.0%}"
-    elif kind == "host":
-        rule = f"host time ≤ {must:g}x {target['peer']}, aim {aim:g}x"
-        found = number(reached, "x")
-    else:
-        rule, found = f"{must:g}x {target['peer']}, aim {aim:g}x", number(reached, "x")
-    if reached is None:
-        return rule, "not measured", "**open**"
-
-    def holds(limit: float) -> bool:
-        return reached <= limit if small_is_good else reached >= limit
-
-    return rule, found, "aim met" if holds(aim) else "met" if holds(must) else "**missed**"
-
-
-def targets_table(rows: Sequence[Row]) -> str:
+def targets_table(rows: Sequence[Row], compiled: dict[str, Any] | None = None) -> str:
     """Every target of the issue, and whether it is met."""
-    lines = [
-        [f"{row.data['operator']}: {row.title}", *target_texts(target, row.reached(target))]
-        for row in rows
-        for target in row.data["targets"]
-    ]
+    lines = (goal.line() for goal in goals(rows, compiled))
     return table(["row", "must reach", "reached", ""], lines)
 
 
@@ -270,39 +115,44 @@ def times_table(rows: Sequence[Row]) -> str:
     return table(head, ([*line, *[""] * (width - len(line))] for line in lines))
 
 
+def launches_text(side: dict[str, Any]) -> str:
+    """Kernels and copies of a call, and how often the host waits."""
+    counts = side.get("launches")
+    if not counts:
+        return ""
+    waits = max(counts["host_waits"], int(counts["waits_for_device"]))
+    return f"{counts['kernels']}+{counts['copies']}, {waits}"
+
+
+def median_text(name: str) -> Callable[[dict[str, Any]], str]:
+    """Writes the median of a metric."""
+    return lambda side: number(side[name]["median"]) if name in side else ""
+
+
+COSTS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "eager, µs": median_text("eager_us"),
+    "latency, µs": median_text("latency_us"),
+    "kernels+copies, waits": launches_text,
+    "extra memory": lambda side: size_text(side.get("extra_bytes")),
+    "error: max / mean, or indices": lambda side: error_text(side.get("error")),
+    "first call, ms": lambda side: number(side.get("first_call_ms")),
+}
+
+
 def costs_table(rows: Sequence[Row]) -> str:
-    """Host time, launches, memory, error: ours / torchvision's."""
-
-    def pair(row: Row, text: Any) -> str:
-        both = [text(row.sides.get(name, {})) for name in (OURS, TORCHVISION)]
-        return " ‖ ".join(part or "-" for part in both) if any(both) else ""
-
-    def median(name: str) -> Any:
-        return lambda side: number(side[name]["median"]) if name in side else ""
-
-    def launches(side: dict[str, Any]) -> str:
-        counts = side.get("launches")
-        if not counts:
-            return ""
-        waits = max(counts["host_waits"], int(counts["waits_for_device"]))
-        return f"{counts['kernels']}+{counts['copies']}, {waits}"
-
-    lines = [
-        [
-            row.title,
-            pair(row, median("eager_us")),
-            pair(row, median("latency_us")),
-            pair(row, launches),
-            pair(row, lambda side: size_text(side.get("extra_bytes"))),
-            pair(row, lambda side: error_text(side.get("error"))),
-            pair(row, lambda side: number(side.get("first_call_ms"))),
-        ]
-        for row in rows
-        if "failure" not in row.data
-    ]
-    head = ["row: ours ‖ torchvision's", "eager, µs", "latency, µs", "kernels+copies, waits"]
-    head += ["extra memory", "error: max / mean, or indices", "first call, ms"]
-    return table(head, lines)
+    """Host time, launches, memory, error: ours and the fastest peer's."""
+    lines = []
+    for row in rows:
+        if "failure" in row.data:
+            continue
+        peer = row.best_peer()
+        names = [OURS, peer[0]] if peer else [OURS]
+        line = [row.title, peer[0] if peer else ""]
+        for text in COSTS.values():
+            texts = [text(row.sides.get(name, {})) for name in names]
+            line.append(" ‖ ".join(part or "-" for part in texts) if any(texts) else "")
+        lines.append(line)
+    return table(["row", "ours ‖ that of", *COSTS], lines)
 
 
 def geometric_means(rows: Sequence[Row]) -> str:
@@ -316,10 +166,11 @@ def geometric_means(rows: Sequence[Row]) -> str:
     groups = dict(sorted(groups.items(), key=lambda group: group[0][0] == "all"))
     lines = []
     for (operator, device), ratios in groups.items():
-        mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
         losses = sum(ratio < 1 for ratio in ratios)
         counts = [str(len(ratios)), str(len(ratios) - losses), str(losses)]
-        lines.append([operator, "GPU" if device == "cuda" else "CPU", number(mean, "x"), *counts])
+        lines.append(
+            [operator, "GPU" if device == "cuda" else "CPU", number(mean_of(ratios), "x"), *counts]
+        )
     head = ["operator", "on", "geometric mean of the speed-ups", "rows", "wins", "losses"]
     return table(head, lines)
 
@@ -380,7 +231,7 @@ def page(data: dict[str, Any], source: str, picture: str | None) -> str:
     text += f"Generated by `python -m benchmarks.report {source}`; edit nothing here.\n\n"
     text += facts_table(runs) + "\n\n" + METHOD + "\n"
     text += (BASELINES + "\n" if any(row.elsewhere() for row in rows) else "") + clock_text(rows)
-    text += "\n## Targets\n\n" + targets_table(rows) + "\n"
+    text += "\n## Targets\n\n" + targets_table(rows, data.get("cold_compile")) + "\n"
     text += "\n## Operators\n\n" + geometric_means(rows) + "\n"
     if picture:
         text += f"\n![Speed-up of every row against its fastest peer]({picture})\n"

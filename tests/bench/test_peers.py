@@ -19,8 +19,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import cases, peer_sides, report
+from benchmarks import cases, goals, peer_sides, report
 from benchmarks.cases import MAMBA, MMCV, Baseline, Target
+from benchmarks.rows import Row
 
 from torchkiln import ops
 from torchkiln.testing import Inputs
@@ -254,7 +255,7 @@ def test_deformops_chooses_its_backend_unless_its_kernels_are_asked_for(
 # ---- what is reported ----
 
 
-def row(sides: dict[str, float], baselines: tuple[Baseline, ...] = ()) -> report.Row:
+def row(sides: dict[str, float], baselines: tuple[Baseline, ...] = ()) -> Row:
     case = cases.Case(
         "scan", "1x2", "float32", "forward", lambda _: None,  # type: ignore[arg-type,return-value]
         targets=(Target("baseline", 1.2, 2, MAMBA),), baselines=baselines,
@@ -262,13 +263,13 @@ def row(sides: dict[str, float], baselines: tuple[Baseline, ...] = ()) -> report
     numbers = {
         name: {"cold_us": {"median": us, "p10": us, "p90": us}} for name, us in sides.items()
     }
-    return report.Row(case.key, {**case.described(), "sides": numbers}, {})
+    return Row(case.key, {**case.described(), "sides": numbers}, {})
 
 
 def test_a_baseline_stands_under_its_own_peer() -> None:
     found = row({"torchkiln": 100.0}, (Baseline(MAMBA, 229.0), Baseline(MMCV, 300.0)))
     assert found.elsewhere() == {MAMBA: (229.0, False), MMCV: (300.0, False)}
-    assert found.reached(found.data["targets"][0]) == pytest.approx(2.29)
+    assert goals.goal_of(found, found.data["targets"][0]).reached == pytest.approx(2.29)
     table = report.times_table([found])
     assert "| mamba-ssm elsewhere, µs | mmcv elsewhere, µs |" in table
     assert "| 229, *unscaled* | 300, *unscaled* |" in table
@@ -278,7 +279,7 @@ def test_a_baseline_stands_under_its_own_peer() -> None:
 def test_a_peer_that_ran_needs_no_baseline() -> None:
     found = row({"torchkiln": 100.0, MAMBA: 150.0}, (Baseline(MAMBA, 229.0),))
     assert found.elsewhere() == {}
-    assert found.reached(found.data["targets"][0]) == pytest.approx(1.5)
+    assert goals.goal_of(found, found.data["targets"][0]).reached == pytest.approx(1.5)
 
 
 def test_the_best_side_of_a_peer_counts() -> None:
