@@ -3,6 +3,8 @@
 //   bound     the least and last pixel of each run of kRun samples
 //   gather    a block owns a strip of neighbouring pixels and a chunk of channels of a head, looks for runs, then samples,
 //             that touch it, and each group of its lanes sums, in registers, what falls on kPixels pixels
+//
+// spills: three blocks of a multiprocessor hide each other's barriers, and leave a thread 80 registers; a few bytes remain
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -13,6 +15,10 @@
 namespace torchkiln::multi_scale_deformable_attention_gather {
 
 using namespace torchkiln::multi_scale_deformable_attention;
+
+// Runs that a thread lists, and a warp reads, between two barriers: few of the samples read touch the strip, so the time
+// goes into waiting for them.
+constexpr int kAhead = 4;
 
 // The least and last pixel of each run of samples, a warp a run.
 template <int kBlockSize>
@@ -70,8 +76,8 @@ struct Collected {
   };
   Hit<T> hits[2 * AnySplit::kBatch];
   i32 pixels[2 * AnySplit::kBatch];  // of hits: the left one, from the strip's first; or kOutside
-  i32 samples[2 * kBlockSize];       // of the row
-  i32 runs[kBlockSize];
+  i32 samples[(1 + kAhead) * kBlockSize];  // of the row
+  i32 runs[kAhead * kBlockSize];
   i32 counts[2][kBlockSize / kWarpSize];
   int partial[kBlockSize / kWarpSize];
 };
@@ -187,22 +193,41 @@ __device__ __forceinline__ void add_level(Collected<Scalar, AnySplit, kBlockSize
   const i32* spans = args.spans + to.row * runs * 2;
   i32 pending = 0, parity = 0;
 #pragma unroll 1
-  for (i32 base = 0; base < runs; base += kBlockSize) {
-    const i32 candidate = base + i32(threadIdx.x);
-    const bool listed = candidate < runs && spans[2 * candidate] < to.begin + to.pixels &&
-                        spans[2 * candidate + 1] >= to.begin;
+  for (i32 base = 0; base < runs; base += kAhead * kBlockSize) {
+    const i32 candidate = base + kAhead * i32(threadIdx.x);
+    u32 listed = 0;
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      if (candidate + j < runs && spans[2 * (candidate + j)] < to.begin + to.pixels &&
+          spans[2 * (candidate + j) + 1] >= to.begin) {
+        listed |= 1u << j;
+      }
+    }
     int total;
-    const int place = block_exclusive_sum<kBlockSize>(listed ? 1 : 0, collected.partial, total);
-    if (listed) collected.runs[place] = candidate;
+    int place = block_exclusive_sum<kBlockSize>(__popc(listed), collected.partial, total);
+    for (; listed != 0; listed &= listed - 1) {
+      collected.runs[place++] = candidate + __ffs(int(listed)) - 1;
+    }
     __syncthreads();
     // The last round of all adds up what is left.
-    const bool last = base + kBlockSize >= runs;
+    const bool last = base + kAhead * kBlockSize >= runs;
 #pragma unroll 1
-    for (i32 i = 0; i < total || (last && i == 0); i += kWarps) {
-      const i32 own = i + warp < total ? collected.runs[i + warp] * kRun + lane : per_row;
-      const bool meets = own < per_row && to.meets(firsts[own]);
-      const u32 found = __ballot_sync(0xffffffffu, meets);
-      if (lane == 0) collected.counts[parity][warp] = __popc(found);
+    for (i32 i = 0; i < total || (last && i == 0); i += kAhead * kWarps) {
+      const i32 first_run = i + kAhead * warp;
+      u32 found[kAhead];
+      i32 own_count = 0;
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const i32 own =
+            first_run + j < total ? collected.runs[first_run + j] * kRun + lane : per_row;
+        found[j] = u32(own < per_row ? firsts[own] : kOutside);
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        found[j] = __ballot_sync(0xffffffffu, to.meets(i32(found[j])));
+        own_count += __popc(found[j]);
+      }
+      if (lane == 0) collected.counts[parity][warp] = own_count;
       __syncthreads();
       i32 before = pending;
 #pragma unroll
@@ -213,8 +238,15 @@ __device__ __forceinline__ void add_level(Collected<Scalar, AnySplit, kBlockSize
       }
       // The other counts are those of the next round, whose barrier all readers of these have reached before it ends.
       parity ^= 1;
-      if (meets) collected.samples[before + __popc(found & ((1u << lane) - 1u))] = own;
-      if (pending < kBlockSize && !(last && i + kWarps >= total)) continue;
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const i32 at = before + __popc(found[j] & ((1u << lane) - 1u));
+        if ((found[j] >> lane & 1u) != 0) {
+          collected.samples[at] = collected.runs[first_run + j] * kRun + lane;
+        }
+        before += __popc(found[j]);
+      }
+      if (pending < kBlockSize && !(last && i + kAhead * kWarps >= total)) continue;
 #pragma unroll 1
       for (i32 first = 0; first < pending; first += AnySplit::kBatch) {
         const i32 count = min_of(i32(AnySplit::kBatch), pending - first);

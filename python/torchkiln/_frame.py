@@ -20,6 +20,7 @@ from torch._library import utils as library_utils
 from torch.amp import autocast_mode
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
+from torch.utils import _pytree as pytree
 
 from torchkiln._backend import choice
 from torchkiln.errors import translate
@@ -71,9 +72,11 @@ class Operator(Generic[Result]):
         setup_context: Callable[..., None],
         backward: Callable[..., Any] | None,
         reference: Callable[..., Result] | None,
+        public: str | None = None,
     ) -> None:
         self.namespace = namespace
         self.name = name
+        self._public = public or name
         self._setup_context = setup_context
         self._backward = backward or self._refuse_gradient
         self._reference = reference
@@ -134,7 +137,7 @@ class Operator(Generic[Result]):
         """The error for a None that must be a tensor: torch hands on an undefined one."""
         for argument, value in zip(self.overload._schema.arguments, args, strict=False):
             if value is None and str(argument.type) == "Tensor":
-                return TypeError(f"{self.name}: {argument.name} must be a tensor; got None")
+                return TypeError(f"{self._public}: {argument.name} must be a tensor; got None")
         return None
 
     def _run_watched(self, args: tuple[Any, ...]) -> Any:
@@ -167,7 +170,7 @@ class Operator(Generic[Result]):
     def _refuse_gradient(self, ctx: Any, *grads: Any) -> Any:
         what = "second derivatives are" if self.name.startswith("_") else "a gradient is"
         raise NotImplementedError(
-            f"{self.name}: {what} not implemented. "
+            f"{self._public}: {what} not implemented. "
             'Use torchkiln.backend("reference"), which torch differentiates itself'
         )
 
@@ -189,7 +192,7 @@ class Operator(Generic[Result]):
         """The form that torch.func asks for; forward and backward are looped over under vmap."""
         if self._takes_lists:
             raise NotImplementedError(
-                f"{self.name}: takes lists of tensors, which torch.func cannot transform. "
+                f"{self._public}: takes lists of tensors, which torch.func cannot transform. "
                 'Use torchkiln.backend("reference")'
             )
         members = {
@@ -207,11 +210,22 @@ class Operator(Generic[Result]):
 
     def autograd_kernel(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
         """What `torch.library.register_autograd` would have registered."""
-        if forward_ad._current_level >= 0 and not self._takes_lists:
+        if forward_ad._current_level >= 0:
             # The registered kernel would drop tangents without a word; a Function refuses them.
             args, _ = library_utils.fill_defaults(self.overload._schema, args, kwargs)
-            return self._function.apply(*args)
+            if not self._takes_lists:
+                return self._function.apply(*args)
+            self._refuse_tangents(args)
+            return self._registered(keyset, *args)
         return self._registered(keyset, *args, **kwargs)
+
+    def _refuse_tangents(self, args: tuple[Any, ...]) -> None:
+        tensors = (x for x in pytree.tree_leaves(args) if isinstance(x, Tensor))
+        if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            raise NotImplementedError(
+                f"{self._public}: forward-mode differentiation (jvp) is not implemented. "
+                'Use torchkiln.backend("reference"), which torch differentiates itself'
+            )
 
 
 class Frame:
@@ -246,6 +260,7 @@ class Frame:
         backward: Callable[..., Any] | None = None,
         autocast: torch.dtype | None = None,
         reference: Callable[..., Result] | None = None,
+        public: str | None = None,
     ) -> Operator[Result]:
         """Registers all that Python adds to the schema `name`, and returns what calls it.
 
@@ -259,6 +274,7 @@ class Frame:
                 left out. Without it the gradient is refused when it is asked for.
             autocast: dtype that floating-point inputs are cast to under autocast.
             reference: for tests; normally `torchkiln.reference.<name>`, found when it is needed.
+            public: what errors call it, where that is not `name`.
 
         Returns:
             The operator. Its calls have the return type of `fake`.
@@ -266,7 +282,7 @@ class Frame:
         if name in self._operators:
             raise RuntimeError(f"operator: {self._namespace}::{name} is registered twice")
         operator: Operator[Result] = Operator(
-            self._namespace, name, setup_context, backward, reference
+            self._namespace, name, setup_context, backward, reference, public
         )
         self._operators[name] = operator
         self._register_fake(name, fake)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchkiln.ops._arguments import under_autocast, widened
 from torchkiln.ops.deformable.deformable_aggregation import deformable_aggregation
 
 __all__ = [
@@ -64,9 +65,10 @@ class SparseBox3DKeyPointsGenerator(nn.Module):
         Returns:
             (bs, Q, points, 3).
         """
-        scale = self.fix_scale.expand(*anchor.shape[:2], -1, -1)
+        anchor = widened(anchor)
+        scale = self.fix_scale.to(anchor.dtype).expand(*anchor.shape[:2], -1, -1)
         if self.num_learnable_pts > 0 and instance_feature is not None:
-            learned = self.learnable_fc(instance_feature).sigmoid() - 0.5
+            learned = _in_own_dtype(self.learnable_fc, instance_feature).sigmoid() - 0.5
             scale = torch.cat([scale, learned.unflatten(-1, (self.num_learnable_pts, 3))], 2)
         x, y, z = (scale * anchor[..., None, _SIDES].exp()).unbind(-1)
         sine, cosine = anchor[..., _SINE, None], anchor[..., _COSINE, None]
@@ -123,8 +125,8 @@ class SparsePoint3DKeyPointsGenerator(nn.Module):
             (bs, Q, points, 3), ordered by vertex, height and learned place.
         """
         parts = (self.num_sample, len(self.fix_height), self.num_learnable_pts, 2)
-        moved = self.learnable_fc(instance_feature).unflatten(-1, parts)
-        place = moved + anchor.unflatten(-1, (self.num_sample, 1, 1, 2))
+        moved = _in_own_dtype(self.learnable_fc, instance_feature).unflatten(-1, parts)
+        place = moved + widened(anchor).unflatten(-1, (self.num_sample, 1, 1, 2))
         height = place.new_tensor(self.fix_height)[:, None, None] + self.ground_height
         points = torch.cat([place, height.expand(*place.shape[:-1], 1)], -1)
         return points.flatten(2, 4)
@@ -261,8 +263,8 @@ class DeformableFeatureAggregation(nn.Module):
         """Weights, without the points in cameras that this call leaves out."""
         weights = logits.flatten(2, 4).softmax(2).reshape(logits.shape)
         batch, queries, cameras, _, points, _ = logits.shape
-        kept = weights.new_empty(batch, queries, cameras, 1, points, 1)
-        return weights * kept.bernoulli_(1 - self.attn_drop) / (1 - self.attn_drop)
+        kept = weights.new_ones(batch, queries, cameras, 1, points, 1)
+        return weights * nn.functional.dropout(kept, self.attn_drop)
 
     def extra_repr(self) -> str:
         """The settings."""
@@ -291,14 +293,16 @@ def project_points(
         image_wh: (bs, M, 2) width and height, which the result is divided by.
 
     Returns:
-        (bs, Q, P, M, 2); beyond all images for points behind a camera.
+        (bs, Q, P, M, 2), float32 of half types and under autocast, too; beyond all images for
+        points behind a camera.
     """
-    batch, queries, points = key_points.shape[:3]
-    cameras = projection_mat.shape[1]
-    homogeneous = nn.functional.pad(key_points, (0, 1), value=1.0).flatten(1, 2)
+    points = widened(key_points)[:, :, :, None, None]
     # The fourth row says nothing.
-    rows = projection_mat[:, :, :3].flatten(1, 2).to(key_points.dtype)
-    seen = (homogeneous @ rows.mT).reshape(batch, queries, points, cameras, 3)
+    rows = projection_mat[:, None, None, :, :3].to(points.dtype)
+    # No matrix product: autocast would round it to a half type, and TF32 to ten bits.
+    seen = rows[..., 3]
+    for axis in range(3):
+        seen = torch.addcmul(seen, points[..., axis], rows[..., axis])
     place = seen[..., :2] / seen[..., 2:].clamp(min=_LEAST_DEPTH)
     return place if image_wh is None else place / image_wh[:, None, None]
 
@@ -322,6 +326,14 @@ def _camera_encoder(channels: int) -> nn.Sequential:
     for inputs in (12, channels):
         layers += [nn.Linear(inputs, channels), nn.ReLU(), nn.LayerNorm(channels)]
     return nn.Sequential(*layers)
+
+
+def _in_own_dtype(layer: nn.Linear, feature: Tensor) -> Tensor:
+    """Without autocast: what the layer gives are places; at least float32."""
+    if not under_autocast(feature):
+        return widened(layer(feature))
+    with torch.autocast(feature.device.type, enabled=False):
+        return widened(layer(feature.to(layer.weight.dtype)))
 
 
 def _init_linear(layer: nn.Linear) -> None:

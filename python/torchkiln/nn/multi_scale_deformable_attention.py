@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchkiln.ops.deformable.multi_scale_deformable_attention import (
+    agreeing,
     multi_scale_deformable_attention_fused,
 )
 
@@ -66,11 +67,8 @@ class Projections(nn.Module):
         offsets = self.sampling_offsets(query).unflatten(-1, (heads, levels, points, 2))
         logits = self.attention_weights(query).unflatten(-1, (heads, levels, points))
         value = self.value_proj(value).unflatten(-1, (heads, -1))
-        if reference_points.dtype != offsets.dtype:
-            # Under autocast: points keep the precision that they were given in.
-            wide = torch.promote_types(reference_points.dtype, offsets.dtype)
-            reference_points, offsets = reference_points.to(wide), offsets.to(wide)
-            logits = logits.to(wide)
+        # Reference points keep the precision that they were given in beside a value of a half type.
+        reference_points, offsets, logits = agreeing(value, reference_points, offsets, logits)
         output = multi_scale_deformable_attention_fused(
             value,
             spatial_shapes,

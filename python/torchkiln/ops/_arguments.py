@@ -78,3 +78,9 @@ def shape(tensor: Tensor) -> str:
 def widened(tensor: Tensor) -> Tensor:
     """The half types in float32, in which they are computed; others as they are."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def under_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; torch refuses to say it of others."""
+    device = tensor.device.type
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)

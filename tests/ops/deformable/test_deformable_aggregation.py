@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from support.op_suite import Failure, OpSuite
 from support.strategies import seeds
@@ -87,8 +88,8 @@ class TestDeformableAggregation(OpSuite):
             "output_in_half",
             {"output_dtype": torch.float16},
             ValueError,
-            f"^{_OP}: output_dtype must be the dtype of feature_maps or float32; "
-            "got torch.float16$",
+            rf"^{_OP}: output_dtype must be the dtype of feature_maps \(torch.float32\), or "
+            "torch.float32 for half types; got torch.float16$",
         ),
         Failure(
             "weights_of_fewer_levels",
@@ -199,6 +200,86 @@ class TestDeformableAggregation(OpSuite):
         logits = torch.zeros(1, 3, 5, 2, levels, 1)
         output = ops.deformable_aggregation(maps, location, logits, softmax=True)
         torch.testing.assert_close(output, torch.full_like(output, 1.5))
+
+    @pytest.mark.parametrize("form", ["one", "levels"])
+    def test_autocast_of_mixed_dtypes(self, form: str, device: str) -> None:
+        """What is around gives each its own dtype; places lose nothing, gradients come back."""
+        maps, location, weights = _scene(Inputs(8), device)
+        features, *indices = ops.feature_maps_format(maps)
+        given = [features] if form == "one" else [maps[0], maps[1].bfloat16()]
+        leaves = [*(x.requires_grad_() for x in given), weights.bfloat16().requires_grad_()]
+
+        def call(maps: Any, weights: Tensor) -> Tensor:
+            if form == "one":
+                return ops.deformable_aggregation(maps[0], location, weights, *indices)
+            return ops.deformable_aggregation(maps, location, weights)
+
+        with pytest.raises(TypeError):
+            call(leaves[:-1], leaves[-1])
+        wide = [x.detach().float().requires_grad_() for x in leaves]
+        expected = call(wide[:-1], wide[-1])
+        with torch.autocast(device, torch.bfloat16):
+            output = call(leaves[:-1], leaves[-1])
+        assert torch.equal(output, expected)
+        assert output.dtype == torch.float32
+        wanted = torch.autograd.grad(expected.sum(), wide)
+        for grad, other, leaf in zip(
+            torch.autograd.grad(output.sum(), leaves), wanted, leaves, strict=True
+        ):
+            torch.testing.assert_close(grad, other.to(leaf.dtype))
+
+    def test_autocast_leaves_half_maps_alone(self, device: str) -> None:
+        maps, location, weights = _scene(Inputs(8), device)
+        maps = [level.half() for level in maps]
+        expected = ops.deformable_aggregation(maps, location, weights.bfloat16().float())
+        with torch.autocast(device, torch.float16):
+            output = ops.deformable_aggregation(maps, location, weights.bfloat16())
+        assert torch.equal(output, expected)
+
+    def test_tangents_are_refused(self) -> None:
+        """They would be left out without a word."""
+        maps, location, weights = _scene(Inputs(9))
+        message = rf"^{_OP}: forward-mode differentiation \(jvp\) is not implemented"
+        with forward_ad.dual_level():
+            expected = ops.deformable_aggregation(maps, location, weights)
+            for place in range(2):
+                dual = list(maps)
+                dual[place] = forward_ad.make_dual(maps[place], torch.ones_like(maps[place]))
+                with pytest.raises(NotImplementedError, match=message):
+                    ops.deformable_aggregation(dual, location, weights)
+            dual_weights = forward_ad.make_dual(weights, torch.ones_like(weights))
+            with pytest.raises(NotImplementedError, match=message):
+                ops.deformable_aggregation(maps, location, dual_weights)
+        assert torch.equal(expected, ops.deformable_aggregation(maps, location, weights))
+
+    def test_float64_has_no_narrower_output(self) -> None:
+        maps, location, weights = _scene(Inputs(1))
+        double = ([level.double() for level in maps], location, weights.double())
+        with pytest.raises(ValueError, match=r"the dtype of feature_maps \(torch.float64\), or"):
+            ops.deformable_aggregation(*double, output_dtype=torch.float32)
+        output = ops.deformable_aggregation(*double, output_dtype=torch.float64)
+        assert output.dtype == torch.float64
+
+    @pytest.mark.parametrize("wrong", [None, 3, ["a"], [None]])
+    def test_maps_that_are_no_tensors(self, wrong: Any) -> None:
+        _, location, weights = _scene(Inputs(1))
+        message = f"^{_OP}: feature_maps must be a tensor or a list of tensors; got"
+        with pytest.raises(TypeError, match=message):
+            ops.deformable_aggregation(wrong, location, weights)
+
+    def test_what_is_missing_has_its_public_name(self) -> None:
+        maps, location, weights = _scene(Inputs(1))
+        nothing: Any = None
+        with pytest.raises(TypeError, match=f"^{_OP}: sampling_location must be a tensor; got"):
+            ops.deformable_aggregation(maps, nothing, weights)
+        with pytest.raises(TypeError, match=f"^{_OP}: weights must be a tensor; got None"):
+            ops.deformable_aggregation(maps, location, nothing)
+        features, shapes, starts = ops.feature_maps_format(maps)
+        points = (location, weights)
+        with pytest.raises(TypeError, match=f"^{_OP}: spatial_shape must be a tensor; got None"):
+            ops.deformable_aggregation_function(features, nothing, starts, *points)
+        with pytest.raises(TypeError, match=f"^{_OP}: scale_start_index must be a tensor; got"):
+            ops.deformable_aggregation_function(features, shapes, nothing, *points)
 
     def test_too_many_levels(self) -> None:
         maps, location, _ = _scene(Inputs(1))
@@ -311,6 +392,55 @@ def test_format_there_and_back(cameras: int, count: int, seed: int) -> None:
     (back,) = ops.feature_maps_format(ops.feature_maps_format(levels), inverse=True)
     assert len(back) == count
     assert all(torch.equal(a, b) for a, b in zip(levels, back, strict=True))
+
+
+def test_format_compiles_in_both_directions() -> None:
+    """In graphs of their own, and in one."""
+    torch._dynamo.reset()
+    options: Any = {"fullgraph": True, "backend": "eager"}
+    there = torch.compile(ops.feature_maps_format, **options)
+    back = torch.compile(lambda x: ops.feature_maps_format(x, inverse=True), **options)
+    both = torch.compile(
+        lambda x: ops.feature_maps_format(ops.feature_maps_format(x), inverse=True), **options
+    )
+    for extra in range(2):  # the second is compiled for any size
+        groups = [
+            _levels(Inputs(1), 2, (3 + extra, 5), (2, 2 + extra)),
+            _levels(Inputs(2), 1, (4, 3), (2, 1)),
+        ]
+        for name, result in {
+            "eager to compiled": back(ops.feature_maps_format(groups)),
+            "compiled to eager": ops.feature_maps_format(there(groups), inverse=True),
+            "one graph": both(groups),
+        }.items():
+            for run, levels in zip(result, groups, strict=True):
+                for part, level in zip(run, levels, strict=True):
+                    assert torch.equal(part, level), name
+
+
+@pytest.mark.parametrize(
+    ("given", "inverse", "error", "got"),
+    [
+        (None, False, TypeError, r"feature_maps must be a list of tensors; got None"),
+        (torch.ones(2, 3), False, TypeError, r"must be a list of tensors; got a tensor \(2, 3\)"),
+        ([None], False, TypeError, r"feature_maps must be tensors; got None"),
+        ([[None]], False, TypeError, r"feature_maps must be tensors; got None"),
+        (torch.ones(3, 2), True, TypeError, r"must be a list of tensors; got a tensor \(3, 2\)"),
+        ([torch.ones(1, 4, 2)] * 2, True, ValueError, r"with inverse; got 2 items"),
+        ([1, 2, 3], True, TypeError, r"features must be a tensor; got 1"),
+        (
+            [torch.ones(1, 4, 2)] * 3,
+            True,
+            ValueError,
+            r"spatial_shape must be integers of shape \(M, L, 2\); got float32 of .* \(1, 4, 2\)",
+        ),
+    ],
+)
+def test_format_refuses_other_forms(
+    given: Any, inverse: bool, error: type[Exception], got: str
+) -> None:
+    with pytest.raises(error, match=f"^feature_maps_format: .*{got}$"):
+        ops.feature_maps_format(given, inverse)
 
 
 def test_format_of_groups_of_cameras() -> None:

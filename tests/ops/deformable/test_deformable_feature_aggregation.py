@@ -171,6 +171,64 @@ def test_dropped_points() -> None:
     torch.testing.assert_close(module(**given), _by_hand(module, given), rtol=1e-4, atol=1e-5)
 
 
+def test_all_points_dropped() -> None:
+    """As torch's dropout: zeros, no 0 / 0."""
+    module, given = _module(attn_drop=1.0), _inputs()
+    assert not module._dropped(Inputs(3).normal(2, 5, 2, 2, 13, 4)).any()
+    expected = module.output_proj(torch.zeros(2, 5, 32)) + given["instance_feature"]
+    torch.testing.assert_close(module(**given), expected)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("use_deformable_func", [False, True])
+@pytest.mark.parametrize("attn_drop", [0.0, 0.5])
+def test_autocast(half: torch.dtype, use_deformable_func: bool, attn_drop: float) -> None:
+    """With maps of float32, and of the half type that a backbone under autocast gives."""
+    module = _module(use_deformable_func=use_deformable_func, attn_drop=attn_drop)
+    for dtype in (torch.float32, half):
+        given = _inputs()
+        given["feature_maps"] = [level.to(dtype) for level in given["feature_maps"]]
+        plain = {**given, "feature_maps": [level.float() for level in given["feature_maps"]]}
+        if use_deformable_func:
+            for inputs in (given, plain):
+                inputs["feature_maps"] = ops.feature_maps_format(inputs["feature_maps"])
+        torch.manual_seed(1)
+        expected = module(**plain)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", half):
+            output = module(**given)
+        torch.testing.assert_close(output.float(), expected, rtol=0.05, atol=0.05)
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(output.float().square().sum(), parameters)
+        assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("generator", [_BOXES, _LINES])
+def test_places_under_autocast(half: torch.dtype, generator: dict[str, Any]) -> None:
+    """Points and pixels, too large for float16, as in float32."""
+    given = _inputs(11 if generator is _BOXES else 40)
+    module = _module(kps_generator=generator)
+    matrices, sides = given["metas"]["projection_mat"] * 1e4, given["metas"]["image_wh"]
+
+    def places() -> Tensor:
+        points = module.kps_generator(given["anchor"], given["instance_feature"])
+        return module.project_points(points, matrices, sides)
+
+    expected = places()
+    with torch.autocast("cpu", half):
+        result = places()
+    assert result.dtype == torch.float32
+    assert torch.equal(result, expected)
+    # Points of half types are exact; what is computed of them need not be rounded.
+    points = Inputs(4).normal(2, 5, 3, 3).to(half)
+    torch.testing.assert_close(
+        module.project_points(points, matrices, sides),
+        module.project_points(points.float(), matrices, sides),
+        rtol=0, atol=0,
+    )  # fmt: skip
+
+
 def test_projection_in_the_peers_order() -> None:
     given = _inputs()
     points = Inputs(4).normal(2, 5, 3, 3).float()

@@ -222,6 +222,27 @@ class TestMultiScaleDeformableAttention(OpSuite):
             size = float(other.abs().max())
             torch.testing.assert_close(grad.float() / size, other / size, rtol=limit, atol=limit)
 
+    @pytest.mark.parametrize("wide", ["value", "sampling_locations", "attention_weights"])
+    def test_autocast_of_mixed_dtypes(self, wide: str, device: str) -> None:
+        """One of the three in float32: places are never rounded to a half type."""
+        made = {k: v.to(device) for k, v in arguments(Inputs(2), [(9, 8), (4, 4)]).items()}
+        names = ("value", "sampling_locations", "attention_weights")
+        for name in names:
+            made[name] = made[name].to(torch.float32 if name == wide else torch.bfloat16)
+            made[name].requires_grad_()
+        with pytest.raises(TypeError):
+            ops.multi_scale_deformable_attention(**made)
+        expected_of = {**made, **{name: made[name].float() for name in names[1:]}}
+        expected = ops.multi_scale_deformable_attention(**expected_of)
+        with torch.autocast(device, torch.bfloat16):
+            output = ops.multi_scale_deformable_attention(**made)
+        assert output.dtype == made["value"].dtype
+        assert torch.equal(output, expected)
+        leaves = [made[name] for name in names]
+        grads = torch.autograd.grad(output.float().sum(), leaves)
+        others = torch.autograd.grad(expected.float().sum(), leaves)
+        torch.testing.assert_close(grads, others)
+
     def test_nan_reaches_its_samples_only(self, device: str) -> None:
         """A pixel that is not a number, and points that are none."""
         made = arguments(Inputs(), [(4, 4)], images=1, heads=1)
@@ -330,6 +351,33 @@ class TestMultiScaleDeformableAttentionFused(OpSuite):
         expected = ops.multi_scale_deformable_attention_fused(**made)
         made["attention_logits"] = made["attention_logits"].flatten(3)
         assert torch.equal(ops.multi_scale_deformable_attention_fused(**made), expected)
+
+    def test_flat_logits_of_another_number(self) -> None:
+        made = module._fused(module._arguments(Inputs()))
+        made["attention_logits"] = made["attention_logits"].flatten(3)[..., 1:]
+        sentence = (
+            rf"^{OP}_fused: attention_logits must have shape \(2, 7, 3, 3, 2\) or "
+            r"\(2, 7, 3, 6\); got \(2, 7, 3, 5\)$"
+        )
+        with pytest.raises(ValueError, match=sentence):
+            ops.multi_scale_deformable_attention_fused(**made)
+
+    @pytest.mark.parametrize("wide", ["value", "reference_points", "attention_logits"])
+    def test_autocast_of_mixed_dtypes(self, wide: str, device: str) -> None:
+        plain = arguments(Inputs(2), [(9, 8), (4, 4)])
+        made = {k: v.to(device) for k, v in module._fused(plain).items()}
+        names = ("value", "reference_points", "sampling_offsets", "attention_logits")
+        for name in names:
+            made[name] = made[name].to(torch.float32 if name == wide else torch.bfloat16)
+        with pytest.raises(TypeError):
+            ops.multi_scale_deformable_attention_fused(**made)
+        expected = ops.multi_scale_deformable_attention_fused(
+            **{**made, **{name: made[name].float() for name in names[1:]}}
+        )
+        with torch.autocast(device, torch.bfloat16):
+            output = ops.multi_scale_deformable_attention_fused(**made)
+        assert output.dtype == made["value"].dtype
+        assert torch.equal(output, expected)
 
     def test_large_logits(self, device: str) -> None:
         """The greatest one takes all; none overflows."""

@@ -5,15 +5,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from torchkiln._frame import deterministic_default, operator
-from torchkiln.ops._arguments import require_choice, require_floating, shape
+from torchkiln.ops._arguments import (
+    dtype_name,
+    require_choice,
+    require_floating,
+    require_tensor,
+    shape,
+    under_autocast,
+)
 
 __all__ = [
     "deformable_aggregation",
@@ -171,7 +177,43 @@ _deformable_aggregation_levels = operator(
     setup_context=_setup_context,
     backward=_levels_backward,
     reference=_reference_of_levels,
+    public="deformable_aggregation",
 )
+
+
+def _levels_of(feature_maps: Any) -> list[Tensor]:
+    levels = list(feature_maps) if isinstance(feature_maps, Iterable) else [feature_maps]
+    for level in levels:
+        if not isinstance(level, Tensor):
+            raise TypeError(
+                "deformable_aggregation: feature_maps must be a tensor or a list of tensors; "
+                f"got {level!r}"
+            )
+    return levels
+
+
+def _under_autocast(levels: list[Tensor], weights: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The autocast rule: levels in their common dtype, weights in one that goes with it."""
+    if not all(x.is_floating_point() for x in (*levels, weights)):
+        return levels, weights
+    dtype = levels[0].dtype
+    for level in levels[1:]:
+        dtype = torch.promote_types(dtype, level.dtype)
+    if weights.dtype not in (dtype, _sum_type(dtype)):
+        weights = weights.to(_sum_type(dtype))
+    return [level.to(dtype) for level in levels], weights
+
+
+def _is_wide(output_dtype: torch.dtype | None, dtype: torch.dtype | None) -> bool:
+    """Whether half types give float32."""
+    if output_dtype is None or output_dtype == dtype:
+        return False
+    if output_dtype != torch.float32 or dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            "deformable_aggregation: output_dtype must be the dtype of feature_maps "
+            f"({dtype}), or torch.float32 for half types; got {output_dtype}"
+        )
+    return True
 
 
 def deformable_aggregation(
@@ -220,7 +262,9 @@ def deformable_aggregation(
         IndexError: for a map that does not lie in the N rows, on the CPU. On CUDA it has no pixels.
 
     Differentiable: feature_maps, sampling_location, weights. Deterministic: yes, but for the
-    gradient of `feature_maps` on CUDA, where `deterministic` decides.
+    gradient of `feature_maps` on CUDA, where `deterministic` decides. Autocast: places stay as they
+    are, and so do maps, but levels that differ get their common dtype; weights that have neither
+    the dtype of the maps nor float32 get float32.
 
     Note:
         Places and sums are computed in float32, in float64 for float64 maps.
@@ -238,19 +282,15 @@ def deformable_aggregation(
     """
     require_choice("deformable_aggregation", "weights_order", weights_order, _ORDERS)
     in_one = isinstance(feature_maps, Tensor)
-    maps: Any = feature_maps if in_one else list(feature_maps)
-    first = maps if in_one else next(iter(maps), None)
-    dtype = None if first is None else first.dtype
-    if output_dtype is not None and output_dtype not in (dtype, torch.float32):
-        raise ValueError(
-            "deformable_aggregation: output_dtype must be the dtype of feature_maps or float32; "
-            f"got {output_dtype}"
-        )
+    maps: list[Tensor] = [feature_maps] if in_one else _levels_of(feature_maps)  # type: ignore[list-item]
+    if maps and isinstance(weights, Tensor) and under_autocast(maps[0]):
+        maps, weights = _under_autocast(maps, weights)
+    wide = _is_wide(output_dtype, maps[0].dtype if maps else output_dtype)
     points = (sampling_location, weights)
-    wide = output_dtype is not None and output_dtype != dtype
     options = (_ORDERS[weights_order], softmax, wide, deterministic_default(deterministic))
     if in_one:
-        return _deformable_aggregation(maps, *points, spatial_shape, scale_start_index, *options)[0]
+        indices = (spatial_shape, scale_start_index)
+        return _deformable_aggregation(maps[0], *points, *indices, *options)[0]
     if spatial_shape is not None or scale_start_index is not None:
         raise ValueError(
             "deformable_aggregation: spatial_shape and scale_start_index must be left out beside "
@@ -286,6 +326,7 @@ def deformable_aggregation_function(
 
     Differentiable: feature_maps, sampling_location, weights. Deterministic: yes, but for the
     gradient of `feature_maps` on CUDA, where `torch.use_deterministic_algorithms` decides.
+    Autocast: as without.
 
     Source:
         Lin et al., "Sparse4D v2: Recurrent Temporal Fusion with Sparse Model", 2023, section 3.3.
@@ -299,6 +340,8 @@ def deformable_aggregation_function(
         torch.Size([1, 9, 32])
     """
     require_floating("deformable_aggregation", feature_maps=feature_maps, weights=weights)
+    indices = {"spatial_shape": spatial_shape, "scale_start_index": scale_start_index}
+    require_tensor("deformable_aggregation", **indices)
     if weights.dtype not in (feature_maps.dtype, _sum_type(feature_maps.dtype)):
         weights = weights.to(_sum_type(feature_maps.dtype))
     if scale_start_index.dtype != spatial_shape.dtype:
@@ -319,10 +362,7 @@ def deformable_aggregation_function(
 Sizes: TypeAlias = tuple[tuple[tuple[int, int], ...], ...]
 Levels: TypeAlias = Sequence[Tensor]
 
-# Index tensors on each device, and what is in those that were made here: they are read back
-# without waiting for the device.
 _indices: dict[tuple[Sizes, torch.device], tuple[Tensor, Tensor]] = {}
-_sizes_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # Cached index tensors are small, but cameras whose images change size would pile them up.
 _MOST_INDICES = 256
 
@@ -335,7 +375,10 @@ def _make_indices(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
         shapes = torch.tensor(sizes, dtype=torch.int64, device=device)
         first = torch.tensor(starts, dtype=torch.int64, device=device)
-        return shapes.reshape(len(sizes), levels, 2), first.reshape(len(sizes), levels)
+        shapes, first = shapes.reshape(len(sizes), levels, 2), first.reshape(len(sizes), levels)
+    # Read back without waiting for the device; torch.compile sees an attribute, too.
+    shapes._torchkiln_sizes = sizes  # type: ignore[attr-defined]
+    return shapes, first
 
 
 def indices_of(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -354,7 +397,6 @@ def indices_of(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
         if len(_indices) >= _MOST_INDICES:
             _indices.pop(next(iter(_indices)))
         found = _indices[key] = _make_indices(sizes, device)
-        _sizes_of[found[0]] = sizes
     return found
 
 
@@ -379,7 +421,7 @@ def feature_maps_format(feature_maps: Sequence[Any], inverse: bool = False) -> l
         TypeError: for what is no tensor.
         ValueError: for levels that do not fit together, or no level.
 
-    Differentiable: feature_maps, in both directions. Deterministic: yes.
+    Differentiable: feature_maps, in both directions. Deterministic: yes. Autocast: as without.
 
     Note:
         With several groups of cameras, the first rows of the later ones count those before them.
@@ -399,11 +441,16 @@ def feature_maps_format(feature_maps: Sequence[Any], inverse: bool = False) -> l
         ...  feature_maps_format([features, shapes, starts], inverse=True)]
         [[torch.Size([8, 22]), torch.Size([4, 11])]]
     """
+    if not isinstance(feature_maps, (list, tuple)):
+        raise TypeError(
+            "feature_maps_format: feature_maps must be a list of tensors; "
+            f"got {_briefly(feature_maps)}"
+        )
     if inverse:
-        return _taken_apart(*feature_maps)
+        return _taken_apart(*_formatted(feature_maps))
     if not feature_maps:
         raise ValueError("feature_maps_format: feature_maps must have at least one level; got []")
-    nested = not isinstance(feature_maps[0], Tensor)
+    nested = isinstance(feature_maps[0], (list, tuple))
     groups: list[Levels] = list(feature_maps) if nested else [feature_maps]
     for levels in groups:
         _check_levels(levels, groups[0])
@@ -424,15 +471,16 @@ def feature_maps_format(feature_maps: Sequence[Any], inverse: bool = False) -> l
 
 def _check_levels(levels: Levels, others: Levels) -> None:
     op = "feature_maps_format"
-    if isinstance(levels, Tensor) or not levels or len(levels) != len(others):
-        got = f"a tensor {shape(levels)}" if isinstance(levels, Tensor) else str(len(levels))
+    if not isinstance(levels, (list, tuple)) or not levels or len(levels) != len(others):
+        listed = isinstance(levels, (list, tuple))
+        got = str(len(levels)) if listed else _briefly(levels)
         raise ValueError(
             f"{op}: feature_maps must have the same number of levels, at least 1, for all groups "
             f"of cameras; got {got} after {len(others)}"
         )
     for level in levels:
         if not isinstance(level, Tensor):
-            raise TypeError(f"{op}: feature_maps must be tensors; got {level!r}")
+            raise TypeError(f"{op}: feature_maps must be tensors; got {_briefly(level)}")
         if level.dim() != 5:
             raise ValueError(
                 f"{op}: feature_maps must have shape (bs, M, C, H, W); got {shape(level)}"
@@ -446,11 +494,43 @@ def _check_levels(levels: Levels, others: Levels) -> None:
             )
 
 
+def _briefly(value: object) -> str:
+    return f"a tensor {shape(value)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _formatted(given: Sequence[Any]) -> Sequence[Tensor]:
+    """Checks what `inverse` takes."""
+    op, names = "feature_maps_format", ("features", "spatial_shape", "scale_start_index")
+    if len(given) != len(names):
+        raise ValueError(
+            f"{op}: feature_maps must be [{', '.join(names)}] with inverse; got {len(given)} items"
+        )
+    require_tensor(op, **dict(zip(names, given, strict=True)))
+    shapes = given[1]
+    if shapes.dim() != 3 or shapes.shape[2] != 2 or shapes.is_floating_point():
+        raise ValueError(
+            f"{op}: spatial_shape must be integers of shape (M, L, 2); "
+            f"got {dtype_name(shapes)} of shape {shape(shapes)}"
+        )
+    return given
+
+
+def _runs(sizes: Sizes) -> list[tuple[tuple[tuple[int, int], ...], int]]:
+    """Sizes of equal cameras that follow each other, and how many; torch.compile cannot group."""
+    runs: list[tuple[tuple[tuple[int, int], ...], int]] = []
+    for camera in sizes:
+        if runs and runs[-1][0] == camera:
+            runs[-1] = camera, runs[-1][1] + 1
+        else:
+            runs.append((camera, 1))
+    return runs
+
+
 def _taken_apart(
     features: Tensor, spatial_shape: Tensor, scale_start_index: Tensor
 ) -> list[list[Tensor]]:
     op = "feature_maps_format"
-    sizes = _sizes_of.get(spatial_shape)
+    sizes: Sizes | None = getattr(spatial_shape, "_torchkiln_sizes", None)
     if sizes is None:
         sizes = tuple(tuple((h, w) for h, w in camera) for camera in spatial_shape.tolist())
     total = sum(height * width for camera in sizes for height, width in camera)
@@ -459,7 +539,7 @@ def _taken_apart(
             f"{op}: features must have shape (bs, {total}, C), as spatial_shape says; "
             f"got {shape(features)}"
         )
-    runs = [(run, len(list(cameras))) for run, cameras in itertools.groupby(sizes)]
+    runs = _runs(sizes)
     areas = [[height * width for height, width in run] for run, _ in runs]
     parts = features.split(
         [cameras * sum(own) for (_, cameras), own in zip(runs, areas, strict=True)], 1

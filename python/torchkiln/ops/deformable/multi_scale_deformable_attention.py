@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchkiln._frame import deterministic_default, operator
+from torchkiln.ops._arguments import shape, under_autocast
 
 __all__ = ["multi_scale_deformable_attention", "multi_scale_deformable_attention_fused"]
 
@@ -143,6 +144,22 @@ def _starts(spatial_shapes: Tensor, level_start_index: Tensor | None) -> Tensor 
     return areas.cumsum(0) - areas
 
 
+def agreeing(value: Tensor, *places: Tensor) -> tuple[Tensor, ...]:
+    """Places and weights in one dtype that goes with the value: its own, or at least float32."""
+    if all(tensor.dtype == value.dtype for tensor in places):
+        return places
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    return tuple(tensor.to(dtype) for tensor in places)
+
+
+def _under_autocast(value: Tensor, *places: Tensor) -> tuple[Tensor, ...]:
+    """The autocast rule; where autocast is off, or nothing can be cast, what was given."""
+    tensors = (value, *places)
+    if not all(isinstance(x, Tensor) and x.is_floating_point() for x in tensors):
+        return places
+    return agreeing(value, *places) if under_autocast(value) else places
+
+
 def multi_scale_deformable_attention(
     value: Tensor,
     spatial_shapes: Tensor,
@@ -178,7 +195,8 @@ def multi_scale_deformable_attention(
             the S pixels. On CUDA such a level gives 0, because reading it would wait for the GPU.
 
     Differentiable: value, sampling_locations, attention_weights. Deterministic: yes, but for the
-    gradient of the value on CUDA, where `deterministic` decides.
+    gradient of the value on CUDA, where `deterministic` decides. Autocast: the value stays as it
+    is; locations and weights that differ from it or from each other get float32.
 
     Note:
         Half types are added up in float32. Pixel centres lie at half numbers; outside of a level
@@ -199,6 +217,9 @@ def multi_scale_deformable_attention(
         >>> multi_scale_deformable_attention(value, shapes, None, locations, weights)
         tensor([[[21.5000]]])
     """
+    sampling_locations, attention_weights = _under_autocast(
+        value, sampling_locations, attention_weights
+    )
     return _attention(
         value,
         spatial_shapes,
@@ -250,7 +271,8 @@ def multi_scale_deformable_attention_fused(
             the S pixels.
 
     Differentiable: value, reference_points, sampling_offsets, attention_logits. Deterministic: yes,
-    but for the gradient of the value on CUDA, where `deterministic` decides.
+    but for the gradient of the value on CUDA, where `deterministic` decides. Autocast: the value
+    stays as it is; the three others get float32 where any of these differs from another.
 
     Note:
         The gradient of `reference_points` is made by a few tensor operations after the kernel;
@@ -269,10 +291,12 @@ def multi_scale_deformable_attention_fused(
         >>> multi_scale_deformable_attention_fused(value, shapes, None, references, offsets, logits)
         tensor([[[1.7500]]])
     """
+    reference_points, sampling_offsets, attention_logits = _under_autocast(
+        value, reference_points, sampling_offsets, attention_logits
+    )
     given = (sampling_offsets, attention_logits)
     if [x.dim() for x in given if isinstance(x, Tensor)] == [6, 4]:
-        levels_and_points = (sampling_offsets.shape[3], sampling_offsets.shape[4])
-        attention_logits = attention_logits.unflatten(3, levels_and_points)
+        attention_logits = _unflattened(attention_logits, sampling_offsets)
     return _attention_fused(
         value,
         spatial_shapes,
@@ -283,3 +307,15 @@ def multi_scale_deformable_attention_fused(
         padding_mask,
         deterministic_default(deterministic),
     )
+
+
+def _unflattened(logits: Tensor, offsets: Tensor) -> Tensor:
+    grid = offsets.shape[:5]
+    flat = (*grid[:3], grid[3] * grid[4])
+    if logits.shape != flat:
+        raise ValueError(
+            "multi_scale_deformable_attention_fused: attention_logits must have shape "
+            f"{tuple(grid)} or {flat}; got {shape(logits)}"
+        )
+    result: Tensor = logits.unflatten(3, grid[3:])
+    return result

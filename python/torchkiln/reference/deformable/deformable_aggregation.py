@@ -119,6 +119,8 @@ def _arrange(
     if not all(isinstance(size, tuple) and min(size) > 0 for size in sizes):
         raise ValueError(f"{_OP}: sizes must be heights and widths; got {sizes}")
     areas = [height * width for height, width in sizes]
+    if features.dtype == torch.float64:
+        options.pop("output_dtype", None)  # only half types may give float32
     if form in ("one", "shared"):
         # Cached, as for users: a graph that is captured makes no tensors of lists.
         shapes, starts = indices_of((tuple(sizes),) * cameras, features.device)

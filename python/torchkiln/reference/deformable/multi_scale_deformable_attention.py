@@ -197,6 +197,8 @@ def _parity(
         "odd_wide": {"channels": 33, "heads": 2, "queries": 20},
         "many_points": _MANY,
         "strips": {"levels": ((20, 17), (9, 8)), "points": 4, "queries": 30, "heads": 1},
+        # Levels whose samples are looked through in several rounds.
+        "rounds": {"levels": ((3, 4),), "points": 4, "queries": 600, "images": 1, "heads": 1},
         "no_queries": {"queries": 0},
         "no_images": {"images": 0},
         "no_pixels": {"levels": ((0, 0), (0, 3))},

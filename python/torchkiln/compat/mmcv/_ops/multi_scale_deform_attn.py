@@ -14,6 +14,7 @@ from torch.nn import functional
 from torchkiln import ops
 from torchkiln.compat.mmcv._common import function_class, renamed
 from torchkiln.nn.multi_scale_deformable_attention import Projections
+from torchkiln.ops.deformable.multi_scale_deformable_attention import agreeing
 
 
 class _Module(nn.Module):
@@ -48,16 +49,9 @@ def attend(
     im2col_step: int,
 ) -> Tensor:
     """`torchkiln.ops.multi_scale_deformable_attention`; `im2col_step` has no effect."""
-    dtype = value.dtype
-    places = (sampling_locations, attention_weights)
-    if any(tensor.dtype != dtype for tensor in places):
-        half = dtype in (torch.float16, torch.bfloat16)
-        dtype = torch.float32 if half else dtype
-    sampling_locations, attention_weights = (tensor.to(dtype) for tensor in places)
     levels = (value_spatial_shapes, value_level_start_index)
-    return ops.multi_scale_deformable_attention(
-        value, *levels, sampling_locations, attention_weights
-    )
+    places = agreeing(value, sampling_locations, attention_weights)
+    return ops.multi_scale_deformable_attention(value, *levels, *places)
 
 
 MultiScaleDeformableAttnFunction = function_class("MultiScaleDeformableAttnFunction", attend)
