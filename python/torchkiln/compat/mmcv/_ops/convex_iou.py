@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from torchkiln import ops
+from torchkiln.compat.mmcv._common import listed_errors
 from torchkiln.ops.detection.convex_iou import _convex_giou
 
 __all__ = ["convex_giou", "convex_iou"]
 
 
+@listed_errors
 def convex_giou(pointsets: Tensor, polygons: Tensor) -> tuple[Tensor, Tensor]:
     """`torchkiln.ops.convex_giou` with its gradient as a second result, and without autograd.
 
@@ -26,6 +28,10 @@ def convex_giou(pointsets: Tensor, polygons: Tensor) -> tuple[Tensor, Tensor]:
         return _convex_giou(pointsets, polygons)
 
 
+@listed_errors
 def convex_iou(pointsets: Tensor, polygons: Tensor) -> Tensor:
-    """`torchkiln.ops.convex_iou`: (N, M) of pointsets (N, 18) and polygons (M, 8)."""
-    return ops.convex_iou(pointsets, polygons)
+    """`torchkiln.ops.convex_iou`: (N, M) of pointsets (N, 18) and polygons (M, 8).
+
+    Unknown to autograd.
+    """
+    return ops.convex_iou(pointsets.detach(), polygons.detach())
