@@ -683,6 +683,13 @@ def test_quirk_sigmoid_focal_loss_background_weight():
 def test_quirk_nms_match_at_the_threshold():
     dets = torch.tensor([[0.0, 0, 2, 2, 0.9], [0, 0, 1, 2, 0.8]])  # IoU exactly 0.5
     assert [group.tolist() for group in ops.nms_match(dets, 0.5)] == [[0, 1]]
+    tenths = torch.tensor(
+        [[3.0, 4, 9, 9, 0.9], [3, 6, 8, 13, 0.8]]
+    )  # 15 / 50 is 0.3 in float32 too
+    assert [group.tolist() for group in ops.nms_match(tenths, 0.3)] == [[0, 1]]
+    assert [group.tolist() for group in ops.nms_match(tenths.numpy(), 0.3)] == [[0, 1]]
+    tenths[1, 0] = float("nan")
+    assert [group.tolist() for group in ops.nms_match(tenths, 0.3)] == [[0], [1]]
     assert ops.nms(dets[:, :4], dets[:, 4], 0.5)[1].tolist() == [0, 1]
 
 

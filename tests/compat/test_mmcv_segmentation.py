@@ -52,15 +52,78 @@ def test_convex_iou_by_hand():
 
 
 def test_quirk_convex_giou_returns_its_gradient():
-    points = points_of(5.0, 0, 7, 0, 7, 2, 5, 2).requires_grad_()
-    giou, gradient = ops.convex_giou(points, SQUARE)
+    """By differences: of points in general position, where there is a gradient."""
+    g = torch.Generator().manual_seed(0)
+    points = 3 * torch.rand(4, 18, generator=g, dtype=torch.float64)
+    squares = SQUARE.double() + torch.rand(4, 1, generator=g, dtype=torch.float64)
+    giou, gradient = ops.convex_giou(points.requires_grad_(), squares)
     assert not giou.requires_grad
     assert not gradient.requires_grad
-    value = native.convex_giou(points, SQUARE)
-    assert_close(giou, value.detach())
-    assert_close(gradient, torch.autograd.grad(value.sum(), points)[0])
-    assert giou.item() == pytest.approx(-6 / 14)
+    step = 1e-6 * torch.eye(18, dtype=torch.float64)[:, None]
+    there, back = (
+        native.convex_giou((points.detach() + way).flatten(0, 1), squares.repeat(18, 1))
+        for way in (step, -step)
+    )
+    assert_close(gradient, ((there - back) / 2e-6).reshape(18, 4).T, atol=1e-6, rtol=1e-6)
+
+
+# Points, corners, and what mmcv's kernel gives: corners in common, sides on sides, the origin on a
+# line with others or inside, all points the same corner.
+TIES = [
+    (
+        [1, 1, 2, 2, 1, 2, 2, 1, 1, 3, 3, 1, 2, 3, 3, 2, 1.5, 1.5],
+        [1, 1, 1, 2, 2, 2, 2, 1],
+        [20408, 40816, *[0] * 6, 61224, *[-40816] * 2, 81633, -40816, *[-81633] * 2, -40816, 0, 0],
+    ),
+    (
+        [2, 1, 5, 1, 5, 3, 3, 4, 2, 3, 3, 2, 3, 2, 4, 3, 2, 1],
+        [2, 1, 4, 1, 4, 3, 2, 3],
+        [0, 35556, -71111, 106667, -106667, -71111, 0, -106667, 35556, -35556, *[0] * 8],
+    ),
+    (
+        [1, 1, 4, 1, 4, 4, 1, 4, 2, 2, 3, 3, 2, 3, 3, 2, 2.5, 1],
+        [0, 0, 0, 3, 4, 3, 4, 0],
+        [-95197, -100000, 67447, -100000, -68096, -36878, -44768, -68096, *[0] * 10],
+    ),
+    (
+        [-1, -1, 2, -1, 2, 2, -1, 2, 0, 0, 1, 1, 0, 1, 1, 0, 0, 0],
+        [0, -2, 2, 0, 0, 2, -2, 0],
+        [-74438, -74438, -102158, -12339, -63963, -63963, -12339, -102158, *[0] * 10],
+    ),
+    ([2] * 18, [0, 0, 2, 0, 2, 2, 0, 2], [0] * 18),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_quirk_convex_giou_gradient_where_there_is_none(dtype):
+    points, corners = (torch.tensor([row[place] for row in TIES], dtype=dtype) for place in (0, 1))
+    general = torch.rand(1, 18, generator=torch.Generator().manual_seed(1)).to(dtype)
+    points, corners = torch.cat([points, general]), torch.cat([corners, corners[:1]])
+    giou, gradient = ops.convex_giou(points, corners)
+    expected = torch.tensor([row[2] for row in TIES], dtype=torch.float64) / 1e6
+    precision = 1e-3 if dtype == torch.float16 else 1e-6
+    assert_close(gradient[:-1].double(), expected, atol=precision, rtol=0)
+    assert gradient.dtype == dtype
+    own = points.clone().requires_grad_()
+    value = native.convex_giou(own, corners)
+    assert torch.equal(giou, value.detach())
+    (other,) = torch.autograd.grad(value.sum(), own)
+    assert torch.equal(gradient[-1], other[-1])
+    assert ((gradient - other)[:-1].abs().amax(1) > 5e-3).all()
+    with torch.inference_mode():
+        assert torch.equal(ops.convex_giou(points, corners)[1], gradient)
+
+
+def test_convex_giou_in_a_compiled_graph_and_of_nothing():
+    points, corners = (torch.tensor(rows, dtype=torch.float32) for rows in TIES[0][:2])
+    compiled = torch.compile(ops.convex_giou, fullgraph=True, backend="eager")
+    giou, gradient = compiled(points[None], corners[None])
+    assert_close(giou, ops.convex_giou(points[None], corners[None])[0])
     assert gradient.shape == (1, 18)
+    both = ops.convex_giou(points[None][:0], corners[None][:0])
+    assert [tuple(result.shape) for result in both] == [(0,), (0, 18)]
+    nowhere = torch.ones(1, 18), torch.ones(1, 8)  # mmcv divides by their areas
+    assert [result.abs().sum().item() for result in ops.convex_giou(*nowhere)] == [0, 0]
 
 
 def test_min_area_polygons_by_hand():

@@ -1,16 +1,20 @@
-"""What the implementations of several names share: old keywords, Function classes, pairs."""
+"""What the implementations of several names share: keywords, errors, Function classes, pairs."""
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
 import functools
+import operator
+import re
 import warnings
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, SupportsIndex, TypeVar
 
+import torch
+from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ["function_class", "pair", "renamed"]
+__all__ = ["function_class", "listed_errors", "pair", "promoted", "renamed"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -42,6 +46,51 @@ def renamed(**keywords: str) -> Callable[[_F], _F]:
     return decorate
 
 
+# As torch's C++ says it.
+_SCALARS = {
+    "float16": "Half",
+    "bfloat16": "BFloat16",
+    "float32": "Float",
+    "float64": "Double",
+    "int64": "Long",
+    "int32": "Int",
+    "int16": "Short",
+    "int8": "Char",
+    "uint8": "Byte",
+    "bool": "Bool",
+}
+_OTHER_DTYPE = re.compile(r"must have the dtype of \w+ \((\w+)\).*; got (\w+)")
+_NO_FLOAT = re.compile(r"must be a floating-point tensor; got (\w+)")
+_OTHER_DEVICE = re.compile(r"must be on the device of \w+ \(\S+\); got \S+")
+
+
+def listed_errors(function: _F) -> _F:
+    """Gives errors about dtypes and devices the type and the words that mmcv's users look for."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            words = _listed_words(str(error), (*args, *kwargs.values()))
+            if not words:
+                raise
+            raise RuntimeError(f"{words}: {error}") from None
+
+    return call  # type: ignore[return-value]
+
+
+def _listed_words(sentence: str, values: tuple[Any, ...]) -> str:
+    if match := _OTHER_DTYPE.search(sentence):
+        expected, found = match.groups()
+    elif match := _NO_FLOAT.search(sentence):
+        dtypes = [str(v.dtype) for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+        expected, found = (dtypes or ["float32"])[0].removeprefix("torch."), match[1]
+    else:
+        return "inconsistent device" if _OTHER_DEVICE.search(sentence) else ""
+    return f"expected scalar type {_SCALARS[expected]} but found {_SCALARS.get(found, found)}"
+
+
 def function_class(name: str, apply: Callable[..., Any]) -> type[Function]:
     """The autograd Function that users know, around a function that has its gradient already."""
 
@@ -52,9 +101,15 @@ def function_class(name: str, apply: Callable[..., Any]) -> type[Function]:
     return type(name, (Function,), {**body, "forward": staticmethod(forward)})
 
 
-def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+def pair(size: SupportsIndex | tuple[int, int]) -> tuple[int, int]:
     """Height and width, for one number both the same."""
-    if isinstance(size, int):
-        return size, size
+    if not isinstance(size, Iterable):
+        return operator.index(size), operator.index(size)  # one of NumPy's integers too
     height, width = size
     return int(height), int(width)
+
+
+def promoted(boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without a gradient and in one dtype: mmcv only sorts the scores, whatever they are."""
+    dtype = torch.promote_types(boxes.dtype, scores.dtype)
+    return boxes.detach().to(dtype), scores.detach().to(dtype)

@@ -4,12 +4,13 @@ The only source of names: the module tree, the stand-ins, the registry entries, 
 mmcv --check` and the table in the documentation are made from it. One row a name, under the module
 `mmcv.ops.<module>` that holds it:
 
-    +|- KIND NAME [< BASE] [@ REGISTRY] | SIGNATURE | SIGNATURE OF FORWARD | WHAT
+    +|*|- KIND NAME [< BASE] [@ REGISTRY] | SIGNATURE | SIGNATURE OF FORWARD | WHAT
 
-`+` is exported by `mmcv.ops` itself. KIND: def, apply (of an autograd Function), function (such a
-Function, with the signature of its apply), class. REGISTRY: the name in mmengine's MODELS. WHAT:
-the operator of torchkiln behind it, `torch` for plain tensor operations, nothing while it is not
-there. An implementation stands in `_ops/<module>.py` under the same name.
+`+` is exported by `mmcv.ops` itself, `*` by that of its fork onedl-mmcv 2.3 only. KIND: def, apply
+(of an autograd Function), function (such a Function, with the signature of its apply), class.
+REGISTRY: the name in mmengine's MODELS. WHAT: the operator of torchkiln behind it, `torch` for
+plain tensor operations, nothing while it is not there. An implementation stands in
+`_ops/<module>.py` under the same name.
 """
 # SPDX-License-Identifier: Apache-2.0
 
@@ -19,7 +20,7 @@ import functools
 import inspect
 from dataclasses import dataclass
 
-__all__ = ["MODULES", "Name", "public", "registered"]
+__all__ = ["MODULES", "Name", "of_fork", "public", "registered"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Name:
 
     module: str
     public: bool
+    of_fork: bool
     kind: str
     name: str
     base: str
@@ -39,7 +41,8 @@ class Name:
     @property
     def path(self) -> str:
         """Where users find it."""
-        return f"mmcv.ops.{self.name}" if self.public else f"mmcv.ops.{self.module}.{self.name}"
+        exported = self.public or self.of_fork
+        return f"mmcv.ops.{self.name}" if exported else f"mmcv.ops.{self.module}.{self.name}"
 
     @property
     def signature(self) -> inspect.Signature:
@@ -63,7 +66,10 @@ def _parse(line: str, module: str) -> Name:
     mark, kind, name, *others = title.split()
     marks = dict(zip(others[::2], others[1::2], strict=True))
     base, registry = marks.get("<", ""), marks.get("@", "")
-    return Name(module, mark == "+", kind, name, base, registry, parameters, forward, operator)
+    of_fork = mark == "*"
+    return Name(
+        module, mark == "+", of_fork, kind, name, base, registry, parameters, forward, operator
+    )
 
 
 def _read(text: str) -> dict[str, dict[str, Name]]:
@@ -203,6 +209,8 @@ _TABLE = """
 [knn]
 - function KNN | k, xyz, center_xyz=None, transposed=False
 + apply knn | k, xyz, center_xyz=None, transposed=False
+[line_nms]
+* def line_nms | boxes, scores, overlap, top_k |  | torch
 [masked_conv]
 - function MaskedConv2dFunction | features, mask, weight, bias, padding=0, stride=1
 + apply masked_conv2d | features, mask, weight, bias, padding=0, stride=1
@@ -229,7 +237,7 @@ _TABLE = """
 + def nms | boxes, scores, iou_threshold, offset=0, score_threshold=0, max_num=-1 |  | nms
 + def soft_nms | boxes, scores, iou_threshold=0.3, sigma=0.5, min_score=0.001, method="linear", offset=0 |  | soft_nms
 + def batched_nms | boxes, scores, idxs, nms_cfg, class_agnostic=False |  | nms
-+ def nms_match | dets, iou_threshold |  | nms_groups
++ def nms_match | dets, iou_threshold |  | box_iou
 + def nms_rotated | dets, scores, iou_threshold, labels=None, clockwise=True |  | nms_rotated
 + def nms_quadri | dets, scores, iou_threshold, labels=None |  | nms_quadri
 [pixel_group]
@@ -243,7 +251,7 @@ _TABLE = """
 - def get_shape_from_feature_map | x |  | torch
 - def abs_img_point_to_rel_img_point | abs_img_points, img, spatial_scale=1.0 |  | abs_img_point_to_rel_img_point
 + def rel_roi_point_to_rel_img_point | rois, rel_roi_points, img, spatial_scale=1.0 |  | rel_roi_point_to_rel_img_point
-+ def point_sample | input, points, align_corners=False, **kwargs |  | point_sample
++ def point_sample | input, points, align_corners=False, **kwargs |  | torch
 + class SimpleRoIAlign | output_size, spatial_scale, aligned=True | features, rois | point_sample
 [points_in_boxes]
 + def points_in_boxes_part | points, boxes
@@ -373,6 +381,13 @@ MODULES = _read(_TABLE)
 def public() -> dict[str, Name]:
     """The names that `mmcv.ops` itself exports, as its `__all__` has them."""
     rows = [row for module in MODULES.values() for row in module.values() if row.public]
+    return {row.name: row for row in rows}
+
+
+@functools.cache
+def of_fork() -> dict[str, Name]:
+    """The names that only the `mmcv.ops` of onedl-mmcv exports."""
+    rows = [row for module in MODULES.values() for row in module.values() if row.of_fork]
     return {row.name: row for row in rows}
 
 

@@ -38,7 +38,7 @@ class _Ops(ModuleType):
     """`mmcv.ops`. A function hides the submodule of its name, as in the peer."""
 
     def __getattr__(self, name: str) -> Any:
-        row = _names.public().get(name)
+        row = _names.public().get(name) or _names.of_fork().get(name)
         if row is not None:
             value = getattr(_tree[row.module], name)
         elif name in _tree:

@@ -6,11 +6,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from torchkiln import ops
-from torchkiln.compat.mmcv._common import function_class
+from torchkiln.compat.mmcv._common import function_class, listed_errors
 
 __all__ = ["BorderAlign", "BorderAlignFunction", "border_align"]
 
 
+@listed_errors
 def border_align(input: Tensor, boxes: Tensor, pool_size: int) -> Tensor:
     """`torchkiln.ops.border_align`, on the CPU too.
 
@@ -19,7 +20,7 @@ def border_align(input: Tensor, boxes: Tensor, pool_size: int) -> Tensor:
     """
     assert boxes.dim() == 3, "boxes must be with shape [B, H*W, 4]"
     assert boxes.size(2) == 4, "the last dimension of boxes must be (x1, y1, x2, y2)"
-    assert input.size(1) % 4 == 0, "the number of channels must be divisible by 4"
+    assert input.size(1) % 4 == 0, "the number of channels must be divisible by factor 4"
     return ops.border_align(input, boxes, pool_size)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from torchkiln.compat.mmcv._common import listed_errors
 from torchkiln.ops.detection.box_iou_rotated import PEER_QUAD, by_peer
 
 __all__ = ["box_iou_quadri"]
 
 
+@listed_errors
 def box_iou_quadri(
     bboxes1: Tensor, bboxes2: Tensor, mode: str = "iou", aligned: bool = False
 ) -> Tensor:

@@ -6,10 +6,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from torchkiln import ops
+from torchkiln.compat.mmcv._common import listed_errors
 
 __all__ = ["box_iou_rotated"]
 
 
+@listed_errors
 def box_iou_rotated(
     bboxes1: Tensor,
     bboxes2: Tensor,

@@ -11,7 +11,7 @@ __all__ = ["CornerPool"]
 
 
 class CornerPool(nn.Module):
-    """`torchkiln.ops.corner_pool` as a module.
+    """`torchkiln.ops.corner_pool` as a module, for maps of integers too.
 
     Args:
         mode: "top", "bottom", "left" or "right"; another one is an AssertionError.
@@ -25,4 +25,9 @@ class CornerPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the running maxima of a map (N, C, H, W)."""
-        return ops.corner_pool(x, self.mode)
+        if x.is_floating_point():
+            return ops.corner_pool(x, self.mode)
+        axis = 2 if self.mode in ("top", "bottom") else 3
+        if self.mode in ("bottom", "right"):
+            return x.cummax(axis).values
+        return x.flip(axis).cummax(axis).values.flip(axis)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchkiln import ops
-from torchkiln.compat.mmcv._common import function_class
+from torchkiln.compat.mmcv._common import function_class, listed_errors
 
 __all__ = [
     "SortVertices",
@@ -29,11 +29,13 @@ _CORNERS = 4
 _PLACES = 9  # vertices of what two rectangles share, and the first one again
 
 
+@listed_errors
 def diff_iou_rotated_2d(box1: Tensor, box2: Tensor) -> Tensor:
     """`torchkiln.ops.diff_iou_rotated_2d` of (B, N, 5)."""
     return ops.diff_iou_rotated_2d(box1, box2)
 
 
+@listed_errors
 def diff_iou_rotated_3d(box3d1: Tensor, box3d2: Tensor) -> Tensor:
     """`torchkiln.ops.diff_iou_rotated_3d` of (B, N, 7)."""
     return ops.diff_iou_rotated_3d(box3d1, box3d2)

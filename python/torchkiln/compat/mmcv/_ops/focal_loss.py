@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from torchkiln import ops
-from torchkiln.compat.mmcv._common import function_class
+from torchkiln.compat.mmcv._common import function_class, listed_errors
 
 __all__ = [
     "SigmoidFocalLoss",
@@ -30,6 +30,7 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str)
         assert weight.size(0) == input.size(1), "weight must have one number for each class"
 
 
+@listed_errors
 def sigmoid_focal_loss(
     input: Tensor,
     target: Tensor,
@@ -51,6 +52,7 @@ def sigmoid_focal_loss(
 SigmoidFocalLossFunction = function_class("SigmoidFocalLossFunction", sigmoid_focal_loss)
 
 
+@listed_errors
 def softmax_focal_loss(
     input: Tensor,
     target: Tensor,

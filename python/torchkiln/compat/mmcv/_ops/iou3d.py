@@ -8,6 +8,7 @@ import warnings
 from torch import Tensor
 
 from torchkiln import ops
+from torchkiln.compat.mmcv._common import listed_errors, promoted
 from torchkiln.ops.detection.box_iou_rotated import PEER_GROUND, PEER_PRISM, by_peer
 from torchkiln.ops.detection.nms_rotated import PEER_UPRIGHT, suppress_by_peer
 
@@ -22,6 +23,7 @@ __all__ = [
 ]
 
 
+@listed_errors
 def boxes_overlap_bev(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     """Area seen from above that boxes share, which reach a centimetre too far, as in mmcv.
 
@@ -35,6 +37,7 @@ def boxes_overlap_bev(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     return by_peer(boxes_a, boxes_b, PEER_GROUND, "area")
 
 
+@listed_errors
 def boxes_iou3d(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     """Intersection over union by volume, on the areas of `boxes_overlap_bev`.
 
@@ -55,16 +58,18 @@ def boxes_iou3d(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     return by_peer(boxes_a, boxes_b, PEER_PRISM, "iou")
 
 
+@listed_errors
 def boxes_iou_bev(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     """`torchkiln.ops.boxes_iou_bev` of (M, 5) and (N, 5) x1, y1, x2, y2, ry; deprecated."""
     warnings.warn(
         "mmcv.ops.boxes_iou_bev: is deprecated; use mmcv.ops.box_iou_rotated",
         DeprecationWarning,
-        stacklevel=2,
+        stacklevel=3,
     )
     return ops.boxes_iou_bev(boxes_a.detach(), boxes_b.detach())
 
 
+@listed_errors
 def nms3d(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """Keeps the best boxes in space, by the areas of `boxes_overlap_bev`.
 
@@ -83,12 +88,14 @@ def nms3d(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     return suppress_by_peer(boxes, scores, iou_threshold, PEER_UPRIGHT)
 
 
+@listed_errors
 def nms3d_normal(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """`nms3d` of (N, 7) boxes whose headings do not count."""
     _check_columns(boxes, 7)
-    return ops.nms3d_normal(boxes.detach(), scores.detach(), float(iou_threshold))
+    return ops.nms3d_normal(*promoted(boxes, scores), float(iou_threshold))
 
 
+@listed_errors
 def nms_bev(
     boxes: Tensor,
     scores: Tensor,
@@ -113,15 +120,16 @@ def nms_bev(
     """
     _deprecated("nms_bev", "nms_rotated")
     _check_columns(boxes, 5)
-    rows = ops.nms_bev(boxes.detach(), scores.detach(), float(thresh), pre_max_size)
+    rows = ops.nms_bev(*promoted(boxes, scores), float(thresh), pre_max_size)
     return rows[:post_max_size]
 
 
+@listed_errors
 def nms_normal_bev(boxes: Tensor, scores: Tensor, thresh: float) -> Tensor:
     """Rows that `nms` keeps of the first four of (N, 5) x1, y1, x2, y2, ry; deprecated."""
     _deprecated("nms_normal_bev", "nms")
     _check_columns(boxes, 5)
-    return ops.nms_normal_bev(boxes.detach(), scores.detach(), float(thresh))
+    return ops.nms_normal_bev(*promoted(boxes, scores), float(thresh))
 
 
 def _check_columns(boxes: Tensor, columns: int) -> None:
@@ -131,5 +139,5 @@ def _check_columns(boxes: Tensor, columns: int) -> None:
 
 def _deprecated(name: str, instead: str) -> None:
     warnings.warn(
-        f"mmcv.ops.{name}: is deprecated; use mmcv.ops.{instead}", DeprecationWarning, stacklevel=3
+        f"mmcv.ops.{name}: is deprecated; use mmcv.ops.{instead}", DeprecationWarning, stacklevel=4
     )

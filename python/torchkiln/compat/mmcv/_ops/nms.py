@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import numpy
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from torchkiln import ops
-from torchkiln.compat.mmcv._common import function_class, renamed
+from torchkiln.compat.mmcv._common import function_class, listed_errors, promoted, renamed
+from torchkiln.compat.mmcv._ops.bbox import bbox_overlaps
 from torchkiln.ops.detection.nms_rotated import PEER_QUADRI, suppress_by_peer
 
 __all__ = [
@@ -61,6 +62,7 @@ def _shifted(boxes: Tensor, offset: int) -> Tensor:
     return torch.cat([wide[:, :2], wide[:, 2:] + offset], 1) if offset else wide
 
 
+@listed_errors
 def _kept(
     bboxes: Tensor,
     scores: Tensor,
@@ -75,10 +77,10 @@ def _kept(
         "score_threshold": float(score_threshold) if score_threshold > 0 else None,
         "max_output": max_num if max_num > 0 else None,
     }
-    boxes, scores, threshold = bboxes.detach(), scores.detach(), float(iou_threshold)
+    pair = promoted(bboxes, scores)
     if idxs is None:
-        return ops.nms(boxes, scores, threshold, **settings)
-    return ops.batched_nms(boxes, scores, idxs, threshold, **settings)
+        return ops.nms(*pair, float(iou_threshold), **settings)
+    return ops.batched_nms(*pair, idxs, float(iou_threshold), **settings)
 
 
 def _nms_inds(
@@ -138,6 +140,7 @@ def _soft_method(method: str) -> int:
     return _SOFT_METHODS.index(method)
 
 
+@listed_errors
 def _softened(
     boxes: Tensor,
     scores: Tensor,
@@ -227,7 +230,8 @@ def nms_match(dets: Any, iou_threshold: float) -> list[Any]:
 
     Args:
         dets: (N, 5), a tensor or a NumPy array; x1, y1, x2, y2, score.
-        iou_threshold: a box joins the group of a better one from this IoU on.
+        iou_threshold: a box joins the group of a better one from this IoU on, both rounded to
+            float32.
 
     Returns:
         Groups by descending score of their first row, each an int64 tensor on the device of `dets`,
@@ -242,10 +246,28 @@ def nms_match(dets: Any, iou_threshold: float) -> list[Any]:
         return []
     assert dets.shape[-1] == 5, f"dets must be (N, 5); got {tuple(dets.shape)}"
     boxes = torch.as_tensor(dets).detach()
-    groups = ops.nms_match(boxes[:, :4], boxes[:, 4], float(iou_threshold))
-    return groups if isinstance(dets, Tensor) else [group.numpy() for group in groups]
+    order = boxes[:, 4].argsort(descending=True, stable=True)
+    rows = order.cpu().numpy()
+    is_free, groups = numpy.ones(len(rows), dtype=bool), []
+    for best, joins in enumerate(_joins(boxes[order, :4], float(iou_threshold))):
+        if is_free[best]:
+            is_free[best] = False  # a box that is NaN does not join itself
+            members = (joins & is_free).nonzero()[0]
+            is_free[members] = False
+            groups.append(rows[[best, *members]])
+    if isinstance(dets, Tensor):
+        return [torch.from_numpy(group).to(dets.device) for group in groups]
+    return groups
 
 
+def _joins(boxes: Tensor, iou_threshold: float) -> Iterator[numpy.ndarray]:
+    """For each box (N,): which ones reach the threshold with it, in mmcv's rounding."""
+    threshold = torch.tensor(iou_threshold, dtype=torch.float32).item()
+    for some in boxes.split(1024):
+        yield from (bbox_overlaps(some, boxes) >= threshold).cpu().numpy()
+
+
+@listed_errors
 def nms_rotated(
     dets: Tensor,
     scores: Tensor,
@@ -270,11 +292,11 @@ def nms_rotated(
     """
     if dets.shape[0] == 0:
         return dets, None
-    threshold = float(iou_threshold)
-    keep = ops.nms_rotated(dets.detach(), scores.detach(), threshold, None, clockwise)
+    keep = ops.nms_rotated(*promoted(dets, scores), float(iou_threshold), None, clockwise)
     return torch.cat([dets[keep], scores[keep, None]], 1), keep
 
 
+@listed_errors
 def nms_quadri(
     dets: Tensor, scores: Tensor, iou_threshold: float, labels: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -387,6 +409,7 @@ def _soft_nms_by_class(
     return _softened(boxes, scores, iou_threshold, sigma, min_score, number, offset, idxs)
 
 
+@listed_errors
 def _rotated_by_class(
     boxes: Tensor,
     scores: Tensor,
@@ -395,11 +418,11 @@ def _rotated_by_class(
     labels: Tensor | None = None,
     clockwise: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    threshold = float(iou_threshold)
-    inds = ops.nms_rotated(boxes.detach(), scores.detach(), threshold, idxs, clockwise)
+    inds = ops.nms_rotated(*promoted(boxes, scores), float(iou_threshold), idxs, clockwise)
     return scores[inds, None], inds
 
 
+@listed_errors
 def _quadri_by_class(
     boxes: Tensor,
     scores: Tensor,

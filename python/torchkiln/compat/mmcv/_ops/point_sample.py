@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from torchkiln import nn, ops
+from torchkiln.compat.mmcv._common import pair
+from torchkiln.ops._arguments import widened
 
 __all__ = [
     "SimpleRoIAlign",
@@ -93,14 +95,35 @@ def rel_roi_point_to_rel_img_point(
 def point_sample(
     input: Tensor, points: Tensor, align_corners: bool = False, **kwargs: Any
 ) -> Tensor:
-    """`torchkiln.ops.point_sample`; `kwargs` are `mode` and `padding_mode`."""
-    return ops.point_sample(input, points, align_corners, **kwargs)
+    """`torch.nn.functional.grid_sample` at points from 0 to 1, whatever it makes of others.
+
+    Args:
+        input: (N, C, H, W), floating; the half types are computed in float32.
+        points: (N, P, 2) or (N, H', W', 2), floating; x, y.
+        align_corners: whether 0 and 1 are the centres of the outer cells, else their edges.
+        kwargs: `mode` and `padding_mode`.
+
+    Returns:
+        (N, C, P) or (N, C, H', W'), dtype of `input`.
+    """
+    features = widened(input)
+    grid = denormalize(points.to(features.dtype))
+    is_list = points.dim() == 3
+    result = functional.grid_sample(
+        features, grid[:, :, None] if is_list else grid, align_corners=align_corners, **kwargs
+    ).to(input.dtype)
+    return result.squeeze(3) if is_list else result
 
 
 class SimpleRoIAlign(nn.SimpleRoIAlign):
     """`torchkiln.nn.SimpleRoIAlign`, its rows ordered by image."""
 
     use_torchvision = False
+
+    def __init__(
+        self, output_size: int | tuple[int, int], spatial_scale: float, aligned: bool = True
+    ) -> None:
+        super().__init__(pair(output_size), float(spatial_scale), aligned)
 
     def forward(self, features: Tensor, rois: Tensor) -> Tensor:
         """Returns (K, C, height, width): the regions of image 0 first, as mmcv has them."""

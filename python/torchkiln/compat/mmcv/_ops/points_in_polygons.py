@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from torchkiln.compat.mmcv._common import listed_errors
 from torchkiln.ops.detection.points_in_polygons import _points_in_polygons
 
 __all__ = ["points_in_polygons"]
 
 
+@listed_errors
 def points_in_polygons(points: Tensor, polygons: Tensor) -> Tensor:
     """`torchkiln.ops.points_in_polygons` as numbers, on the outline as mmcv has them.
 

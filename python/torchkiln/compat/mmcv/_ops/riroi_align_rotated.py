@@ -6,11 +6,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from torchkiln import ops
-from torchkiln.compat.mmcv._common import function_class
+from torchkiln.compat.mmcv._common import function_class, listed_errors
 
 __all__ = ["RiRoIAlignRotated", "RiRoIAlignRotatedFunction", "riroi_align_rotated"]
 
 
+@listed_errors
 def riroi_align_rotated(
     features: Tensor,
     rois: Tensor,

@@ -11,11 +11,12 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from torchkiln import ops
-from torchkiln.compat.mmcv._common import function_class, pair, renamed
+from torchkiln.compat.mmcv._common import function_class, listed_errors, pair, renamed
 
 __all__ = ["RoIAlign", "RoIAlignFunction", "roi_align"]
 
 
+@listed_errors
 def roi_align(
     input: Tensor,
     rois: Tensor,
@@ -37,8 +38,12 @@ def roi_align(
     """
     assert pool_mode in ("max", "avg"), f"pool_mode must be 'max' or 'avg'; got {pool_mode!r}"
     assert rois.size(1) == 5, "RoI must be (idx, x1, y1, x2, y2)!"
-    if aligned and not rois.is_cuda and bool((rois[:, 3:] < rois[:, 1:3]).any()):
-        raise RuntimeError("roi_align: each region in ROIAlign must have a non-negative size")
+    if aligned and not rois.is_cuda:
+        # Raises a RuntimeError, in a compiled graph too.
+        torch._assert_async(
+            ~(rois[:, 3:] < rois[:, 1:3]).any(),
+            "roi_align: each region in ROIAlign must have a non-negative size",
+        )
     size = pair(output_size)
     options = (spatial_scale, sampling_ratio, aligned)
     if pool_mode == "avg":

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from torchkiln import ops
-from torchkiln.compat.mmcv._common import function_class, pair, renamed
+from torchkiln.compat.mmcv._common import function_class, listed_errors, pair, renamed
 
 __all__ = ["RoIAlignRotated", "RoIAlignRotatedFunction", "roi_align_rotated"]
 
 
+@listed_errors
 def roi_align_rotated(
     input: Tensor,
     rois: Tensor,
@@ -25,9 +27,11 @@ def roi_align_rotated(
     Raises:
         RuntimeError: on the CPU with `aligned`, for a region of negative size, as mmcv.
     """
-    if aligned and not rois.is_cuda and rois.dim() == 2 and bool((rois[:, 3:5] < 0).any()):
-        raise RuntimeError(
-            "roi_align_rotated: each region in ROIAlignRotated must have a non-negative size"
+    if aligned and not rois.is_cuda and rois.dim() == 2:
+        # Raises a RuntimeError, in a compiled graph too.
+        torch._assert_async(
+            ~(rois[:, 3:5] < 0).any(),
+            "roi_align_rotated: each region in ROIAlignRotated must have a non-negative size",
         )
     return ops.roi_align_rotated(
         input, rois, pair(output_size), spatial_scale, sampling_ratio, aligned, clockwise

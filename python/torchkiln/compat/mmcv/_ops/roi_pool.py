@@ -6,11 +6,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from torchkiln import ops
-from torchkiln.compat.mmcv._common import function_class, pair
+from torchkiln.compat.mmcv._common import function_class, listed_errors, pair
 
 __all__ = ["RoIPool", "RoIPoolFunction", "roi_pool"]
 
 
+@listed_errors
 def roi_pool(
     input: Tensor,
     rois: Tensor,
