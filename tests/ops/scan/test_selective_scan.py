@@ -91,11 +91,31 @@ class TestSelectiveScan(OpSuite):
             ValueError,
             r"initial_state must have shape \(2, 4, 3\)",
         ),
+        Failure("no_u", {"u": None}, TypeError, r"^selective_scan: u must be a tensor; got None"),
+        Failure("list_for_u", {"u": [1.0]}, TypeError, r"u must be a tensor; got list$"),
+        Failure("no_A", {"A": None}, TypeError, r"^selective_scan: A must be a tensor; got None"),
+        Failure("no_B", {"B": None}, TypeError, r"^selective_scan: B must be a tensor; got None"),
+        Failure("number_for_D", {"D": 1.0}, TypeError, r"D must be a tensor; got float$"),
+        Failure(
+            "parts_of_B",
+            {
+                "A": torch.zeros(4, 3, dtype=torch.complex64),
+                "B": torch.zeros(2, 2, 3, 21, dtype=torch.complex128),
+            },
+            TypeError,
+            r"B must have parts of the dtype of u \(float32\); got complex128. Use torch.view_as",
+        ),
+        Failure(
+            "list_for_discretization",
+            {"discretization": ["foj"]},
+            ValueError,
+            r"discretization must be .*; got \['foj'\]",
+        ),
         Failure(
             "discretization",
             {"discretization": "euler"},
             ValueError,
-            r"discretization must be one of mamba, .*; got 'euler'",
+            r'discretization must be "mamba", .* or "rk4_constant"; got \'euler\'',
         ),
     )
 
@@ -362,3 +382,50 @@ def test_long_rows_keep_few_states() -> None:
     out.sum().backward()
     assert max(saved) == 16 * 5000
     assert sum(saved) < 2 * 10_000 + 16 * 5000 + 2 * 32 + 10_000 * 16 / 30
+
+
+def _complex_scan() -> dict[str, Tensor]:
+    new = Inputs(5)
+
+    def pair(*shape: int) -> Tensor:
+        return torch.complex(-new.uniform(*shape, low=0.1), new.normal(*shape)).to(torch.complex64)
+
+    return {
+        "u": new.normal(2, 4, 7).float(),
+        "delta": new.uniform(2, 4, 7, low=0.1).float(),
+        "A": pair(4, 3),
+        "B": pair(2, 3, 7),
+        "C": pair(2, 3, 7),
+        "initial_state": pair(2, 4, 3),
+    }
+
+
+def test_complex_scans_compile_whole() -> None:
+    arguments = _complex_scan()
+    compiled = torch.compile(selective_scan, backend="aot_eager", fullgraph=True)
+    outs = []
+    for function in (selective_scan, compiled):
+        A = arguments["A"].clone().requires_grad_()
+        out = function(**arguments | {"A": A})
+        outs.append((out.detach(), *torch.autograd.grad(out.sum(), A)))
+    for eager, graph in zip(*outs, strict=True):
+        torch.testing.assert_close(graph, eager)
+
+
+def test_conjugates_that_are_not_resolved() -> None:
+    arguments = _complex_scan()
+    lazy = {name: value.conj() for name, value in arguments.items()}
+    resolved = {name: value.conj().resolve_conj() for name, value in arguments.items()}
+    assert lazy["A"].is_conj()
+    assert torch.equal(selective_scan(**lazy), selective_scan(**resolved))
+
+
+def test_shapes_alone() -> None:
+    for arguments in (_complex_scan(), {**_complex_scan(), "A": torch.ones(4, 3)}):
+        if not arguments["A"].is_complex():
+            arguments |= {"B": torch.ones(2, 3, 7), "C": torch.ones(4, 3)}
+            del arguments["initial_state"]
+        shapes = {name: value.to("meta") for name, value in arguments.items()}
+        out, state = selective_scan(**shapes, return_last_state=True)
+        assert (out.shape, state.shape) == ((2, 4, 7), (2, 4, 3))
+        assert state.dtype == arguments["A"].dtype

@@ -399,7 +399,9 @@ def _arranged(without: tuple[str, ...] = (), **arguments: Any) -> dict[str, Any]
     return kept
 
 
-def _is_pairs(tensor: Tensor) -> bool:
+def _is_pairs(tensor: object) -> bool:
+    if not isinstance(tensor, Tensor):  # what is wrong goes to the function
+        return False
     return tensor.is_floating_point() and tensor.dim() > 2 and tensor.shape[-1] == 2
 
 
