@@ -112,6 +112,43 @@ def test_over_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         del sys.modules[name]
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_over_an_installed_convolution(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has beside our functions stays, imported before `install` or after."""
+    folder = tmp_path / "causal_conv1d"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(
+        "__version__ = '1.6'\n"
+        "from causal_conv1d.causal_conv1d_interface import causal_conv1d_fn\n"
+        "from causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states\n"
+    )
+    (folder / "causal_conv1d_interface.py").write_text("causal_conv1d_fn = 'theirs'\n")
+    (folder / "causal_conv1d_varlen.py").write_text("causal_conv1d_varlen_states = 'theirs'\n")
+    (folder / "cpp_functions.py").write_text("causal_conv1d_fwd_function = 'theirs'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = importlib.import_module("causal_conv1d") if when == "before" else None
+    causal_conv1d.install()
+    try:
+        package = importlib.import_module("causal_conv1d")
+        assert before in (None, package)
+        assert package.causal_conv1d_fn is causal_conv1d.causal_conv1d_fn
+        assert package.causal_conv1d_update is causal_conv1d.causal_conv1d_update
+        assert package.causal_conv1d_interface.causal_conv1d_fn is package.causal_conv1d_fn
+        assert (package.__version__, package.causal_conv1d_varlen_states) == ("1.6", "theirs")
+        functions = importlib.import_module("causal_conv1d.cpp_functions")
+        assert functions.causal_conv1d_fwd_function == "theirs"
+    finally:
+        causal_conv1d.uninstall()
+    if before is not None:
+        assert before.causal_conv1d_fn == "theirs"
+        assert before.causal_conv1d_interface.causal_conv1d_fn == "theirs"
+        assert not hasattr(before, "causal_conv1d_update")
+    for name in [name for name in sys.modules if name.startswith("causal_conv1d")]:
+        del sys.modules[name]
+
+
 def _scan(new: Inputs, length: int = 9) -> dict[str, Tensor]:
     return {
         "u": new.normal(2, 4, length).float(),
@@ -257,3 +294,11 @@ def test_update_with_other_index_types() -> None:
     plain = causal_conv1d.causal_conv1d_update_ref(x, copies[1], weight)
     torch.testing.assert_close(out, plain)
     torch.testing.assert_close(copies[0][rows], copies[1])
+
+
+def test_no_tensor_for_the_convolution() -> None:
+    weight = torch.zeros(4, 3)
+    with pytest.raises(TypeError, match=r"^causal_conv1d: x must be a tensor; got None$"):
+        causal_conv1d.causal_conv1d_fn(None, weight, initial_states=torch.zeros(1, 4, 2))
+    with pytest.raises(TypeError, match=r"^causal_conv1d_update: x must be a tensor; got None$"):
+        causal_conv1d.causal_conv1d_update(None, weight, weight)

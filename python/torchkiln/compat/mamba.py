@@ -1,7 +1,9 @@
 """torchkiln in place of mamba-ssm's operators: import from here, or `install()` and import as ever.
 
-With an installed mamba-ssm, its models run on our operators; without one, `mamba_ssm` holds the
-operators only. What differs is in docs/compat_mamba.md.
+With an installed mamba-ssm that is imported afterwards, its models run on our operators and all
+else of it stays; without one, `mamba_ssm` holds the operators only. Its models need
+`causal_conv1d`, too: `torchkiln.compat.causal_conv1d.install()`. What differs is in
+docs/compat_mamba.md.
 
 Example:
     >>> from torchkiln.compat import mamba as drop_in
