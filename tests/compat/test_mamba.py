@@ -39,6 +39,9 @@ SIGNATURES = {
     visionmamba.mamba_inner_fn_no_out_proj: "xz, conv1d_weight, conv1d_bias, x_proj_weight, "
     "delta_proj_weight, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus, "
     "checkpoint_lvl, discretization_method",
+    visionmamba.mamba_inner_ref: "xz, conv1d_weight, conv1d_bias, x_proj_weight, "
+    "delta_proj_weight, out_proj_weight, out_proj_bias, A, B, C, D, delta_bias, B_proj_bias, "
+    "C_proj_bias, delta_softplus, discretization_method",
     visionmamba.bimamba_inner_fn: "xz, conv1d_weight, conv1d_bias, x_proj_weight, "
     "delta_proj_weight, out_proj_weight, out_proj_bias, A, A_b, B, C, D, delta_bias, B_proj_bias, "
     "C_proj_bias, delta_softplus, discretization_method",
@@ -63,6 +66,10 @@ PLACES = {
         ("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn"),
         ("mamba_ssm.ops.selective_scan_interface", "mamba_inner_fn_no_out_proj"),
         ("mamba_ssm.ops.selective_scan_interface", "bimamba_inner_fn"),
+        ("mamba_ssm.ops.selective_scan_interface", "bimamba_inner_ref"),
+        ("mamba_ssm.ops.selective_scan_interface", "BiMambaInnerFn"),
+        ("mamba_ssm.ops.selective_scan_interface", "SelectiveScanFn"),
+        ("mamba_ssm.ops.selective_scan_interface", "mamba_inner_ref"),
     ),
 }
 
@@ -212,7 +219,7 @@ def test_the_forks_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_an_unknown_method() -> None:
-    with pytest.raises(ValueError, match=r"discretization_method must be one of zoh, foh, .*'x'"):
+    with pytest.raises(ValueError, match=r"discretization_method must be .*\"rk4\"; got 'x'"):
         visionmamba.selective_scan_fn(**_scan(Inputs()), discretization_method="x")
 
 
@@ -252,6 +259,60 @@ def test_both_directions_of_one_projection() -> None:
     torch.testing.assert_close(out, flipped.flip(1), rtol=1e-4, atol=1e-4)
     ahead = visionmamba.mamba_inner_fn(**arguments, discretization_method="bilinear")
     assert not torch.allclose(out, ahead)
+
+
+_WRONG = [
+    ({"x_proj_weight": torch.zeros(9, 4)}, ValueError, r"x_proj_weight must have shape \(8, 4\)"),
+    (
+        {"A_b": torch.zeros(4, 2)},
+        ValueError,
+        r"A_b must have the shape of A \(4, 3\); got \(4, 2\)",
+    ),
+    (
+        {"A_b": torch.zeros(4, 3, dtype=torch.complex64)},
+        TypeError,
+        r"A_b must be real like A; got complex64",
+    ),
+    ({"A_b": None}, TypeError, r"A_b must be a tensor; got None"),
+    ({"xz": None}, TypeError, r"xz must be a tensor; got None"),
+    ({"xz": torch.zeros(2, 7, 5)}, ValueError, r"xz must have shape \(B, 2 D, L\)"),
+    ({"D": torch.zeros(5)}, ValueError, r"D must have shape \(4,\); got \(5,\)"),
+    ({"out_proj_weight": None}, TypeError, r"out_proj_weight must be a tensor; got None"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "sentence"), _WRONG)
+def test_both_directions_refuse(
+    wrong: dict[str, Any], error: type[Exception], sentence: str
+) -> None:
+    arguments = _inner(Inputs())
+    arguments["A_b"] = arguments["A"]
+    with pytest.raises(error, match="^bimamba_inner_fn: " + sentence):
+        visionmamba.bimamba_inner_fn(**arguments | wrong)
+
+
+@pytest.mark.parametrize("method", ["zoh", "foh"])
+def test_the_forks_classes_and_references(method: str) -> None:
+    """The rule is the last argument of each."""
+    arguments = _inner(Inputs())
+    rest = (None,) * 6  # from B to C_proj_bias
+    one = (*arguments.values(), *rest, True)
+    out = visionmamba.mamba_inner_fn(**arguments, discretization_method=method)
+    assert torch.equal(visionmamba.MambaInnerFn.apply(*one, 1, method), out)
+    plain = visionmamba.mamba_inner_ref(*one, method)
+    torch.testing.assert_close(plain, out, rtol=1e-4, atol=1e-4)
+
+    both = (*arguments.values(), arguments["A"] / 2, *rest, True)
+    out = visionmamba.bimamba_inner_fn(*both, method)
+    assert torch.equal(visionmamba.BiMambaInnerFn.apply(*both, 1, method), out)
+    plain = visionmamba.bimamba_inner_ref(*both, method)
+    torch.testing.assert_close(plain, out, rtol=1e-4, atol=1e-4)
+    assert torch.equal(visionmamba.BiMambaInnerFn.apply(*both), visionmamba.bimamba_inner_fn(*both))
+
+    scan = (*_scan(Inputs()).values(), None, None, None, False, False, method)
+    assert torch.equal(
+        visionmamba.SelectiveScanFn.apply(*scan), visionmamba.selective_scan_fn(*scan)
+    )
 
 
 def test_decode_takes_mixed_dtypes() -> None:
