@@ -18,6 +18,7 @@ from support.op_suite import Failure, OpSuite
 from support.strategies import seeds
 from torchkiln import backend
 from torchkiln.ops import selective_scan
+from torchkiln.reference.scan import _golden
 from torchkiln.reference.scan.selective_scan import _arranged, parity
 from torchkiln.testing import Inputs
 
@@ -122,52 +123,6 @@ class TestSelectiveScan(OpSuite):
 
 # ---- golden values ----
 
-STEPS, INPUTS, MATRIX = (0.1, 0.3, 0.2, 0.4), (0.5, 1.2, -0.3, 0.9), (1, -0.5, 2, 0.8)
-# States of a = -0.7 at each position, and the last one of a = -0.7 + 3i.
-GOLDEN = {
-    ("mamba", False): ((0.05, -0.139470788, -0.241250078, 0.105667114), 0.2579321 - 0.1883249j),
-    ("zoh", False): (
-        (0.048290129, -0.123213143, -0.219095016, 0.085605415),
-        0.2313737 - 0.0291020j,
-    ),
-    ("foh", False): (
-        (0.048290129, 0.020408412, -0.094236434, -0.039558042),
-        0.0147383 - 0.1147002j,
-    ),
-    ("bilinear", False): (
-        (0.048309179, -0.123767679, -0.219723310, 0.086875398),
-        0.2056666 - 0.0640732j,
-    ),
-    ("tustin", False): (
-        (0.048309179, 0.025553588, -0.089939405, -0.046796393),
-        -0.0226983 - 0.0724109j,
-    ),
-    ("poly", False): (
-        (0.057142596, 0.002797851, -0.130069038, -0.028312953),
-        0.0498484 - 0.1208307j,
-    ),
-    ("poly", True): (
-        (0.049765540, -0.008139121, -0.125895373, -0.025158565),
-        0.0563511 - 0.1142450j,
-    ),
-    ("highorder", False): (
-        (0.048290129, 0.045194644, -0.089790584, -0.074524729),
-        -0.0269878 - 0.1353147j,
-    ),
-    ("highorder", True): (
-        (0.048290129, 0.057587760, -0.071035470, -0.073125515),
-        -0.0417796 - 0.1298820j,
-    ),
-    ("rk4_constant", False): (
-        (0.048290119, -0.123210174, -0.219092114, 0.085590517),
-        0.2238343 - 0.0349538j,
-    ),
-    ("rk4", False): (
-        (0.048290119, 0.020381612, -0.094259349, -0.039472655),
-        0.0089624 - 0.1039549j,
-    ),
-}
-
 
 def row(values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).view(1, 1, -1)
@@ -177,29 +132,29 @@ def row(values: tuple[float, ...]) -> Tensor:
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_golden_values(rule: tuple[str, bool], where: str) -> None:
     name, true_time = rule
-    states, last = GOLDEN[rule]
+    states, last = _golden.GOLDEN[rule]
     arguments: dict[str, Any] = {"discretization": name, "true_time": true_time}
     ones = torch.ones(1, 1, 4, dtype=torch.float64)
     with backend(where):
         out = selective_scan(
-            row(INPUTS),
-            row(STEPS),
-            torch.full((1, 1), -0.7, dtype=torch.float64),
-            row(MATRIX),
+            row(_golden.INPUTS),
+            row(_golden.STEPS),
+            torch.full((1, 1), _golden.REAL_A, dtype=torch.float64),
+            row(_golden.MATRIX),
             ones,
             **arguments,
         )
         _, state = selective_scan(
-            row(INPUTS),
-            row(STEPS),
-            torch.tensor([[-0.7 + 3j]], dtype=torch.complex128),
-            row(MATRIX) + 0j,
+            row(_golden.INPUTS),
+            row(_golden.STEPS),
+            torch.tensor([[_golden.COMPLEX_A]], dtype=torch.complex128),
+            row(_golden.MATRIX) + 0j,
             ones + 0j,
             return_last_state=True,
             **arguments,
         )
-    torch.testing.assert_close(out, row(states), rtol=0, atol=6e-10)
-    torch.testing.assert_close(state.item(), last, rtol=0, atol=8e-8)
+    torch.testing.assert_close(out, row(states), rtol=0, atol=_golden.REAL_ROUNDING)
+    torch.testing.assert_close(state.item(), last, rtol=0, atol=_golden.COMPLEX_ROUNDING)
 
 
 # ---- what defines the rules ----
