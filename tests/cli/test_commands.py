@@ -226,7 +226,7 @@ def test_verify_gives_variants_a_row_each(engine, invoke, testing_module):
     rows = {
         line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.strip()
     }
-    assert rows["variant"] == ["dtype", "forward", "u", "forward"]  # below "d" and "golden"
+    assert rows["variant"] == ["dtype", "forward", "u", "forward"]  # under "d" and "golden"
     assert rows["foh"] == ["float32", "5e-01", "2e-01"]
     assert rows["poly"] == ["float32", "FAILED", "9e-01"]
     assert "The case nearest to its limit" not in result.stdout

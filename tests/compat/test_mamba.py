@@ -110,11 +110,13 @@ def test_over_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         package = importlib.import_module("mamba_ssm")
         assert ours.selective_scan_fn is mamba.selective_scan_fn
         assert package.theirs == 1
+        assert package.selective_scan_fn is mamba.selective_scan_fn
         assert package.ops.selective_scan_interface is ours
     finally:
         mamba.uninstall()
     assert importlib.import_module(place) is theirs
     assert package.ops.selective_scan_interface is theirs
+    assert not hasattr(package, "selective_scan_fn")
     for name in [name for name in sys.modules if name.startswith("mamba_ssm")]:
         del sys.modules[name]
 
@@ -329,6 +331,12 @@ def test_decode_takes_mixed_dtypes() -> None:
     half = state.half()
     mamba.selective_state_update(half, x.float(), dt, A, B.float(), C, dt_softplus=True)
     torch.testing.assert_close(half.float(), copies[0], rtol=1e-2, atol=1e-2)
+
+
+def test_decode_wants_tensors() -> None:
+    one = torch.ones(1, 1)
+    with pytest.raises(TypeError, match=r"^selective_state_update: B must be a tensor; got None$"):
+        mamba.selective_state_update(torch.ones(1, 1, 1), one, one, one, None, one)
 
 
 def test_final_states_out() -> None:

@@ -25,6 +25,7 @@ from torch.nn import functional
 from torchkiln import ops
 from torchkiln._backend import backend
 from torchkiln.compat._replaced import Replaced, module
+from torchkiln.ops._arguments import require_tensor
 
 __all__ = [
     "MambaInnerFn",
@@ -144,6 +145,7 @@ def selective_state_update(
     state_batch_indices: Tensor | None = None,
 ) -> Tensor:
     """As mamba-ssm's; on the CPU, too. Inputs may have any floating dtypes."""
+    require_tensor("selective_state_update", state=state, x=x, dt=dt, A=A, B=B, C=C)
     dtype = x.dtype
     for other in (dt, B, C, z):
         dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
