@@ -1,6 +1,7 @@
-"""Checks of arguments for operators that are compositions; those of kernels stand in C++.
+"""Checks of arguments for compositions, and of what public functions look at themselves.
 
-The sentences are the same: `<op>: <argument> must <rule>; got <value>. <way out>`.
+Those of kernels stand in C++. The sentences are the same:
+`<op>: <argument> must <rule>; got <value>. <way out>`.
 """
 
 # SPDX-License-Identifier: Apache-2.0
