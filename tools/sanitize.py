@@ -82,12 +82,14 @@ class Share:
         seen: those that ended.
         errors: where a process died or its tool complained: the call that it died of, how many
             errors, and what was said.
+        unreached: those that the time did not reach, or that it cut off.
     """
 
     tool: str
     tasks: list[Task]
     seen: dict[Task, Seen] = field(default_factory=dict)
     errors: list[tuple[Task | None, int, str]] = field(default_factory=list)
+    unreached: list[Task] = field(default_factory=list)
 
 
 # ---- tasks ----
@@ -168,12 +170,14 @@ def run_child(order: Path, with_kernels: bool) -> None:
 
 def run_tasks(
     tasks: list[Task], folder: Path, prefix: Sequence[str] = (), limit: float = 600.0
-) -> tuple[list[dict[str, Any]], str]:
-    """Runs tasks in one process; returns what it noted of those that ended, and its output."""
+) -> tuple[list[dict[str, Any]], str, bool]:
+    """Runs tasks in one process; returns what it noted of those that ended, its output, and
+    whether it came to an end."""
     with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".json", delete=False) as file:
         json.dump([asdict(task) for task in tasks], file)
     command = [*prefix, sys.executable, __file__, "--child", file.name]
     command += [] if prefix else ["--with-kernels"]
+    ended = True
     try:
         done = subprocess.run(
             command, env={**os.environ, **ENVIRONMENT}, timeout=limit, check=False, text=True,
@@ -184,20 +188,21 @@ def run_tasks(
         said = expired.stdout or b""
         output = said.decode(errors="replace") if isinstance(said, bytes) else said
         output += f"\nno end after {limit:g} seconds"
+        ended = False
     notes = Path(file.name).with_suffix(".done")
     lines = notes.read_text().splitlines() if notes.exists() else []
-    return [json.loads(line) for line in lines], output
+    return [json.loads(line) for line in lines], output, ended
 
 
 def shares_of(tasks: Iterable[Task], count: int, cost: Mapping[Task, float]) -> list[list[Task]]:
-    """Divides tasks so that none has much more to do than another."""
+    """Divides tasks so that none has much more to do than another; the long ones come last."""
     shares: list[list[Task]] = [[] for _ in range(count)]
     loads = [0.0] * count
     for task in sorted(tasks, key=lambda task: -cost.get(task, 0.0)):
         least = loads.index(min(loads))
         shares[least].append(task)
         loads[least] += cost.get(task, 0.0) + 0.01
-    return [share for share in shares if share]
+    return [share[::-1] for share in shares if share]
 
 
 def scouts(tasks: list[Task], jobs: int) -> list[Share]:
@@ -217,31 +222,41 @@ def covering(seen: Mapping[Task, Seen], wanted: set[str]) -> list[Task]:
     return chosen
 
 
-def run_share(share: Share, folder: Path, limit: float) -> None:
-    """Runs a share under its tool, in a new process after each call that kills one."""
+def run_share(share: Share, folder: Path, limit: float, end: float) -> None:
+    """Runs a share under its tool until `end`, in a new process after each call that kills one."""
     rest = list(share.tasks)
     prefix = []
     if share.tool:
         prefix = ["compute-sanitizer", "--tool", share.tool, *OPTIONS[share.tool], *COMMON]
     while rest:
-        notes, output = run_tasks(rest, folder, prefix, limit)
+        left = end - time.monotonic()
+        if left <= 0:
+            share.unreached += rest
+            return
+        notes, output, ended = run_tasks(rest, folder, prefix, min(limit, left))
         share.seen |= {rest[note.pop("task")]: Seen(**note) for note in notes}
         dead = rest[len(notes)] if len(notes) < len(rest) else None
         summary = SUMMARY.search(output)
+        findings = FINDING.findall(output)[1:]  # behind the tool's name
+        is_late = not ended and left < limit
         silent = bool(share.tool) and summary is None
         count = int(summary[1]) if summary else 0
+        if is_late:
+            share.unreached += rest[len(notes) :]
+            if findings:
+                share.errors.append((dead, len(findings), "\n".join(findings[:60])))
+            return
         if dead is not None or silent or count:
-            said = "\n".join(FINDING.findall(output)[:60])
-            share.errors.append((dead, max(1, count), said or output[-2000:]))
+            share.errors.append((dead, max(1, count), "\n".join(findings[:60]) or output[-2000:]))
         if silent and not notes:  # it does not even start
             return
         rest = rest[len(notes) + 1 :]
 
 
-def run_shares(shares: Sequence[Share], folder: Path, limit: float) -> None:
+def run_shares(shares: Sequence[Share], folder: Path, limit: float, end: float) -> None:
     """Runs all of them side by side."""
     with ThreadPoolExecutor(len(shares)) as pool:
-        list(pool.map(lambda share: run_share(share, folder, limit), shares))
+        list(pool.map(lambda share: run_share(share, folder, limit, end), shares))
 
 
 # ---- the report ----
@@ -295,6 +310,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     text += "\n\n" + table(rows) + "\n"
     missing = ", ".join(f"`{name}`" for name in report["never_launched"]) or "none"
     text += f"\nKernels that no call launched: {missing}.\n"
+    if report["unreached"]:
+        text += "\nCalls that the time did not reach, or cut off:\n\n"
+        text += "".join(f"- {call}\n" for call in report["unreached"])
     for error in report["errors"]:
         call = error["call"] or "a call of this process"
         text += f"\n## {error['tool']}, {call}\n\n```\n{error['message']}\n```\n"
@@ -320,11 +338,13 @@ def entries(ops: set[str]) -> set[str]:
               help="Processes side by side.")  # fmt: skip
 @click.option("--limit", type=float, default=400.0, show_default=True,
               help="Seconds after which a process counts as hung.")  # fmt: skip
+@click.option("--seconds", type=float, default=float("inf"),
+              help="Time for all; the report names what it did not reach.")  # fmt: skip
 @click.option("--commit", default="", help="Commit of the tree, when it is no git checkout.")
 @click.option("--child", type=Path, hidden=True)
 @click.option("--with-kernels", is_flag=True, hidden=True)
-def main(output: str | None, ops: str, jobs: int, limit: float, commit: str, child: Path | None,
-         with_kernels: bool) -> None:  # fmt: skip
+def main(output: str | None, ops: str, jobs: int, limit: float, seconds: float, commit: str,
+         child: Path | None, with_kernels: bool) -> None:  # fmt: skip
     """Runs the kernels under memcheck and racecheck; exits with 1 when something was found."""
     if child is not None:
         run_child(child, with_kernels)
@@ -338,15 +358,16 @@ def main(output: str | None, ops: str, jobs: int, limit: float, commit: str, chi
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         first = scouts(tasks, jobs)
-        run_shares(first, folder, limit)
+        run_shares(first, folder, limit, start + seconds)
         seen = {task: found for share in first for task, found in share.seen.items()}
         click.echo(f"{len(seen)} calls without the sanitizer: {time.monotonic() - start:.0f} s")
         shares = list(planned(seen, jobs))
-        run_shares(shares, folder, limit)
+        run_shares(shares, folder, limit, start + seconds)
     report = report_of(seen, [*first, *shares], commit, time.monotonic() - start)
     Path(f"{output}.json").write_text(json.dumps(report, indent=1) + "\n")
     Path(f"{output}.md").write_text(markdown(report))
-    click.echo(f"{len(report['errors'])} processes with errors, {report['facts']['seconds']} s")
+    click.echo(f"{len(report['errors'])} processes with errors, {len(report['unreached'])} calls not "
+               f"reached, {report['facts']['seconds']} s")  # fmt: skip
     sys.exit(bool(report["errors"]))
 
 
@@ -379,6 +400,12 @@ def report_of(
                                   "sanitizer": " ".join(re.findall(r"Version .*", version))},
         "operators": list(rows_of(seen, shares)),
         "never_launched": sorted(entries(named) - launched),
+        "unreached": [
+            f"{share.tool or 'no tool'}: {task.function} {task.name}"
+            + ("" if task.deterministic is None else f", deterministic={task.deterministic}")
+            for share in shares
+            for task in share.unreached
+        ],
         "errors": [
             {"tool": share.tool or "no tool", "call": str(task) if task else None, "count": count,
              "message": message}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from types import NoneType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -37,6 +38,8 @@ _is_grad_enabled = torch.is_grad_enabled
 
 Result = TypeVar("Result")
 
+# As a schema writes them.
+_TENSOR_KINDS = ("Tensor", "Optional[Tensor]")
 _AUTOCAST_DEVICES = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
 
 
@@ -106,7 +109,7 @@ class Operator(Generic[Result]):
                     output = self.overload._op(*args)
             return output
         except RuntimeError as error:
-            better = self._missing_tensor(args) or translate(error)
+            better = self._no_tensor(args) or translate(error)
             if better is error:
                 raise
             raise better from None
@@ -133,12 +136,37 @@ class Operator(Generic[Result]):
         """`torch.ops.<namespace>.<name>.default`."""
         return getattr(getattr(torch.ops, self.namespace), self.name).default
 
-    def _missing_tensor(self, args: tuple[Any, ...]) -> TypeError | None:
-        """The error for a None that must be a tensor: torch hands on an undefined one."""
+    def _no_tensor(self, args: tuple[Any, ...]) -> TypeError | None:
+        """The error for what must be a tensor and is none; None is an undefined one to torch."""
         for argument, value in zip(self.overload._schema.arguments, args, strict=False):
-            if value is None and str(argument.type) == "Tensor":
-                return TypeError(f"{self._public}: {argument.name} must be a tensor; got None")
+            kind = str(argument.type)
+            is_missing = value is None and kind == "Tensor"
+            if is_missing or (kind in _TENSOR_KINDS and not isinstance(value, (Tensor, NoneType))):
+                got = "None" if value is None else type(value).__name__
+                return TypeError(f"{self._public}: {argument.name} must be a tensor; got {got}")
         return None
+
+    def require_meta(self, *args: Any, **kwargs: Any) -> None:
+        """Raises where some tensors are on the meta device and others are not.
+
+        Torch sends such a call to the operator's fake, which looks at sizes only: outputs would be
+        memory that nobody writes.
+        """
+        names = [argument.name for argument in self.overload._schema.arguments]
+        named = [*zip(names, args, strict=False), *kwargs.items()]
+        tensors = [
+            (name, leaf)
+            for name, value in named
+            for leaf in (value if isinstance(value, (list, tuple)) else (value,))
+            if isinstance(leaf, Tensor)
+        ]
+        first, reference = tensors[0]
+        for name, tensor in tensors:
+            if tensor.is_meta != reference.is_meta:
+                raise ValueError(
+                    f"{self._public}: {name} must be on the device of {first} ({reference.device}); "
+                    f"got {tensor.device}"
+                )
 
     def _run_watched(self, args: tuple[Any, ...]) -> Any:
         """Runs where a mode, subclass or transform above autograd must see the call."""
@@ -285,7 +313,7 @@ class Frame:
             self._namespace, name, setup_context, backward, reference, public
         )
         self._operators[name] = operator
-        self._register_fake(name, fake)
+        self._register_fake(operator, fake)
         self._implement(name, "Autograd", operator.autograd_kernel, with_keyset=True)
         if autocast is not None:
             for key, device in _AUTOCAST_DEVICES.items():
@@ -299,17 +327,18 @@ class Frame:
         # Not Library.impl: its bookkeeping costs more than the registration and is of no use here.
         self._library.m.impl(name, key, kernel, with_keyset)  # type: ignore[union-attr]
 
-    def _register_fake(self, name: str, fake: Callable[..., Any]) -> None:
+    def _register_fake(self, operator: Operator[Any], fake: Callable[..., Any]) -> None:
         """`torch.library.register_fake` without its search for source lines."""
-        self._fakes[name] = fake
-        qualified = f"{self._namespace}::{name}"
+        self._fakes[operator.name] = fake
+        qualified = f"{self._namespace}::{operator.name}"
         holder = simple_registry.singleton.find(qualified).fake_impl
         holder.kernels.append(library_utils.Kernel(fake, fake.__module__))
 
         def meta_kernel(*args: Any, **kwargs: Any) -> Any:
+            operator.require_meta(*args, **kwargs)
             return fake_impl.construct_meta_kernel(qualified, holder)(*args, **kwargs)
 
-        self._implement(name, "Meta", meta_kernel, with_keyset=False)
+        self._implement(operator.name, "Meta", meta_kernel, with_keyset=False)
 
 
 def _run_in_dtype(

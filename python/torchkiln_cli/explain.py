@@ -37,11 +37,22 @@ def kernels(
             "explain", operator=operator, values=dict(values), dtypes=dtypes, **place
         )
     except _native.ControlError as error:
+        schema = _schema_of(operator) if error.argument == "ops" else operator
+        if schema != operator:
+            return kernels(schema, values, dtypes, place)
         if error.is_usage:
             raise UsageError(str(error)) from error
         if "device" in place:
             raise UsageError(f"{error} Or name a GPU that is not here: --arch sm_90") from error
         raise
+
+
+def _schema_of(function: str) -> str:
+    """The operator behind a public function that has another name."""
+    from torchkiln import testing
+
+    parities = testing.find().values()
+    return next((p.op for p in parities if function in p.functions), function)
 
 
 def emit(operator: str, reply: dict[str, Any], as_json: bool) -> None:

@@ -10,7 +10,7 @@ import click
 from torchkiln_cli import _native
 from torchkiln_cli._output import emit_json, emit_table
 
-_FIELDS = ("op", "case", "dtype", "direction", "error", "limit", "ok", "message")
+_FIELDS = ("op", "case", "dtype", "direction", "error", "limit", "ok", "message", "label")
 
 
 def run(ops: list[str] | None, device: str, dtypes: list[str] | None, as_json: bool) -> bool:
@@ -26,7 +26,8 @@ def run(ops: list[str] | None, device: str, dtypes: list[str] | None, as_json: b
     if as_json:
         emit_json({"device": device, "results": results})
     else:
-        _emit_worst(results)
+        _emit_worst([result for result in results if not result["label"]])
+        _emit_labelled([result for result in results if result["label"]])
         for result in failed:
             where = " ".join(str(result[name]) for name in _FIELDS[:4])
             click.echo(f"{where}: {result['message']}", err=True)
@@ -36,6 +37,8 @@ def run(ops: list[str] | None, device: str, dtypes: list[str] | None, as_json: b
 
 def _emit_worst(results: list[dict[str, Any]]) -> None:
     """One line for each operator, dtype and direction: the case that came nearest to its limit."""
+    if not results:
+        return
     worst: dict[tuple[str, str, str], dict[str, Any]] = {}
     for result in results:
         key = (str(result["op"]), str(result["dtype"]), str(result["direction"]))
@@ -55,6 +58,34 @@ def _emit_worst(results: list[dict[str, Any]]) -> None:
             for key, result in worst.items()
         ],
     )
+
+
+def _emit_labelled(results: list[dict[str, Any]]) -> None:
+    """A table for each operator with variants: a row for each of them and dtype."""
+    for op in dict.fromkeys(str(result["op"]) for result in results):
+        rows: dict[tuple[str, str], dict[str, float]] = {}
+        for result in results:
+            if result["op"] == op:
+                row = rows.setdefault((str(result["label"]), str(result["dtype"])), {})
+                direction = str(result["direction"])
+                row[direction] = max(row.get(direction, 0.0), _ratio(result))
+        directions = list(dict.fromkeys(name for row in rows.values() for name in row))
+        emit_table(
+            f"{op}: the worst error of all cases in parts of its limit",
+            ("variant", "dtype", *(_heading(name) for name in directions)),
+            [(*key, *(_part(row.get(name)) for name in directions)) for key, row in rows.items()],
+        )
+
+
+def _heading(direction: str) -> str:
+    """In several lines, to be as narrow as the numbers."""
+    return direction.replace("gradient", "d").replace(" ", "\n") + " "
+
+
+def _part(ratio: float | None) -> str:
+    if ratio is None:
+        return ""
+    return "FAILED" if ratio == float("inf") else f"{ratio:.0e}"
 
 
 def _ratio(result: dict[str, Any]) -> float:

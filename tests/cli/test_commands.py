@@ -179,6 +179,7 @@ class _Result:
     limit: float = 1e-5
     ok: bool = True
     message: str = ""
+    label: str = ""
 
 
 @pytest.fixture
@@ -211,6 +212,24 @@ def test_verify_fails(engine, invoke, testing_module):
     assert "nms ties float32 forward: rows differ" in result.stderr
     parsed = json.loads(invoke("verify", "--json").stdout)
     assert [row["ok"] for row in parsed["results"]] == [True, False]
+
+
+def test_verify_gives_variants_a_row_each(engine, invoke, testing_module):
+    testing_module.results[:] = [
+        _Result(op="scan", label="foh", case="a", error=1e-6),
+        _Result(op="scan", label="foh", case="b", error=5e-6),
+        _Result(op="scan", label="foh", direction="gradient u", error=2e-6),
+        _Result(op="scan", label="poly", ok=False, message="rows differ"),
+        _Result(op="scan", label="poly", direction="golden forward", error=9e-6),
+    ]
+    result = invoke("verify")
+    rows = {
+        line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.strip()
+    }
+    assert rows["variant"] == ["dtype", "forward", "u", "forward"]  # under "d" and "golden"
+    assert rows["foh"] == ["float32", "5e-01", "2e-01"]
+    assert rows["poly"] == ["float32", "FAILED", "9e-01"]
+    assert "The case nearest to its limit" not in result.stdout
 
 
 def test_verify_rejects_an_unknown_operator(engine, invoke, testing_module):

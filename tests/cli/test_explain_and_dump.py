@@ -136,6 +136,16 @@ def kernels(run, *arguments):
     return json.loads(result.stdout)["kernels"]
 
 
+def test_explain_knows_public_functions(run):
+    """`verify --ops` knows them, too."""
+    rows = [
+        json.loads(run("explain", name, "--arch", "sm_90", "--json").stdout)["kernels"]
+        for name in ("causal_conv1d", "causal_conv1d_fn")
+    ]
+    assert rows[0]
+    assert rows[0] == rows[1]
+
+
 def test_explain_sees_what_warm_has_stored(run):
     before = kernels(run, "--dtypes", "float32")
     assert {row["layer"] for row in before} == {"compile"}

@@ -39,6 +39,9 @@ SIGNATURES = {
     visionmamba.mamba_inner_fn_no_out_proj: "xz, conv1d_weight, conv1d_bias, x_proj_weight, "
     "delta_proj_weight, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus, "
     "checkpoint_lvl, discretization_method",
+    visionmamba.mamba_inner_ref: "xz, conv1d_weight, conv1d_bias, x_proj_weight, "
+    "delta_proj_weight, out_proj_weight, out_proj_bias, A, B, C, D, delta_bias, B_proj_bias, "
+    "C_proj_bias, delta_softplus, discretization_method",
     visionmamba.bimamba_inner_fn: "xz, conv1d_weight, conv1d_bias, x_proj_weight, "
     "delta_proj_weight, out_proj_weight, out_proj_bias, A, A_b, B, C, D, delta_bias, B_proj_bias, "
     "C_proj_bias, delta_softplus, discretization_method",
@@ -63,6 +66,10 @@ PLACES = {
         ("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn"),
         ("mamba_ssm.ops.selective_scan_interface", "mamba_inner_fn_no_out_proj"),
         ("mamba_ssm.ops.selective_scan_interface", "bimamba_inner_fn"),
+        ("mamba_ssm.ops.selective_scan_interface", "bimamba_inner_ref"),
+        ("mamba_ssm.ops.selective_scan_interface", "BiMambaInnerFn"),
+        ("mamba_ssm.ops.selective_scan_interface", "SelectiveScanFn"),
+        ("mamba_ssm.ops.selective_scan_interface", "mamba_inner_ref"),
     ),
 }
 
@@ -103,12 +110,51 @@ def test_over_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         package = importlib.import_module("mamba_ssm")
         assert ours.selective_scan_fn is mamba.selective_scan_fn
         assert package.theirs == 1
+        assert package.selective_scan_fn is mamba.selective_scan_fn
         assert package.ops.selective_scan_interface is ours
     finally:
         mamba.uninstall()
     assert importlib.import_module(place) is theirs
     assert package.ops.selective_scan_interface is theirs
+    assert not hasattr(package, "selective_scan_fn")
     for name in [name for name in sys.modules if name.startswith("mamba_ssm")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_over_an_installed_convolution(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has beside our functions stays, imported before `install` or after."""
+    folder = tmp_path / "causal_conv1d"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(
+        "__version__ = '1.6'\n"
+        "from causal_conv1d.causal_conv1d_interface import causal_conv1d_fn\n"
+        "from causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states\n"
+    )
+    (folder / "causal_conv1d_interface.py").write_text("causal_conv1d_fn = 'theirs'\n")
+    (folder / "causal_conv1d_varlen.py").write_text("causal_conv1d_varlen_states = 'theirs'\n")
+    (folder / "cpp_functions.py").write_text("causal_conv1d_fwd_function = 'theirs'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = importlib.import_module("causal_conv1d") if when == "before" else None
+    causal_conv1d.install()
+    try:
+        package = importlib.import_module("causal_conv1d")
+        assert before in (None, package)
+        assert package.causal_conv1d_fn is causal_conv1d.causal_conv1d_fn
+        assert package.causal_conv1d_update is causal_conv1d.causal_conv1d_update
+        assert package.causal_conv1d_interface.causal_conv1d_fn is package.causal_conv1d_fn
+        assert (package.__version__, package.causal_conv1d_varlen_states) == ("1.6", "theirs")
+        functions = importlib.import_module("causal_conv1d.cpp_functions")
+        assert functions.causal_conv1d_fwd_function == "theirs"
+    finally:
+        causal_conv1d.uninstall()
+    if before is not None:
+        assert before.causal_conv1d_fn == "theirs"
+        assert before.causal_conv1d_interface.causal_conv1d_fn == "theirs"
+        assert not hasattr(before, "causal_conv1d_update")
+    for name in [name for name in sys.modules if name.startswith("causal_conv1d")]:
         del sys.modules[name]
 
 
@@ -175,7 +221,7 @@ def test_the_forks_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_an_unknown_method() -> None:
-    with pytest.raises(ValueError, match=r"discretization_method must be one of zoh, foh, .*'x'"):
+    with pytest.raises(ValueError, match=r"discretization_method must be .*\"rk4\"; got 'x'"):
         visionmamba.selective_scan_fn(**_scan(Inputs()), discretization_method="x")
 
 
@@ -217,6 +263,60 @@ def test_both_directions_of_one_projection() -> None:
     assert not torch.allclose(out, ahead)
 
 
+_WRONG = [
+    ({"x_proj_weight": torch.zeros(9, 4)}, ValueError, r"x_proj_weight must have shape \(8, 4\)"),
+    (
+        {"A_b": torch.zeros(4, 2)},
+        ValueError,
+        r"A_b must have the shape of A \(4, 3\); got \(4, 2\)",
+    ),
+    (
+        {"A_b": torch.zeros(4, 3, dtype=torch.complex64)},
+        TypeError,
+        r"A_b must be real like A; got complex64",
+    ),
+    ({"A_b": None}, TypeError, r"A_b must be a tensor; got None"),
+    ({"xz": None}, TypeError, r"xz must be a tensor; got None"),
+    ({"xz": torch.zeros(2, 7, 5)}, ValueError, r"xz must have shape \(B, 2 D, L\)"),
+    ({"D": torch.zeros(5)}, ValueError, r"D must have shape \(4,\); got \(5,\)"),
+    ({"out_proj_weight": None}, TypeError, r"out_proj_weight must be a tensor; got None"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "sentence"), _WRONG)
+def test_both_directions_refuse(
+    wrong: dict[str, Any], error: type[Exception], sentence: str
+) -> None:
+    arguments = _inner(Inputs())
+    arguments["A_b"] = arguments["A"]
+    with pytest.raises(error, match="^bimamba_inner_fn: " + sentence):
+        visionmamba.bimamba_inner_fn(**arguments | wrong)
+
+
+@pytest.mark.parametrize("method", ["zoh", "foh"])
+def test_the_forks_classes_and_references(method: str) -> None:
+    """The rule is the last argument of each."""
+    arguments = _inner(Inputs())
+    rest = (None,) * 6  # from B to C_proj_bias
+    one = (*arguments.values(), *rest, True)
+    out = visionmamba.mamba_inner_fn(**arguments, discretization_method=method)
+    assert torch.equal(visionmamba.MambaInnerFn.apply(*one, 1, method), out)
+    plain = visionmamba.mamba_inner_ref(*one, method)
+    torch.testing.assert_close(plain, out, rtol=1e-4, atol=1e-4)
+
+    both = (*arguments.values(), arguments["A"] / 2, *rest, True)
+    out = visionmamba.bimamba_inner_fn(*both, method)
+    assert torch.equal(visionmamba.BiMambaInnerFn.apply(*both, 1, method), out)
+    plain = visionmamba.bimamba_inner_ref(*both, method)
+    torch.testing.assert_close(plain, out, rtol=1e-4, atol=1e-4)
+    assert torch.equal(visionmamba.BiMambaInnerFn.apply(*both), visionmamba.bimamba_inner_fn(*both))
+
+    scan = (*_scan(Inputs()).values(), None, None, None, False, False, method)
+    assert torch.equal(
+        visionmamba.SelectiveScanFn.apply(*scan), visionmamba.selective_scan_fn(*scan)
+    )
+
+
 def test_decode_takes_mixed_dtypes() -> None:
     new = Inputs()
     state = new.normal(2, 4, 3).float()
@@ -231,6 +331,12 @@ def test_decode_takes_mixed_dtypes() -> None:
     half = state.half()
     mamba.selective_state_update(half, x.float(), dt, A, B.float(), C, dt_softplus=True)
     torch.testing.assert_close(half.float(), copies[0], rtol=1e-2, atol=1e-2)
+
+
+def test_decode_wants_tensors() -> None:
+    one = torch.ones(1, 1)
+    with pytest.raises(TypeError, match=r"^selective_state_update: B must be a tensor; got None$"):
+        mamba.selective_state_update(torch.ones(1, 1, 1), one, one, one, None, one)
 
 
 def test_final_states_out() -> None:
@@ -257,3 +363,11 @@ def test_update_with_other_index_types() -> None:
     plain = causal_conv1d.causal_conv1d_update_ref(x, copies[1], weight)
     torch.testing.assert_close(out, plain)
     torch.testing.assert_close(copies[0][rows], copies[1])
+
+
+def test_no_tensor_for_the_convolution() -> None:
+    weight = torch.zeros(4, 3)
+    with pytest.raises(TypeError, match=r"^causal_conv1d: x must be a tensor; got None$"):
+        causal_conv1d.causal_conv1d_fn(None, weight, initial_states=torch.zeros(1, 4, 2))
+    with pytest.raises(TypeError, match=r"^causal_conv1d_update: x must be a tensor; got None$"):
+        causal_conv1d.causal_conv1d_update(None, weight, weight)

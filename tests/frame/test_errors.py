@@ -96,3 +96,30 @@ def test_an_old_failure_does_not_colour_a_new_one() -> None:
         ops.box_iou(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(TypeError, match="must be a floating-point tensor"):
         ops.box_iou(torch.zeros(2, 4).int(), torch.zeros(2, 4))
+
+
+MIXED = {
+    "box_iou: boxes2 .* boxes1": (ops.box_iou, ((3, 4), (2, 4))),
+    "nms: scores .* boxes": (lambda *args: ops.nms(*args, 0.5), ((3, 4), (3,))),
+    "selective_scan: A .* u": (
+        lambda u, A: ops.selective_scan(u, u, A, torch.zeros(4, 2), torch.zeros(4, 2)),
+        ((1, 4, 3), (4, 2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("sentence", MIXED)
+def test_a_meta_tensor_beside_others(sentence: str) -> None:
+    """Torch calls the fake then, which writes nothing."""
+    function, shapes = MIXED[sentence]
+    rule = sentence.replace(" .* ", " must be on the device of ")
+    first, second = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=rf"^{rule} \(cpu\); got meta$"):
+        function(first, second.to("meta"))
+
+
+def test_what_is_no_tensor() -> None:
+    with pytest.raises(TypeError, match=r"^box_iou: boxes1 must be a tensor; got list$"):
+        ops.box_iou([1.0], torch.zeros(2, 4))
+    with pytest.raises(TypeError, match=r"^causal_conv1d: bias must be a tensor; got float$"):
+        ops.causal_conv1d_fn(torch.zeros(1, 2, 3), torch.zeros(2, 4), 1.0)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from torchkiln import ops, testing
 from torchkiln._backend import choice
-from torchkiln.testing import Case, compare
+from torchkiln.testing import Case, Parity, compare
+from torchkiln.testing._parity import check
 
 
 def tensor(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -96,3 +97,23 @@ def test_verify_reports_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     results = testing.verify(["box_iou"], "cpu", ["float32"])
     messages = {result.message for result in results if result.op == "box_iou"}
     assert messages == {"MemoryError: no room"}
+
+
+@pytest.mark.parametrize(("number", "is_right"), [(6.0, True), (6.001, False)])
+def test_golden_numbers_are_compared(number: float, is_right: bool) -> None:
+    golden = {"forward": (torch.tensor([number], dtype=torch.float64), 1e-9)}
+    case = Case("three", lambda new: {"x": torch.tensor([3.0]).double()}, golden=golden)
+    parity = Parity(
+        op="twice",
+        tier="A",
+        cases=(case,),
+        function=lambda x: 2 * x,
+        reference=lambda x: x + x,
+        label=lambda arguments: f"of {arguments['x'].item()}",
+    )
+    results = {r.direction: r for r in check(parity, "twice", case, torch.float32, "cpu")}
+    assert results["forward"].ok
+    assert results["golden forward"].ok is is_right
+    assert {result.label for result in results.values()} == {"of 3.0"}
+    half = check(parity, "twice", case, torch.float16, "cpu")
+    assert [result.direction for result in half] == ["forward"]

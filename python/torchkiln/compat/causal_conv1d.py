@@ -1,5 +1,8 @@
 """torchkiln in place of causal-conv1d: import from here, or `install()` and import as ever.
 
+An installed causal-conv1d keeps all else that it has; without one, `causal_conv1d` holds these
+functions only.
+
 Example:
     >>> from torchkiln.compat import causal_conv1d as drop_in
     >>> drop_in.install()
@@ -34,7 +37,7 @@ def _check(activation: str | None) -> None:
 
 def _beside(x: Tensor, weight: Tensor | None) -> Tensor | None:
     """Weights as our operators take them: the peer's may have any of its dtypes."""
-    if weight is None or weight.dtype == x.dtype:
+    if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or weight.dtype == x.dtype:
         return weight
     return weight.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
@@ -52,7 +55,8 @@ def causal_conv1d_fn(
     """As causal-conv1d's; layouts, widths and states go together as they like."""
     _check(activation)
     seq_idx = None if seq_idx is None else seq_idx.int()
-    initial_states = None if initial_states is None else initial_states.to(x.dtype)
+    if isinstance(x, Tensor) and initial_states is not None:
+        initial_states = initial_states.to(x.dtype)
     taken = _beside(x, weight), _beside(x, bias), seq_idx, initial_states
     result = ops.causal_conv1d_fn(x, *taken, return_final_states, activation)  # type: ignore[arg-type]
     if not isinstance(result, tuple) or final_states_out is None:
@@ -122,18 +126,10 @@ _NAMES = {
         causal_conv1d_update_ref,
     )
 }
+_TOP = {"causal_conv1d_fn": causal_conv1d_fn, "causal_conv1d_update": causal_conv1d_update}
 _replaced = Replaced(
-    [
-        module(
-            "causal_conv1d",
-            {
-                "__path__": [],
-                "causal_conv1d_fn": causal_conv1d_fn,
-                "causal_conv1d_update": causal_conv1d_update,
-            },
-        ),
-        module("causal_conv1d.causal_conv1d_interface", _NAMES),
-    ]
+    [module("causal_conv1d.causal_conv1d_interface", _NAMES)],
+    [module("causal_conv1d", {"__path__": [], **_TOP})],
 )
 install = _replaced.install
 uninstall = _replaced.uninstall

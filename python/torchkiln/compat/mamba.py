@@ -1,7 +1,9 @@
 """torchkiln in place of mamba-ssm's operators: import from here, or `install()` and import as ever.
 
-With an installed mamba-ssm, its models run on our operators; without one, `mamba_ssm` holds the
-operators only. What differs is in docs/compat_mamba.md.
+With an installed mamba-ssm that is imported afterwards, its models run on our operators and all
+else of it stays; without one, `mamba_ssm` holds the operators only. Its models need
+`causal_conv1d`, too: `torchkiln.compat.causal_conv1d.install()`. What differs is in
+docs/compat_mamba.md.
 
 Example:
     >>> from torchkiln.compat import mamba as drop_in
@@ -23,6 +25,7 @@ from torch.nn import functional
 from torchkiln import ops
 from torchkiln._backend import backend
 from torchkiln.compat._replaced import Replaced, module
+from torchkiln.ops._arguments import require_tensor
 
 __all__ = [
     "MambaInnerFn",
@@ -142,6 +145,7 @@ def selective_state_update(
     state_batch_indices: Tensor | None = None,
 ) -> Tensor:
     """As mamba-ssm's; on the CPU, too. Inputs may have any floating dtypes."""
+    require_tensor("selective_state_update", state=state, x=x, dt=dt, A=A, B=B, C=C)
     dtype = x.dtype
     for other in (dt, B, C, z):
         dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)

@@ -18,3 +18,8 @@ from torchkiln.nn.roi_pool import *  # noqa: F403
 from torchkiln.nn.sigmoid_focal_loss import *  # noqa: F403
 from torchkiln.nn.simple_roi_align import *  # noqa: F403
 from torchkiln.nn.softmax_focal_loss import *  # noqa: F403
+
+# Without the modules that they stand in.
+__all__ = sorted(
+    name for name, value in globals().items() if callable(value) and not name.startswith("_")
+)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,24 @@ from torchkiln.ops import (
     selective_scan,
     selective_state_update,
 )
-from torchkiln.ops._arguments import widened
+from torchkiln.ops._arguments import require_choice, widened
 from torchkiln.ops.scan.mamba_inner import project
+from torchkiln.ops.scan.selective_scan import METHODS
 from torchkiln.ops.scan.selective_state_update import ScanHistory
 
 __all__ = ["BidirectionalMamba", "Mamba", "MambaState", "SelectiveScan"]
+
+
+_DT_INITS = {"random": None, "constant": None}
+
+
+def _rank(op: str, dt_rank: int | str, channels: int) -> int:
+    """Of the projection of the steps."""
+    if dt_rank == "auto":
+        return math.ceil(channels / 16)
+    if not isinstance(dt_rank, int) or dt_rank < 1:
+        raise ValueError(f'{op}: dt_rank must be "auto" or at least 1; got {dt_rank!r}')
+    return dt_rank
 
 
 class SelectiveScan(nn.Module):
@@ -35,9 +49,17 @@ class SelectiveScan(nn.Module):
         dt_rank: of the projection of the steps; "auto": dim / 16, rounded up.
         dt_min: smallest step at the start.
         dt_max: largest step at the start; they are log-uniform between the two.
+        dt_init: how the weight of the projection of the steps starts: "random", uniform, or
+            "constant".
+        dt_scale: of that weight, which is within dt_scale / sqrt(dt_rank).
         dt_init_floor: no step is smaller at the start.
         discretization_method: `discretization` of `torchkiln.ops.selective_scan`.
         reverse: whether it scans from the last position to the first.
+        device: of the parameters.
+        dtype: of the parameters; A_log and D are float32 beside a half type.
+
+    Raises:
+        ValueError: for another word, or a dt_rank below 1.
 
     Example:
         >>> import torch
@@ -53,25 +75,36 @@ class SelectiveScan(nn.Module):
         dt_rank: int | str = "auto",
         dt_min: float = 0.001,
         dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
         dt_init_floor: float = 1e-4,
         discretization_method: str = "mamba",
         reverse: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        op = "SelectiveScan"
+        require_choice(op, "discretization_method", discretization_method, METHODS)
+        require_choice(op, "dt_init", dt_init, _DT_INITS)
         self.discretization_method = discretization_method
         self.reverse = reverse
-        self.dt_rank = dt_rank if isinstance(dt_rank, int) else math.ceil(dim / 16)
+        self.dt_rank = rank = _rank(op, dt_rank, dim)
         self.d_state = d_state
-        self.x_proj = nn.Linear(dim, self.dt_rank + 2 * d_state, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, dim)
-        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        steps = torch.exp(torch.rand(dim) * math.log(dt_max / dt_min) + math.log(dt_min))
+        self.x_proj = nn.Linear(dim, rank + 2 * d_state, bias=False, device=device, dtype=dtype)
+        self.dt_proj = nn.Linear(rank, dim, device=device, dtype=dtype)
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        steps = torch.rand(dim, device=device, dtype=wide)
+        steps = torch.exp(steps * math.log(dt_max / dt_min) + math.log(dt_min))
         steps = steps.clamp(min=dt_init_floor)
+        bound = dt_scale * rank**-0.5
         with torch.no_grad():
+            self.dt_proj.weight.uniform_(bound if dt_init == "constant" else -bound, bound)
             # The inverse of softplus.
             self.dt_proj.bias.copy_(steps + torch.log(-torch.expm1(-steps)))
-        self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(dim, 1))
-        self.D = nn.Parameter(torch.ones(dim))
+        rates = torch.arange(1, d_state + 1, device=device, dtype=wide)
+        self.A_log = nn.Parameter(rates.log().repeat(dim, 1))
+        self.D = nn.Parameter(torch.ones(dim, device=device, dtype=wide))
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Returns (batch, dim, length) for x, and a gate z, of that shape."""
@@ -115,7 +148,7 @@ class MambaState:
 
 
 class Mamba(nn.Module):
-    """A Mamba block; parameters have the names and shapes of mamba-ssm's.
+    """A Mamba block; arguments and parameters have the names and shapes of mamba-ssm's.
 
     Args:
         d_model: channels of input and output.
@@ -125,11 +158,20 @@ class Mamba(nn.Module):
         dt_rank: of the projection of the steps; "auto": d_model / 16, rounded up.
         dt_min: smallest step at the start.
         dt_max: largest step at the start; they are log-uniform between the two.
+        dt_init: as of `SelectiveScan`.
+        dt_scale: as of `SelectiveScan`.
         dt_init_floor: no step is smaller at the start.
         conv_bias: whether the convolution has a bias.
         bias: whether the projections have one.
+        use_fast_path: has no effect: there is one path, on every device.
+        layer_idx: kept as an attribute; states are handed to `step`, not looked up by it.
+        device: of the parameters.
+        dtype: of the parameters; A_log and D are float32 beside a half type.
         discretization_method: `discretization` of `torchkiln.ops.selective_scan`.
         reverse: whether it goes from the last position to the first.
+
+    Raises:
+        ValueError: for another word, or a dt_rank below 1.
 
     Example:
         >>> import torch
@@ -147,28 +189,47 @@ class Mamba(nn.Module):
         dt_rank: int | str = "auto",
         dt_min: float = 0.001,
         dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
         dt_init_floor: float = 1e-4,
         conv_bias: bool = True,
         bias: bool = False,
+        use_fast_path: bool = True,
+        layer_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         discretization_method: str = "mamba",
         reverse: bool = False,
     ) -> None:
         super().__init__()
         inner = int(expand * d_model)
-        rank = dt_rank if isinstance(dt_rank, int) else math.ceil(d_model / 16)
+        rank = _rank("Mamba", dt_rank, d_model)
         scan = SelectiveScan(
-            inner, d_state, rank, dt_min, dt_max, dt_init_floor, discretization_method, reverse
+            inner,
+            d_state,
+            rank,
+            dt_min,
+            dt_max,
+            dt_init,
+            dt_scale,
+            dt_init_floor,
+            discretization_method,
+            reverse,
+            device,
+            dtype,
         )
         self.d_inner, self.d_state, self.dt_rank = inner, d_state, rank
         self.discretization_method, self.reverse = discretization_method, reverse
-        self.in_proj = nn.Linear(d_model, 2 * inner, bias=bias)
+        self.layer_idx = layer_idx
+        factory: Any = {"device": device, "dtype": dtype}
+        self.in_proj = nn.Linear(d_model, 2 * inner, bias=bias, **factory)
         self.conv1d = nn.Conv1d(
-            inner, inner, d_conv, groups=inner, padding=d_conv - 1, bias=conv_bias
+            inner, inner, d_conv, groups=inner, padding=d_conv - 1, bias=conv_bias, **factory
         )
         # Where mamba-ssm has them: state dicts are exchanged.
         self.x_proj, self.dt_proj = scan.x_proj, scan.dt_proj
         self.A_log, self.D = scan.A_log, scan.D
-        self.out_proj = nn.Linear(inner, d_model, bias=bias)
+        self.out_proj = nn.Linear(inner, d_model, bias=bias, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns (batch, length, d_model) for x of that shape."""
@@ -267,7 +328,8 @@ class Mamba(nn.Module):
 class BidirectionalMamba(nn.Module):
     """A block as in Vision Mamba: two scans of one projection, from both ends, are added.
 
-    Both directions have parameters of their own and the same rule.
+    Both directions have parameters of their own, `ahead.*` and `back.*`, and the same rule; the
+    projections are `ahead.in_proj` and `ahead.out_proj`.
 
     Args:
         d_model: channels of input and output.
@@ -277,6 +339,8 @@ class BidirectionalMamba(nn.Module):
         dt_rank: of the projection of the steps; "auto": d_model / 16, rounded up.
         divide: whether the mean of the two is taken instead of their sum.
         discretization_method: `discretization` of `torchkiln.ops.selective_scan`.
+        device: of the parameters.
+        dtype: of the parameters, as of `Mamba`.
 
     Source:
         Zhu et al., "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State
@@ -298,25 +362,24 @@ class BidirectionalMamba(nn.Module):
         dt_rank: int | str = "auto",
         divide: bool = False,
         discretization_method: str = "mamba",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.divide = divide
-        self.ahead = Mamba(
-            d_model,
-            d_state,
-            d_conv,
-            expand,
-            dt_rank,
-            discretization_method=discretization_method,
-        )
-        back = Mamba(
-            d_model,
-            d_state,
-            d_conv,
-            expand,
-            dt_rank,
-            discretization_method=discretization_method,
-            reverse=True,
+        self.ahead, back = (
+            Mamba(
+                d_model,
+                d_state,
+                d_conv,
+                expand,
+                dt_rank,
+                device=device,
+                dtype=dtype,
+                discretization_method=discretization_method,
+                reverse=reverse,
+            )
+            for reverse in (False, True)
         )
         # The projections are shared.
         del back.in_proj, back.out_proj

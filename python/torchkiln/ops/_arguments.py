@@ -1,6 +1,7 @@
-"""Checks of arguments for operators that are compositions; those of kernels stand in C++.
+"""Checks of arguments for compositions, and of what public functions look at themselves.
 
-The sentences are the same: `<op>: <argument> must <rule>; got <value>. <way out>`.
+Those of kernels stand in C++. The sentences are the same:
+`<op>: <argument> must <rule>; got <value>. <way out>`.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -22,7 +23,13 @@ def require_tensor(op: str, **tensors: Tensor) -> None:
     """Raises a TypeError for what is no tensor."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor; got {value!r}")
+            got = "None" if value is None else type(value).__name__
+            raise TypeError(f"{op}: {name} must be a tensor; got {got}")
+
+
+def require_optional_tensor(op: str, **tensors: Tensor | None) -> None:
+    """Raises a TypeError for what is neither a tensor nor None."""
+    require_tensor(op, **{name: value for name, value in tensors.items() if value is not None})
 
 
 def require_floating(op: str, **tensors: Tensor) -> None:
@@ -68,6 +75,11 @@ def require_choice(op: str, name: str, value: object, choices: Mapping[str, obje
     if not isinstance(value, str) or value not in choices:
         *most, last = (f'"{choice}"' for choice in choices)
         raise ValueError(f"{op}: {name} must be {', '.join(most)} or {last}; got {value!r}")
+
+
+def is_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is on for a tensor's device; torch refuses to be asked about meta."""
+    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
 
 
 def shape(tensor: Tensor) -> str:

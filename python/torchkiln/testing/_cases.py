@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,9 @@ class Case:
             and neither side's choice is wrong.
         tier: another tier than the operator's; needs a `reason` with the measured error.
         reason: why the tier is another one.
+        golden: numbers, float64, that outputs must have, and how far the numbers themselves may be
+            off; by "forward", or "forward 0" and so on of several. Compared by `verify` in float32
+            and float64.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Case:
     gradient: bool = True
     tier: str = ""
     reason: str = ""
+    golden: Mapping[str, tuple[Tensor, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if bool(self.tier) != bool(self.reason):
@@ -129,6 +133,8 @@ class Parity:
         fuzz: draws arguments of `draw.function` for a random call, also strange ones.
         arrange: turns a case's arguments, by name, into those of the function, where tensors that
             are differentiated stand in lists.
+        label: names the variant of the operator that a case's arguments ask for; `torchkiln verify`
+            prints a row for each.
 
     Example:
         >>> import torch
@@ -156,6 +162,7 @@ class Parity:
     devices: tuple[str, ...] = ("cpu", "cuda")
     fuzz: Callable[[Draw], Mapping[str, Any]] | None = None
     arrange: Callable[..., Arguments] | None = None
+    label: Callable[[Arguments], str] | None = None
 
     def __post_init__(self) -> None:
         if not self.functions:

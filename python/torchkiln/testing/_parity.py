@@ -25,10 +25,11 @@ class Result:
         op: public function.
         case: name of the case.
         dtype: such as "float32".
-        direction: "forward", or "gradient" and the argument.
+        direction: "forward", "gradient" and the argument, or "golden" and the output.
         error: absolute error of the element nearest to its limit.
         limit: what it may be.
         message: what is wrong, or an empty string.
+        label: the variant of the operator, or an empty string.
     """
 
     op: str
@@ -38,6 +39,7 @@ class Result:
     error: float
     limit: float
     message: str = ""
+    label: str = ""
 
     @property
     def ok(self) -> bool:
@@ -180,11 +182,33 @@ def check(
             case.tier or parity.tier,
             names,
         )
+        differences |= _golden(parity.native(function), case, arguments, dtype)
     except Exception as error:
         differences = {"forward": Difference(math.inf, 0.0, f"{type(error).__name__}: {error}")}
+    label = parity.label(case.make(Inputs())) if parity.label else ""
+    text = str(dtype).removeprefix("torch.")
     for direction, found in differences.items():
-        text = str(dtype).removeprefix("torch.")
-        yield Result(function, case.name, text, direction, found.error, found.limit, found.message)
+        how_far = found.error, found.limit, found.message
+        yield Result(function, case.name, text, direction, *how_far, label)
+
+
+def _golden(
+    function: Callable[..., Any], case: Case, arguments: Arguments, dtype: torch.dtype
+) -> dict[str, Difference]:
+    """Compares outputs with numbers; not in half types, which round the inputs."""
+    if not case.golden or dtype not in (torch.float32, torch.float64):
+        return {}
+    outputs = evaluate(function, arguments)
+    found = {}
+    for name, (numbers, rounding) in case.golden.items():
+        actual = outputs[name].cpu().double()
+        if actual.shape != numbers.shape:
+            raise AssertionError(f"golden {name}: shapes {actual.shape} and {numbers.shape}")
+        error = float((actual - numbers).abs().max())
+        limit = rounding + 8 * torch.finfo(dtype).eps * float(numbers.abs().max())
+        message = "" if error <= limit else f"{actual.tolist()}, not {numbers.tolist()}"
+        found[f"golden {name}"] = Difference(error, limit, message)
+    return found
 
 
 def verify(

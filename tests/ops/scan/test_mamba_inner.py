@@ -44,6 +44,16 @@ class TestMambaInner(CompositionSuite):
             r"x_proj_weight must have shape \(8, 4\); got \(5, 4\)",
         ),
         Failure(
+            "no_xz", {"xz": None}, TypeError, r"^mamba_inner_fn: xz must be a tensor; got None$"
+        ),
+        Failure("no_A", {"A": None}, TypeError, r"^mamba_inner_fn: A must be a tensor; got None$"),
+        Failure(
+            "list_for_B",
+            {"B": [1.0]},
+            TypeError,
+            r"^mamba_inner_fn: B must be a tensor; got list$",
+        ),
+        Failure(
             "level",
             {"checkpoint_lvl": 2},
             ValueError,
@@ -92,3 +102,48 @@ def test_under_autocast(device: str) -> None:
     torch.testing.assert_close(out.float(), plain(**arguments), rtol=0.05, atol=0.05)
     (grad,) = torch.autograd.grad(out.float().sum(), arguments["xz"])
     assert grad.dtype == torch.float32
+
+
+_CHANGED = ("A", "x_proj_weight", "delta_proj_weight", "conv1d_weight", "D", "delta_bias")
+
+
+@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize("name", _CHANGED)
+def test_what_changed_since_the_forward_is_noticed(name: str, level: int, device: str) -> None:
+    arguments = prepare(parity().cases[0], torch.float64, device)
+    for value in arguments.values():
+        value.requires_grad_()
+    out = mamba_inner_fn(**arguments | {"checkpoint_lvl": level})
+    with torch.no_grad():
+        arguments[name].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_what_is_computed_again_comes_from_the_same_tensors(device: str) -> None:
+    """Without a gradient of its own autograd does not keep the convolution's weight."""
+    arguments = prepare(parity().cases[0], torch.float64, device)
+    arguments["x_proj_weight"].requires_grad_()
+    out = mamba_inner_fn(**arguments)
+    arguments["conv1d_weight"].mul_(2)
+    with pytest.raises(RuntimeError, match=r"^mamba_inner_fn: a tensor needed for the gradient"):
+        out.sum().backward()
+
+
+def test_a_complex_block_compiles_whole(device: str) -> None:
+    arguments: dict[str, Any] = prepare(parity().cases[0], torch.float32, device)
+    arguments["A"] = torch.complex(arguments["A"], Inputs().normal(4, 3).float().to(device))
+    arguments["x_proj_weight"] = Inputs(1).normal(2 + 12, 4).float().to(device)
+    compiled = torch.compile(mamba_inner_fn, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**arguments), mamba_inner_fn(**arguments))
+
+
+def test_shapes_alone() -> None:
+    arguments = {
+        name: value.to("meta").requires_grad_()
+        for name, value in prepare(parity().cases[0], torch.float32, "cpu").items()
+    }
+    out = mamba_inner_fn(**arguments)
+    assert out.shape == (2, 9, 5)
+    out.sum().backward()
+    assert arguments["A"].grad.shape == (4, 3)

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -114,3 +116,53 @@ def test_mamba_under_autocast(device: str) -> None:
         out = block(x)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), block(x), rtol=0.1, atol=0.02)
+
+
+def test_the_peers_arguments() -> None:
+    """Those of mamba-ssm's Mamba, in its order."""
+    names = list(inspect.signature(nn.Mamba).parameters)
+    assert ", ".join(names[:16]) == (
+        "d_model, d_state, d_conv, expand, dt_rank, dt_min, dt_max, dt_init, dt_scale, "
+        "dt_init_floor, conv_bias, bias, use_fast_path, layer_idx, device, dtype"
+    )
+    block = nn.Mamba(
+        6, dt_init="constant", dt_scale=2.0, dt_rank=4, layer_idx=3, dtype=torch.bfloat16
+    )
+    assert block.layer_idx == 3
+    assert (block.dt_proj.weight == 1).all()
+    dtypes = {name: value.dtype for name, value in block.state_dict().items()}
+    assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {"A_log", "D"}
+    assert set(dtypes.values()) == {torch.bfloat16, torch.float32}
+    assert block(torch.zeros(1, 3, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    bound = nn.Mamba(64, dt_scale=0.5, dt_rank=4).dt_proj.weight.abs().max()
+    assert 0.2 < bound <= 0.25
+
+
+def test_blocks_on_the_meta_device() -> None:
+    for block in (nn.Mamba(6, device="meta"), nn.BidirectionalMamba(6, device="meta")):
+        assert {parameter.device.type for parameter in block.parameters()} == {"meta"}
+        assert block(torch.zeros(2, 5, 6, device="meta")).shape == (2, 5, 6)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"discretization_method": "euler"}, r'"rk4_constant"; got \'euler\''),
+        ({"discretization_method": ["foh"]}, r"got \['foh'\]"),
+        ({"dt_rank": "foo"}, r'^Mamba: dt_rank must be "auto" or at least 1; got \'foo\''),
+        ({"dt_rank": 0}, r"at least 1; got 0"),
+        ({"dt_init": "zero"}, r'dt_init must be "random" or "constant"; got \'zero\''),
+    ],
+)
+def test_wrong_settings(wrong: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        nn.Mamba(6, **wrong)
+
+
+def test_the_names_of_the_namespace() -> None:
+    """Classes only: no modules."""
+    space: dict[str, Any] = {}
+    exec("from torchkiln.nn import *", space)
+    del space["__builtins__"]
+    assert "Mamba" in space
+    assert all(isinstance(value, type) for value in space.values())

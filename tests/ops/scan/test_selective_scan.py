@@ -18,6 +18,7 @@ from support.op_suite import Failure, OpSuite
 from support.strategies import seeds
 from torchkiln import backend
 from torchkiln.ops import selective_scan
+from torchkiln.reference.scan import _golden
 from torchkiln.reference.scan.selective_scan import _arranged, parity
 from torchkiln.testing import Inputs
 
@@ -91,62 +92,36 @@ class TestSelectiveScan(OpSuite):
             ValueError,
             r"initial_state must have shape \(2, 4, 3\)",
         ),
+        Failure("no_u", {"u": None}, TypeError, r"^selective_scan: u must be a tensor; got None"),
+        Failure("list_for_u", {"u": [1.0]}, TypeError, r"u must be a tensor; got list$"),
+        Failure("no_A", {"A": None}, TypeError, r"^selective_scan: A must be a tensor; got None"),
+        Failure("no_B", {"B": None}, TypeError, r"^selective_scan: B must be a tensor; got None"),
+        Failure("number_for_D", {"D": 1.0}, TypeError, r"D must be a tensor; got float$"),
+        Failure(
+            "parts_of_B",
+            {
+                "A": torch.zeros(4, 3, dtype=torch.complex64),
+                "B": torch.zeros(2, 2, 3, 21, dtype=torch.complex128),
+            },
+            TypeError,
+            r"B must have parts of the dtype of u \(float32\); got complex128. Use torch.view_as",
+        ),
+        Failure(
+            "list_for_discretization",
+            {"discretization": ["foj"]},
+            ValueError,
+            r"discretization must be .*; got \['foj'\]",
+        ),
         Failure(
             "discretization",
             {"discretization": "euler"},
             ValueError,
-            r"discretization must be one of mamba, .*; got 'euler'",
+            r'discretization must be "mamba", .* or "rk4_constant"; got \'euler\'',
         ),
     )
 
 
 # ---- golden values ----
-
-STEPS, INPUTS, MATRIX = (0.1, 0.3, 0.2, 0.4), (0.5, 1.2, -0.3, 0.9), (1, -0.5, 2, 0.8)
-# States of a = -0.7 at each position, and the last one of a = -0.7 + 3i.
-GOLDEN = {
-    ("mamba", False): ((0.05, -0.139470788, -0.241250078, 0.105667114), 0.2579321 - 0.1883249j),
-    ("zoh", False): (
-        (0.048290129, -0.123213143, -0.219095016, 0.085605415),
-        0.2313737 - 0.0291020j,
-    ),
-    ("foh", False): (
-        (0.048290129, 0.020408412, -0.094236434, -0.039558042),
-        0.0147383 - 0.1147002j,
-    ),
-    ("bilinear", False): (
-        (0.048309179, -0.123767679, -0.219723310, 0.086875398),
-        0.2056666 - 0.0640732j,
-    ),
-    ("tustin", False): (
-        (0.048309179, 0.025553588, -0.089939405, -0.046796393),
-        -0.0226983 - 0.0724109j,
-    ),
-    ("poly", False): (
-        (0.057142596, 0.002797851, -0.130069038, -0.028312953),
-        0.0498484 - 0.1208307j,
-    ),
-    ("poly", True): (
-        (0.049765540, -0.008139121, -0.125895373, -0.025158565),
-        0.0563511 - 0.1142450j,
-    ),
-    ("highorder", False): (
-        (0.048290129, 0.045194644, -0.089790584, -0.074524729),
-        -0.0269878 - 0.1353147j,
-    ),
-    ("highorder", True): (
-        (0.048290129, 0.057587760, -0.071035470, -0.073125515),
-        -0.0417796 - 0.1298820j,
-    ),
-    ("rk4_constant", False): (
-        (0.048290119, -0.123210174, -0.219092114, 0.085590517),
-        0.2238343 - 0.0349538j,
-    ),
-    ("rk4", False): (
-        (0.048290119, 0.020381612, -0.094259349, -0.039472655),
-        0.0089624 - 0.1039549j,
-    ),
-}
 
 
 def row(values: tuple[float, ...]) -> Tensor:
@@ -157,29 +132,29 @@ def row(values: tuple[float, ...]) -> Tensor:
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_golden_values(rule: tuple[str, bool], where: str) -> None:
     name, true_time = rule
-    states, last = GOLDEN[rule]
+    states, last = _golden.GOLDEN[rule]
     arguments: dict[str, Any] = {"discretization": name, "true_time": true_time}
     ones = torch.ones(1, 1, 4, dtype=torch.float64)
     with backend(where):
         out = selective_scan(
-            row(INPUTS),
-            row(STEPS),
-            torch.full((1, 1), -0.7, dtype=torch.float64),
-            row(MATRIX),
+            row(_golden.INPUTS),
+            row(_golden.STEPS),
+            torch.full((1, 1), _golden.REAL_A, dtype=torch.float64),
+            row(_golden.MATRIX),
             ones,
             **arguments,
         )
         _, state = selective_scan(
-            row(INPUTS),
-            row(STEPS),
-            torch.tensor([[-0.7 + 3j]], dtype=torch.complex128),
-            row(MATRIX) + 0j,
+            row(_golden.INPUTS),
+            row(_golden.STEPS),
+            torch.tensor([[_golden.COMPLEX_A]], dtype=torch.complex128),
+            row(_golden.MATRIX) + 0j,
             ones + 0j,
             return_last_state=True,
             **arguments,
         )
-    torch.testing.assert_close(out, row(states), rtol=0, atol=6e-10)
-    torch.testing.assert_close(state.item(), last, rtol=0, atol=8e-8)
+    torch.testing.assert_close(out, row(states), rtol=0, atol=_golden.REAL_ROUNDING)
+    torch.testing.assert_close(state.item(), last, rtol=0, atol=_golden.COMPLEX_ROUNDING)
 
 
 # ---- what defines the rules ----
@@ -362,3 +337,50 @@ def test_long_rows_keep_few_states() -> None:
     out.sum().backward()
     assert max(saved) == 16 * 5000
     assert sum(saved) < 2 * 10_000 + 16 * 5000 + 2 * 32 + 10_000 * 16 / 30
+
+
+def _complex_scan() -> dict[str, Tensor]:
+    new = Inputs(5)
+
+    def pair(*shape: int) -> Tensor:
+        return torch.complex(-new.uniform(*shape, low=0.1), new.normal(*shape)).to(torch.complex64)
+
+    return {
+        "u": new.normal(2, 4, 7).float(),
+        "delta": new.uniform(2, 4, 7, low=0.1).float(),
+        "A": pair(4, 3),
+        "B": pair(2, 3, 7),
+        "C": pair(2, 3, 7),
+        "initial_state": pair(2, 4, 3),
+    }
+
+
+def test_complex_scans_compile_whole() -> None:
+    arguments = _complex_scan()
+    compiled = torch.compile(selective_scan, backend="aot_eager", fullgraph=True)
+    outs = []
+    for function in (selective_scan, compiled):
+        A = arguments["A"].clone().requires_grad_()
+        out = function(**arguments | {"A": A})
+        outs.append((out.detach(), *torch.autograd.grad(out.sum(), A)))
+    for eager, graph in zip(*outs, strict=True):
+        torch.testing.assert_close(graph, eager)
+
+
+def test_conjugates_that_are_not_resolved() -> None:
+    arguments = _complex_scan()
+    lazy = {name: value.conj() for name, value in arguments.items()}
+    resolved = {name: value.conj().resolve_conj() for name, value in arguments.items()}
+    assert lazy["A"].is_conj()
+    assert torch.equal(selective_scan(**lazy), selective_scan(**resolved))
+
+
+def test_shapes_alone() -> None:
+    for arguments in (_complex_scan(), {**_complex_scan(), "A": torch.ones(4, 3)}):
+        if not arguments["A"].is_complex():
+            arguments |= {"B": torch.ones(2, 3, 7), "C": torch.ones(4, 3)}
+            del arguments["initial_state"]
+        shapes = {name: value.to("meta") for name, value in arguments.items()}
+        out, state = selective_scan(**shapes, return_last_state=True)
+        assert (out.shape, state.shape) == ((2, 4, 7), (2, 4, 3))
+        assert state.dtype == arguments["A"].dtype

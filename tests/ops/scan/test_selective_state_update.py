@@ -67,7 +67,7 @@ class TestSelectiveStateUpdate(OpSuite):
             "unknown",
             {"discretization": "euler"},
             ValueError,
-            r"discretization must be one of mamba, zoh, .*; got 'euler'",
+            r'discretization must be "mamba", "zoh", .* or "rk4_constant"; got \'euler\'',
         ),
         Failure(
             "indices",
@@ -269,3 +269,68 @@ def test_a_half_state_is_rounded_once_a_step_and_the_output_comes_before(
         out = selective_state_update(state, x, dt, A, B, C)
         torch.testing.assert_close(out, expected.to(dtype))
         torch.testing.assert_close(state, exact.to(dtype))
+
+
+def _complex(new: Inputs, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """State, x, A and B of a complex recurrence."""
+
+    def pair(*shape: int) -> torch.Tensor:
+        return torch.complex(-new.uniform(*shape, low=0.1), new.normal(*shape)).to(torch.complex64)
+
+    return pair(2, 4, 3), new.uniform(2, 4).to(dtype), pair(4, 3), pair(2, 3)
+
+
+def test_a_complex_state_in_a_compiled_graph() -> None:
+    state, x, A, B = _complex(Inputs(), torch.float32)
+    states = state.clone(), state.clone()
+    compiled = torch.compile(selective_state_update, backend="aot_eager", fullgraph=True)
+    out = compiled(states[0], x, x, A, B, B)
+    torch.testing.assert_close(out, selective_state_update(states[1], x, x, A, B, B))
+    torch.testing.assert_close(*states)
+    assert not torch.equal(states[0], state)
+
+
+def test_conjugates_that_are_not_resolved() -> None:
+    state, x, A, B = _complex(Inputs(), torch.float32)
+    states = state.clone(), state.conj().resolve_conj()
+    out = selective_state_update(states[0].conj(), x, x, A.conj(), B.conj(), B.conj())
+    plain = [tensor.conj().resolve_conj() for tensor in (A, B, B)]
+    torch.testing.assert_close(out, selective_state_update(states[1], x, x, *plain))
+    torch.testing.assert_close(states[0].conj(), states[1])
+
+
+def test_complex_parameters_of_another_precision() -> None:
+    """As selective_scan takes them."""
+    state, x, A, B = _complex(Inputs(), torch.float64)
+    out = selective_state_update(state.to(torch.complex128), x, x, A, B, B)
+    wide = [tensor.to(torch.complex128) for tensor in (state, A, B)]
+    torch.testing.assert_close(
+        out, selective_state_update(wide[0], x, x, wide[1], wide[2], wide[2])
+    )
+    with pytest.raises(TypeError, match=r"state must be complex128 .* float64; got complex64"):
+        selective_state_update(state, x, x, A, B, B)
+
+
+@pytest.mark.parametrize("name", ["A", "B"])
+def test_what_is_no_tensor(name: str) -> None:
+    one = torch.ones(1, 1)
+    arguments = {"state": torch.ones(1, 1, 1), "x": one, "dt": one, "A": one, "B": one, "C": one}
+    sentence = f"^selective_state_update: {name} must be a tensor; got None$"
+    with pytest.raises(TypeError, match=sentence):
+        selective_state_update(**arguments | {name: None})
+
+
+@pytest.mark.parametrize(
+    ("u", "B", "sentence"),
+    [
+        ((2, 3, 5), (3, 4), r"B must have shape \(2, N, 5\) or \(2, G, N, 5\); got \(3, 4\)"),
+        ((2, 3, 5), (2, 4, 4), r"B must have shape .*; got \(2, 4, 4\)"),
+        ((3, 5), (2, 4, 5), r"u must have shape \(B, D, L\); got \(3, 5\)"),
+    ],
+)
+def test_wrong_histories(u: tuple[int, ...], B: tuple[int, ...], sentence: str) -> None:
+    with pytest.raises(ValueError, match="^scan_history: " + sentence):
+        scan_history(torch.zeros(u), torch.zeros(B), "foh")
+    whole = torch.zeros(2, 3, 5)
+    with pytest.raises(ValueError, match=r"delta must have shape \(2, 3, 5\); got \(2, 3, 4\)"):
+        scan_history(whole, whole, "highorder", true_time=True, delta=whole[..., 1:])

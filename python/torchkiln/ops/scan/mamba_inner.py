@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
-from torchkiln.ops._arguments import require_floating, require_pair, shape
+from torchkiln.ops._arguments import (
+    is_autocast,
+    require_floating,
+    require_optional_tensor,
+    require_pair,
+    require_tensor,
+    shape,
+)
 from torchkiln.ops.scan.causal_conv1d import causal_conv1d_fn
 from torchkiln.ops.scan.selective_scan import selective_scan
 
@@ -84,6 +91,7 @@ def mamba_inner_fn(
     Raises:
         TypeError: for another dtype.
         ValueError: for another shape, discretization or level.
+        RuntimeError: of the backward, where a tensor was changed in place since the forward.
 
     Differentiable: all tensors. Deterministic: as `selective_scan`. Autocast: the projections are
     in autocast's dtype.
@@ -100,25 +108,29 @@ def mamba_inner_fn(
         >>> mamba_inner_fn(xz, conv, None, project, step, out, None, -torch.ones(4, 3)).shape
         torch.Size([1, 5, 6])
     """
-    _check(xz, conv1d_weight, x_proj_weight, delta_proj_weight, A, B, C, checkpoint_lvl)
-    complexity = 2 if A.is_complex() else 1
-    columns = A.shape[1] * complexity
-    _check_others(
+    op = "mamba_inner_fn"
+    check_inner(op, xz, conv1d_weight, x_proj_weight, delta_proj_weight, A, B, C)
+    columns = check_others(
+        op,
         xz,
-        out_proj_weight,
-        out_proj_bias,
+        A,
+        (out_proj_weight, out_proj_bias),
         {
-            "conv1d_bias": (conv1d_bias, xz.shape[1] // 2),
-            "D": (D, xz.shape[1] // 2),
-            "delta_bias": (delta_bias, xz.shape[1] // 2),
-            "dt_rms_weight": (dt_rms_weight, xz.shape[1] // 2),
-            "B_proj_bias": (B_proj_bias, columns),
-            "C_proj_bias": (C_proj_bias, columns),
-            "b_rms_weight": (b_rms_weight, columns),
-            "c_rms_weight": (c_rms_weight, columns),
+            "conv1d_bias": conv1d_bias,
+            "D": D,
+            "delta_bias": delta_bias,
+            "dt_rms_weight": dt_rms_weight,
+        },
+        {
+            "B_proj_bias": B_proj_bias,
+            "C_proj_bias": C_proj_bias,
+            "b_rms_weight": b_rms_weight,
+            "c_rms_weight": c_rms_weight,
         },
     )
-    if torch.is_autocast_enabled(xz.device.type):
+    if checkpoint_lvl not in (0, 1):
+        raise ValueError(f"{op}: checkpoint_lvl must be 0 or 1; got {checkpoint_lvl!r}")
+    if is_autocast(xz):
         dtype = torch.get_autocast_dtype(xz.device.type)
         x_proj_weight, delta_proj_weight = x_proj_weight.to(dtype), delta_proj_weight.to(dtype)
     x, z = xz.chunk(2, dim=1)
@@ -137,17 +149,18 @@ def mamba_inner_fn(
     def matrix(rows: Tensor, bias: Tensor | None, norm: Tensor | None) -> Tensor:
         rows = rows if bias is None else rows + bias[:, None].to(rows.dtype)
         rows = rows if norm is None else _rms_norm(rows, norm, b_c_dt_rms_eps)
-        return rows.unflatten(1, (-1, 2)).movedim(2, 3).flatten(2) if complexity == 2 else rows
+        return in_turns(rows) if A.is_complex() else rows
 
     u = convolve()
     forgotten = _Forgotten() if checkpoint_lvl == 1 and _may_forget() else None
     if forgotten is not None:
-        forgotten.add(u, convolve)
+        forgotten.add(u, convolve, x, conv1d_weight, conv1d_bias)
     with forgotten.hooks() if forgotten is not None else contextlib.nullcontext():
         projected = project(x_proj_weight, u.to(x_proj_weight.dtype))
         delta = steps(projected)
         if forgotten is not None:
-            forgotten.add(delta, partial(steps, projected.detach()))
+            again = partial(steps, projected.detach())
+            forgotten.add(delta, again, delta_proj_weight, dt_rms_weight)
         if B is None:
             B = matrix(projected[:, rank : rank + columns], B_proj_bias, b_rms_weight)
         if C is None:
@@ -166,6 +179,12 @@ def project(weight: Tensor, x: Tensor) -> Tensor:
     return torch.bmm(weight.expand(x.shape[0], -1, -1), x)
 
 
+def in_turns(rows: Tensor) -> Tensor:
+    """(batch, 2 N, length) as the real and imaginary parts of complex (batch, N, length)."""
+    pairs: Tensor = rows.unflatten(1, (-1, 2))
+    return pairs.movedim(2, 3).flatten(2)
+
+
 def _rms_norm(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Of (batch, rows, length) over the rows, in float32 for the half types."""
     wide = rows if rows.dtype == torch.float64 else rows.float()
@@ -182,37 +201,86 @@ def _may_forget() -> bool:
     )
 
 
+class _Kept:
+    """A tensor at the version that it had: hooks switch off torch's own look at it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = tensor, _version(tensor)
+
+    def get(self) -> Tensor:
+        """The tensor; raises where it is another one by now."""
+        now = _version(self._tensor)
+        if now != self._version:
+            raise RuntimeError(
+                "mamba_inner_fn: a tensor needed for the gradient has been modified by an inplace "
+                f"operation: it has shape {shape(self._tensor)} and is at version {now}; expected "
+                f"version {self._version}. Change a clone of it, or change it after the backward"
+            )
+        return self._tensor
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class _Recipe:
+    """How a tensor is computed again, and what from."""
+
+    def __init__(self, compute: Callable[[], Tensor], inputs: Sequence[Tensor | None]) -> None:
+        self._compute = compute
+        self._inputs = [_Kept(tensor) for tensor in inputs if tensor is not None]
+
+    def again(self) -> Tensor:
+        """The tensor as it was."""
+        for tensor in self._inputs:
+            tensor.get()
+        with torch.no_grad():
+            return self._compute()
+
+
 class _Forgotten:
     """Tensors that the backward computes again instead of keeping them."""
 
     def __init__(self) -> None:
-        self._recipes: dict[int, tuple[int, Callable[[], Tensor]]] = {}
+        self._recipes: dict[int, tuple[int, _Recipe]] = {}
 
-    def add(self, tensor: Tensor, recipe: Callable[[], Tensor]) -> None:
-        """From now on `tensor`, which lives as long as the hooks, is not kept."""
-        self._recipes[tensor.data_ptr()] = tensor.numel(), recipe
+    def add(self, tensor: Tensor, compute: Callable[[], Tensor], *inputs: Tensor | None) -> None:
+        """From now on `tensor`, which lives as long as the hooks, is not kept.
+
+        Args:
+            tensor: what is computed again.
+            compute: computes it.
+            inputs: what `compute` reads; nobody may change it in between.
+        """
+        self._recipes[_memory(tensor)] = tensor.numel(), _Recipe(compute, inputs)
 
     def hooks(self) -> saved_tensors_hooks:
         """The context in which nothing that was added is kept."""
         return saved_tensors_hooks(self._pack, _unpack)
 
     def _pack(self, tensor: Tensor) -> Any:
-        numel, recipe = self._recipes.get(tensor.data_ptr(), (-1, None))
+        numel, recipe = self._recipes.get(_memory(tensor), (-1, None))
         if recipe is None or tensor.numel() != numel or numel == 0:
-            return tensor
+            return _Kept(tensor)
         return recipe, tensor.shape, tensor.stride()
 
 
+def _memory(tensor: Tensor) -> int:
+    """What tells a tensor that fills its memory from others; on meta, too."""
+    address: int = tensor.untyped_storage()._cdata
+    return address
+
+
 def _unpack(packed: Any) -> Tensor:
-    if isinstance(packed, Tensor):
-        return packed
+    if isinstance(packed, _Kept):
+        return packed.get()
     recipe, size, stride = packed
-    with torch.no_grad():
-        again: Tensor = recipe().as_strided(size, stride)
+    again: Tensor = recipe.again().as_strided(size, stride)
     return again
 
 
-def _check(
+def check_inner(
+    op: str,
     xz: Tensor,
     conv1d_weight: Tensor,
     x_proj_weight: Tensor,
@@ -220,10 +288,8 @@ def _check(
     A: Tensor,
     B: Tensor | None,
     C: Tensor | None,
-    checkpoint_lvl: int,
 ) -> None:
     """What the operators inside would say in words of their own."""
-    op = "mamba_inner_fn"
     require_floating(
         op,
         xz=xz,
@@ -231,6 +297,8 @@ def _check(
         x_proj_weight=x_proj_weight,
         delta_proj_weight=delta_proj_weight,
     )
+    require_tensor(op, A=A)
+    require_optional_tensor(op, B=B, C=C)
     if xz.dim() != 3 or xz.shape[1] % 2:
         raise ValueError(f"{op}: xz must have shape (B, 2 D, L); got {shape(xz)}")
     dim = xz.shape[1] // 2
@@ -244,48 +312,57 @@ def _check(
         )
     if A.dim() != 2 or A.shape[0] != dim:
         raise ValueError(f"{op}: A must have shape ({dim}, N); got {shape(A)}")
-    columns = A.shape[1] * (2 if A.is_complex() else 1)
-    rows = delta_proj_weight.shape[1] + columns * ((B is None) + (C is None))
+    rows = delta_proj_weight.shape[1] + _columns(A) * ((B is None) + (C is None))
     if x_proj_weight.shape != (rows, dim):
         raise ValueError(
             f"{op}: x_proj_weight must have shape ({rows}, {dim}); got {shape(x_proj_weight)}"
         )
-    if not torch.is_autocast_enabled(xz.device.type):
+    if not is_autocast(xz):
         require_pair(op, xz=xz, x_proj_weight=x_proj_weight)
         require_pair(op, xz=xz, delta_proj_weight=delta_proj_weight)
-    if checkpoint_lvl not in (0, 1):
-        raise ValueError(f"{op}: checkpoint_lvl must be 0 or 1; got {checkpoint_lvl!r}")
 
 
-def _check_others(
+def _columns(A: Tensor) -> int:
+    """Numbers of B, or C, at a position."""
+    return A.shape[1] * (2 if A.is_complex() else 1)
+
+
+def check_others(
+    op: str,
     xz: Tensor,
-    out_proj_weight: Tensor | None,
-    out_proj_bias: Tensor | None,
-    vectors: Mapping[str, tuple[Tensor | None, int]],
-) -> None:
-    """What may be None."""
-    op, dim = "mamba_inner_fn", xz.shape[1] // 2
-    for name, (tensor, size) in vectors.items():
+    A: Tensor,
+    out_proj: tuple[Tensor | None, Tensor | None],
+    of_channels: Mapping[str, Tensor | None],
+    of_columns: Mapping[str, Tensor | None],
+) -> int:
+    """Checks what may be None, and returns the numbers that B, or C, has at a position."""
+    dim, columns = xz.shape[1] // 2, _columns(A)
+    sized = [(name, tensor, dim) for name, tensor in of_channels.items()]
+    sized += [(name, tensor, columns) for name, tensor in of_columns.items()]
+    for name, tensor, size in sized:
         if tensor is None:
             continue
         require_floating(op, **{name: tensor})
         if tensor.shape != (size,):
             raise ValueError(f"{op}: {name} must have shape ({size},); got {shape(tensor)}")
-    if out_proj_weight is None:
-        return
-    require_floating(op, out_proj_weight=out_proj_weight)
-    if out_proj_weight.dim() != 2 or out_proj_weight.shape[1] != dim:
-        raise ValueError(
-            f"{op}: out_proj_weight must have shape (E, {dim}); got {shape(out_proj_weight)}"
-        )
-    if out_proj_bias is not None:
-        require_floating(op, out_proj_bias=out_proj_bias)
-        if out_proj_bias.shape != out_proj_weight.shape[:1]:
+    weight, bias = out_proj
+    if weight is not None:
+        _check_out_proj(op, xz, weight, bias)
+    return columns
+
+
+def _check_out_proj(op: str, xz: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    dim = xz.shape[1] // 2
+    require_floating(op, out_proj_weight=weight)
+    if weight.dim() != 2 or weight.shape[1] != dim:
+        raise ValueError(f"{op}: out_proj_weight must have shape (E, {dim}); got {shape(weight)}")
+    if bias is not None:
+        require_floating(op, out_proj_bias=bias)
+        if bias.shape != weight.shape[:1]:
             raise ValueError(
-                f"{op}: out_proj_bias must have shape ({len(out_proj_weight)},); "
-                f"got {shape(out_proj_bias)}"
+                f"{op}: out_proj_bias must have shape ({len(weight)},); got {shape(bias)}"
             )
-    if not torch.is_autocast_enabled(xz.device.type):
-        require_pair(op, xz=xz, out_proj_weight=out_proj_weight)
-        if out_proj_bias is not None:
-            require_pair(op, xz=xz, out_proj_bias=out_proj_bias)
+    if not is_autocast(xz):
+        require_pair(op, xz=xz, out_proj_weight=weight)
+        if bias is not None:
+            require_pair(op, xz=xz, out_proj_bias=bias)

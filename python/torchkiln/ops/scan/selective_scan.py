@@ -10,11 +10,18 @@ import torch
 from torch import Tensor
 
 from torchkiln._frame import deterministic_default, operator
+from torchkiln.ops._arguments import (
+    dtype_name,
+    is_autocast,
+    require_choice,
+    require_optional_tensor,
+    require_tensor,
+)
 
 __all__ = ["selective_scan"]
 
 # Values of the schema's `method`.
-_METHODS = {
+METHODS = {
     "mamba": 0,
     "zoh": 1,
     "foh": 2,
@@ -26,7 +33,7 @@ _METHODS = {
     "rk4_constant": 8,
 }
 # Those whose weights differ when steps are not equal.
-_TRUE_TIME = {"poly": 9, "highorder": 10}
+TRUE_TIME = {"poly": 9, "highorder": 10}
 
 # Steps between two states that are kept for the backward; kCheckpoint of selective_scan.h.
 _CHECKPOINT = 32
@@ -122,15 +129,12 @@ _selective_scan = operator(
 )
 
 
-def _method(discretization: str, true_time: bool) -> int:
-    if discretization not in _METHODS:
-        names = ", ".join(_METHODS)
-        raise ValueError(
-            f"selective_scan: discretization must be one of {names}; got {discretization!r}"
-        )
-    if true_time and discretization in _TRUE_TIME:
-        return _TRUE_TIME[discretization]
-    return _METHODS[discretization]
+def method_of(op: str, discretization: str, true_time: bool) -> int:
+    """The schema's number of a rule."""
+    require_choice(op, "discretization", discretization, METHODS)
+    if true_time and discretization in TRUE_TIME:
+        return TRUE_TIME[discretization]
+    return METHODS[discretization]
 
 
 def _weight(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -140,19 +144,26 @@ def _weight(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor.to(dtype)
 
 
-def _parts(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Real and imaginary part of a complex number as a last dimension of 2."""
-    return torch.view_as_real(tensor.to(dtype.to_complex()))
+def parts_of(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Real and imaginary part of a number, real ones too, as a last dimension of 2."""
+    is_double = dtype == torch.float64
+    wide = tensor.to(torch.complex128 if is_double else torch.complex64)
+    return torch.view_as_real(wide.resolve_conj())
 
 
-def _input_matrix(tensor: Tensor, is_complex: bool, dtype: torch.dtype) -> Tensor:
+def _input_matrix(name: str, tensor: Tensor, is_complex: bool, u: Tensor) -> Tensor:
     """B or C as the schema takes it: constant like A, or (batch, groups, N, length)."""
     if tensor.dim() == 2:
-        if is_complex:
-            return _parts(tensor, dtype)
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+        dtype = _weights_dtype(u)
+        return parts_of(tensor, dtype) if is_complex else _weight(tensor, dtype)  # type: ignore[return-value]
     if tensor.is_complex() and is_complex:
-        tensor = torch.view_as_real(tensor).flatten(-2)
+        parts = torch.view_as_real(tensor.resolve_conj())
+        if parts.dtype != u.dtype:
+            raise TypeError(
+                f"selective_scan: {name} must have parts of the dtype of u ({dtype_name(u)}); got "
+                f"{dtype_name(tensor)}. Use torch.view_as_real({name}).flatten(-2).to(u.dtype)"
+            )
+        tensor = parts.flatten(-2)
     return tensor.unsqueeze(1) if tensor.dim() == 3 else tensor
 
 
@@ -176,25 +187,28 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Runs a diagonal state space model whose step, input and output maps depend on the input.
 
-    With d_k = delta_k + delta_bias (through softplus if asked for), z_k = A d_k and v_k = B_k u_k:
+    With d_k = delta_k + delta_bias (through softplus if asked for), q = A d_k and v_k = B_k u_k:
 
-        h_k = alpha(z_k) h_{k-1} + d_k sum_j w_j(z_k) v_{k+j}
+        h_k = alpha(q) h_{k-1} + d_k sum_j w_j(q) v_{k+j}
         out_k = (sum_n C_{k,n} h_{k,n} + D u_k) * silu(z_k)
+
+    With a complex A the sum over n is 2 Re(sum_n C_{k,n} h_{k,n}): each state stands for itself and
+    its conjugate, and the output is real.
 
     | discretization | alpha | input term | exact for |
     |---|---|---|---|
-    | mamba | exp(z) | v_k (Mamba's own rule) | - |
-    | zoh | exp(z) | v_k held over the step | constant input |
-    | foh | exp(z) | linear through v_{k-1}, v_k | linear input |
-    | bilinear | (1+z/2)/(1-z/2) | v_k | - |
-    | tustin | (1+z/2)/(1-z/2) | mean of v_{k-1}, v_k | - |
-    | poly | exp(z) | quadratic through v_{k-1}, v_k, v_{k+1}: not causal | quadratic input |
-    | highorder | exp(z) | quadratic through v_{k-2}, v_{k-1}, v_k | quadratic input |
+    | mamba | exp(q) | v_k (Mamba's own rule) | - |
+    | zoh | exp(q) | v_k held over the step | constant input |
+    | foh | exp(q) | linear through v_{k-1}, v_k | linear input |
+    | bilinear | (1+q/2)/(1-q/2) | v_k | - |
+    | tustin | (1+q/2)/(1-q/2) | mean of v_{k-1}, v_k | - |
+    | poly | exp(q) | quadratic through v_{k-1}, v_k, v_{k+1}: not causal | quadratic input |
+    | highorder | exp(q) | quadratic through v_{k-2}, v_{k-1}, v_k | quadratic input |
     | rk4 | Runge-Kutta of order 4 | linear through v_{k-1}, v_k | - |
     | rk4_constant | Runge-Kutta of order 4 | v_k held over the step | - |
 
     Samples beyond either end repeat the first or last one. The Runge-Kutta rules are stable only
-    for z in [-2.785, 0]; the others for every A with a negative real part.
+    for q in [-2.785, 0]; the others for every A with a negative real part.
 
     Args:
         u: (batch, dim, length), float16, bfloat16, float32 or float64.
@@ -202,8 +216,10 @@ def selective_scan(
         A: (dim, N), real or complex; N up to 256.
         B: (dim, N) constant; (batch, N, length) or (batch, G, N, length) with the dtype of u,
             where dim is a multiple of G and channel i is in group i // (dim / G). With a complex
-            A: complex, or 2 * length real numbers, real and imaginary parts in turns.
-        C: like B, one of the forms for itself.
+            A, where B is not constant: complex64 beside float32, complex128 beside float64; or,
+            beside any dtype, 2 * length real numbers of that dtype, real and imaginary parts in
+            turns.
+        C: like B, in any of its forms; where both are in groups, in as many.
         D: (dim,).
         z: like u; the output is multiplied by silu(z).
         delta_bias: (dim,).
@@ -248,15 +264,19 @@ def selective_scan(
         >>> selective_scan(u, delta, A, B, C, discretization="zoh")
         tensor([[[0.3935, 0.6321, 0.7769, 0.8647]]])
     """
-    method = _method(discretization, true_time)
+    require_tensor("selective_scan", u=u, delta=delta, A=A, B=B, C=C)
+    require_optional_tensor(
+        "selective_scan", D=D, z=z, delta_bias=delta_bias, initial_state=initial_state
+    )
+    method = method_of("selective_scan", discretization, true_time)
     deterministic = deterministic_default(deterministic)
     weights = _weights_dtype(u)
     is_complex = A.is_complex()
-    if torch.is_autocast_enabled(u.device.type):
+    if is_autocast(u):
         u, delta, z, B, C = _common_dtype(u, delta, z, B, C)
-    B, C = (_input_matrix(tensor, is_complex, weights) for tensor in (B, C))
+    B, C = _input_matrix("B", B, is_complex, u), _input_matrix("C", C, is_complex, u)
     if is_complex:
-        initial_state = None if initial_state is None else _parts(initial_state, weights)
+        initial_state = None if initial_state is None else parts_of(initial_state, weights)
     tensors = u, delta, A, B, C, D, z, delta_bias, initial_state
     needs_grad = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in tensors
@@ -264,7 +284,7 @@ def selective_scan(
     out, last_state, _ = _selective_scan(
         u,
         delta,
-        _parts(A, weights) if is_complex else _weight(A, weights),
+        parts_of(A, weights) if is_complex else _weight(A, weights),
         B,
         C,
         _weight(D, weights),

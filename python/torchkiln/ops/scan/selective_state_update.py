@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from torchkiln._frame import operator
-from torchkiln.ops.scan.selective_scan import _METHODS, _TRUE_TIME
+from torchkiln.ops._arguments import dtype_name, require_device, require_tensor, shape
+from torchkiln.ops.scan.selective_scan import TRUE_TIME, method_of, parts_of
 
 __all__ = ["scan_history", "selective_state_update"]
 
@@ -61,15 +62,6 @@ def _fake(
 _selective_state_update = operator("selective_state_update", fake=_fake)
 
 
-def _method(op: str, discretization: str, true_time: bool) -> int:
-    if discretization not in _METHODS:
-        names = ", ".join(_METHODS)
-        raise ValueError(f"{op}: discretization must be one of {names}; got {discretization!r}")
-    if true_time and discretization in _TRUE_TIME:
-        return _TRUE_TIME[discretization]
-    return _METHODS[discretization]
-
-
 def scan_history(
     u: Tensor,
     B: Tensor,
@@ -91,8 +83,9 @@ def scan_history(
         None for the rules that take in their own sample only.
 
     Raises:
-        ValueError: for poly, which takes in a later sample, for another name, or steps that are
-            missing.
+        TypeError: for what is no tensor.
+        ValueError: for poly, which takes in a later sample, for another name or shape, or steps
+            that are missing.
 
     Differentiable: no. Deterministic: yes. Autocast: as without.
 
@@ -103,7 +96,8 @@ def scan_history(
         >>> history.x.shape, history.B.shape, history.seen
         (torch.Size([2, 2, 4]), torch.Size([2, 2, 1, 16]), tensor([0, 0], dtype=torch.int32))
     """
-    _method("scan_history", discretization, true_time)
+    method_of("scan_history", discretization, true_time)
+    _check_samples(u, B)
     if discretization == "poly":
         raise ValueError(
             "scan_history: discretization must be a rule that needs no later sample; got 'poly'. "
@@ -113,20 +107,41 @@ def scan_history(
     if back == 0:
         return None
     B = B.unsqueeze(1) if B.dim() == 3 else B
-    last = B.movedim(3, 1).contiguous()
+    last = B.movedim(3, 1)
     if last.is_complex():
-        last = torch.view_as_real(last)
-    needs_steps = true_time and discretization in _TRUE_TIME
-    if needs_steps and delta is None:
-        raise ValueError("scan_history: delta must be given in true time; got None")
+        last = torch.view_as_real(last.resolve_conj())
     steps = None
-    if needs_steps and delta is not None:
+    if true_time and discretization in TRUE_TIME:
+        delta = _checked_steps(u, delta)
         wide = torch.float64 if u.dtype == torch.float64 else torch.float32
         steps = _ring(delta.movedim(2, 1).to(wide), back + 1)
     seen = torch.full((u.shape[0],), u.shape[2], dtype=torch.int32, device=u.device)
     return ScanHistory(
         _ring(u.movedim(2, 1), back + 1), _ring(last.to(u.dtype), back + 1), steps, seen
     )
+
+
+def _check_samples(u: Tensor, B: Tensor) -> None:
+    require_tensor("scan_history", u=u, B=B)
+    require_device("scan_history", u=u, B=B)
+    if u.dim() != 3:
+        raise ValueError(f"scan_history: u must have shape (B, D, L); got {shape(u)}")
+    batch, _, length = u.shape
+    if B.dim() not in (3, 4) or B.shape[0] != batch or B.shape[-1] != length:
+        raise ValueError(
+            f"scan_history: B must have shape ({batch}, N, {length}) or ({batch}, G, N, {length}); "
+            f"got {shape(B)}. Expand a constant one"
+        )
+
+
+def _checked_steps(u: Tensor, delta: Tensor | None) -> Tensor:
+    if delta is None:
+        raise ValueError("scan_history: delta must be given in true time; got None")
+    require_tensor("scan_history", delta=delta)
+    require_device("scan_history", u=u, delta=delta)
+    if delta.shape != u.shape:
+        raise ValueError(f"scan_history: delta must have shape {shape(u)}; got {shape(delta)}")
+    return delta
 
 
 def _ring(samples: Tensor, slots: int) -> Tensor:
@@ -158,14 +173,14 @@ def selective_state_update(
     """Goes on with `selective_scan` by one position from its state, which is changed in place.
 
     Args:
-        state: (B, D, N), or (B, H, D, N) with heads; dtype of `x` or float32, complex64 if A is
-            complex; any strides.
+        state: (B, D, N), or (B, H, D, N) with heads; dtype of `x` or float32, if A is complex,
+            complex64 (complex128 beside float64); any strides.
         x: (B, D) or (B, H, D), float16, bfloat16, float32 or float64.
         dt: steps, like `x`.
         A: (D, N) or (H, D, N), dtype of `x` or float32, or complex; strides of 0 cost nothing.
         B: (B, N) or (B, G, N), dtype of `x`: channels, or heads where there are any, share it in G
-            equal groups. With a complex A: complex, or 2 N real numbers, real and imaginary parts
-            in turns.
+            equal groups. With a complex A: complex of any dtype, rounded to that of `x`; or 2 N
+            real numbers, real and imaginary parts in turns.
         C: like `B`.
         D: (D,) or (H, D), dtype of `x` or float32.
         z: like `x`; the output is multiplied by silu(z).
@@ -203,22 +218,19 @@ def selective_state_update(
         tensor([[0.3935]])
         tensor([[0.6321]])
     """
-    method = _method("selective_state_update", discretization, true_time)
-    is_complex = A.is_complex()
+    require_tensor("selective_state_update", state=state, x=x, dt=dt, A=A, B=B, C=C)
+    method = method_of("selective_state_update", discretization, true_time)
+    is_complex, changed = A.is_complex(), state
     if is_complex:
-        if not state.is_complex():
-            raise TypeError(
-                "selective_state_update: state must be complex beside a complex A; got "
-                f"{str(state.dtype).removeprefix('torch.')}"
-            )
-        state, A = torch.view_as_real(state), torch.view_as_real(A)
-        B, C = (_pairs(tensor, x.dtype) for tensor in (B, C))
+        changed = _parts_to_change(state, x)
+        A = parts_of(A, x.dtype)
+        B, C = _pairs("B", B, x.dtype), _pairs("C", C, x.dtype)
     if B.dim() - is_complex == 2:
         B = B.unsqueeze(1)
     if C.dim() - is_complex == 2:
         C = C.unsqueeze(1)
     out = _selective_state_update(
-        state,
+        changed,
         x,
         dt,
         A,
@@ -233,15 +245,40 @@ def selective_state_update(
         is_complex,
         *((None,) * 4 if history is None else history),
     )
+    if is_complex and _is_copied(state):
+        state.copy_(torch.view_as_complex(changed))
     if history is not None:
         _count(history.seen, state_batch_indices)
     return out
 
 
-def _pairs(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _is_copied(state: Tensor) -> bool:
+    """Graphs cannot write through the real view of a complex tensor; a conjugate has none."""
+    return torch.compiler.is_compiling() or state.is_conj()
+
+
+def _parts_to_change(state: Tensor, x: Tensor) -> Tensor:
+    """Real and imaginary parts of a complex state: the same memory where there can be."""
+    wanted = torch.complex128 if x.dtype == torch.float64 else torch.complex64
+    if state.dtype != wanted:
+        name = str(wanted).removeprefix("torch.")
+        raise TypeError(
+            f"selective_state_update: state must be {name} beside a complex A and x of "
+            f"{dtype_name(x)}; got {dtype_name(state)}"
+        )
+    parts = torch.view_as_real(state.resolve_conj())
+    return parts.clone() if _is_copied(state) else parts
+
+
+def _pairs(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Complex numbers, or real and imaginary parts in turns, as pairs."""
     if tensor.is_complex():
-        return torch.view_as_real(tensor).to(dtype)
+        return torch.view_as_real(tensor.resolve_conj()).to(dtype)
+    if tensor.dim() == 0 or tensor.shape[-1] % 2:
+        raise ValueError(
+            f"selective_state_update: {name} must be complex beside a complex A, or have shape "
+            f"(..., 2 N); got {shape(tensor)}"
+        )
     parts: Tensor = tensor.unflatten(-1, (-1, 2))
     return parts
 

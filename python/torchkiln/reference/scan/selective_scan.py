@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchkiln.reference.scan import _golden as golden
 from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 
 __all__ = ["selective_scan"]
@@ -256,6 +257,7 @@ def parity() -> Parity:
         tier="C",
         differentiable=_NAMES,
         arrange=_arranged,
+        label=_label,
         deterministic=False,
         fuzz=_fuzz,
         cases=(
@@ -290,9 +292,15 @@ def parity() -> Parity:
                 "complex_constant", lambda new: _of_rule(new, "highorder", parts=2, constant="BC")
             ),
             *(
-                Case(f"golden_{name}", functools.partial(_golden, method=name))
-                for name in _METHOD_NAMES
+                Case(name, functools.partial(_scan_of, batch=1, dim=2, length=5, groups=1, **form))
+                for name, form in _MANY_STATES.items()
             ),
+            *(
+                Case(f"trained_{name}", functools.partial(_trained, method=name))
+                for name in ("zoh", "foh", "poly", "highorder")
+            ),
+            *(_reversed(rule, parts) for rule in golden.GOLDEN for parts in (1, 2)),
+            *(_golden(rule, parts) for rule in golden.GOLDEN for parts in (1, 2)),
             Case("steep", lambda new: _steep(new)),
             Case("single", lambda new: _scan_of(new, 1, 1, 1, 1, groups=1)),
             Case("one_step_poly", lambda new: _of_rule(new, "poly", length=1)),
@@ -359,22 +367,77 @@ def _scan_of(
     }
 
 
-def _golden(new: Inputs, method: str) -> dict[str, object]:
-    """The example whose states tests/ops/scan has as numbers."""
+_MANY_STATES: dict[str, dict[str, Any]] = {
+    "states_65": {"states": 65},
+    "states_256": {"states": 256},
+    "complex_states_65": {"states": 65, "parts": 2},
+    "complex_states_256": {"states": 256, "parts": 2},
+}
 
+
+def _named(prefix: str, rule: tuple[str, bool], parts: int) -> str:
+    name, true_time = rule
+    return ("complex_" if parts == 2 else "") + prefix + name + ("_true_time" if true_time else "")
+
+
+def _reversed(rule: tuple[str, bool], parts: int) -> Case:
+    settings: dict[str, Any] = {
+        "discretization": rule[0],
+        "true_time": rule[1],
+        "parts": parts,
+        "reverse": True,
+    }
+    return Case(
+        _named("reverse_", rule, parts), lambda new: _scan_of(new, 1, 2, 7, 2, 1, **settings)
+    )
+
+
+def _golden(rule: tuple[str, bool], parts: int) -> Case:
+    """The example whose states are known as numbers; all of a real a, the last of a complex one."""
+    states, last = golden.GOLDEN[rule]
+    if parts == 1:
+        known = torch.tensor(states, dtype=torch.float64).view(1, 1, 4)
+        numbers = {"forward 0": (known, golden.REAL_ROUNDING)}
+    else:
+        known = torch.tensor([last.real, last.imag], dtype=torch.float64).view(1, 1, 1, 2)
+        numbers = {"forward 1": (known, golden.COMPLEX_ROUNDING)}
+    make = functools.partial(_example, rule=rule, parts=parts)
+    return Case(_named("golden_", rule, parts), make, golden=numbers)
+
+
+def _example(new: Inputs, rule: tuple[str, bool], parts: int) -> dict[str, object]:
     def row(*values: float) -> Tensor:
         return torch.tensor(values, dtype=torch.float64).view(1, 1, -1)
 
+    def numbers(values: Tensor, imaginary: float = 0.0) -> Tensor:
+        pairs = torch.stack([values, torch.full_like(values, imaginary)], -1)
+        return pairs if parts == 2 else values
+
+    a = golden.COMPLEX_A if parts == 2 else complex(golden.REAL_A)
     return {
         **_scan_of(new, 1, 1, 4, 1, groups=1),
-        "u": row(0.5, 1.2, -0.3, 0.9),
-        "delta": row(0.1, 0.3, 0.2, 0.4),
-        "A": torch.full((1, 1), -0.7, dtype=torch.float64),
-        "B": row(1, -0.5, 2, 0.8)[None],
-        "C": row(1, 1, 1, 1)[None],
+        "u": row(*golden.INPUTS),
+        "delta": row(*golden.STEPS),
+        "A": numbers(row(a.real)[0], a.imag),
+        "B": numbers(row(*golden.MATRIX)[None]),
+        "C": numbers(row(1, 1, 1, 1)[None]),
+        "delta_softplus": False,
+        "discretization": rule[0],
+        "true_time": rule[1],
+        "without": _NAMES[5:],
+    }
+
+
+def _trained(new: Inputs, method: str) -> dict[str, object]:
+    """Steps and A as trained models have them: z from -1.6 to 0."""
+    states = 16
+    return {
+        **_scan_of(new, 1, 2, 70, states, groups=1),
+        "delta": 0.001 * 100 ** new.uniform(1, 2, 70),
+        "A": -torch.arange(1.0, states + 1, dtype=torch.float64).repeat(2, 1),
         "delta_softplus": False,
         "discretization": method,
-        "without": _NAMES[5:],
+        "without": ("delta_bias",),
     }
 
 
@@ -399,7 +462,16 @@ def _arranged(without: tuple[str, ...] = (), **arguments: Any) -> dict[str, Any]
     return kept
 
 
-def _is_pairs(tensor: Tensor) -> bool:
+def _label(arguments: Mapping[str, Any]) -> str:
+    """The rule and the direction of the scan."""
+    label = str(arguments.get("discretization", "mamba"))
+    label += " true_time" if arguments.get("true_time") else ""
+    return label + (" reverse" if arguments.get("reverse") else "")
+
+
+def _is_pairs(tensor: object) -> bool:
+    if not isinstance(tensor, Tensor):  # what is wrong goes to the function
+        return False
     return tensor.is_floating_point() and tensor.dim() > 2 and tensor.shape[-1] == 2
 
 
