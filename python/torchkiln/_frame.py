@@ -164,8 +164,8 @@ class Operator(Generic[Result]):
         for name, tensor in tensors:
             if tensor.is_meta != reference.is_meta:
                 raise ValueError(
-                    f"{self._public}: {name} must be on the device of {first} ({reference.device}); "
-                    f"got {tensor.device}"
+                    f"{self._public}: {name} must be on the device of {first} "
+                    f"({reference.device}); got {tensor.device}"
                 )
 
     def _run_watched(self, args: tuple[Any, ...]) -> Any:

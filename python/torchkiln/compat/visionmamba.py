@@ -28,7 +28,13 @@ from torchkiln import ops
 from torchkiln._backend import backend
 from torchkiln.compat import mamba
 from torchkiln.compat._replaced import Replaced, module
-from torchkiln.ops._arguments import dtype_name, is_autocast, require_choice, require_tensor, shape
+from torchkiln.ops._arguments import (
+    dtype_name,
+    require_choice,
+    require_tensor,
+    shape,
+    under_autocast,
+)
 from torchkiln.ops.scan.mamba_inner import check_inner, check_others, in_turns, project
 
 __all__ = [
@@ -234,7 +240,7 @@ def bimamba_inner_fn(
     require_tensor(op, out_proj_weight=out_proj_weight)
     _check_A_b(A_b, A)
     rule = _discretization(discretization_method)
-    if is_autocast(xz):
+    if under_autocast(xz):
         dtype = torch.get_autocast_dtype(xz.device.type)
         x_proj_weight, delta_proj_weight = x_proj_weight.to(dtype), delta_proj_weight.to(dtype)
     x, z = xz.chunk(2, dim=1)

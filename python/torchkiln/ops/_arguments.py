@@ -77,11 +77,6 @@ def require_choice(op: str, name: str, value: object, choices: Mapping[str, obje
         raise ValueError(f"{op}: {name} must be {', '.join(most)} or {last}; got {value!r}")
 
 
-def is_autocast(tensor: Tensor) -> bool:
-    """Whether autocast is on for a tensor's device; torch refuses to be asked about meta."""
-    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
-
-
 def shape(tensor: Tensor) -> str:
     """Such as "(64, 3)"."""
     return str(tuple(tensor.shape))

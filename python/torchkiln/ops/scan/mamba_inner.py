@@ -15,12 +15,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from torchkiln.ops._arguments import (
-    is_autocast,
     require_floating,
     require_optional_tensor,
     require_pair,
     require_tensor,
     shape,
+    under_autocast,
 )
 from torchkiln.ops.scan.causal_conv1d import causal_conv1d_fn
 from torchkiln.ops.scan.selective_scan import selective_scan
@@ -130,7 +130,7 @@ def mamba_inner_fn(
     )
     if checkpoint_lvl not in (0, 1):
         raise ValueError(f"{op}: checkpoint_lvl must be 0 or 1; got {checkpoint_lvl!r}")
-    if is_autocast(xz):
+    if under_autocast(xz):
         dtype = torch.get_autocast_dtype(xz.device.type)
         x_proj_weight, delta_proj_weight = x_proj_weight.to(dtype), delta_proj_weight.to(dtype)
     x, z = xz.chunk(2, dim=1)
@@ -317,7 +317,7 @@ def check_inner(
         raise ValueError(
             f"{op}: x_proj_weight must have shape ({rows}, {dim}); got {shape(x_proj_weight)}"
         )
-    if not is_autocast(xz):
+    if not under_autocast(xz):
         require_pair(op, xz=xz, x_proj_weight=x_proj_weight)
         require_pair(op, xz=xz, delta_proj_weight=delta_proj_weight)
 
@@ -362,7 +362,7 @@ def _check_out_proj(op: str, xz: Tensor, weight: Tensor, bias: Tensor | None) ->
             raise ValueError(
                 f"{op}: out_proj_bias must have shape ({len(weight)},); got {shape(bias)}"
             )
-    if not is_autocast(xz):
+    if not under_autocast(xz):
         require_pair(op, xz=xz, out_proj_weight=weight)
         if bias is not None:
             require_pair(op, xz=xz, out_proj_bias=bias)

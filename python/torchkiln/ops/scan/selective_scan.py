@@ -12,10 +12,10 @@ from torch import Tensor
 from torchkiln._frame import deterministic_default, operator
 from torchkiln.ops._arguments import (
     dtype_name,
-    is_autocast,
     require_choice,
     require_optional_tensor,
     require_tensor,
+    under_autocast,
 )
 
 __all__ = ["selective_scan"]
@@ -272,7 +272,7 @@ def selective_scan(
     deterministic = deterministic_default(deterministic)
     weights = _weights_dtype(u)
     is_complex = A.is_complex()
-    if is_autocast(u):
+    if under_autocast(u):
         u, delta, z, B, C = _common_dtype(u, delta, z, B, C)
     B, C = _input_matrix("B", B, is_complex, u), _input_matrix("C", C, is_complex, u)
     if is_complex:
