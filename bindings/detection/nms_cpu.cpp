@@ -64,7 +64,7 @@ struct KeptBoxes {
         width = width > T(0) ? width : T(0);                                                   \
         height = height > T(0) ? height : T(0);                                                \
         const T inter = width * height;                                                        \
-        hit |= inter > threshold * ((area[j] + box_area) - inter) ? 1 : 0;                     \
+        hit |= inter / ((area[j] + box_area) - inter) > threshold ? 1 : 0;                     \
       }                                                                                        \
       if (hit != 0) return true;                                                               \
     }                                                                                          \
@@ -234,6 +234,23 @@ std::vector<std::int64_t> kept_rows(std::int64_t kind, const nms::Args& args) {
   }
 }
 
+template <class Kind>
+void group(const nms::Args& args, const Groups& out) {
+  const auto threshold = static_cast<typename Kind::T>(args.iou_threshold);
+  KeptShapes<Kind> kept;
+  auto* rows = mutable_data<std::int64_t>(out.rows);
+  auto* groups = mutable_data<std::int64_t>(out.groups);
+  for (const std::int64_t row : by_score<typename Kind::Scalar>(args)) {
+    const auto shape = load_part<Kind>(args, row);
+    const auto area = Kind::area(shape);
+    const std::int64_t number = kept.first(0, kept.n, shape, area, threshold);
+    if (number == kept.n) kept.add(shape, area);
+    *rows++ = row;
+    *groups++ = number;
+  }
+  *mutable_data<std::int64_t>(out.count) = kept.n;
+}
+
 std::vector<std::int64_t> kept_rows(const NmsPlan& p) {
   std::vector<std::int64_t> rows;
   with_numbers(p, [&]<class T>(const nms::Args& args) { rows = kept_rows<T>(p.kind, args); });
@@ -280,20 +297,11 @@ Groups groups_cpu(const NmsPlan& p) {
                    .groups = empty(p.boxes, ScalarType::Long, {p.args.n}),
                    .count = empty(p.boxes, ScalarType::Long, {})};
   with_numbers(p, [&]<class T>(const nms::Args& args) {
-    using Kind = nms::InclusiveBoxes<T>;
-    const auto threshold = static_cast<T>(args.iou_threshold);
-    KeptShapes<Kind> kept;
-    auto* rows = mutable_data<std::int64_t>(out.rows);
-    auto* groups = mutable_data<std::int64_t>(out.groups);
-    for (const std::int64_t row : by_score<T>(args)) {
-      const auto box = load_part<Kind>(args, row);
-      const auto area = Kind::area(box);
-      const std::int64_t group = kept.first(0, kept.n, box, area, threshold);
-      if (group == kept.n) kept.add(box, area);
-      *rows++ = row;
-      *groups++ = group;
+    if (p.kind == nms::kLanes) {
+      group<nms::Lanes<T>>(args, out);
+    } else {
+      group<nms::InclusiveBoxes<T>>(args, out);
     }
-    *mutable_data<std::int64_t>(out.count) = kept.n;
   });
   return out;
 }

@@ -26,14 +26,15 @@ __global__ void __launch_bounds__(kBlockSize) suppress(const Args args) {
   suppress_boxes<ShapeKind<Scalar, kKind>, kClasses, kPanel, kBlockSize>(args);
 }
 
-template <class Scalar, int kBlockSize>
+template <class Scalar, int kKind, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) match(const MatchArgs args) {
-  using Kind = InclusiveBoxes<Scalar>;
+  using Kind = ShapeKind<Scalar, kKind>;
   const i64 place = (i64(blockIdx.x) * kBlockSize + threadIdx.x) / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   if (place >= args.n) return;  // the whole warp
   Args inputs = {};
   inputs.boxes = args.boxes;
+  inputs.columns = args.columns;
   const auto load_part = [&](i64 row) {
     return participant<Kind>(Kind::load(inputs, row),
                              load(static_cast<const Scalar*>(args.scores)[row]));

@@ -87,10 +87,10 @@ def nms(
     Differentiable: no. Deterministic: yes. Autocast: float32.
 
     Note:
-        Computed in float32 (float64 for float64), without a division: inter > threshold * union.
-        A pair with an empty union, or with a NaN coordinate, does not suppress. A box with x2 < x1
-        or y2 < y1 is empty. A NaN score sorts last, is kept and suppresses nothing. On CUDA the
-        call waits for the size of its result.
+        Computed in float32 (float64 for float64): the IoU that meets the threshold is the rounded
+        quotient, on every device. A pair with an empty union, or with a NaN coordinate, does not
+        suppress. A box with x2 < x1 or y2 < y1 is empty. A NaN score sorts last, is kept and
+        suppresses nothing. On CUDA the call waits for the size of its result.
 
     Example:
         >>> import torch

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchkiln._frame import operator
+from torchkiln.ops._arguments import require_choice
 from torchkiln.ops.detection._regions import as_rows, bins_of, is_channels_last, like
 
 __all__ = ["roi_align"]
@@ -140,7 +141,6 @@ def roi_align(
     """
     boxes = as_rows("roi_align", boxes)
     height, width = bins_of("roi_align", output_size)
-    pooling = _POOLING.get(pool_mode)
-    if pooling is None:
-        raise ValueError(f"roi_align: pool_mode must be 'avg' or 'max'; got {pool_mode!r}")
+    require_choice("roi_align", "pool_mode", pool_mode, _POOLING)
+    pooling = _POOLING[pool_mode]
     return _roi_align(input, boxes, height, width, spatial_scale, sampling_ratio, aligned, pooling)
