@@ -136,7 +136,7 @@ def batched_nms(
         boxes: (N, 4), float16, bfloat16, float32 or float64; x1, y1, x2, y2 in any unit. Of another
             type: what its function takes.
         scores: (N,), dtype and device of `boxes`.
-        idxs: (N,), any integer dtype and values; the class of each box.
+        idxs: (N,), uint8 or signed integers, any values; the class of each box.
         iou_threshold: a box goes when its IoU with a kept one of its class is greater.
         type: the function of `torchkiln.ops` that is used inside classes: "nms", "soft_nms" (whose
             new scores only that function returns), "nms_rotated", "nms_quadri", "nms_bev",
@@ -200,7 +200,7 @@ def batched_nms_padded(
         boxes: (N, 4), float16, bfloat16, float32 or float64; x1, y1, x2, y2 in any unit. Of another
             type: what its function takes.
         scores: (N,), dtype and device of `boxes`.
-        idxs: (N,), any integer dtype and values; the class of each box.
+        idxs: (N,), uint8 or signed integers, any values; the class of each box.
         iou_threshold: a box goes when its IoU with a kept one of its class is greater.
         max_output: length of the result, at least 0; the best boxes fill it.
         type: as in `batched_nms`.

@@ -126,7 +126,7 @@ def line_nms(
         distance: a lane goes when its mean distance from a kept one, over the heights that both
             run on, is less.
         top_k: the most lanes to keep, at least 0. None: all.
-        labels: (N,), any integer dtype; lanes of different labels do not meet. None: all do.
+        labels: (N,), uint8 or signed integers; lanes of different labels do not meet. None: all do.
         return_parents: whether to tell the kept lane that each one goes with; without `labels`.
 
     Returns:
@@ -191,7 +191,7 @@ def line_nms_padded(
         scores: (N,), dtype and device of `boxes`.
         distance: a lane goes when its mean distance from a kept one is less.
         max_output: length of the result, at least 0; the best lanes fill it.
-        labels: (N,), any integer dtype; lanes of different labels do not meet. None: all do.
+        labels: (N,), uint8 or signed integers; lanes of different labels do not meet. None: all do.
 
     Returns:
         indices: (max_output,), int64; rows of the kept lanes by descending score, then -1.

@@ -121,7 +121,7 @@ def nms_padded(
         scores: (N,), dtype and device of `boxes`.
         iou_threshold: a box goes when its IoU with a kept one is greater.
         max_output: length of the result, at least 0; the best boxes fill it.
-        idxs: (N,), any integer dtype; the class of each box, or None for one class.
+        idxs: (N,), uint8 or signed integers; the class of each box, or None for one class.
         offset: added to x2 and y2, at least 0: 1 for boxes whose last pixel belongs to them.
         score_threshold: boxes without a greater score are left out, those with NaN too. None: none.
 

@@ -81,7 +81,7 @@ def nms_bev(
         iou_threshold: a box goes when its IoU with a kept one is greater. Any number.
         pre_max_size: how many of the best boxes are looked at, at least 0. None: all.
         post_max_size: the most boxes to return, at least 0. None: all.
-        labels: (N,), any integer dtype; boxes of different labels do not meet. None: all do.
+        labels: (N,), uint8 or signed integers; boxes of different labels do not meet. None: all do.
 
     Returns:
         (K,), int64; rows of the kept boxes by descending score, the lower row first among equals.
@@ -132,7 +132,7 @@ def nms_bev_padded(
         iou_threshold: a box goes when its IoU with a kept one is greater.
         max_output: length of the result, at least 0; the best boxes fill it.
         pre_max_size: how many of the best boxes are looked at, at least 0. None: all.
-        labels: (N,), any integer dtype; boxes of different labels do not meet. None: all do.
+        labels: (N,), uint8 or signed integers; boxes of different labels do not meet. None: all do.
 
     Returns:
         indices: (max_output,), int64; rows of the kept boxes by descending score, then -1.
@@ -173,7 +173,7 @@ def nms_normal_bev(
         boxes: (N, 5), float16, bfloat16, float32 or float64; x1, y1, x2, y2, angle.
         scores: (N,), dtype and device of `boxes`.
         iou_threshold: a box goes when its IoU with a kept one is greater.
-        labels: (N,), any integer dtype; boxes of different labels do not meet. None: all do.
+        labels: (N,), uint8 or signed integers; boxes of different labels do not meet. None: all do.
 
     Returns:
         (K,), int64; rows of the kept boxes by descending score, the lower row first among equals.
@@ -214,7 +214,7 @@ def nms_normal_bev_padded(
         scores: (N,), dtype and device of `boxes`.
         iou_threshold: a box goes when its IoU with a kept one is greater.
         max_output: length of the result, at least 0; the best boxes fill it.
-        labels: (N,), any integer dtype; boxes of different labels do not meet. None: all do.
+        labels: (N,), uint8 or signed integers; boxes of different labels do not meet. None: all do.
 
     Returns:
         indices: (max_output,), int64; rows of the kept boxes by descending score, then -1.

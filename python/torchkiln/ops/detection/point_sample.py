@@ -43,7 +43,7 @@ def point_sample(
 
     Args:
         input: (N, C, H, W), float16, bfloat16, float32 or float64.
-        points: (N, P, 2) or (N, H', W', 2), any floating dtype; x, y from 0 to 1 inside the image.
+        points: (N, P, 2) or (N, H', W', 2), any of these dtypes; x, y from 0 to 1 inside the image.
         align_corners: whether 0 and 1 are the centres of the outer pixels, else their outer edges.
         mode: "bilinear", "nearest" or "bicubic".
         padding_mode: what is outside the image: "zeros", "border" or "reflection".

@@ -99,7 +99,7 @@ def roi_pool(
     Args:
         input: (N, C, H, W), float16, bfloat16, float32 or float64, contiguous or channels last. H
             and W up to 65534.
-        boxes: (K, 5), any floating dtype; batch index, x1, y1, x2, y2 in pixels of the image. Or
+        boxes: (K, 5), any of these dtypes; batch index, x1, y1, x2, y2 in pixels of the image. Or
             one (L, 4) tensor for each image.
         output_size: bins (height, width), or one number for both; from 1 to 1024.
         spatial_scale: cells of `input` per pixel of the image, above 0.

@@ -68,7 +68,8 @@ def soft_nms(
         min_score: a box goes when its score is below it, or has fallen so far.
         method: "naive" (score 0), "linear" (times 1 - IoU) or "gaussian" (times
             exp(-IoU² / sigma)).
-        idxs: (N,), any integer dtype; boxes of different classes do not meet. None: one class.
+        idxs: (N,), uint8 or signed integers; boxes of different classes do not meet. None: one
+            class.
         offset: added to x2 and y2, at least 0: 1 for boxes whose last pixel belongs to them.
 
     Returns:
@@ -130,7 +131,7 @@ def soft_nms_padded(
         sigma: width of the gaussian method, greater than 0 whatever the method is.
         min_score: a box goes when its score is below it, or has fallen so far.
         method: "naive", "linear" or "gaussian".
-        idxs: (N,), any integer dtype; the class of each box, or None for one class.
+        idxs: (N,), uint8 or signed integers; the class of each box, or None for one class.
         offset: added to x2 and y2, at least 0: 1 for boxes whose last pixel belongs to them.
 
     Returns:

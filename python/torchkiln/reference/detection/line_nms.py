@@ -114,6 +114,7 @@ def parity() -> Parity:
         ),
         workloads=(
             Workload("lanes", {"boxes": 1000}, _scene, ("line_nms",)),
+            Workload("groups", {"boxes": 1000}, _scene, ("line_nms_groups",)),
             Workload("padded", {"boxes": 1000, "most": 10}, _scene, ("line_nms_padded",)),
         ),
     )
