@@ -4,14 +4,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
+from support.op_suite import CompositionSuite
 from torchkiln import ops, reference
-from torchkiln.testing import Inputs
+from torchkiln.testing import Case, Inputs, Parity
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -30,6 +34,44 @@ def expected(boxes: Tensor, scores: Tensor, most: int | None = None) -> list[int
     turned = torch.cat([center, size, wide[:, 4:]], 1)
     kept = reference.nms_rotated(turned, scores.double()[rows], 0.2)
     return [rows[row] for row in kept.tolist()]
+
+
+def _turned(boxes: Tensor) -> Tensor:
+    center, size = (boxes[:, :2] + boxes[:, 2:4]) / 2, boxes[:, 2:4] - boxes[:, :2]
+    return torch.cat([center, size, boxes[:, 4:]], 1)
+
+
+def _bev(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, max_output: int
+) -> tuple[Tensor, Tensor]:
+    return reference.nms_rotated_padded(_turned(boxes), scores, iou_threshold, max_output)
+
+
+def _normal_bev(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, max_output: int
+) -> tuple[Tensor, Tensor]:
+    return reference.nms_padded(boxes[:, :4], scores, iou_threshold, max_output)
+
+
+def _case(count: int, new: Inputs) -> dict[str, Any]:
+    boxes, scores = scene(count, torch.float64)
+    return {"boxes": boxes, "scores": scores, "iou_threshold": 0.2, "max_output": 40}
+
+
+def _parity(op: str, reference: Callable[..., Any]) -> Parity:
+    sizes = {"typical": 70, "empty": 0, "single": 1, "panels": 150}
+    cases = tuple(Case(name, functools.partial(_case, count)) for name, count in sizes.items())
+    return Parity(op=op, tier="X", function=op, reference=reference, cases=cases)
+
+
+class TestNmsBevPadded(CompositionSuite):
+    parity = _parity("nms_bev_padded", _bev)
+    autocast = torch.float32
+    dynamic: ClassVar = {"boxes": 0, "scores": 0}
+
+
+class TestNmsNormalBevPadded(TestNmsBevPadded):
+    parity = _parity("nms_normal_bev_padded", _normal_bev)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
