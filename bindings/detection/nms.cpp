@@ -32,9 +32,7 @@ struct Options {
 NmsPlan plan_corners(const char* op, const Tensor& boxes, const Tensor& scores, const Classes& idxs,
                      double iou_threshold, const Options& options) {
   NmsPlan p = plan_nms(op, boxes, scores, idxs, iou_threshold);
-  if (!(options.offset >= 0) || std::isinf(options.offset))
-    fail(TORCHKILN_ERROR_VALUE, op, "offset", "be a finite number of at least 0",
-         std::to_string(options.offset));
+  check_offset(op, options.offset);
   if (options.score_threshold.has_value()) {
     check_not_nan(op, "score_threshold", *options.score_threshold);
     p.args.score_threshold = *options.score_threshold;
@@ -50,15 +48,16 @@ NmsPlan plan_turned(const char* op, const Tensor& boxes, const Tensor& scores, d
   return p;
 }
 
-NmsPlan plan_lanes(const char* op, const Tensor& boxes, const Tensor& scores, double distance) {
+NmsPlan plan_lanes(const char* op, const Tensor& boxes, const Tensor& scores, double distance,
+                   const Classes& labels) {
   check_floating(op, "boxes", boxes);
   constexpr std::int64_t kFewest = nms::Lanes<float>::kHead + 2;
   if (boxes.dim() != 2 || boxes.size(1) < kFewest) {
     fail(TORCHKILN_ERROR_VALUE, op, "boxes", "have shape (N, 5 + S) with S of at least 2",
          text(boxes));
   }
-  const BoxForm form = {nms::kLanes, boxes.size(1), "", "distance"};
-  return plan_nms(op, boxes, scores, std::nullopt, distance, form);
+  const BoxForm form = {nms::kLanes, boxes.size(1), "labels", "distance"};
+  return plan_nms(op, boxes, scores, labels, distance, form);
 }
 
 // The operators of one device.
@@ -107,14 +106,15 @@ struct Operators {
     return all(plan_nms(kOp, boxes, scores, labels, iou_threshold, kPeers[form]));
   }
 
-  static Tensor line_nms(const Tensor& boxes, const Tensor& scores, double distance) {
-    return all(plan_lanes("line_nms", boxes, scores, distance));
+  static Tensor line_nms(const Tensor& boxes, const Tensor& scores, double distance,
+                         const Classes& labels) {
+    return all(plan_lanes("line_nms", boxes, scores, distance, labels));
   }
 
   using Pair = std::tuple<Tensor, Tensor>;
   static Pair line_nms_padded(const Tensor& boxes, const Tensor& scores, double distance,
-                              std::int64_t max_output) {
-    return pad(plan_lanes("line_nms_padded", boxes, scores, distance), max_output);
+                              std::int64_t max_output, const Classes& labels) {
+    return pad(plan_lanes("line_nms_padded", boxes, scores, distance, labels), max_output);
   }
   static Pair pad(const NmsPlan& p, std::int64_t max_output) {
     check_max_output(p.op, max_output);
@@ -150,11 +150,16 @@ struct Operators {
         max_output);
   }
 
-  static std::tuple<Tensor, Tensor, Tensor> nms_groups(const Tensor& boxes, const Tensor& scores,
-                                                       double iou_threshold) {
-    Groups result =
-        groups(plan_nms("nms_groups", boxes, scores, std::nullopt, iou_threshold, kMatched));
+  using Triple = std::tuple<Tensor, Tensor, Tensor>;
+  static Triple grouped(const NmsPlan& p) {
+    Groups result = groups(p);
     return {result.rows, result.groups, result.count};
+  }
+  static Triple nms_groups(const Tensor& boxes, const Tensor& scores, double iou_threshold) {
+    return grouped(plan_nms("nms_groups", boxes, scores, std::nullopt, iou_threshold, kMatched));
+  }
+  static Triple line_nms_groups(const Tensor& boxes, const Tensor& scores, double distance) {
+    return grouped(plan_lanes("line_nms_groups", boxes, scores, distance, std::nullopt));
   }
 };
 
@@ -216,6 +221,12 @@ std::int64_t class_bytes(const char* op, const char* argument, const Tensor& idx
   }
 }
 
+void check_offset(const char* op, double offset) {
+  if (offset >= 0 && !std::isinf(offset)) return;
+  fail(TORCHKILN_ERROR_VALUE, op, "offset", "be a finite number of at least 0",
+       std::to_string(offset));
+}
+
 void check_max_output(const char* op, std::int64_t max_output) {
   if (max_output >= 0) return;
   fail(TORCHKILN_ERROR_VALUE, op, "max_output", "be at least 0", std::to_string(max_output));
@@ -239,7 +250,8 @@ void check_max_output(const char* op, std::int64_t max_output) {
   m.impl("line_nms", TORCH_BOX(&Device::line_nms));                       \
   m.impl("line_nms_padded", TORCH_BOX(&Device::line_nms_padded));         \
   m.impl("_nms_by_peer", TORCH_BOX(&Device::nms_by_peer));                \
-  m.impl("nms_groups", TORCH_BOX(&Device::nms_groups))
+  m.impl("nms_groups", TORCH_BOX(&Device::nms_groups));                   \
+  m.impl("line_nms_groups", TORCH_BOX(&Device::line_nms_groups))
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torchkiln, m) {
   m.def(
@@ -264,14 +276,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torchkiln, m) {
     m.def((start + "_padded" + inputs + "int max_output, Tensor? labels=None) -> (Tensor, Tensor)")
               .c_str());
   }
-  m.def("line_nms(Tensor boxes, Tensor scores, float distance) -> Tensor");
+  m.def("line_nms(Tensor boxes, Tensor scores, float distance, Tensor? labels=None) -> Tensor");
   m.def(
-      "line_nms_padded(Tensor boxes, Tensor scores, float distance, int max_output) -> "
-      "(Tensor, Tensor)");
+      "line_nms_padded(Tensor boxes, Tensor scores, float distance, int max_output, "
+      "Tensor? labels=None) -> (Tensor, Tensor)");
   m.def(
       "_nms_by_peer(Tensor boxes, Tensor scores, float iou_threshold, int form, "
       "Tensor? labels=None) -> Tensor");
   m.def("nms_groups(Tensor boxes, Tensor scores, float iou_threshold) -> (Tensor, Tensor, Tensor)");
+  m.def("line_nms_groups(Tensor boxes, Tensor scores, float distance) -> (Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(torchkiln, CUDA, m) { TORCHKILN_NMS_IMPL(m, OnCuda); }
 STABLE_TORCH_LIBRARY_IMPL(torchkiln, CPU, m) { TORCHKILN_NMS_IMPL(m, OnCpu); }

@@ -49,23 +49,32 @@ struct KeptBoxes {
   }
 };
 
-// Does any of the boxes [begin, end) overlap the box too much? Both are multiples of kLane. The maths is exceeds() of
-// geometry/overlap.h, written out because a call of a function with other options is not inlined.
+// Sets `hit` where one of 32 boxes meets a condition on `inter` and `united`. The maths is that of geometry/overlap.h,
+// written out because a call of a function with other options is not inlined.
+#define TORCHKILN_TEST_LANE(T, condition)                                  \
+  hit = 0;                                                                 \
+  for (std::int64_t j = lane; j < lane + kLane; ++j) {                     \
+    T width = (x2[j] < bx2 ? x2[j] : bx2) - (x1[j] > bx1 ? x1[j] : bx1);   \
+    T height = (y2[j] < by2 ? y2[j] : by2) - (y1[j] > by1 ? y1[j] : by1);  \
+    width = width > T(0) ? width : T(0);                                   \
+    height = height > T(0) ? height : T(0);                                \
+    const T inter = width * height, united = (area[j] + box_area) - inter; \
+    hit |= (condition) ? 1 : 0;                                            \
+  }
+
+// Does any of the boxes [begin, end) overlap the box too much? Both are multiples of kLane. A division takes longer than
+// all the rest: a product with a little less than the threshold finds the lanes in question.
 #define TORCHKILN_ANY_EXCEEDS(T)                                                               \
   TORCHKILN_UNCONTRACTED bool any_exceeds(const T* x1, const T* y1, const T* x2, const T* y2,  \
                                           const T* area, std::int64_t begin, std::int64_t end, \
                                           const Box<T>& box, T box_area, T threshold) {        \
+    const T low = threshold > T(0) ? threshold * T(1 - 1e-6) : threshold;                      \
     const T bx1 = box.x1, by1 = box.y1, bx2 = box.x2, by2 = box.y2;                            \
+    int hit = 0;                                                                               \
     for (std::int64_t lane = begin; lane < end; lane += kLane) {                               \
-      int hit = 0;                                                                             \
-      for (std::int64_t j = lane; j < lane + kLane; ++j) {                                     \
-        T width = (x2[j] < bx2 ? x2[j] : bx2) - (x1[j] > bx1 ? x1[j] : bx1);                   \
-        T height = (y2[j] < by2 ? y2[j] : by2) - (y1[j] > by1 ? y1[j] : by1);                  \
-        width = width > T(0) ? width : T(0);                                                   \
-        height = height > T(0) ? height : T(0);                                                \
-        const T inter = width * height;                                                        \
-        hit |= inter > threshold * ((area[j] + box_area) - inter) ? 1 : 0;                     \
-      }                                                                                        \
+      TORCHKILN_TEST_LANE(T, inter > low * united)                                             \
+      if (hit == 0) continue;                                                                  \
+      TORCHKILN_TEST_LANE(T, inter / united > threshold)                                       \
       if (hit != 0) return true;                                                               \
     }                                                                                          \
     return false;                                                                              \
@@ -73,6 +82,7 @@ struct KeptBoxes {
 TORCHKILN_ANY_EXCEEDS(float)
 TORCHKILN_ANY_EXCEEDS(double)
 #undef TORCHKILN_ANY_EXCEEDS
+#undef TORCHKILN_TEST_LANE
 
 template <class T>
 bool any_exceeds(const KeptBoxes<T>& kept, std::int64_t begin, std::int64_t end, const Box<T>& box,
@@ -234,6 +244,23 @@ std::vector<std::int64_t> kept_rows(std::int64_t kind, const nms::Args& args) {
   }
 }
 
+template <class Kind>
+void group(const nms::Args& args, const Groups& out) {
+  const auto threshold = static_cast<typename Kind::T>(args.iou_threshold);
+  KeptShapes<Kind> kept;
+  auto* rows = mutable_data<std::int64_t>(out.rows);
+  auto* groups = mutable_data<std::int64_t>(out.groups);
+  for (const std::int64_t row : by_score<typename Kind::Scalar>(args)) {
+    const auto shape = load_part<Kind>(args, row);
+    const auto area = Kind::area(shape);
+    const std::int64_t number = kept.first(0, kept.n, shape, area, threshold);
+    if (number == kept.n) kept.add(shape, area);
+    *rows++ = row;
+    *groups++ = number;
+  }
+  *mutable_data<std::int64_t>(out.count) = kept.n;
+}
+
 std::vector<std::int64_t> kept_rows(const NmsPlan& p) {
   std::vector<std::int64_t> rows;
   with_numbers(p, [&]<class T>(const nms::Args& args) { rows = kept_rows<T>(p.kind, args); });
@@ -280,20 +307,11 @@ Groups groups_cpu(const NmsPlan& p) {
                    .groups = empty(p.boxes, ScalarType::Long, {p.args.n}),
                    .count = empty(p.boxes, ScalarType::Long, {})};
   with_numbers(p, [&]<class T>(const nms::Args& args) {
-    using Kind = nms::InclusiveBoxes<T>;
-    const auto threshold = static_cast<T>(args.iou_threshold);
-    KeptShapes<Kind> kept;
-    auto* rows = mutable_data<std::int64_t>(out.rows);
-    auto* groups = mutable_data<std::int64_t>(out.groups);
-    for (const std::int64_t row : by_score<T>(args)) {
-      const auto box = load_part<Kind>(args, row);
-      const auto area = Kind::area(box);
-      const std::int64_t group = kept.first(0, kept.n, box, area, threshold);
-      if (group == kept.n) kept.add(box, area);
-      *rows++ = row;
-      *groups++ = group;
+    if (p.kind == nms::kLanes) {
+      group<nms::Lanes<T>>(args, out);
+    } else {
+      group<nms::InclusiveBoxes<T>>(args, out);
     }
-    *mutable_data<std::int64_t>(out.count) = kept.n;
   });
   return out;
 }

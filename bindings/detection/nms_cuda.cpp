@@ -108,9 +108,10 @@ class Stages {
 
 const std::vector<const char*> kBoxOperators = {"nms", "batched_nms", "nms_padded"};
 const std::vector<const char*> kShapeOperators = {
-    "nms_rotated", "nms_rotated_padded", "nms_quadri",   "nms_quadri_padded",
-    "nms3d",       "nms3d_padded",       "nms3d_normal", "nms3d_normal_padded",
-    "nms_groups",  "_nms_by_peer",       "line_nms",     "line_nms_padded"};
+    "nms_rotated",    "nms_rotated_padded", "nms_quadri",   "nms_quadri_padded",
+    "nms3d",          "nms3d_padded",       "nms3d_normal", "nms3d_normal_padded",
+    "nms_groups",     "_nms_by_peer",       "line_nms",     "line_nms_padded",
+    "line_nms_groups"};
 
 // soft_nms finds its classes by the order, too.
 const Stages<BoxStatics> box_stages(
@@ -124,8 +125,9 @@ const Stages<ShapeStatics> shape_stages(
                    nms::kPeerQuads, nms::kLanes}),
      bools("classes")},
     {64, 512}, [](const ShapeStatics& s) {
-      if (s.kind >= nms::kPeerRotated) return s.scalar == TORCHKILN_FLOAT;
-      return (s.kind != nms::kInclusive && s.kind != nms::kLanes) || s.classes == 0;
+      if (s.kind == nms::kPeerRotated || s.kind == nms::kPeerQuads)
+        return s.scalar == TORCHKILN_FLOAT;
+      return s.kind != nms::kInclusive || s.classes == 0;
     });
 
 using Compact = Kernel<Args, CompactStatics, Sizes, SortTunables>;
@@ -134,7 +136,7 @@ const Compact compact_kernel({
     .entry = "compact",
     .operators = {"batched_nms", "nms_padded", "nms_rotated", "nms_rotated_padded", "nms_quadri",
                   "nms_quadri_padded", "nms3d", "nms3d_padded", "nms3d_normal",
-                  "nms3d_normal_padded", "_nms_by_peer"},
+                  "nms3d_normal_padded", "_nms_by_peer", "line_nms", "line_nms_padded"},
     .statics = {},
     .sizes = {{"n", TORCHKILN_BUCKET_POW2}},
     .tunables = {ints("block_size", {128, 256, 512, 1024})},
@@ -144,15 +146,15 @@ const Compact compact_kernel({
 });
 
 struct MatchStatics {
-  std::int64_t scalar;
+  std::int64_t scalar, kind;
 };
 using Match = Kernel<nms::MatchArgs, MatchStatics, Sizes, SortTunables>;
 
 const Match match_kernel({
     .path = "detection/nms_shapes.cuh",
     .entry = "match",
-    .operators = {"nms_groups"},
-    .statics = {types("scalar", kFloatTypes)},
+    .operators = {"nms_groups", "line_nms_groups"},
+    .statics = {types("scalar", kFloatTypes), ints("kind", {nms::kInclusive, nms::kLanes})},
     .sizes = {{"n", TORCHKILN_BUCKET_POW2}},
     .tunables = {ints("block_size", {64, 128, 256, 512})},
     .defaults = {{128}},
@@ -375,9 +377,10 @@ Groups groups_cuda(const NmsPlan& p) {
   args.rows = reinterpret_cast<i64*>(out.rows.mutable_data_ptr());
   args.groups = reinterpret_cast<i64*>(out.groups.mutable_data_ptr());
   args.n = n;
+  args.columns = p.args.columns;
   args.iou_threshold = p.args.iou_threshold;
   match_kernel.run(
-      cuda_place, MatchStatics{kernel_type(p.boxes.scalar_type())}, {n}, args,
+      cuda_place, MatchStatics{kernel_type(p.boxes.scalar_type()), p.kind}, {n}, args,
       {reads(offsetof(MatchArgs, boxes), p.boxes), reads(offsetof(MatchArgs, scores), p.scores),
        part(offsetof(MatchArgs, sorted_rows), kRead, n * 4), reads(offsetof(MatchArgs, kept), kept),
        reads(offsetof(MatchArgs, count), out.count), writes(offsetof(MatchArgs, rows), out.rows),

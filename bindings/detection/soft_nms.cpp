@@ -200,10 +200,11 @@ void launch(const CudaPlace& place, const SoftPlan& p, const Outputs& out) {
 
 std::tuple<Tensor, Tensor> soft_nms_cuda(const Tensor& boxes, const Tensor& scores,
                                          double iou_threshold, double sigma, double min_score,
-                                         std::int64_t method, const std::optional<Tensor>& idxs) {
+                                         std::int64_t method, const std::optional<Tensor>& idxs,
+                                         double offset) {
   constexpr const char* kOp = "soft_nms";
   const SoftPlan p =
-      plan_soft_nms(kOp, boxes, scores, {iou_threshold, sigma, min_score, method}, idxs);
+      plan_soft_nms(kOp, boxes, scores, {iou_threshold, sigma, min_score, method, offset}, idxs);
   Tensor indices = empty(boxes, ScalarType::Long, {p.args.n});
   Tensor out = empty(boxes, boxes.scalar_type(), {p.args.n});
   if (p.args.n == 0) return {indices, out};
@@ -222,10 +223,11 @@ std::tuple<Tensor, Tensor, Tensor> soft_nms_padded_cuda(const Tensor& boxes, con
                                                         std::int64_t max_output,
                                                         double iou_threshold, double sigma,
                                                         double min_score, std::int64_t method,
-                                                        const std::optional<Tensor>& idxs) {
+                                                        const std::optional<Tensor>& idxs,
+                                                        double offset) {
   constexpr const char* kOp = "soft_nms_padded";
   const SoftPlan p =
-      plan_soft_nms(kOp, boxes, scores, {iou_threshold, sigma, min_score, method}, idxs);
+      plan_soft_nms(kOp, boxes, scores, {iou_threshold, sigma, min_score, method, offset}, idxs);
   check_max_output(kOp, max_output);
   Tensor indices = empty(boxes, ScalarType::Long, {max_output});
   if (p.args.n == 0) {
@@ -249,7 +251,8 @@ SoftPlan plan_soft_nms(const char* op, const Tensor& boxes, const Tensor& scores
          std::to_string(softness.method));
   }
   check_not_nan(op, "min_score", softness.min_score);
-  if (softness.method == soft_nms::kGaussian && !(softness.sigma > 0)) {
+  check_offset(op, softness.offset);
+  if (!(softness.sigma > 0)) {
     fail(TORCHKILN_ERROR_VALUE, op, "sigma", "be greater than 0", std::to_string(softness.sigma));
   }
   p.args.boxes = p.nms.args.boxes;
@@ -259,6 +262,7 @@ SoftPlan plan_soft_nms(const char* op, const Tensor& boxes, const Tensor& scores
   p.args.iou_threshold = softness.iou_threshold;
   p.args.sigma = softness.sigma;
   p.args.min_score = softness.min_score;
+  p.args.offset = softness.offset;
   return p;
 }
 
@@ -267,11 +271,12 @@ SoftPlan plan_soft_nms(const char* op, const Tensor& boxes, const Tensor& scores
 STABLE_TORCH_LIBRARY_FRAGMENT(torchkiln, m) {
   m.def(
       "soft_nms(Tensor boxes, Tensor scores, float iou_threshold=0.3, float sigma=0.5, "
-      "float min_score=0.001, int method=1, Tensor? idxs=None) -> (Tensor, Tensor)");
+      "float min_score=0.001, int method=1, Tensor? idxs=None, float offset=0.) -> "
+      "(Tensor, Tensor)");
   m.def(
       "soft_nms_padded(Tensor boxes, Tensor scores, int max_output, float iou_threshold=0.3, "
-      "float sigma=0.5, float min_score=0.001, int method=1, Tensor? idxs=None) -> "
-      "(Tensor, Tensor, Tensor)");
+      "float sigma=0.5, float min_score=0.001, int method=1, Tensor? idxs=None, float offset=0.)"
+      " -> (Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(torchkiln, CUDA, m) {
   m.impl("soft_nms", TORCH_BOX(&torchkiln::bindings::soft_nms_cuda));

@@ -11,6 +11,7 @@ namespace torchkiln::bindings {
 struct Softness {
   double iou_threshold, sigma, min_score;
   std::int64_t method;
+  double offset;
 };
 
 struct SoftPlan {

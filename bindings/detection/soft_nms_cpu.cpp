@@ -86,8 +86,8 @@ TORCHKILN_INLINE void lower_by_factor(Chunk<T>& c, const Box<T> box, T area, std
   const bool is_linear = rule.method == soft_nms::kLinear;
   for (std::size_t i = 0; i < kChunk; ++i) {
     const T inter = guarded_intersection(box, c.box(i)), total = (area + c.area[i]) - inter;
-    const T rest = T(1) - inter / total, factor = is_linear ? rest : T(0);
-    const bool acts = (c.lowered[i] <= at) & (total > T(0)) & (inter >= rule.threshold * total) &
+    const T iou = inter / total, factor = is_linear ? T(1) - iou : T(0);
+    const bool acts = (c.lowered[i] <= at) & (total > T(0)) & (iou >= rule.threshold) &
                       !(c.score[i] < rule.min_score);
     c.score[i] = acts ? c.score[i] * factor : c.score[i];
   }
@@ -182,8 +182,8 @@ class Left {
     for (const std::int64_t row : rows) {
       const T score = load(static_cast<const Scalar*>(args.scores)[row]);
       if (score < rule_.min_score) continue;
-      const Box<T> box = nms::participant<nms::Boxes<Scalar>>(
-          load_box(static_cast<const Scalar*>(args.boxes), row), score);
+      const Box<T> box =
+          nms::participant<nms::Boxes<Scalar>>(soft_nms::load_box<Scalar>(args, row), score);
       add(box, guarded_area(box), score, row);
     }
     rank_all();
@@ -340,9 +340,10 @@ std::tuple<Tensor, Tensor, std::int64_t> run(const SoftPlan& p, std::int64_t mos
 
 std::tuple<Tensor, Tensor> soft_nms_cpu(const Tensor& boxes, const Tensor& scores,
                                         double iou_threshold, double sigma, double min_score,
-                                        std::int64_t method, const std::optional<Tensor>& idxs) {
-  const SoftPlan p =
-      plan_soft_nms("soft_nms", boxes, scores, {iou_threshold, sigma, min_score, method}, idxs);
+                                        std::int64_t method, const std::optional<Tensor>& idxs,
+                                        double offset) {
+  const SoftPlan p = plan_soft_nms("soft_nms", boxes, scores,
+                                   {iou_threshold, sigma, min_score, method, offset}, idxs);
   const auto [indices, out, count] = run(p, p.args.n, -1);
   return {indices, out};
 }
@@ -351,10 +352,11 @@ std::tuple<Tensor, Tensor, Tensor> soft_nms_padded_cpu(const Tensor& boxes, cons
                                                        std::int64_t max_output,
                                                        double iou_threshold, double sigma,
                                                        double min_score, std::int64_t method,
-                                                       const std::optional<Tensor>& idxs) {
+                                                       const std::optional<Tensor>& idxs,
+                                                       double offset) {
   constexpr const char* kOp = "soft_nms_padded";
   const SoftPlan p =
-      plan_soft_nms(kOp, boxes, scores, {iou_threshold, sigma, min_score, method}, idxs);
+      plan_soft_nms(kOp, boxes, scores, {iou_threshold, sigma, min_score, method, offset}, idxs);
   check_max_output(kOp, max_output);
   const auto [indices, out, kept] = run(p, max_output, max_output);
   Tensor count = empty(boxes, ScalarType::Long, {});

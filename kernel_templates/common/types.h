@@ -59,6 +59,22 @@ TORCHKILN_HD float bits_float(u32 bits) {
 #endif
 }
 
+TORCHKILN_HD u64 double_bits(double x) {
+#if defined(__CUDACC_RTC__)
+  return u64(__double_as_longlong(x));
+#else
+  return __builtin_bit_cast(u64, x);
+#endif
+}
+
+TORCHKILN_HD double bits_double(u64 bits) {
+#if defined(__CUDACC_RTC__)
+  return __longlong_as_double(i64(bits));
+#else
+  return __builtin_bit_cast(double, bits);
+#endif
+}
+
 TORCHKILN_HD float to_float(half x) {
 #if defined(__CUDACC_RTC__)
   float result;
@@ -150,14 +166,19 @@ TORCHKILN_HD double rounded_product(double a, double b) {
 #endif
 }
 
-TORCHKILN_HD bool is_nan(float x) { return !(x == x); }
-TORCHKILN_HD bool is_nan(double x) { return !(x == x); }
-
 #if defined(__CUDACC_RTC__)
 #define TORCHKILN_MATH(name) ::name
 #else
 #define TORCHKILN_MATH(name) __builtin_##name
 #endif
+
+// a * b + c, rounded once.
+TORCHKILN_HD float fused(float a, float b, float c) { return TORCHKILN_MATH(fmaf)(a, b, c); }
+TORCHKILN_HD double fused(double a, double b, double c) { return TORCHKILN_MATH(fma)(a, b, c); }
+
+TORCHKILN_HD bool is_nan(float x) { return !(x == x); }
+TORCHKILN_HD bool is_nan(double x) { return !(x == x); }
+
 // n / d for n up to 1025 * d and d up to 1024, out of 1 / d: a division costs twenty instructions. With the half, the
 // quotient keeps 0.5 / 1024 away from every integer, four times what rounding can move it.
 TORCHKILN_HD i32 quotient(i32 n, float inverse) {

@@ -1,6 +1,7 @@
 // Non-maximum suppression of rotated boxes, quadrilaterals and other kinds; see nms_panels.cuh. And `match`, which finds
 // for each box the kept one that it goes with: one warp looks through the kept boxes in order.
 // spills: up to 150 bytes for quadrilaterals, by ptxas' own choice: no kernel asks for a number of blocks.
+// compile time: above 250 ms; suppress has the shared area of two shapes at two places, both inlined
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -26,14 +27,15 @@ __global__ void __launch_bounds__(kBlockSize) suppress(const Args args) {
   suppress_boxes<ShapeKind<Scalar, kKind>, kClasses, kPanel, kBlockSize>(args);
 }
 
-template <class Scalar, int kBlockSize>
+template <class Scalar, int kKind, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) match(const MatchArgs args) {
-  using Kind = InclusiveBoxes<Scalar>;
+  using Kind = ShapeKind<Scalar, kKind>;
   const i64 place = (i64(blockIdx.x) * kBlockSize + threadIdx.x) / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   if (place >= args.n) return;  // the whole warp
   Args inputs = {};
   inputs.boxes = args.boxes;
+  inputs.columns = args.columns;
   const auto load_part = [&](i64 row) {
     return participant<Kind>(Kind::load(inputs, row),
                              load(static_cast<const Scalar*>(args.scores)[row]));

@@ -103,7 +103,7 @@ struct InclusiveBoxes : Boxes<Type> {
   static TORCHKILN_HD bool exceeds(const Shape& a, T area_a, const Shape& b, T area_b,
                                    T threshold) {
     const T inter = guarded_intersection(a, b), total = (area_a + area_b) - inter;
-    return total > T(0) && inter >= threshold * total;
+    return total > T(0) && reaches_past(inter, total, just_below(threshold));
   }
 };
 
@@ -203,16 +203,16 @@ struct KindOf<Scalar, kLanes> {
 template <class Scalar, int kKind>
 using ShapeKind = typename KindOf<Scalar, kKind>::Type;
 
-// Of the kernel that gives every box its group: the first kept box that overlaps it enough.
+// Of the kernel that gives every box its group: the first kept box that suppresses it.
 struct MatchArgs {
-  const void* boxes;       // (n, 4) x1, y1, x2, y2
+  const void* boxes;       // (n, columns) as the kind has them
   const void* scores;      // (n,)
   const u32* sorted_rows;  // (n,) rows by descending score
   const i64* kept;         // (n,) rows of the kept boxes by descending score
   const i64* count;        // (1,) how many they are
   i64* rows;               // (n,) rows by descending score
   i64* groups;             // (n,) the number of the kept box with which each of them goes
-  i64 n;
+  i64 n, columns;
   double iou_threshold;
 };
 

@@ -90,7 +90,7 @@ __device__ __forceinline__ Box<Acc<Scalar>> load_part(const Args& args, u32 row,
   using T = Acc<Scalar>;
   const T nan = T(0) * T(bits_float(0x7f800000u));
   if (nan_score) return {nan, nan, nan, nan};
-  return load_box(static_cast<const Scalar*>(args.boxes), row);
+  return load_box<Scalar>(args, row);
 }
 
 // Copies what is live, at first all places [begin, end), so that the loops below load it without conversions. A thread

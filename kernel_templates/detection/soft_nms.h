@@ -31,15 +31,25 @@ struct Args {
   i64* count;        // (1,) min(kept boxes, max_output)
   i64 n, max_output, method;
   double iou_threshold, sigma, min_score;
+  double offset;  // added to x2 and y2
 };
+
+// A box whose last pixel belongs to it is larger by an offset of 1.
+template <class Scalar>
+TORCHKILN_HD Box<Acc<Scalar>> load_box(const Args& args, i64 row) {
+  Box<Acc<Scalar>> box = torchkiln::load_box(static_cast<const Scalar*>(args.boxes), row);
+  box.x2 += Acc<Scalar>(args.offset);
+  box.y2 += Acc<Scalar>(args.offset);
+  return box;
+}
 
 // Whether a box with this intersection with a better one, and this area of both together, loses score. An empty union
 // (points, lines) and a NaN coordinate, whose area is NaN, lower nothing. An infinite union leaves an IoU of 0, which
-// reaches a threshold of 0, though 0 * infinity is NaN.
+// reaches a threshold of 0.
 template <class T>
 TORCHKILN_HD bool is_lowered(i64 method, T inter, T total, T threshold) {
   if (!(total > T(0))) return false;
-  return method == kGaussian ? inter > T(0) : !(inter < threshold * total);
+  return method == kGaussian ? inter > T(0) : reaches_past(inter, total, just_below(threshold));
 }
 
 // What the score is multiplied by then.

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from torchkiln.ops.detection._regions import bins_of
 from torchkiln.ops.detection.multi_scale_roi_align import multi_scale_roi_align
 
 __all__ = ["MultiScaleRoIAlign", "SingleRoIExtractor"]
@@ -42,9 +43,8 @@ class MultiScaleRoIAlign(nn.Module):
         canonical_level: int = 4,
     ) -> None:
         super().__init__()
-        height, width = (output_size, output_size) if isinstance(output_size, int) else output_size
         self.featmap_names = list(featmap_names)
-        self.output_size = (height, width)
+        self.output_size = bins_of("MultiScaleRoIAlign", output_size)
         self.sampling_ratio = sampling_ratio
         self.canonical_scale = canonical_scale
         self.canonical_level = canonical_level

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from torchkiln.ops import roi_pool
@@ -32,8 +34,8 @@ class RoIPool(nn.Module):
         self.spatial_scale = spatial_scale
         self.rounding = rounding
 
-    def forward(self, input: Tensor, boxes: Tensor) -> Tensor:
-        """Returns (K, C, height, width) for `input` (N, C, H, W) and `boxes` (K, 5)."""
+    def forward(self, input: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
+        """Returns (K, C, height, width) for regions `boxes` of `input` (N, C, H, W)."""
         return roi_pool(input, boxes, self.output_size, self.spatial_scale, rounding=self.rounding)
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from torchkiln.ops import generate_grid, rel_roi_point_to_rel_img_point
 from torchkiln.ops._arguments import require_device, require_floating, shape, widened
+from torchkiln.ops.detection._regions import bins_of
 
 __all__ = ["SimpleRoIAlign"]
 
@@ -26,9 +27,11 @@ class SimpleRoIAlign(nn.Module):
         self, output_size: int | tuple[int, int], spatial_scale: float, aligned: bool = True
     ) -> None:
         super().__init__()
-        if isinstance(output_size, int):
-            output_size = (output_size, output_size)
-        self.output_size = output_size
+        self.output_size = bins_of("SimpleRoIAlign", output_size)
+        if min(self.output_size) < 1:
+            raise ValueError(
+                f"SimpleRoIAlign: output_size must be at least 1; got {self.output_size}"
+            )
         self.spatial_scale = spatial_scale
         self.aligned = aligned
 
@@ -58,7 +61,8 @@ class SimpleRoIAlign(nn.Module):
         else:
             x, y = x * (columns - 1), y * (rows - 1)
         sampled = _sample(features, regions[:, 0], x, y)
-        return sampled.movedim(2, 1).reshape(-1, features.shape[1], height, width)
+        pooled: Tensor = sampled.movedim(2, 1).unflatten(2, (height, width))
+        return pooled
 
     def extra_repr(self) -> str:
         """The settings."""
@@ -70,10 +74,9 @@ class SimpleRoIAlign(nn.Module):
 
 def _check(features: Tensor, rois: Tensor) -> None:
     require_floating("SimpleRoIAlign", features=features, rois=rois)
-    if features.dim() != 4 or 0 in features.shape[1:]:
+    if features.dim() != 4:
         raise ValueError(
-            f"SimpleRoIAlign: features must have shape (N, C, H, W), none of C, H, W 0; "
-            f"got {shape(features)}"
+            f"SimpleRoIAlign: features must have shape (N, C, H, W); got {shape(features)}"
         )
     if rois.dim() != 2 or rois.shape[1] != 5:
         raise ValueError(f"SimpleRoIAlign: rois must have shape (K, 5); got {shape(rois)}")
@@ -83,8 +86,8 @@ def _check(features: Tensor, rois: Tensor) -> None:
 def _sample(features: Tensor, index: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """(K, P, C): bilinear samples of image `index` (K,) at x, y (K, P), zeros outside."""
     images, channels, rows, columns = features.shape
-    if images == 0:
-        return features.sum() * x[:, :, None].expand(-1, -1, channels)
+    if features.numel() == 0:
+        return features.sum().expand(*x.shape, channels)
     cells = features.permute(0, 2, 3, 1)
     is_valid = ((index > -1) & (index < images))[:, None] & x.isfinite() & y.isfinite()
     image = torch.where(is_valid, index[:, None], 0).long()

@@ -9,9 +9,13 @@ Those of kernels stand in C++. The sentences are the same:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import autocast_mode
+
+_CLASS_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def dtype_name(tensor: Tensor) -> str:
@@ -40,6 +44,17 @@ def require_floating(op: str, **tensors: Tensor) -> None:
             raise TypeError(
                 f"{op}: {name} must be a floating-point tensor; got {dtype_name(value)}. "
                 f"Convert it with {name}.float()"
+            )
+
+
+def require_integers(op: str, **tensors: Tensor) -> None:
+    """Raises a TypeError for what is no tensor of classes."""
+    require_tensor(op, **tensors)
+    for name, value in tensors.items():
+        if value.dtype not in _CLASS_DTYPES:
+            raise TypeError(
+                f"{op}: {name} must be an integer tensor; got {dtype_name(value)}. "
+                f"Convert it with {name}.long()"
             )
 
 
@@ -77,9 +92,41 @@ def require_choice(op: str, name: str, value: object, choices: Mapping[str, obje
         raise ValueError(f"{op}: {name} must be {', '.join(most)} or {last}; got {value!r}")
 
 
+def is_number(value: object) -> bool:
+    """Whether it is a number of Python, numpy or torch, or a tensor of one."""
+    return hasattr(value, "__float__") or isinstance(value, (torch.SymInt, torch.SymFloat))
+
+
+def require_number(op: str, **numbers: Any) -> None:
+    """Raises a TypeError for what is no number, a ValueError for NaN."""
+    for name, value in numbers.items():
+        if not is_number(value):
+            raise TypeError(f"{op}: {name} must be a number; got {value!r}")
+        if value != value:
+            raise ValueError(f"{op}: {name} must be a number; got {value}")
+
+
+def require_max_output(op: str, max_output: int) -> None:
+    """Raises a ValueError for a length below 0."""
+    if max_output < 0:
+        raise ValueError(f"{op}: max_output must be at least 0; got {max_output}")
+
+
 def shape(tensor: Tensor) -> str:
     """Such as "(64, 3)"."""
     return str(tuple(tensor.shape))
+
+
+def cast_for_autocast(*values: Any) -> tuple[Any, ...]:
+    """Under autocast, float32 in place of the half types: the rule that kernels register.
+
+    What is no tensor stays as it is. The first tensor says which device's autocast counts.
+    """
+    device = next((value.device.type for value in values if isinstance(value, Tensor)), "cpu")
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return values
+    cast: tuple[Any, ...] = autocast_mode._cast(values, device, torch.float32)
+    return cast
 
 
 def widened(tensor: Tensor) -> Tensor:

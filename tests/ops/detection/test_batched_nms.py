@@ -14,7 +14,16 @@ from torch import Tensor
 from torchkiln import ops
 from torchkiln.testing import Inputs
 
-TYPES = ("nms", "nms_rotated", "nms_quadri", "nms3d", "nms3d_normal")
+TYPES = (
+    "nms",
+    "soft_nms",
+    "nms_rotated",
+    "nms_quadri",
+    "nms_bev",
+    "nms_normal_bev",
+    "nms3d",
+    "nms3d_normal",
+)
 
 
 def _rows(type: str, count: int, new: Inputs) -> Tensor:
@@ -26,6 +35,8 @@ def _rows(type: str, count: int, new: Inputs) -> Tensor:
         return torch.cat([center, size, still], 1)
     if type == "nms_quadri":
         return corners[:, [0, 1, 2, 1, 2, 3, 0, 3]]
+    if type.endswith("bev"):
+        return torch.cat([corners, still], 1)
     if type.startswith("nms3d"):
         return torch.cat([center, still, size, still + 1, still], 1)
     return corners
@@ -39,10 +50,12 @@ def test_every_type_keeps_what_nms_keeps(type: str, device: str) -> None:
     corners = _rows("nms", 90, Inputs(1))
     for agnostic in (False, True):
         expected = _by_class(corners, scores, idxs, agnostic)
-        kept = ops.batched_nms(*arguments, 0.3, type=type, class_agnostic=agnostic)
-        assert kept.tolist() == expected
-        assert 5 < len(expected) < 90
         options: dict[str, Any] = {"type": type, "class_agnostic": agnostic}
+        if type == "soft_nms":
+            options |= {"method": "naive", "min_score": 1e-9}
+        assert ops.batched_nms(*arguments, 0.3, **options).tolist() == expected
+        assert 5 < len(expected) < 90
+        assert ops.batched_nms(*arguments, 0.3, split_thr=9, **options).tolist() == expected
         assert ops.batched_nms(*arguments, 0.3, max_output=5, **options).tolist() == expected[:5]
         indices, count = ops.batched_nms_padded(*arguments, 0.3, 100, **options)
         assert indices.tolist() == expected + [-1] * (100 - len(expected))
@@ -67,20 +80,52 @@ def test_options_of_the_types() -> None:
     assert ops.batched_nms(boxes, scores, idxs, 0.3, offset=1).tolist() == [0, 2]
     padded = ops.batched_nms_padded(boxes, scores, idxs, 0.3, 3, offset=1, score_threshold=0.2)
     assert padded[0].tolist() == [0, -1, -1]
-    turned = torch.tensor([[0.0, 0, 8, 1, 0.5], [0.0, 0, 8, 1, -0.5]])
-    for clockwise in (False, True):
-        kept = ops.batched_nms(
-            turned, scores[:2], idxs[:2], 0.5, type="nms_rotated", clockwise=clockwise
-        )
-        assert kept.tolist() == [0, 1]
+    # Along one line from x towards y, or on two lines beside each other.
+    turned = torch.tensor([[0.0, 0, 8, 1, math.pi / 4], [1.0, 1, 8, 1, math.pi / 4]])
+    for clockwise, expected in ((True, [0]), (False, [0, 1])):
+        options: dict[str, Any] = {"type": "nms_rotated", "clockwise": clockwise}
+        assert ops.batched_nms(turned, scores[:2], idxs[:2], 0.5, **options).tolist() == expected
+        padded = ops.batched_nms_padded(turned, scores[:2], idxs[:2], 0.5, 2, **options)
+        assert padded[1].item() == len(expected)
+
+
+def test_lanes_inside_classes(device: str) -> None:
+    lanes = torch.zeros(4, 8, device=device)
+    lanes[:, 4], lanes[:, 5:] = 3, torch.tensor([0.0, 5, 10, 15], device=device)[:, None]
+    scores = torch.tensor([0.5, 0.9, 0.6, 0.8], device=device)
+    idxs = torch.tensor([0, 0, 1, 1], device=device)
+    assert ops.batched_nms(lanes, scores, idxs, 6.0, type="line_nms").tolist() == [1, 3]
+    found = ops.batched_nms(lanes, scores, idxs, 4.0, type="line_nms", class_agnostic=True)
+    assert found.tolist() == [1, 3, 2, 0]
+    idxs = torch.tensor([0, 1, 2, 1], device=device)
+    indices, count = ops.batched_nms_padded(lanes, scores, idxs, 6.0, 4, type="line_nms")
+    assert indices.tolist() == [1, 3, 2, 0]
+    assert count.item() == 4
+
+
+def test_soft_nms_sorts_by_the_new_scores(device: str) -> None:
+    rows = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 5], [5, 0, 9, 4]], device=device)
+    scores, idxs = torch.tensor([0.5, 0.9, 0.3], device=device), torch.zeros(3, device=device).int()
+    assert ops.batched_nms(rows, scores, idxs, 0.5, type="soft_nms").tolist() == [1, 2, 0]
+    options: dict[str, Any] = {"type": "soft_nms", "method": "naive"}
+    assert ops.batched_nms_padded(rows, scores, idxs, 0.5, 3, **options)[0].tolist() == [1, 2, -1]
 
 
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"type": "nms4d"}, ValueError, '^batched_nms: type must be "nms", .* or "nms3d_normal"; '),
-        ({"type": "soft_nms"}, ValueError, "^batched_nms: type must .* soft_nms_padded take idxs"),
-        ({"type": "nms_quadri", "clockwise": True}, TypeError, "clockwise"),
+        ({"type": "nms4d"}, ValueError, '^batched_nms: type must be "nms", .* or "line_nms"; '),
+        (
+            {"type": "nms_quadri", "clockwise": True},
+            TypeError,
+            "^batched_nms: options of type 'nms_quadri' must be none; got clockwise$",
+        ),
+        (
+            {"foo": 1},
+            TypeError,
+            "^batched_nms: options of type 'nms' must be offset and score_threshold; got foo$",
+        ),
+        ({"split_thr": -1}, ValueError, "^batched_nms: split_thr must be at least 0; got -1$"),
         ({"type": "nms_quadri", "max_output": -1}, ValueError, "max_output must be at least 0"),
         ({"max_output": -1}, ValueError, "^batched_nms: max_output must be at least 0; got -1$"),
         ({"offset": -1.0}, ValueError, "^batched_nms: offset must be a finite number of at least"),

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import pytest
@@ -119,3 +120,48 @@ def test_reference_aspect_by_hand() -> None:
     iou, v = 3**-0.5, 4 * (1 / 12) ** 2
     expected = torch.tensor([[iou - v * v / (1 - iou + v)]], dtype=torch.float64)
     torch.testing.assert_close(reference.box_iou(a, b, 3, 0.0), expected)
+
+
+@pytest.mark.parametrize("fmt", ["xyxy", "xywh", "cxcywh", "xywhr", "cxcywhr", "xyxyxyxy"])
+def test_notations(fmt: str, device: str) -> None:
+    """The same boxes in each notation: upright ones, which the rotated notations turn by 30."""
+    new = Inputs()
+    sets = [new.boxes(count, 30.0).to(device) for count in (7, 9)]
+    if fmt in ("xyxy", "xywh", "cxcywh"):
+        expected = ops.box_iou(*sets)
+        sets = [ops.box_convert(boxes, "xyxy", fmt) for boxes in sets]
+    else:
+        turned = [
+            torch.cat(
+                [ops.box_convert(boxes, "xyxy", "cxcywh"), torch.full_like(boxes[:, :1], 30)], 1
+            )
+            for boxes in sets
+        ]
+        radians = torch.tensor([1, 1, 1, 1, math.pi / 180], device=device).double()
+        expected = ops.box_iou_rotated(*(boxes * radians for boxes in turned), clockwise=False)
+        sets = [ops.box_convert(boxes, "cxcywhr", fmt) for boxes in turned]
+    assert 0 < expected.count_nonzero() < expected.numel()
+    torch.testing.assert_close(ops.box_iou(*sets, fmt), expected)
+    torch.testing.assert_close(
+        ops.box_iou(*(boxes.float() for boxes in sets), fmt), expected.float()
+    )
+    aligned = ops.box_iou(sets[0], sets[1][:7], fmt, aligned=True)
+    torch.testing.assert_close(aligned, expected[:, :7].diagonal())
+    half = [boxes.half() for boxes in sets]
+    assert ops.box_iou(*half, fmt).dtype == torch.float16
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert ops.box_iou(half[0], sets[1].float(), fmt).dtype == torch.float32
+
+
+def test_notations_refuse() -> None:
+    a = torch.zeros(2, 5)
+    with pytest.raises(ValueError, match=r'^box_iou: fmt must be "xyxy", .* got \'yxyx\'$'):
+        ops.box_iou(a, a, "yxyx")
+    with pytest.raises(
+        ValueError, match=r"^box_iou: boxes1 must have shape \(\.\.\., 8\); got \(2, 5\)"
+    ):
+        ops.box_iou(a, a, "xyxyxyxy")
+    with pytest.raises(ValueError, match=r'^box_iou: mode for "cxcywhr" must be "iou" or "iof"; '):
+        ops.box_iou(a, a, "cxcywhr", mode="giou")
+    with pytest.raises(ValueError, match=r'^box_iou: offset must be 0 for "xywhr"; got 1'):
+        ops.box_iou(a, a, "xywhr", offset=1.0)

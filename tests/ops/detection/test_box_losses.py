@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import pytest
@@ -25,6 +26,7 @@ PAIRWISE = dict(
 
 class TestGeneralizedBoxIouLoss(CompositionSuite):
     parity = GIOU
+    autocast = torch.float32
     dynamic: ClassVar = {"boxes1": 0, "boxes2": 0}
     failures = (
         Failure(
@@ -44,12 +46,6 @@ class TestGeneralizedBoxIouLoss(CompositionSuite):
             {"boxes1": lambda boxes: boxes.int()},
             TypeError,
             r"boxes1 must be a floating-point tensor; got int32\. Convert it with boxes1\.float",
-        ),
-        Failure(
-            "two_dtypes",
-            {"boxes2": lambda boxes: boxes.half()},
-            TypeError,
-            r"boxes2 must have the dtype of boxes1 \(float32\); got float16$",
         ),
         Failure(
             "two_devices",
@@ -112,7 +108,7 @@ def test_half_types_do_not_overflow(name: str, device: str) -> None:
     a = torch.tensor([[0, 0, 1024, 1024]], device=device)
     loss = getattr(ops, name)
     exact = loss(a.double(), a.double() * 2)
-    torch.testing.assert_close(loss(a.half(), a.half() * 2), exact.half())
+    torch.testing.assert_close(loss(a.half(), a.half() * 2), exact.float())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -131,3 +127,18 @@ def test_is_one_less_the_overlap_of_each_pair(rows: Tensor) -> None:
         expected = 1 - getattr(ops, pairwise)(solid, other).diagonal()
         loss = getattr(ops, name)(solid, other, eps=1e-7)
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_boxes_have_a_loss_in_float32(name: str, device: str) -> None:
+    """A sum is beyond float16; two dtypes may meet."""
+    loss = getattr(ops, name)
+    boxes1 = torch.rand(70000, 4, device=device).half()
+    boxes2 = (boxes1 + 5).half()
+    total = loss(boxes1, boxes2, "sum")
+    assert total.dtype == torch.float32
+    assert 65504 < total.item() < math.inf
+    mixed = loss(boxes1, boxes2.float(), "sum")
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, total)
+    assert loss(boxes1, boxes2.double(), "sum").dtype == torch.float64

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import pytest
 import torch
 from hypothesis import given
 from torch import Tensor
@@ -47,3 +48,8 @@ def test_twice_is_once(rows: Tensor) -> None:
     clipped = clip_boxes_to_image(rows, (3, 5))
     assert torch.equal(clip_boxes_to_image(clipped, (3, 5)), clipped)
     assert bool((clipped <= torch.tensor([5, 3, 5, 3])).all())
+
+
+def test_refuses_words() -> None:
+    with pytest.raises(ValueError, match=r"^clip_boxes_to_image: size must be \(height, width\)"):
+        clip_boxes_to_image(torch.zeros(1, 4), ("a", "b"))  # type: ignore[arg-type]

@@ -114,8 +114,21 @@ def test_equal_points_give_the_gradient_to_the_first() -> None:
 def test_second_derivative_is_refused() -> None:
     points = _points(5, 0, 7, 0, 7, 2, 5, 2).requires_grad_()
     (grad,) = torch.autograd.grad(ops.convex_giou(points, SQUARE).sum(), points, create_graph=True)
-    with pytest.raises(RuntimeError):
+    assert grad.requires_grad
+    with pytest.raises(NotImplementedError, match=r"^convex_giou: second derivatives are not"):
         torch.autograd.grad(grad.sum(), points)
+
+
+def test_transforms_give_the_gradient() -> None:
+    points = torch.cat([_points(5, 0, 7, 0, 7, 2, 5, 2), _points(1, 1, 7, 0, 7, 2, 5, 2)])
+    points.requires_grad_()
+    polygons = SQUARE.repeat(2, 1)
+    (expected,) = torch.autograd.grad(ops.convex_giou(points, polygons).sum(), points)
+    found = torch.func.grad(lambda rows: ops.convex_giou(rows, polygons).sum())(points.detach())
+    torch.testing.assert_close(found, expected)
+    compiled = torch.compile(ops.convex_giou, backend="aot_eager")
+    (traced,) = torch.autograd.grad(compiled(points, polygons).sum(), points)
+    torch.testing.assert_close(traced, expected)
 
 
 @settings(max_examples=25)

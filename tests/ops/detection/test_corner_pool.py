@@ -42,7 +42,7 @@ class TestCornerPool(OpSuite):
             "mode",
             {"mode": "up"},
             ValueError,
-            r'^corner_pool: mode must be one of "top", "bottom", "left", "right"; got \'up\'',
+            r'^corner_pool: mode must be "top", "bottom", "left" or "right"; got \'up\'',
         ),
     )
 
@@ -99,3 +99,8 @@ def test_module() -> None:
     module = nn.CornerPool("left")
     assert torch.equal(module(image), corner_pool(image, "left"))
     assert repr(module) == "CornerPool(mode='left')"
+
+
+def test_refuses_a_list() -> None:
+    with pytest.raises(ValueError, match=r"^corner_pool: mode must be .* got \['top'\]$"):
+        corner_pool(torch.ones(1, 1, 2, 2), ["top"])  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""line_nms and line_nms_padded."""
+"""line_nms, line_nms_padded and line_nms_groups."""
 
 # SPDX-License-Identifier: Apache-2.0
 
@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+import pytest
 import torch
 
 from support.op_suite import Failure, OpSuite
@@ -75,3 +76,24 @@ def test_reference_by_hand() -> None:
     scores = torch.tensor([0.8, 0.9])
     assert reference.line_nms(lanes, scores, 2.0).tolist() == [1, 0]
     assert reference.line_nms(lanes, scores, 2.1).tolist() == [1]
+
+
+def test_parents(device: str) -> None:
+    """Of lanes 5 apart in a row: the second is the best, and takes both neighbours."""
+    lanes = torch.zeros(4, 8, device=device)
+    lanes[:, 4], lanes[:, 5:] = 3, torch.tensor([0.0, 5, 10, 15], device=device)[:, None]
+    scores = torch.tensor([0.5, 0.9, 0.6, 0.8], device=device)
+    kept, parents = ops.line_nms(lanes, scores, 6.0, return_parents=True)
+    # Lane 3 is as far from lane 2 as lane 1 is, which comes first.
+    assert kept.tolist() == [1, 3]
+    assert parents.tolist() == [0, 0, 0, 1]
+    kept, parents = ops.line_nms(lanes, scores, 6.0, 1, return_parents=True)
+    assert kept.tolist() == [1]
+    assert parents.tolist() == [0, 0, 0, -1]
+    assert ops.line_nms(lanes, scores, 6.0, 1).tolist() == [1]
+    kept, parents = ops.line_nms(lanes[:0], scores[:0], 6.0, return_parents=True)
+    assert kept.shape == parents.shape == (0,)
+    with pytest.raises(ValueError, match=r"^line_nms: top_k must be at least 0; got -1$"):
+        ops.line_nms(lanes, scores, 6.0, -1)
+    with pytest.raises(ValueError, match=r"^line_nms: labels must be None with return_parents"):
+        ops.line_nms(lanes, scores, 6.0, labels=scores.int(), return_parents=True)

@@ -260,3 +260,11 @@ def test_reference_by_hand() -> None:
     classes = torch.tensor([0, 1, 1])
     assert reference.batched_nms(rows, scores, classes, 0.0).tolist() == [0, 1]
     assert reference.nms_padded(rows, scores, 0.5, 3)[0].tolist() == [0, 2, -1]
+
+
+def test_equality_with_the_threshold(device: str) -> None:
+    """An IoU of 234 of 360 is no more than a threshold of 0.65, in every dtype."""
+    rows = torch.tensor([[0.0, 0, 360, 1], [0, 0, 234, 1]], device=device)
+    scores = torch.tensor([0.75, 0.5], device=device)
+    for dtype in (torch.float32, torch.float64):
+        assert ops.nms(rows.to(dtype), scores.to(dtype), 0.65).tolist() == [0, 1]

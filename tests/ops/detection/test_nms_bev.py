@@ -4,14 +4,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
+from support.op_suite import CompositionSuite
 from torchkiln import ops, reference
-from torchkiln.testing import Inputs
+from torchkiln.testing import Case, Inputs, Parity
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -30,6 +34,44 @@ def expected(boxes: Tensor, scores: Tensor, most: int | None = None) -> list[int
     turned = torch.cat([center, size, wide[:, 4:]], 1)
     kept = reference.nms_rotated(turned, scores.double()[rows], 0.2)
     return [rows[row] for row in kept.tolist()]
+
+
+def _turned(boxes: Tensor) -> Tensor:
+    center, size = (boxes[:, :2] + boxes[:, 2:4]) / 2, boxes[:, 2:4] - boxes[:, :2]
+    return torch.cat([center, size, boxes[:, 4:]], 1)
+
+
+def _bev(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, max_output: int
+) -> tuple[Tensor, Tensor]:
+    return reference.nms_rotated_padded(_turned(boxes), scores, iou_threshold, max_output)
+
+
+def _normal_bev(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, max_output: int
+) -> tuple[Tensor, Tensor]:
+    return reference.nms_padded(boxes[:, :4], scores, iou_threshold, max_output)
+
+
+def _case(count: int, new: Inputs) -> dict[str, Any]:
+    boxes, scores = scene(count, torch.float64)
+    return {"boxes": boxes, "scores": scores, "iou_threshold": 0.2, "max_output": 40}
+
+
+def _parity(op: str, reference: Callable[..., Any]) -> Parity:
+    sizes = {"typical": 70, "empty": 0, "single": 1, "panels": 150}
+    cases = tuple(Case(name, functools.partial(_case, count)) for name, count in sizes.items())
+    return Parity(op=op, tier="X", function=op, reference=reference, cases=cases)
+
+
+class TestNmsBevPadded(CompositionSuite):
+    parity = _parity("nms_bev_padded", _bev)
+    autocast = torch.float32
+    dynamic: ClassVar = {"boxes": 0, "scores": 0}
+
+
+class TestNmsNormalBevPadded(TestNmsBevPadded):
+    parity = _parity("nms_normal_bev_padded", _normal_bev)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -98,3 +140,52 @@ def test_the_padded_forms_are_captured() -> None:
         (normal, ops.nms_normal_bev_padded(boxes, scores, 0.2, 9)),
     ):
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_nan_scores_come_after_minus_infinity(device: str) -> None:
+    boxes = torch.tensor([[0.0, 0, 1, 1, 0], [5.0, 5, 6, 6, 0]], device=device)
+    scores = torch.tensor([math.nan, -math.inf], device=device)
+    assert ops.nms_bev(boxes, scores, 0.5, pre_max_size=1).tolist() == [1]
+    assert ops.nms_bev(boxes, scores, 0.5).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("name", ["nms_bev", "nms_normal_bev"])
+def test_autocast_takes_two_dtypes(name: str, device: str) -> None:
+    boxes, scores = (value.to(device) for value in scene(60))
+    for suffix, rest in (("", ()), ("_padded", (60,))):
+        call = getattr(ops, name + suffix)
+        expected = call(boxes, scores.bfloat16().float(), 0.2, *rest)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            found = call(boxes, scores.bfloat16(), 0.2, *rest)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["nms_bev", "nms_normal_bev"])
+def test_labels(name: str, device: str) -> None:
+    """Inside of each label, as if it were alone."""
+    boxes, scores = (value.to(device) for value in scene(90))
+    labels = Inputs().integers(90, high=3).int().to(device)
+    call, padded = getattr(ops, name), getattr(ops, name + "_padded")
+    wanted: list[int] = []
+    for label in range(3):
+        rows = (labels == label).nonzero().squeeze(1)
+        wanted += rows[call(boxes[rows], scores[rows], 0.2)].tolist()
+    wanted.sort(key=lambda row: -float(scores[row]))
+    assert call(boxes, scores, 0.2, labels=labels).tolist() == wanted
+    indices, count = padded(boxes, scores, 0.2, 90, labels=labels)
+    assert indices[: int(count)].tolist() == wanted
+    with pytest.raises(TypeError, match=rf"^{name}: labels must be an integer tensor; got float32"):
+        call(boxes, scores, 0.2, labels=scores)
+    with pytest.raises(ValueError, match=rf"^{name}: labels must have shape \(90,\); got \(3,\)$"):
+        call(boxes, scores, 0.2, labels=labels[:3])
+
+
+@pytest.mark.parametrize("name", ["nms_bev", "nms_bev_padded", "nms_normal_bev_padded"])
+def test_errors_name_the_function(name: str) -> None:
+    boxes, scores = scene(9)
+    most = (3,) if name.endswith("padded") else ()
+    with pytest.raises(ValueError, match=f"^{name}: iou_threshold must be a number; got nan$"):
+        getattr(ops, name)(boxes, scores, math.nan, *most)
+    if most:
+        with pytest.raises(ValueError, match=f"^{name}: max_output must be at least 0; got -1$"):
+            getattr(ops, name)(boxes, scores, 0.5, -1)

@@ -58,6 +58,7 @@ class TestPointSample(CompositionSuite):
 
 class TestRelRoiPointToAbsImgPoint(CompositionSuite):
     parity = REL_TO_ABS
+    autocast = torch.float32
     dynamic: ClassVar = {"rois": 0, "rel_roi_points": 0}
     failures = (
         Failure(
@@ -83,6 +84,7 @@ class TestRelRoiPointToAbsImgPoint(CompositionSuite):
 
 class TestAbsImgPointToRelImgPoint(CompositionSuite):
     parity = ABS_TO_REL
+    autocast = torch.float32
     dynamic: ClassVar = {"abs_img_points": 0}
     failures = (
         Failure("img", {"img": 7}, ValueError, r"img must be \(height, width\) or a tensor; got 7"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
+import pytest
 import torch
 from hypothesis import given
 from torch import Tensor
@@ -59,3 +60,10 @@ def test_a_larger_minimum_keeps_fewer(rows: Tensor) -> None:
     kept = remove_small_boxes(rows, 1)
     fewer = remove_small_boxes(rows[kept], 2)
     assert torch.equal(kept[fewer], remove_small_boxes(rows, 2))
+
+
+def test_refuses_a_word() -> None:
+    with pytest.raises(
+        TypeError, match=r"^remove_small_boxes: min_size must be a number; got 'a'$"
+    ):
+        remove_small_boxes(torch.zeros(1, 4), "a")  # type: ignore[arg-type]

@@ -102,7 +102,7 @@ class TestRoiAlign(OpSuite):
             "mode",
             {"pool_mode": "sum"},
             ValueError,
-            "^roi_align: pool_mode must be 'avg' or 'max'; got 'sum'$",
+            '^roi_align: pool_mode must be "avg" or "max"; got \'sum\'$',
         ),
         Failure("none", {"boxes": None}, TypeError, "boxes must be a tensor"),
     )
@@ -129,7 +129,7 @@ class TestRoiAlign(OpSuite):
     @pytest.mark.parametrize("op", ["roi_align", "roi_pool", "ps_roi_align", "roi_align_rotated"])
     def test_an_output_size_of_other_than_two_numbers(self, op: str, size: Any) -> None:
         columns = 6 if op == "roi_align_rotated" else 5
-        with pytest.raises(ValueError, match=f"^{op}: output_size must be one number or two; got"):
+        with pytest.raises(ValueError, match=f"^{op}: output_size must be one integer or two; got"):
             getattr(ops, op)(torch.ones(1, 4, 4, 4), torch.zeros(1, columns), size)
 
     @pytest.mark.parametrize("op", ["roi_align", "ps_roi_pool", "roi_align_rotated"])
@@ -305,3 +305,12 @@ def test_region_of_no_image_is_zero_on_large_maps() -> None:
     boxes = torch.tensor([[5.0, 1, 1, 30, 30], [-1.0, 1, 1, 30, 30]]).repeat(400, 1).cuda()
     output = ops.roi_align(torch.ones(1, 4, 40, 40, device="cuda"), boxes, 7, 1.0, 2)
     assert torch.equal(output, torch.zeros_like(output))
+
+
+def test_refuses_lists_of_what_is_no_tensor() -> None:
+    with pytest.raises(
+        TypeError, match=r"^roi_align: boxes\[0\] must be a tensor; got \[0, 0, 1, 1"
+    ):
+        ops.roi_align(torch.ones(1, 1, 4, 4), [[0, 0, 1, 1]], 2)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"^roi_align: pool_mode must be .* got \[\]$"):
+        ops.roi_align(torch.ones(1, 1, 4, 4), torch.zeros(1, 5), 2, pool_mode=[])  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from support.op_suite import Failure, OpSuite
 from support.strategies import seeds
-from torchkiln import reference
+from torchkiln import nn, reference
 from torchkiln.ops import roi_pool
 from torchkiln.reference.detection.roi_pool import parity
 from torchkiln.testing import Inputs
@@ -251,3 +251,21 @@ def test_gradient_of_a_wide_map() -> None:
         return torch.autograd.grad(output.square().sum(), leaf)[0].cpu()
 
     torch.testing.assert_close(gradient("cuda"), gradient("cpu"))
+
+
+def test_a_list_of_boxes_is_one_for_each_image(device: str) -> None:
+    image = Inputs().normal(2, 3, 9, 9).float().to(device)
+    boxes = [torch.tensor([[1.0, 1, 6, 7]], device=device), torch.zeros(0, 4, device=device)]
+    rows = torch.tensor([[0.0, 1, 1, 6, 7]], device=device)
+    assert torch.equal(roi_pool(image, boxes, 3), roi_pool(image, rows, 3))
+    assert torch.equal(nn.RoIPool(3)(image, boxes), roi_pool(image, rows, 3))
+
+
+def test_sizes_may_be_any_integers() -> None:
+    numpy = pytest.importorskip("numpy")
+    image, rows = torch.ones(1, 1, 4, 4), torch.tensor([[0.0, 0, 0, 3, 3]])
+    assert roi_pool(image, rows, numpy.int64(2)).shape == (1, 1, 2, 2)
+    assert roi_pool(image, rows, (numpy.int32(2), 1)).shape == (1, 1, 2, 1)
+    for size in ((2.0, 2.0), (1, 2, 3), None, "2"):
+        with pytest.raises(ValueError, match=r"^roi_pool: output_size must be one integer or two"):
+            roi_pool(image, rows, size)  # type: ignore[arg-type]

@@ -92,3 +92,13 @@ def test_what_is_in_no_image_is_zero(device: str) -> None:
     (grad,) = torch.autograd.grad(pooled.sum(), features)
     assert not grad.any()
     assert call(features[:0], rois).shape == (4, 3, 2, 3)
+    for empty in (features[:, :0], features[:, :, :0], features[..., :0]):
+        pooled = call(empty, rois)
+        assert pooled.shape == (4, empty.shape[1], 2, 3)
+        assert not pooled.any()
+
+
+@pytest.mark.parametrize("size", [0, (0, 2), (2.0, 2.0), "7", (1, 2, 3)])
+def test_refuses_a_size(size: object) -> None:
+    with pytest.raises(ValueError, match=r"^SimpleRoIAlign: output_size must be "):
+        nn.SimpleRoIAlign(size, 1.0)  # type: ignore[arg-type]

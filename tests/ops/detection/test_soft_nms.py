@@ -46,13 +46,26 @@ class TestSoftNms(OpSuite):
             "unknown_method",
             {"method": "cubic"},
             ValueError,
-            "^soft_nms_padded: method must be one of naive, linear, gaussian; got 'cubic'$",
+            '^soft_nms_padded: method must be "naive", "linear" or "gaussian"; got \'cubic\'$',
         ),
         Failure(
             "no_width",
-            {"method": "gaussian", "sigma": 0.0},
+            {"method": "linear", "sigma": 0.0},
             ValueError,
             "^soft_nms_padded: sigma must be greater than 0; got 0",
+        ),
+        Failure(
+            "no_method",
+            {"method": []},
+            ValueError,
+            r"^soft_nms: method must be .* got \[\]$",
+            function="soft_nms",
+        ),
+        Failure(
+            "negative_offset",
+            {"offset": -1.0},
+            ValueError,
+            "^soft_nms_padded: offset must be a finite number of at least 0; got -1",
         ),
         Failure(
             "min_score_is_nan",
@@ -192,3 +205,12 @@ def test_reference_by_hand() -> None:
     assert reference.soft_nms(rows, scores, 0.3, 0.5, 0.1, 0)[0].tolist() == [0, 2]
     gaussian = reference.soft_nms(rows, scores, 0.3, 0.5, 0.1, 2)[1].tolist()
     assert gaussian == pytest.approx([0.75, 0.5, 0.6 * math.exp(-4 / 9)])
+
+
+def test_equality_with_the_threshold(device: str) -> None:
+    """An IoU of 15 of 50 reaches a threshold of 0.3, in every dtype."""
+    rows = torch.tensor([[3.0, 4, 9, 9], [3, 6, 8, 13]], device=device)
+    scores = torch.tensor([0.75, 0.5], device=device)
+    for dtype in (torch.float32, torch.float64):
+        found = ops.soft_nms(rows.to(dtype), scores.to(dtype), 0.3, method="naive")[0]
+        assert found.tolist() == [0]

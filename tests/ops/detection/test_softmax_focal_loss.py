@@ -22,6 +22,7 @@ from torchkiln.testing import Inputs, _fuzz
 
 class TestSoftmaxFocalLoss(CompositionSuite):
     parity = parity()
+    autocast = torch.float32
     dynamic: ClassVar = {"inputs": 0, "targets": 0}
     failures = (
         Failure(
@@ -151,3 +152,13 @@ def test_random_logits_are_below_infinity_in_every_dtype() -> None:
     usual = [call for call in calls if call.draw.kind != "beyond" and not call.is_spoiled]
     assert not any(call.arguments["inputs"].isposinf().any() for call in usual)
     assert any(call.arguments["inputs"].isneginf().any() for call in usual)
+
+
+def test_autocast_takes_two_dtypes(device: str) -> None:
+    logits, targets = Inputs().normal(5, 4).to(device), torch.tensor([0, 3, 2, 1, 0], device=device)
+    weight = torch.tensor([1.0, 2.0, 0.5, 1.0], device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        loss = ops.softmax_focal_loss(logits.bfloat16(), targets, weight=weight)
+    expected = ops.softmax_focal_loss(logits.bfloat16().float(), targets, weight=weight)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)

@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from torchkiln.ops._arguments import require_device, require_floating, shape
 
 __all__ = ["as_rows", "bins_of", "is_channels_last", "like"]
 
@@ -18,30 +21,41 @@ def is_channels_last(input: Tensor) -> bool:
     return not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
 
 
-def like(input: Tensor, shape: tuple[Any, ...], dtype: torch.dtype | None = None) -> Tensor:
+def like(input: Tensor, size: tuple[Any, ...], dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor in the layout of `input`."""
     layout = torch.channels_last if is_channels_last(input) else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype or input.dtype, device=input.device, memory_format=layout)
+    return torch.empty(size, dtype=dtype or input.dtype, device=input.device, memory_format=layout)
 
 
 def as_rows(op: str, boxes: Tensor | Sequence[Tensor]) -> Tensor:
     """(K, 5) of one (L, 4) tensor for each image; one tensor as it is."""
     if not isinstance(boxes, (list, tuple)):
         return boxes  # type: ignore[return-value]
-    for i, rows in enumerate(boxes):
-        if rows.dim() != 2 or rows.shape[1] != 4:
-            raise ValueError(f"{op}: boxes[{i}] must have shape (L, 4); got {tuple(rows.shape)}")
     if not boxes:
         raise ValueError(f"{op}: boxes must have a tensor for each image; got an empty list")
+    for i, rows in enumerate(boxes):
+        require_floating(op, **{f"boxes[{i}]": rows})
+        if rows.dim() != 2 or rows.shape[1] != 4:
+            raise ValueError(f"{op}: boxes[{i}] must have shape (L, 4); got {shape(rows)}")
+        if i > 0:
+            require_device(op, **{"boxes[0]": boxes[0], f"boxes[{i}]": rows})
     images = [torch.full_like(rows[:, :1], i) for i, rows in enumerate(boxes)]
     return torch.cat([torch.cat(images), torch.cat(list(boxes))], dim=1)
 
 
-def bins_of(op: str, output_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width of a grid of bins; one number for both."""
-    if isinstance(output_size, int):
-        return output_size, output_size
-    if not isinstance(output_size, (tuple, list)) or len(output_size) != 2:
-        raise ValueError(f"{op}: output_size must be one number or two; got {output_size!r}")
-    height, width = output_size
-    return height, width
+def bins_of(op: str, output_size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of a grid of bins; one number for both. Any type of integers will do."""
+    sides = output_size if isinstance(output_size, (tuple, list)) else (output_size,) * 2
+    if len(sides) == 2 and all(map(_is_integer, sides)):
+        height, width = map(_plain, sides)
+        return height, width
+    raise ValueError(f"{op}: output_size must be one integer or two; got {output_size!r}")
+
+
+def _plain(number: Any) -> Any:
+    return number if isinstance(number, torch.SymInt) else operator.index(number)
+
+
+def _is_integer(number: object) -> bool:
+    # What else has an index is numpy's.
+    return isinstance(number, (int, torch.SymInt)) or hasattr(number, "__index__")

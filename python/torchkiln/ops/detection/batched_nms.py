@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from torchkiln.ops._arguments import require_choice
+from torchkiln.ops.detection.line_nms import line_nms, line_nms_padded
 from torchkiln.ops.detection.nms import batched_nms_op, nms, nms_padded
 from torchkiln.ops.detection.nms3d import (
     nms3d,
@@ -16,36 +18,104 @@ from torchkiln.ops.detection.nms3d import (
     nms3d_normal_padded,
     nms3d_padded,
 )
+from torchkiln.ops.detection.nms_bev import (
+    nms_bev,
+    nms_bev_padded,
+    nms_normal_bev,
+    nms_normal_bev_padded,
+)
 from torchkiln.ops.detection.nms_rotated import (
     nms_quadri,
     nms_quadri_padded,
     nms_rotated,
     nms_rotated_padded,
 )
+from torchkiln.ops.detection.soft_nms import soft_nms, soft_nms_padded
 
 __all__ = ["batched_nms", "batched_nms_padded"]
 
-_SIZED = {
-    "nms_rotated": nms_rotated,
-    "nms_quadri": nms_quadri,
-    "nms3d": nms3d,
-    "nms3d_normal": nms3d_normal,
-}
-_PADDED = {
-    "nms_rotated": nms_rotated_padded,
-    "nms_quadri": nms_quadri_padded,
-    "nms3d": nms3d_padded,
-    "nms3d_normal": nms3d_normal_padded,
+
+def _nms(
+    boxes: Tensor,
+    scores: Tensor,
+    threshold: float,
+    labels: Tensor | None,
+    offset: float = 0.0,
+    score_threshold: float | None = None,
+) -> Tensor:
+    if labels is None:
+        return nms(boxes, scores, threshold, offset=offset, score_threshold=score_threshold)
+    return batched_nms_op(boxes, scores, labels, threshold, offset, score_threshold, None)
+
+
+def _soft_nms(
+    boxes: Tensor, scores: Tensor, threshold: float, labels: Tensor | None, **options: Any
+) -> Tensor:
+    return soft_nms(boxes, scores, threshold, idxs=labels, **options)[0]
+
+
+def _soft_nms_padded(
+    boxes: Tensor,
+    scores: Tensor,
+    threshold: float,
+    most: int,
+    labels: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    rows, _, count = soft_nms_padded(boxes, scores, most, threshold, idxs=labels, **options)
+    return rows, count
+
+
+def _line_nms(boxes: Tensor, scores: Tensor, distance: float, labels: Tensor | None) -> Tensor:
+    return line_nms(boxes, scores, distance, labels=labels)
+
+
+def _nms_bev(
+    boxes: Tensor, scores: Tensor, threshold: float, labels: Tensor | None, **options: Any
+) -> Tensor:
+    return nms_bev(boxes, scores, threshold, labels=labels, **options)
+
+
+def _nms_bev_padded(
+    boxes: Tensor,
+    scores: Tensor,
+    threshold: float,
+    most: int,
+    labels: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    return nms_bev_padded(boxes, scores, threshold, most, labels=labels, **options)
+
+
+class _Type(NamedTuple):
+    """Takes boxes, scores, threshold, labels; with `padded`, the length before the labels."""
+
+    sized: Callable[..., Tensor]
+    padded: Callable[..., tuple[Tensor, Tensor]]
+    options: tuple[str, ...] = ()
+
+
+_TYPES = {
+    "nms": _Type(_nms, nms_padded, ("offset", "score_threshold")),
+    "soft_nms": _Type(_soft_nms, _soft_nms_padded, ("sigma", "min_score", "method", "offset")),
+    "nms_rotated": _Type(nms_rotated, nms_rotated_padded, ("clockwise",)),
+    "nms_quadri": _Type(nms_quadri, nms_quadri_padded),
+    "nms_bev": _Type(_nms_bev, _nms_bev_padded, ("pre_max_size",)),
+    "nms_normal_bev": _Type(nms_normal_bev, nms_normal_bev_padded),
+    "nms3d": _Type(nms3d, nms3d_padded),
+    "nms3d_normal": _Type(nms3d_normal, nms3d_normal_padded),
+    "line_nms": _Type(_line_nms, line_nms_padded),
 }
 
 
-def _require_type(op: str, type: str) -> None:
-    if type == "soft_nms":
-        raise ValueError(
-            f"{op}: type must be one whose scores stay as they are; got 'soft_nms'. "
-            "soft_nms and soft_nms_padded take idxs, and return the scores too"
-        )
-    require_choice(op, "type", type, {"nms": None, **_SIZED})
+def _type(op: str, type: str, options: dict[str, Any]) -> _Type:
+    require_choice(op, "type", type, _TYPES)
+    known = _TYPES[type].options
+    for name in options:
+        if name not in known:
+            listed = " and ".join(known) if known else "none"
+            raise TypeError(f"{op}: options of type {type!r} must be {listed}; got {name}")
+    return _TYPES[type]
 
 
 def batched_nms(
@@ -57,6 +127,7 @@ def batched_nms(
     type: str = "nms",
     class_agnostic: bool = False,
     max_output: int | None = None,
+    split_thr: int | None = None,
     **options: Any,
 ) -> Tensor:
     """Keeps the best boxes of each class; boxes of different classes never meet.
@@ -65,22 +136,28 @@ def batched_nms(
         boxes: (N, 4), float16, bfloat16, float32 or float64; x1, y1, x2, y2 in any unit. Of another
             type: what its function takes.
         scores: (N,), dtype and device of `boxes`.
-        idxs: (N,), any integer dtype and values; the class of each box.
+        idxs: (N,), uint8 or signed integers, any values; the class of each box.
         iou_threshold: a box goes when its IoU with a kept one of its class is greater.
-        type: "nms", "nms_rotated", "nms_quadri", "nms3d" or "nms3d_normal": the function of
-            `torchkiln.ops` that is used inside classes. (`soft_nms` takes `idxs` itself.)
+        type: the function of `torchkiln.ops` that is used inside classes: "nms", "soft_nms" (whose
+            new scores only that function returns), "nms_rotated", "nms_quadri", "nms_bev",
+            "nms_normal_bev", "nms3d", "nms3d_normal" or "line_nms".
         class_agnostic: boxes of different classes meet; `idxs` is not looked at.
         max_output: the most boxes to return, at least 0. None: all.
-        options: further arguments of the function: `offset` and `score_threshold` of `nms`,
-            `clockwise` of `nms_rotated`.
+        split_thr: from how many boxes on classes may be taken one by one, at least 0. For calls in
+            mmcv's form: classes are never mixed here and memory does not grow with the square of
+            the boxes, so it changes nothing.
+        options: further arguments of the function: `offset` and `score_threshold` of `nms`;
+            `sigma`, `min_score`, `method` and `offset` of `soft_nms`; `clockwise` of `nms_rotated`;
+            `pre_max_size` of `nms_bev`, which counts the boxes of all classes.
 
     Returns:
-        (K,), int64; rows of the kept boxes by descending score, the lower row first among equals.
+        (K,), int64; rows of the kept boxes by descending score (of "soft_nms", by the new one), the
+        lower row first among equals.
 
     Raises:
         TypeError: for another dtype, or an option that the function does not have.
         ValueError: for another shape or type, two different devices, a threshold that is NaN, or a
-            negative `max_output`.
+            negative `max_output` or `split_thr`.
         CaptureError: while a CUDA graph is captured; `batched_nms_padded` can be.
 
     Differentiable: no. Deterministic: yes. Autocast: float32.
@@ -96,28 +173,12 @@ def batched_nms(
         >>> batched_nms(boxes, torch.tensor([0.5, 0.9, 0.7]), torch.tensor([0, 1, 1]), 0.5)
         tensor([1, 0])
     """
-    if type == "nms":
-        if class_agnostic:
-            return nms(boxes, scores, iou_threshold, max_output=max_output, **options)
-        return _among_classes(boxes, scores, idxs, iou_threshold, max_output, **options)
-    _require_type("batched_nms", type)
-    if max_output is not None and max_output < 0:
-        raise ValueError(f"batched_nms: max_output must be at least 0; got {max_output}")
+    function = _type("batched_nms", type, options).sized
+    for name, number in (("max_output", max_output), ("split_thr", split_thr)):
+        if number is not None and number < 0:
+            raise ValueError(f"batched_nms: {name} must be at least 0; got {number}")
     labels = None if class_agnostic else idxs
-    kept = _SIZED[type](boxes, scores, iou_threshold, labels, **options)
-    return kept[:max_output]
-
-
-def _among_classes(
-    boxes: Tensor,
-    scores: Tensor,
-    idxs: Tensor,
-    iou_threshold: float,
-    max_output: int | None,
-    offset: float = 0.0,
-    score_threshold: float | None = None,
-) -> Tensor:
-    return batched_nms_op(boxes, scores, idxs, iou_threshold, offset, score_threshold, max_output)
+    return function(boxes, scores, iou_threshold, labels, **options)[:max_output]
 
 
 def batched_nms_padded(
@@ -139,7 +200,7 @@ def batched_nms_padded(
         boxes: (N, 4), float16, bfloat16, float32 or float64; x1, y1, x2, y2 in any unit. Of another
             type: what its function takes.
         scores: (N,), dtype and device of `boxes`.
-        idxs: (N,), any integer dtype and values; the class of each box.
+        idxs: (N,), uint8 or signed integers, any values; the class of each box.
         iou_threshold: a box goes when its IoU with a kept one of its class is greater.
         max_output: length of the result, at least 0; the best boxes fill it.
         type: as in `batched_nms`.
@@ -168,8 +229,6 @@ def batched_nms_padded(
         >>> batched_nms_padded(boxes, torch.tensor([0.5, 0.9, 0.7]), idxs, 0.5, 3)
         (tensor([ 1,  0, -1]), tensor(2))
     """
+    function = _type("batched_nms_padded", type, options).padded
     labels = None if class_agnostic else idxs
-    if type == "nms":
-        return nms_padded(boxes, scores, iou_threshold, max_output, labels, **options)
-    _require_type("batched_nms_padded", type)
-    return _PADDED[type](boxes, scores, iou_threshold, max_output, labels, **options)
+    return function(boxes, scores, iou_threshold, max_output, labels, **options)

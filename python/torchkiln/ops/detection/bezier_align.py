@@ -55,7 +55,7 @@ def bezier_align(
     Args:
         input: (N, C, H, W), float16, bfloat16, float32 or float64; contiguous or channels_last,
             other layouts are copied.
-        beziers: (K, 17), any floating dtype; batch index, then x, y in image pixels of the 4
+        beziers: (K, 17), any of these dtypes; batch index, then x, y in image pixels of the 4
             points of the upper curve from the left, and of the 4 of the lower one from the right.
         output_size: bins, (height, width) or one number for both; 1 to 4096.
         spatial_scale: input pixels per image pixel, above 0.

@@ -47,7 +47,7 @@ def border_align(
         input: (N, 4 * C, H, W), blocks of C channels for the top, left, bottom and right border;
             float16, bfloat16, float32 or float64; contiguous or channels_last, other layouts are
             copied.
-        boxes: (N, B, 4), any floating dtype; x1, y1, x2, y2 in pixels of `input`, whose centres
+        boxes: (N, B, 4), any of these dtypes; x1, y1, x2, y2 in pixels of `input`, whose centres
             lie at whole numbers.
         pool_size: parts of a border, 1 to 1024; samples lie at their pool_size + 1 ends.
         deterministic: whether the gradient has the same bits every time on CUDA, where it is

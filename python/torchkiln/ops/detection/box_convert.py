@@ -13,8 +13,9 @@ from torchkiln.ops._arguments import require_choice, require_last, widened
 
 __all__ = ["box_convert"]
 
-_COLUMNS = {"xyxy": 4, "xywh": 4, "cxcywh": 4, "xywhr": 5, "cxcywhr": 5, "xyxyxyxy": 8}
-_UPRIGHT = ("xyxy", "xywh", "cxcywh")
+#: Numbers of a box in each notation.
+COLUMNS = {"xyxy": 4, "xywh": 4, "cxcywh": 4, "xywhr": 5, "cxcywhr": 5, "xyxyxyxy": 8}
+UPRIGHT = ("xyxy", "xywh", "cxcywh")
 
 
 def _to_corners(boxes: Tensor, form: str) -> Tensor:
@@ -113,11 +114,11 @@ def box_convert(boxes: Tensor, in_fmt: str, out_fmt: str) -> Tensor:
         >>> box_convert(torch.tensor([[1.0, 2.0, 4.0, 8.0]]), "xyxy", "cxcywh")
         tensor([[2.5000, 5.0000, 3.0000, 6.0000]])
     """
-    require_choice("box_convert", "in_fmt", in_fmt, _COLUMNS)
-    require_choice("box_convert", "out_fmt", out_fmt, _COLUMNS)
-    require_last("box_convert", _COLUMNS[in_fmt], boxes=boxes)
-    upright = in_fmt in _UPRIGHT
-    if upright != (out_fmt in _UPRIGHT):
+    require_choice("box_convert", "in_fmt", in_fmt, COLUMNS)
+    require_choice("box_convert", "out_fmt", out_fmt, COLUMNS)
+    require_last("box_convert", COLUMNS[in_fmt], boxes=boxes)
+    upright = in_fmt in UPRIGHT
+    if upright != (out_fmt in UPRIGHT):
         kind = "upright" if upright else "rotated"
         raise ValueError(
             f'box_convert: out_fmt must be {kind}, as in_fmt "{in_fmt}" is; got {out_fmt!r}'

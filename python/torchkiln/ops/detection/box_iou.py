@@ -4,13 +4,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchkiln._frame import operator
-from torchkiln.ops._arguments import require_choice
+from torchkiln.ops._arguments import (
+    cast_for_autocast,
+    require_choice,
+    require_last,
+    require_pair,
+    widened,
+)
+from torchkiln.ops.detection.box_convert import COLUMNS, UPRIGHT, box_convert
+from torchkiln.ops.detection.box_iou_rotated import box_iou_quadri, box_iou_rotated
 
 __all__ = ["box_iou", "complete_box_iou", "distance_box_iou", "generalized_box_iou"]
 
@@ -63,9 +72,34 @@ _box_iou = operator(
 )
 
 
+def _in_radians(boxes: Tensor) -> Tensor:
+    return torch.cat([boxes[..., :4], boxes[..., 4:] * (math.pi / 180)], -1)
+
+
+def _of_form(
+    boxes1: Tensor, boxes2: Tensor, fmt: str, mode: str, aligned: bool, offset: float
+) -> Tensor:
+    """`box_iou` of boxes that are not in "xyxy": converted in float32 at least."""
+    boxes1, boxes2 = cast_for_autocast(boxes1, boxes2)
+    require_last("box_iou", COLUMNS[fmt], boxes1=boxes1, boxes2=boxes2)
+    require_pair("box_iou", boxes1=boxes1, boxes2=boxes2)
+    a, b = widened(boxes1), widened(boxes2)
+    if fmt in UPRIGHT:
+        a, b = (box_convert(boxes, fmt, "xyxy") for boxes in (a, b))
+        return _box_iou(a, b, _MODES[mode], 1e-7, aligned, offset).to(boxes1.dtype)
+    require_choice("box_iou", f'mode for "{fmt}"', mode, {"iou": 0, "iof": 4})
+    if offset != 0:
+        raise ValueError(f'box_iou: offset must be 0 for "{fmt}"; got {offset}')
+    if fmt == "xyxyxyxy":
+        return box_iou_quadri(a, b, mode, aligned).to(boxes1.dtype)
+    a, b = (_in_radians(box_convert(boxes, fmt, "cxcywhr")) for boxes in (a, b))
+    return box_iou_rotated(a, b, mode, aligned, clockwise=False).to(boxes1.dtype)
+
+
 def box_iou(
     boxes1: Tensor,
     boxes2: Tensor,
+    fmt: str = "xyxy",
     *,
     mode: str = "iou",
     aligned: bool = False,
@@ -74,26 +108,32 @@ def box_iou(
     """Intersection over union of boxes: of every pair or, with `aligned`, of equal rows.
 
     Args:
-        boxes1: (N, 4), float16, bfloat16, float32 or float64; x1, y1, x2, y2 in any unit.
-        boxes2: (M, 4), dtype and device of `boxes1`; M = N with `aligned`.
+        boxes1: (N, 4), float16, bfloat16, float32 or float64; x1, y1, x2, y2 in any unit. In
+            another `fmt`: (N, 4), (N, 5) or (N, 8).
+        boxes2: as `boxes1`, M rows, its dtype and device; M = N with `aligned`.
+        fmt: notation of the boxes, as in `box_convert`: "xyxy", "xywh", "cxcywh" or the rotated
+            ones "xywhr", "cxcywhr", "xyxyxyxy".
         mode: "iou"; "iof", over the area of the first box; or "giou", "diou", "ciou", which are
-            the functions `generalized_box_iou`, `distance_box_iou` and `complete_box_iou`.
+            the functions `generalized_box_iou`, `distance_box_iou` and `complete_box_iou`. Of
+            rotated boxes "iou" and "iof" only.
         aligned: compares row i with row i.
-        offset: added to x2 and y2: 1 for boxes whose last pixel belongs to them.
+        offset: added to x2 and y2: 1 for boxes whose last pixel belongs to them. Not of rotated
+            boxes.
 
     Returns:
         (N, M), or (N,) with `aligned`; dtype of `boxes1`; from 0 to 1 for "iou" and "iof".
 
     Raises:
         TypeError: for another dtype, or two different ones.
-        ValueError: for another shape or mode, two different devices, or an offset below 0.
+        ValueError: for another shape, notation or mode, two different devices, or an offset below
+            0.
 
-    Differentiable: boxes1, boxes2. Deterministic: yes. Autocast: float32.
+    Differentiable: boxes1, boxes2, unless they are rotated. Deterministic: yes. Autocast: float32.
 
     Note:
         A box with x2 < x1 or y2 < y1 is empty, and a pair with an empty union has IoU 0, where
         torchvision gives NaN; likewise IoF for an empty first box. NaN coordinates give NaN.
-        Integer boxes are refused.
+        Integer boxes are refused. Rotated boxes as in `box_iou_rotated` and `box_iou_quadri`.
 
     Example:
         >>> import torch
@@ -103,6 +143,9 @@ def box_iou(
         tensor([[1.0000, 0.3333]])
     """
     require_choice("box_iou", "mode", mode, _MODES)
+    require_choice("box_iou", "fmt", fmt, COLUMNS)
+    if fmt != "xyxy":
+        return _of_form(boxes1, boxes2, fmt, mode, aligned, offset)
     return _box_iou(boxes1, boxes2, _MODES[mode], 1e-7, aligned, offset)
 
 

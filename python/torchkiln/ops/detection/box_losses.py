@@ -9,32 +9,42 @@ import math
 import torch
 from torch import Tensor
 
-from torchkiln.ops._arguments import require_choice, require_last, require_pair, shape, widened
+from torchkiln.ops._arguments import (
+    require_choice,
+    require_device,
+    require_last,
+    shape,
+    widened,
+)
 
 __all__ = ["complete_box_iou_loss", "distance_box_iou_loss", "generalized_box_iou_loss"]
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
-def _check(op: str, boxes1: Tensor, boxes2: Tensor, reduction: str, eps: float) -> None:
+def _checked(
+    op: str, boxes1: Tensor, boxes2: Tensor, reduction: str, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of the loss."""
     require_choice(op, "reduction", reduction, _REDUCTIONS)
     require_last(op, 4, boxes1=boxes1, boxes2=boxes2)
-    require_pair(op, boxes1=boxes1, boxes2=boxes2)
+    require_device(op, boxes1=boxes1, boxes2=boxes2)
     if boxes1.shape != boxes2.shape:
         raise ValueError(
             f"{op}: boxes2 must have the shape of boxes1 {shape(boxes1)}; got {shape(boxes2)}"
         )
     if not eps >= 0:
         raise ValueError(f"{op}: eps must be at least 0; got {eps}")
+    return widened(boxes1), widened(boxes2)
 
 
-def _reduce(loss: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
+def _reduce(loss: Tensor, reduction: str) -> Tensor:
     if reduction == "sum":
         loss = loss.sum()
     elif reduction == "mean":
         # Of nothing it is 0, as torchvision has it: a batch without boxes costs nothing.
         loss = loss.sum() / max(loss.numel(), 1)
-    return loss.to(dtype)
+    return loss
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, eps: float) -> Tensor:
@@ -82,21 +92,23 @@ def generalized_box_iou_loss(
 
     Args:
         boxes1: (..., 4), float16, bfloat16, float32 or float64; x1, y1, x2, y2 in any unit.
-        boxes2: shape, dtype and device of `boxes1`.
+        boxes2: shape and device of `boxes1`; any of these dtypes.
         reduction: "none", "mean" or "sum".
         eps: added to the union and to the area of the box around both.
 
     Returns:
-        (...) for "none", else (); dtype of `boxes1`. Each from 0 to 2; the mean of nothing is 0.
+        (...) for "none", else (); float64 where one of the boxes is, else float32. Each from 0 to
+        2; the mean of nothing is 0.
 
     Raises:
-        TypeError: for another dtype, or two different ones.
+        TypeError: for another dtype.
         ValueError: for another shape or reduction, two different devices, or a negative eps.
 
-    Differentiable: boxes1, boxes2. Deterministic: yes. Autocast: as without.
+    Differentiable: boxes1, boxes2. Deterministic: yes. Autocast: float32.
 
     Note:
-        Computed in float32 for the half types. A box with x2 < x1 or y2 < y1 is empty, as in
+        The half types give a loss in float32, as torchvision's do: a sum is beyond float16 soon.
+        A box with x2 < x1 or y2 < y1 is empty, as in
         `generalized_box_iou`. Boxes of no size have finite gradients.
 
     Source:
@@ -109,10 +121,10 @@ def generalized_box_iou_loss(
         >>> generalized_box_iou_loss(boxes[:1], boxes[1:])
         tensor([1.5000])
     """
-    _check("generalized_box_iou_loss", boxes1, boxes2, reduction, eps)
-    iou, union, around = _overlap(widened(boxes1), widened(boxes2), eps)
+    a, b = _checked("generalized_box_iou_loss", boxes1, boxes2, reduction, eps)
+    iou, union, around = _overlap(a, b, eps)
     area = _product(around)
-    return _reduce(1 - iou + _ratio(area - union, area, eps), reduction, boxes1.dtype)
+    return _reduce(1 - iou + _ratio(area - union, area, eps), reduction)
 
 
 def distance_box_iou_loss(
@@ -122,18 +134,19 @@ def distance_box_iou_loss(
 
     Args:
         boxes1: (..., 4), float16, bfloat16, float32 or float64; x1, y1, x2, y2 in any unit.
-        boxes2: shape, dtype and device of `boxes1`.
+        boxes2: shape and device of `boxes1`; any of these dtypes.
         reduction: "none", "mean" or "sum".
         eps: added to the union and to the squared diagonal of the box around both.
 
     Returns:
-        (...) for "none", else (); dtype of `boxes1`. Each from 0 to 2; the mean of nothing is 0.
+        (...) for "none", else (); float64 where one of the boxes is, else float32. Each from 0 to
+        2; the mean of nothing is 0.
 
     Raises:
-        TypeError: for another dtype, or two different ones.
+        TypeError: for another dtype.
         ValueError: for another shape or reduction, two different devices, or a negative eps.
 
-    Differentiable: boxes1, boxes2. Deterministic: yes. Autocast: as without.
+    Differentiable: boxes1, boxes2. Deterministic: yes. Autocast: float32.
 
     Note:
         Half types and degenerate boxes as in `generalized_box_iou_loss`.
@@ -148,10 +161,9 @@ def distance_box_iou_loss(
         >>> distance_box_iou_loss(boxes[:1], boxes[1:])
         tensor([1.5294])
     """
-    _check("distance_box_iou_loss", boxes1, boxes2, reduction, eps)
-    a, b = widened(boxes1), widened(boxes2)
+    a, b = _checked("distance_box_iou_loss", boxes1, boxes2, reduction, eps)
     iou, _, around = _overlap(a, b, eps)
-    return _reduce(1 - iou + _distance(a, b, around, eps), reduction, boxes1.dtype)
+    return _reduce(1 - iou + _distance(a, b, around, eps), reduction)
 
 
 def complete_box_iou_loss(
@@ -161,20 +173,21 @@ def complete_box_iou_loss(
 
     Args:
         boxes1: (..., 4), float16, bfloat16, float32 or float64; x1, y1, x2, y2 in any unit.
-        boxes2: shape, dtype and device of `boxes1`.
+        boxes2: shape and device of `boxes1`; any of these dtypes.
         reduction: "none", "mean" or "sum".
         eps: added to the union, to the squared diagonal of the box around both, and to the
             denominator of the aspect term's weight.
 
     Returns:
-        (...) for "none", else (); dtype of `boxes1`. Each from 0 to 3; the mean of nothing is 0.
+        (...) for "none", else (); float64 where one of the boxes is, else float32. Each from 0 to
+        3; the mean of nothing is 0.
 
     Raises:
-        TypeError: for another dtype, or two different ones.
+        TypeError: for another dtype.
         ValueError: for another shape or reduction, two different devices, or a negative eps.
 
     Differentiable: boxes1, boxes2; the weight of the aspect term is a constant, as in the paper.
-    Deterministic: yes. Autocast: as without.
+    Deterministic: yes. Autocast: float32.
 
     Note:
         Half types and degenerate boxes as in `generalized_box_iou_loss`; a box of size 0 has the
@@ -190,11 +203,10 @@ def complete_box_iou_loss(
         >>> complete_box_iou_loss(boxes[:1], boxes[1:])
         tensor([0.7629])
     """
-    _check("complete_box_iou_loss", boxes1, boxes2, reduction, eps)
-    a, b = widened(boxes1), widened(boxes2)
+    a, b = _checked("complete_box_iou_loss", boxes1, boxes2, reduction, eps)
     iou, _, around = _overlap(a, b, eps)
     aspect = (4 / math.pi**2) * (_aspect(a) - _aspect(b)).square()
     # Rounding may bring the IoU above 1.
     weight = _ratio(aspect, (1 - iou).clamp(min=0) + aspect, eps).detach()
     loss = 1 - iou + _distance(a, b, around, eps) + weight * aspect
-    return _reduce(loss, reduction, boxes1.dtype)
+    return _reduce(loss, reduction)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchkiln.ops._arguments import require_last
+from torchkiln.ops._arguments import is_number, require_last
 
 __all__ = ["clip_boxes_to_image"]
 
@@ -39,7 +39,11 @@ def clip_boxes_to_image(boxes: Tensor, size: tuple[int, int]) -> Tensor:
         tensor([[0., 2., 6., 3.]])
     """
     require_last("clip_boxes_to_image", 4, boxes=boxes)
-    if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(s >= 0 for s in size):
+    if (
+        not isinstance(size, (tuple, list))
+        or len(size) != 2
+        or not all(is_number(side) and side >= 0 for side in size)
+    ):
         raise ValueError(
             f"clip_boxes_to_image: size must be (height, width), both at least 0; got {size!r}"
         )

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from torchkiln._frame import operator
 
@@ -25,13 +24,35 @@ def _fake_giou(pointsets: Tensor, polygons: Tensor) -> tuple[Tensor, Tensor]:
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[1], inputs[0])
 
 
-@once_differentiable
+class _Scaled(torch.autograd.Function):
+    """The gradient of `convex_giou` along `grad_giou`, which is not differentiable itself.
+
+    It depends on the points, so that a derivative of it is refused and not taken for 0.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad_giou: Tensor, gradient: Tensor, pointsets: Tensor) -> Tensor:
+        return grad_giou[:, None] * gradient
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Nothing is needed."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError(
+            "convex_giou: second derivatives are not implemented. "
+            'Use torchkiln.backend("reference"), which torch differentiates itself'
+        )
+
+
 def _backward(ctx: Any, grad_giou: Tensor, _: Tensor | None = None) -> Tensor:
-    (gradient,) = ctx.saved_tensors
-    result: Tensor = grad_giou[:, None] * gradient
+    result: Tensor = _Scaled.apply(grad_giou, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchkiln._frame import operator
+from torchkiln.ops._arguments import require_choice
 
 __all__ = ["corner_pool"]
 
@@ -78,7 +79,5 @@ def corner_pool(input: Tensor, mode: str) -> Tensor:
         >>> corner_pool(row, "right").flatten()
         tensor([1., 3., 3., 3.])
     """
-    if mode not in _MODES:
-        listed = ", ".join(f'"{name}"' for name in _MODES)
-        raise ValueError(f"corner_pool: mode must be one of {listed}; got {mode!r}")
+    require_choice("corner_pool", "mode", mode, _MODES)
     return _corner_pool(input, _MODES[mode])

@@ -88,7 +88,7 @@ def multi_scale_roi_align(
         inputs: 1 to 8 levels, finest first: (N, C, H, W), float16, bfloat16, float32 or float64,
             contiguous or channels_last as the first one is; others are copied. N and C are the
             same on all levels.
-        boxes: (K, 5), any floating dtype; batch index, x1, y1, x2, y2 in image pixels. Or one
+        boxes: (K, 5), any of these dtypes; batch index, x1, y1, x2, y2 in image pixels. Or one
             (L, 4) tensor for each image.
         output_size: bins, (height, width) or one number for both; 1 to 4096.
         spatial_scales: of each level, its pixels per image pixel; above 0.

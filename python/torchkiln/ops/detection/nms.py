@@ -87,10 +87,10 @@ def nms(
     Differentiable: no. Deterministic: yes. Autocast: float32.
 
     Note:
-        Computed in float32 (float64 for float64), without a division: inter > threshold * union.
-        A pair with an empty union, or with a NaN coordinate, does not suppress. A box with x2 < x1
-        or y2 < y1 is empty. A NaN score sorts last, is kept and suppresses nothing. On CUDA the
-        call waits for the size of its result.
+        Computed in float32 (float64 for float64): the IoU that meets the threshold is the rounded
+        quotient, on every device. A pair with an empty union, or with a NaN coordinate, does not
+        suppress. A box with x2 < x1 or y2 < y1 is empty. A NaN score sorts last, is kept and
+        suppresses nothing. On CUDA the call waits for the size of its result.
 
     Example:
         >>> import torch
@@ -121,7 +121,7 @@ def nms_padded(
         scores: (N,), dtype and device of `boxes`.
         iou_threshold: a box goes when its IoU with a kept one is greater.
         max_output: length of the result, at least 0; the best boxes fill it.
-        idxs: (N,), any integer dtype; the class of each box, or None for one class.
+        idxs: (N,), uint8 or signed integers; the class of each box, or None for one class.
         offset: added to x2 and y2, at least 0: 1 for boxes whose last pixel belongs to them.
         score_threshold: boxes without a greater score are left out, those with NaN too. None: none.
 

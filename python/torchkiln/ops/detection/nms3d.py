@@ -46,7 +46,7 @@ def nms3d(
             the heading in radians, which turns from x towards y. Heights play no part.
         scores: (N,), dtype and device of `boxes`.
         iou_threshold: a box goes when its IoU from above with a kept one is greater. Any number.
-        labels: (N,), any integer dtype; boxes of different labels do not meet. None: all do.
+        labels: (N,), uint8 or signed integers; boxes of different labels do not meet. None: all do.
 
     Returns:
         (K,), int64; rows of the kept boxes by descending score, the lower row first among equals.
@@ -87,7 +87,7 @@ def nms3d_padded(
         scores: (N,), dtype and device of `boxes`.
         iou_threshold: a box goes when its IoU from above with a kept one is greater.
         max_output: length of the result, at least 0; the best boxes fill it.
-        labels: (N,), any integer dtype; boxes of different labels do not meet. None: all do.
+        labels: (N,), uint8 or signed integers; boxes of different labels do not meet. None: all do.
 
     Returns:
         indices: (max_output,), int64; rows of the kept boxes by descending score, then -1.
@@ -123,7 +123,7 @@ def nms3d_normal(
             heading. Heights and headings play no part.
         scores: (N,), dtype and device of `boxes`.
         iou_threshold: a box goes when its IoU from above with a kept one is greater. Any number.
-        labels: (N,), any integer dtype; boxes of different labels do not meet. None: all do.
+        labels: (N,), uint8 or signed integers; boxes of different labels do not meet. None: all do.
 
     Returns:
         (K,), int64; rows of the kept boxes by descending score, the lower row first among equals.
@@ -164,7 +164,7 @@ def nms3d_normal_padded(
         scores: (N,), dtype and device of `boxes`.
         iou_threshold: a box goes when its IoU from above with a kept one is greater.
         max_output: length of the result, at least 0; the best boxes fill it.
-        labels: (N,), any integer dtype; boxes of different labels do not meet. None: all do.
+        labels: (N,), uint8 or signed integers; boxes of different labels do not meet. None: all do.
 
     Returns:
         indices: (max_output,), int64; rows of the kept boxes by descending score, then -1.

@@ -7,20 +7,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchkiln.ops._arguments import require_floating, require_pair, shape, widened
-from torchkiln.ops.detection.nms import nms, nms_padded
+from torchkiln.ops._arguments import (
+    cast_for_autocast,
+    require_device,
+    require_floating,
+    require_integers,
+    require_max_output,
+    require_number,
+    require_pair,
+    shape,
+    widened,
+)
+from torchkiln.ops.detection.nms import batched_nms_op, nms, nms_padded
 from torchkiln.ops.detection.nms_rotated import nms_rotated, nms_rotated_padded
 
 __all__ = ["nms_bev", "nms_bev_padded", "nms_normal_bev", "nms_normal_bev_padded"]
 
 
-def _require(op: str, boxes: Tensor, scores: Tensor) -> None:
+def _checked(
+    op: str, boxes: Tensor, scores: Tensor, iou_threshold: float, labels: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Both, as autocast has them."""
     require_floating(op, boxes=boxes, scores=scores)
+    boxes, scores = cast_for_autocast(boxes, scores)
     if boxes.dim() != 2 or boxes.shape[1] != 5:
         raise ValueError(f"{op}: boxes must have shape (N, 5); got {shape(boxes)}")
     if scores.shape != boxes.shape[:1]:
         raise ValueError(f"{op}: scores must have shape ({boxes.shape[0]},); got {shape(scores)}")
     require_pair(op, boxes=boxes, scores=scores)
+    require_number(op, iou_threshold=iou_threshold)
+    if labels is not None:
+        require_integers(op, labels=labels)
+        require_device(op, boxes=boxes, labels=labels)
+        if labels.shape != scores.shape:
+            raise ValueError(
+                f"{op}: labels must have shape ({boxes.shape[0]},); got {shape(labels)}"
+            )
+    return boxes, scores
 
 
 def _turned(boxes: Tensor) -> Tensor:
@@ -35,8 +58,10 @@ def _best(op: str, scores: Tensor, count: int | None) -> Tensor | None:
         return None
     if count < 0:
         raise ValueError(f"{op}: pre_max_size must be at least 0; got {count}")
-    by_score = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf)
-    return by_score.argsort(dim=0, descending=True, stable=True)[:count]
+    rows = scores.argsort(dim=0, descending=True, stable=True)
+    # torch has NaN first. Both sorts are stable.
+    last = scores[rows].isnan().to(torch.uint8).argsort(dim=0, stable=True)
+    return rows[last][:count]
 
 
 def nms_bev(
@@ -45,6 +70,7 @@ def nms_bev(
     iou_threshold: float,
     pre_max_size: int | None = None,
     post_max_size: int | None = None,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """Keeps the best boxes seen from above: each suppresses lower ones that overlap it too much.
 
@@ -55,6 +81,7 @@ def nms_bev(
         iou_threshold: a box goes when its IoU with a kept one is greater. Any number.
         pre_max_size: how many of the best boxes are looked at, at least 0. None: all.
         post_max_size: the most boxes to return, at least 0. None: all.
+        labels: (N,), uint8 or signed integers; boxes of different labels do not meet. None: all do.
 
     Returns:
         (K,), int64; rows of the kept boxes by descending score, the lower row first among equals.
@@ -64,7 +91,7 @@ def nms_bev(
         ValueError: for another shape or size, two different devices, or a threshold that is NaN.
         CaptureError: while a CUDA graph is captured; `nms_bev_padded` can be.
 
-    Differentiable: no. Deterministic: yes. Autocast: as without.
+    Differentiable: no. Deterministic: yes. Autocast: float32.
 
     Note:
         As `nms_rotated`.
@@ -76,14 +103,15 @@ def nms_bev(
         >>> nms_bev(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5)
         tensor([0, 2])
     """
-    _require("nms_bev", boxes, scores)
+    boxes, scores = _checked("nms_bev", boxes, scores, iou_threshold, labels)
     if post_max_size is not None and post_max_size < 0:
         raise ValueError(f"nms_bev: post_max_size must be at least 0; got {post_max_size}")
     rows = _best("nms_bev", scores, pre_max_size)
     turned, scores = _turned(boxes), widened(scores)
     if rows is None:
-        return nms_rotated(turned, scores, iou_threshold)[:post_max_size]
-    return rows[nms_rotated(turned[rows], scores[rows], iou_threshold)][:post_max_size]
+        return nms_rotated(turned, scores, iou_threshold, labels)[:post_max_size]
+    labels = None if labels is None else labels[rows]
+    return rows[nms_rotated(turned[rows], scores[rows], iou_threshold, labels)][:post_max_size]
 
 
 def nms_bev_padded(
@@ -92,6 +120,7 @@ def nms_bev_padded(
     iou_threshold: float,
     max_output: int,
     pre_max_size: int | None = None,
+    labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`nms_bev` into a result of fixed size.
 
@@ -103,6 +132,7 @@ def nms_bev_padded(
         iou_threshold: a box goes when its IoU with a kept one is greater.
         max_output: length of the result, at least 0; the best boxes fill it.
         pre_max_size: how many of the best boxes are looked at, at least 0. None: all.
+        labels: (N,), uint8 or signed integers; boxes of different labels do not meet. None: all do.
 
     Returns:
         indices: (max_output,), int64; rows of the kept boxes by descending score, then -1.
@@ -112,7 +142,7 @@ def nms_bev_padded(
         TypeError: for another dtype, or two different ones.
         ValueError: for another shape or size, two different devices, or a threshold that is NaN.
 
-    Differentiable: no. Deterministic: yes. Autocast: as without.
+    Differentiable: no. Deterministic: yes. Autocast: float32.
 
     Example:
         >>> import torch
@@ -121,24 +151,29 @@ def nms_bev_padded(
         >>> nms_bev_padded(boxes, torch.tensor([0.8, 0.9]), 0.5, 2)
         (tensor([ 1, -1]), tensor(1))
     """
-    _require("nms_bev_padded", boxes, scores)
+    boxes, scores = _checked("nms_bev_padded", boxes, scores, iou_threshold, labels)
+    require_max_output("nms_bev_padded", max_output)
     rows = _best("nms_bev_padded", scores, pre_max_size)
     turned, scores = _turned(boxes), widened(scores)
     if rows is None:
-        return nms_rotated_padded(turned, scores, iou_threshold, max_output)
-    kept, count = nms_rotated_padded(turned[rows], scores[rows], iou_threshold, max_output)
+        return nms_rotated_padded(turned, scores, iou_threshold, max_output, labels)
+    labels = None if labels is None else labels[rows]
+    kept, count = nms_rotated_padded(turned[rows], scores[rows], iou_threshold, max_output, labels)
     if rows.shape[0] == 0:
         return kept, count
     return torch.where(kept < 0, kept, rows[kept.clamp(min=0)]), count
 
 
-def nms_normal_bev(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+def nms_normal_bev(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, labels: Tensor | None = None
+) -> Tensor:
     """`nms` of the first four columns of `boxes`, whose angles are not looked at.
 
     Args:
         boxes: (N, 5), float16, bfloat16, float32 or float64; x1, y1, x2, y2, angle.
         scores: (N,), dtype and device of `boxes`.
         iou_threshold: a box goes when its IoU with a kept one is greater.
+        labels: (N,), uint8 or signed integers; boxes of different labels do not meet. None: all do.
 
     Returns:
         (K,), int64; rows of the kept boxes by descending score, the lower row first among equals.
@@ -157,12 +192,18 @@ def nms_normal_bev(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tenso
         >>> nms_normal_bev(boxes, torch.tensor([0.8, 0.9]), 0.5)
         tensor([1])
     """
-    _require("nms_normal_bev", boxes, scores)
-    return nms(boxes[:, :4], scores, iou_threshold)
+    boxes, scores = _checked("nms_normal_bev", boxes, scores, iou_threshold, labels)
+    if labels is None:
+        return nms(boxes[:, :4], scores, iou_threshold)
+    return batched_nms_op(boxes[:, :4], scores, labels, iou_threshold, 0.0, None, None)
 
 
 def nms_normal_bev_padded(
-    boxes: Tensor, scores: Tensor, iou_threshold: float, max_output: int
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    max_output: int,
+    labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`nms_normal_bev` into a result of fixed size.
 
@@ -173,6 +214,7 @@ def nms_normal_bev_padded(
         scores: (N,), dtype and device of `boxes`.
         iou_threshold: a box goes when its IoU with a kept one is greater.
         max_output: length of the result, at least 0; the best boxes fill it.
+        labels: (N,), uint8 or signed integers; boxes of different labels do not meet. None: all do.
 
     Returns:
         indices: (max_output,), int64; rows of the kept boxes by descending score, then -1.
@@ -192,5 +234,6 @@ def nms_normal_bev_padded(
         >>> nms_normal_bev_padded(boxes, torch.tensor([0.8, 0.9]), 0.5, 2)
         (tensor([ 1, -1]), tensor(1))
     """
-    _require("nms_normal_bev_padded", boxes, scores)
-    return nms_padded(boxes[:, :4], scores, iou_threshold, max_output)
+    boxes, scores = _checked("nms_normal_bev_padded", boxes, scores, iou_threshold, labels)
+    require_max_output("nms_normal_bev_padded", max_output)
+    return nms_padded(boxes[:, :4], scores, iou_threshold, max_output, labels)

@@ -101,7 +101,7 @@ def nms_rotated(
             radians.
         scores: (N,), dtype and device of `boxes`.
         iou_threshold: a box goes when its IoU with a kept one is greater. Any number.
-        labels: (N,), any integer dtype; boxes of different labels do not meet. None: all do.
+        labels: (N,), uint8 or signed integers; boxes of different labels do not meet. None: all do.
         clockwise: whether a positive angle turns clockwise where y points down, which is from x
             towards y.
 
@@ -149,7 +149,7 @@ def nms_rotated_padded(
         scores: (N,), dtype and device of `boxes`.
         iou_threshold: a box goes when its IoU with a kept one is greater.
         max_output: length of the result, at least 0; the best boxes fill it.
-        labels: (N,), any integer dtype; boxes of different labels do not meet. None: all do.
+        labels: (N,), uint8 or signed integers; boxes of different labels do not meet. None: all do.
         clockwise: whether a positive angle turns from x towards y.
 
     Returns:
@@ -186,7 +186,7 @@ def nms_quadri(
             vertices in either sense. Sides must not cross.
         scores: (N,), dtype and device of `boxes`.
         iou_threshold: a box goes when its IoU with a kept one is greater. Any number.
-        labels: (N,), any integer dtype; boxes of different labels do not meet. None: all do.
+        labels: (N,), uint8 or signed integers; boxes of different labels do not meet. None: all do.
 
     Returns:
         (K,), int64; rows of the kept boxes by descending score, the lower row first among equals.
@@ -227,7 +227,7 @@ def nms_quadri_padded(
         scores: (N,), dtype and device of `boxes`.
         iou_threshold: a box goes when its IoU with a kept one is greater.
         max_output: length of the result, at least 0; the best boxes fill it.
-        labels: (N,), any integer dtype; boxes of different labels do not meet. None: all do.
+        labels: (N,), uint8 or signed integers; boxes of different labels do not meet. None: all do.
 
     Returns:
         indices: (max_output,), int64; rows of the kept boxes by descending score, then -1.

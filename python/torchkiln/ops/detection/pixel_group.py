@@ -29,7 +29,8 @@ def _fake(
     )
 
 
-_pixel_group = operator("pixel_group", fake=_fake)
+# float32: scores and embeddings may come in two dtypes.
+_pixel_group = operator("pixel_group", fake=_fake, autocast=torch.float32)
 
 
 def pixel_group(
@@ -66,7 +67,7 @@ def pixel_group(
             different devices.
         IndexError: for a label above `num_labels`, on the CPU; on CUDA it counts as 0.
 
-    Differentiable: no. Deterministic: yes. Autocast: as without.
+    Differentiable: no. Deterministic: yes. Autocast: float32.
 
     Note:
         Every pixel gets the label of the source with the shortest way to it; of several the first

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from torchkiln.ops._arguments import (
+    cast_for_autocast,
     require_choice,
     require_device,
     require_floating,
@@ -42,7 +43,7 @@ def point_sample(
 
     Args:
         input: (N, C, H, W), float16, bfloat16, float32 or float64.
-        points: (N, P, 2) or (N, H', W', 2), any floating dtype; x, y from 0 to 1 inside the image.
+        points: (N, P, 2) or (N, H', W', 2), any of these dtypes; x, y from 0 to 1 inside the image.
         align_corners: whether 0 and 1 are the centres of the outer pixels, else their outer edges.
         mode: "bilinear", "nearest" or "bicubic".
         padding_mode: what is outside the image: "zeros", "border" or "reflection".
@@ -55,7 +56,7 @@ def point_sample(
         ValueError: for another shape, mode or padding, or two different devices.
 
     Differentiable: input, points. Deterministic: on the CPU; on CUDA the gradient of `input` is
-    summed by atomics. Autocast: as without.
+    summed by atomics. Autocast: as without; features stay in their dtype, as in `roi_align`.
 
     Note:
         Positions are computed in float32 for the half types. A point that is not finite gives 0.
@@ -157,7 +158,7 @@ def rel_roi_point_to_abs_img_point(rois: Tensor, rel_roi_points: Tensor) -> Tens
         TypeError: for another dtype, or two different ones.
         ValueError: for another shape, or two different devices.
 
-    Differentiable: rois, rel_roi_points. Deterministic: yes. Autocast: as without.
+    Differentiable: rois, rel_roi_points. Deterministic: yes. Autocast: float32.
 
     Note:
         Computed in float32 for the half types. mmcv's has no gradient.
@@ -169,6 +170,7 @@ def rel_roi_point_to_abs_img_point(rois: Tensor, rel_roi_points: Tensor) -> Tens
         >>> rel_roi_point_to_abs_img_point(rois, torch.tensor([[[0.5, 1.0]]]))
         tensor([[[12., 22.]]])
     """
+    rois, rel_roi_points = cast_for_autocast(rois, rel_roi_points)
     return _in_image("rel_roi_point_to_abs_img_point", rois, rel_roi_points).to(rois.dtype)
 
 
@@ -204,7 +206,7 @@ def abs_img_point_to_rel_img_point(
         TypeError: for another dtype.
         ValueError: for another shape.
 
-    Differentiable: abs_img_points. Deterministic: yes. Autocast: as without.
+    Differentiable: abs_img_points. Deterministic: yes. Autocast: float32.
 
     Example:
         >>> import torch
@@ -214,6 +216,7 @@ def abs_img_point_to_rel_img_point(
     """
     op = "abs_img_point_to_rel_img_point"
     require_last(op, 2, abs_img_points=abs_img_points)
+    (abs_img_points,) = cast_for_autocast(abs_img_points)
     points = _to_shares(op, widened(abs_img_points), img, spatial_scale)
     return points.to(abs_img_points.dtype)
 
@@ -254,7 +257,7 @@ def rel_roi_point_to_rel_img_point(
         TypeError: for another dtype, or two different ones.
         ValueError: for another shape, or two different devices.
 
-    Differentiable: rois, rel_roi_points. Deterministic: yes. Autocast: as without.
+    Differentiable: rois, rel_roi_points. Deterministic: yes. Autocast: float32.
 
     Note:
         Computed in float32 for the half types. mmcv's has no gradient.
@@ -267,5 +270,6 @@ def rel_roi_point_to_rel_img_point(
         tensor([[[0.1500, 0.5500]]])
     """
     op = "rel_roi_point_to_rel_img_point"
+    rois, rel_roi_points = cast_for_autocast(rois, rel_roi_points)
     points = _to_shares(op, _in_image(op, rois, rel_roi_points), img, spatial_scale)
     return points.to(rois.dtype)

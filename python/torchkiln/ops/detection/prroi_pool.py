@@ -86,7 +86,7 @@ def prroi_pool(
     Args:
         input: (N, C, H, W), float16, bfloat16, float32 or float64; contiguous or channels_last,
             other layouts are copied.
-        boxes: (K, 5), any floating dtype; batch index, x1, y1, x2, y2 in image pixels, pixel
+        boxes: (K, 5), any of these dtypes; batch index, x1, y1, x2, y2 in image pixels, pixel
             centres at whole numbers. Or one (L, 4) tensor for each image.
         output_size: bins, (height, width) or one number for both; 1 to 4096.
         spatial_scale: input pixels per image pixel, above 0.

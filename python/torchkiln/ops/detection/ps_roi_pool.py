@@ -111,7 +111,7 @@ def ps_roi_align(
         input: (N, C, H, W), float16, bfloat16, float32 or float64; contiguous or channels_last,
             other layouts are copied. Output channel c takes bin (i, j) from channel
             (c height + i) width + j.
-        boxes: (K, 5), any floating dtype; batch index, x1, y1, x2, y2 in image pixels. Or one
+        boxes: (K, 5), any of these dtypes; batch index, x1, y1, x2, y2 in image pixels. Or one
             (L, 4) tensor for each image.
         output_size: bins, (height, width) or one number for both; 1 to 4096. C is a multiple of
             their number.
@@ -159,7 +159,7 @@ def ps_roi_pool(
         input: (N, C, H, W), float16, bfloat16, float32 or float64; contiguous or channels_last,
             other layouts are copied. Output channel c takes bin (i, j) from channel
             (c height + i) width + j.
-        boxes: (K, 5), any floating dtype; batch index, x1, y1, x2, y2 in image pixels. Or one
+        boxes: (K, 5), any of these dtypes; batch index, x1, y1, x2, y2 in image pixels. Or one
             (L, 4) tensor for each image.
         output_size: bins, (height, width) or one number for both; 1 to 1024. C is a multiple of
             their number.

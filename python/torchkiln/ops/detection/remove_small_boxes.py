@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from torchkiln.ops._arguments import require_last, shape, widened
+from torchkiln.ops._arguments import require_last, require_number, shape, widened
 
 __all__ = ["remove_small_boxes"]
 
@@ -22,7 +22,7 @@ def remove_small_boxes(boxes: Tensor, min_size: float) -> Tensor:
         (K,), int64; rows of such boxes in ascending order.
 
     Raises:
-        TypeError: for another dtype.
+        TypeError: for another dtype, or a minimum that is no number.
         ValueError: for another shape, or a minimum that is NaN.
 
     Differentiable: no. Deterministic: yes. Autocast: as without.
@@ -40,8 +40,7 @@ def remove_small_boxes(boxes: Tensor, min_size: float) -> Tensor:
     require_last("remove_small_boxes", 4, boxes=boxes)
     if boxes.dim() != 2:
         raise ValueError(f"remove_small_boxes: boxes must have shape (N, 4); got {shape(boxes)}")
-    if min_size != min_size:
-        raise ValueError(f"remove_small_boxes: min_size must be a number; got {min_size}")
+    require_number("remove_small_boxes", min_size=min_size)
     first, last = widened(boxes.detach()).split(2, 1)
     is_large: Tensor = (last - first >= min_size).all(1)
     return is_large.nonzero().squeeze(1)

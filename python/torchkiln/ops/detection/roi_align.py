@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchkiln._frame import operator
+from torchkiln.ops._arguments import require_choice
 from torchkiln.ops.detection._regions import as_rows, bins_of, is_channels_last, like
 
 __all__ = ["roi_align"]
@@ -100,7 +101,7 @@ def roi_align(
     Args:
         input: (N, C, H, W), float16, bfloat16, float32 or float64; contiguous or channels_last,
             other layouts are copied.
-        boxes: (K, 5), any floating dtype; batch index, x1, y1, x2, y2 in image pixels. Or one
+        boxes: (K, 5), any of these dtypes; batch index, x1, y1, x2, y2 in image pixels. Or one
             (L, 4) tensor for each image.
         output_size: bins, (height, width) or one number for both; 1 to 4096.
         spatial_scale: input pixels per image pixel, above 0.
@@ -140,7 +141,6 @@ def roi_align(
     """
     boxes = as_rows("roi_align", boxes)
     height, width = bins_of("roi_align", output_size)
-    pooling = _POOLING.get(pool_mode)
-    if pooling is None:
-        raise ValueError(f"roi_align: pool_mode must be 'avg' or 'max'; got {pool_mode!r}")
+    require_choice("roi_align", "pool_mode", pool_mode, _POOLING)
+    pooling = _POOLING[pool_mode]
     return _roi_align(input, boxes, height, width, spatial_scale, sampling_ratio, aligned, pooling)

@@ -63,7 +63,7 @@ def roi_align_rotated(
     Args:
         input: (N, C, H, W), float16, bfloat16, float32 or float64; contiguous or channels_last,
             other layouts are copied.
-        boxes: (K, 6), any floating dtype; batch index, centre x, centre y, width, height in image
+        boxes: (K, 6), any of these dtypes; batch index, centre x, centre y, width, height in image
             pixels, angle in radians.
         output_size: bins, (height, width) or one number for both; 1 to 4096.
         spatial_scale: input pixels per image pixel, above 0.

@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchkiln._frame import deterministic_default, operator
-from torchkiln.ops.detection._regions import bins_of
+from torchkiln.ops.detection._regions import as_rows, bins_of
 
 __all__ = ["roi_pool"]
 
@@ -86,7 +87,7 @@ _roi_pool = operator("roi_pool", fake=_fake, setup_context=_setup_context, backw
 
 def roi_pool(
     input: Tensor,
-    boxes: Tensor,
+    boxes: Tensor | Sequence[Tensor],
     output_size: int | tuple[int, int],
     spatial_scale: float = 1.0,
     *,
@@ -98,7 +99,8 @@ def roi_pool(
     Args:
         input: (N, C, H, W), float16, bfloat16, float32 or float64, contiguous or channels last. H
             and W up to 65534.
-        boxes: (K, 5), any floating dtype; batch index, x1, y1, x2, y2 in pixels of the image.
+        boxes: (K, 5), any of these dtypes; batch index, x1, y1, x2, y2 in pixels of the image. Or
+            one (L, 4) tensor for each image.
         output_size: bins (height, width), or one number for both; from 1 to 1024.
         spatial_scale: cells of `input` per pixel of the image, above 0.
         rounding: True: corners are rounded to cells, half away from zero, and belong to the region,
@@ -137,10 +139,11 @@ def roi_pool(
                   [13., 15.]]]])
     """
     height, width = bins_of("roi_pool", output_size)
+    rows = as_rows("roi_pool", boxes)
     with_argmax = input.requires_grad and torch.is_grad_enabled()
     output, _ = _roi_pool(
         input,
-        boxes,
+        rows,
         height,
         width,
         spatial_scale,

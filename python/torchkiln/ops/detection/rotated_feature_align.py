@@ -48,7 +48,7 @@ def rotated_feature_align(
     Args:
         input: (N, C, H, W), float16, bfloat16, float32 or float64; contiguous or channels_last,
             other layouts are copied.
-        boxes: (N, H, W, 5), any floating dtype; centre y, centre x, width, height in image pixels,
+        boxes: (N, H, W, 5), any of these dtypes; centre y, centre x, width, height in image pixels,
             angle in radians from x towards y. In this order: y comes first, as in mmcv.
         spatial_scale: input pixels per image pixel, above 0.
         points: 1 for the centre, 5 for the four corners too.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchkiln._frame import operator
+from torchkiln.ops._arguments import require_choice
 
 __all__ = ["sigmoid_focal_loss"]
 
@@ -137,10 +138,7 @@ def sigmoid_focal_loss(
         >>> sigmoid_focal_loss(logits, torch.tensor([[0.0, 1.0], [0.0, 0.0]]), reduction="mean")
         tensor(0.0654)
     """
-    if reduction not in _REDUCTIONS:
-        raise ValueError(
-            f'sigmoid_focal_loss: reduction must be "none", "mean" or "sum"; got {reduction!r}'
-        )
+    require_choice("sigmoid_focal_loss", "reduction", reduction, _REDUCTIONS)
     number = _REDUCTIONS[reduction]
     # Under torch.func the gradient would be an output of its own.
     with_gradient = (

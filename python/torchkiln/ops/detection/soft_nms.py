@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchkiln._frame import operator
+from torchkiln.ops._arguments import require_choice
 
 __all__ = ["soft_nms", "soft_nms_padded"]
 
@@ -22,6 +23,7 @@ def _fake_soft_nms(
     min_score: float = 0.001,
     method: int = 1,
     idxs: Tensor | None = None,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     kept = torch.library.get_ctx().new_dynamic_size()
     return boxes.new_empty((kept,), dtype=torch.int64), boxes.new_empty((kept,))
@@ -36,6 +38,7 @@ def _fake_soft_nms_padded(
     min_score: float = 0.001,
     method: int = 1,
     idxs: Tensor | None = None,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     indices = boxes.new_empty((max_output,), dtype=torch.int64)
     return indices, boxes.new_empty((max_output,)), boxes.new_empty((), dtype=torch.int64)
@@ -43,12 +46,6 @@ def _fake_soft_nms_padded(
 
 _soft_nms = operator("soft_nms", fake=_fake_soft_nms, autocast=torch.float32)
 _soft_nms_padded = operator("soft_nms_padded", fake=_fake_soft_nms_padded, autocast=torch.float32)
-
-
-def _method(op: str, method: str) -> int:
-    if method not in _METHODS:
-        raise ValueError(f"{op}: method must be one of {', '.join(_METHODS)}; got {method!r}")
-    return _METHODS[method]
 
 
 def soft_nms(
@@ -59,6 +56,7 @@ def soft_nms(
     min_score: float = 1e-3,
     method: str = "linear",
     idxs: Tensor | None = None,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Takes out the best box again and again, and lowers the scores of those that overlap it.
 
@@ -66,11 +64,13 @@ def soft_nms(
         boxes: (N, 4), float16, bfloat16, float32 or float64; x1, y1, x2, y2 in any unit.
         scores: (N,), dtype and device of `boxes`; at least 0.
         iou_threshold: from this IoU on the methods naive and linear act.
-        sigma: width of the gaussian method, greater than 0.
+        sigma: width of the gaussian method, greater than 0 whatever the method is.
         min_score: a box goes when its score is below it, or has fallen so far.
         method: "naive" (score 0), "linear" (times 1 - IoU) or "gaussian" (times
             exp(-IoU² / sigma)).
-        idxs: (N,), any integer dtype; boxes of different classes do not meet. None: one class.
+        idxs: (N,), uint8 or signed integers; boxes of different classes do not meet. None: one
+            class.
+        offset: added to x2 and y2, at least 0: 1 for boxes whose last pixel belongs to them.
 
     Returns:
         indices: (K,), int64; rows of the boxes by descending new score, the lower row first among
@@ -80,16 +80,17 @@ def soft_nms(
     Raises:
         TypeError: for another dtype, or two different ones.
         ValueError: for another shape, two different devices, another method, `sigma` of 0 or less,
-            a threshold or `min_score` that is NaN.
+            a threshold or `min_score` that is NaN, or an offset below 0.
         CaptureError: while a CUDA graph is captured; `soft_nms_padded` can be.
 
     Differentiable: no. Deterministic: yes. Autocast: float32.
 
     Note:
-        Computed in float32 (float64 for float64). A pair with an empty union, or with a NaN
-        coordinate, does not act. A NaN score comes last, is kept and lowers nothing. Negative
-        scores rise when they are lowered: inside a class they come in the order in which they were
-        the best. On CUDA the call waits for the size of its result; all classes run in one launch.
+        Computed in float32 (float64 for float64): the IoU that meets the threshold is the rounded
+        quotient, on every device. A pair with an empty union, or with a NaN coordinate, does not
+        act. A NaN score comes last, is kept and lowers nothing. Negative scores rise when they are
+        lowered: inside a class they come in the order in which they were the best. On CUDA the call
+        waits for the size of its result; all classes run in one launch.
 
     Source:
         Bodla et al., "Soft-NMS", 2017, equations 2 and 3.
@@ -101,8 +102,9 @@ def soft_nms(
         >>> soft_nms(boxes, torch.tensor([0.5, 0.9, 0.7]))
         (tensor([1, 2, 0]), tensor([0.9000, 0.7000, 0.1000]))
     """
-    number = _method("soft_nms", method)
-    return _soft_nms(boxes, scores, iou_threshold, sigma, min_score, number, idxs)
+    require_choice("soft_nms", "method", method, _METHODS)
+    number = _METHODS[method]
+    return _soft_nms(boxes, scores, iou_threshold, sigma, min_score, number, idxs, offset)
 
 
 def soft_nms_padded(
@@ -114,6 +116,7 @@ def soft_nms_padded(
     min_score: float = 1e-3,
     method: str = "linear",
     idxs: Tensor | None = None,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`soft_nms` into results of fixed size.
 
@@ -125,10 +128,11 @@ def soft_nms_padded(
         scores: (N,), dtype and device of `boxes`; at least 0.
         max_output: length of the results, at least 0; the best boxes fill it.
         iou_threshold: from this IoU on the methods naive and linear act.
-        sigma: width of the gaussian method, greater than 0.
+        sigma: width of the gaussian method, greater than 0 whatever the method is.
         min_score: a box goes when its score is below it, or has fallen so far.
         method: "naive", "linear" or "gaussian".
-        idxs: (N,), any integer dtype; the class of each box, or None for one class.
+        idxs: (N,), uint8 or signed integers; the class of each box, or None for one class.
+        offset: added to x2 and y2, at least 0: 1 for boxes whose last pixel belongs to them.
 
     Returns:
         indices: (max_output,), int64; rows of the boxes by descending new score, then -1.
@@ -138,7 +142,7 @@ def soft_nms_padded(
     Raises:
         TypeError: for another dtype, or two different ones.
         ValueError: for another shape, two different devices, another method, `sigma` of 0 or less,
-            a negative `max_output`, a threshold or `min_score` that is NaN.
+            a negative `max_output`, a threshold or `min_score` that is NaN, or an offset below 0.
 
     Differentiable: no. Deterministic: yes. Autocast: float32.
 
@@ -155,7 +159,8 @@ def soft_nms_padded(
         >>> soft_nms_padded(boxes, torch.tensor([0.5, 0.9]), 3)
         (tensor([ 1,  0, -1]), tensor([0.9000, 0.1000, 0.0000]), tensor(2))
     """
-    number = _method("soft_nms_padded", method)
+    require_choice("soft_nms_padded", "method", method, _METHODS)
+    number = _METHODS[method]
     return _soft_nms_padded(
-        boxes, scores, max_output, iou_threshold, sigma, min_score, number, idxs
+        boxes, scores, max_output, iou_threshold, sigma, min_score, number, idxs, offset
     )

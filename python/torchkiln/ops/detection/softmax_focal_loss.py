@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchkiln.ops._arguments import (
+    cast_for_autocast,
     dtype_name,
     require_choice,
     require_device,
@@ -87,7 +88,7 @@ def softmax_focal_loss(
         ValueError: for another shape or reduction, a negative alpha or gamma, or two different
             devices.
 
-    Differentiable: inputs, weight. Deterministic: yes. Autocast: as without.
+    Differentiable: inputs, weight. Deterministic: yes. Autocast: float32.
 
     Note:
         Computed in float32 for the half types. Never saturates: the loss of a wrong row grows with
@@ -104,6 +105,7 @@ def softmax_focal_loss(
         >>> softmax_focal_loss(torch.tensor([[0.0, 2.0], [0.0, -2.0]]), torch.tensor([1, 1]))
         tensor([0.0005, 0.4125])
     """
+    inputs, weight = cast_for_autocast(inputs, weight)
     _check(inputs, targets, alpha, gamma, reduction, weight)
     classes = inputs.shape[1]
     logits = widened(inputs)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchkiln.reference.detection.nms import greedy, padded
+from torchkiln.reference.detection.nms import by_score, greedy, padded
 from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 
-__all__ = ["line_nms", "line_nms_padded"]
+__all__ = ["line_nms", "line_nms_groups", "line_nms_padded"]
 
 
 def _runs(boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,19 +31,8 @@ def _runs(boxes: Tensor) -> tuple[Tensor, Tensor]:
     return runs, start.squeeze(1) < 0
 
 
-def line_nms(boxes: Tensor, scores: Tensor, distance: float) -> Tensor:
-    """Greedy suppression by the mean distance over common heights.
-
-    Args:
-        boxes: (N, 5 + S); columns 2 and 4 are start and length, from 5 on x.
-        scores: (N,).
-        distance: below which lanes suppress.
-
-    Returns:
-        (K,) rows of the kept lanes by descending score.
-    """
-    if boxes.dtype in (torch.float16, torch.bfloat16):
-        boxes, scores = boxes.float(), scores.float()
+def _hits(boxes: Tensor, distance: float) -> Callable[[int], Tensor]:
+    """Which lanes (N,) are near to one."""
     (runs, is_outside), x = _runs(boxes), boxes[:, 5:]
 
     def hits(row: int) -> Tensor:
@@ -52,24 +41,64 @@ def line_nms(boxes: Tensor, scores: Tensor, distance: float) -> Tensor:
         count = common.sum(1)
         return (count > 0) & (apart < distance * count) & ~(is_outside & is_outside[row])
 
-    return greedy(scores, None, hits)
+    return hits
+
+
+def _wide(boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    is_half = boxes.dtype in (torch.float16, torch.bfloat16)
+    return (boxes.float(), scores.float()) if is_half else (boxes, scores)
+
+
+def line_nms(
+    boxes: Tensor, scores: Tensor, distance: float, labels: Tensor | None = None
+) -> Tensor:
+    """Greedy suppression by the mean distance over common heights.
+
+    Args:
+        boxes: (N, 5 + S); columns 2 and 4 are start and length, from 5 on x.
+        scores: (N,).
+        distance: below which lanes suppress.
+        labels: (N,); only lanes of one label meet.
+
+    Returns:
+        (K,) rows of the kept lanes by descending score.
+    """
+    boxes, scores = _wide(boxes, scores)
+    return greedy(scores, labels, _hits(boxes, distance))
 
 
 def line_nms_padded(
-    boxes: Tensor, scores: Tensor, distance: float, max_output: int
+    boxes: Tensor, scores: Tensor, distance: float, max_output: int, labels: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The first of `line_nms` followed by -1, and how many they are."""
-    return padded(line_nms(boxes, scores, distance), max_output)
+    return padded(line_nms(boxes, scores, distance, labels), max_output)
+
+
+def line_nms_groups(
+    boxes: Tensor, scores: Tensor, distance: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(N,) rows by descending score, (N,) the number of the kept lane of each, () how many."""
+    boxes, scores = _wide(boxes, scores)
+    rows, kept = by_score(scores), line_nms(boxes, scores, distance)
+    groups = torch.full_like(rows, -1)
+    hits = _hits(boxes, distance)
+    for number, row in enumerate(kept.tolist()):
+        joins = hits(row) & ~scores.isnan() & ~scores[row].isnan()
+        joins[kept] = False
+        joins[row] = True
+        groups[joins[rows] & (groups < 0)] = number
+    return rows, groups, torch.tensor(len(kept), dtype=torch.int64, device=boxes.device)
 
 
 def parity() -> Parity:
     """What both are tried on."""
-    functions = ("line_nms_padded", "line_nms")
+    functions = ("line_nms_padded", "line_nms", "line_nms_groups")
     made = {
         "typical": _lanes(70),
         "empty": _lanes(0),
         "single": _lanes(1),
         "panels": _lanes(257),
+        "labels": _labelled,
         "degenerate": _degenerate,
     }
     return Parity(
@@ -81,9 +110,11 @@ def parity() -> Parity:
             Case(f"{name}_{function}", _for(function, make), functions=(function,))
             for function in functions
             for name, make in made.items()
+            if not (function == "line_nms_groups" and name == "labels")
         ),
         workloads=(
             Workload("lanes", {"boxes": 1000}, _scene, ("line_nms",)),
+            Workload("groups", {"boxes": 1000}, _scene, ("line_nms_groups",)),
             Workload("padded", {"boxes": 1000, "most": 10}, _scene, ("line_nms_padded",)),
         ),
     )
@@ -112,6 +143,10 @@ def _lanes(count: int) -> _Make:
         "scores": new.uniform(count),
         "distance": 15.321,
     }
+
+
+def _labelled(new: Inputs) -> dict[str, Any]:
+    return _lanes(90)(new) | {"labels": new.integers(90, high=3)}
 
 
 def _degenerate(new: Inputs) -> dict[str, Any]:
@@ -149,4 +184,6 @@ def _fuzz(draw: Draw) -> dict[str, Any]:
     }
     if draw.function == "line_nms_padded":
         arguments["max_output"] = draw.size(20)
+    if draw.function != "line_nms_groups" and draw.option("labels", False, True):
+        arguments["labels"] = draw.labels(count, 3)
     return arguments

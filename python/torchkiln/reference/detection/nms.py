@@ -25,12 +25,12 @@ _Candidates = Callable[[Inputs], tuple[Tensor, Tensor]]
 
 
 def _suppressed_by(box: Tensor, others: Tensor, iou_threshold: float) -> Tensor:
-    """Which of `others` overlap `box` by more than the threshold; an empty union is no overlap."""
+    """Which of `others` overlap `box` by more than the threshold; of an empty union, NaN."""
     upper, lower = torch.minimum(box[2:], others[:, 2:]), torch.maximum(box[:2], others[:, :2])
     intersection = (upper - lower).clamp(min=0).prod(1)
     areas = (others[:, 2:] - others[:, :2]).clamp(min=0).prod(1)
     union = (box[2:] - box[:2]).clamp(min=0).prod() + areas - intersection
-    return intersection > iou_threshold * union
+    return intersection / union > iou_threshold
 
 
 def batched_nms(
@@ -143,6 +143,10 @@ def parity() -> Parity:
         + tuple(
             Case(f"options_{function}", _with_options(function), functions=(function,))
             for function in ("nms_padded", "nms", "batched_nms")
+        )
+        + tuple(
+            Case(f"at_threshold_{function}", _at_threshold(function), functions=(function,))
+            for function in ("nms_padded", "nms", "batched_nms")
         ),
         workloads=(
             # Proposals of one level of a pyramid, of all levels, and without a cut before.
@@ -229,6 +233,24 @@ _CANDIDATES = {
     # Areas beyond float16.
     "large": _random(50, 6e4),
 }
+
+
+def at_threshold(numerator: int, denominator: int) -> tuple[Tensor, Tensor]:
+    """Pairs of boxes with one IoU, and scores: a quotient rounds to it, a product may not."""
+    first = torch.arange(1.0, 41, dtype=torch.float64) * denominator
+    both = torch.stack([first, first / denominator * numerator], 1).flatten()
+    below = torch.arange(40.0, dtype=torch.float64).repeat_interleave(2) * 2
+    boxes = torch.stack([torch.zeros_like(both), below, both, below + 1], 1)
+    return boxes, torch.arange(80.0, 0, -1, dtype=torch.float64) / 80
+
+
+def _at_threshold(function: str) -> Callable[[Inputs], Mapping[str, Any]]:
+    def make(new: Inputs) -> Mapping[str, Any]:
+        arguments = dict(_make(lambda new: at_threshold(13, 20), function)(new))
+        arguments |= {"iou_threshold": 13 / 20}
+        return arguments | ({"max_output": 80} if function == "nms_padded" else {})
+
+    return make
 
 
 def _fuzz(draw: Draw) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchkiln.reference.detection.nms import by_score
+from torchkiln.reference.detection.nms import at_threshold, by_score
 from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
@@ -49,7 +49,7 @@ def nms_groups(
             continue
         if is_number[place]:
             intersection, union = _overlaps(boxes[place], boxes)
-            joins = (union > 0) & (intersection >= iou_threshold * union) & is_number
+            joins = (union > 0) & (intersection / union >= iou_threshold) & is_number
             groups[joins & (groups < 0)] = count
         groups[place] = count
         count += 1
@@ -70,6 +70,7 @@ def parity() -> Parity:
             # More than one tile of the sort.
             Case("tiles", _random(1100)),
             Case("ties", _grid),
+            Case("at_threshold", _at_threshold),
         ),
         workloads=(Workload("proposals", {"boxes": 4000}, _scene),),
     )
@@ -81,6 +82,11 @@ def _random(count: int, extent: float = 60.0) -> Callable[[Inputs], dict[str, An
         return {"boxes": boxes, "scores": scores, "iou_threshold": 0.3}
 
     return make
+
+
+def _at_threshold(new: Inputs) -> dict[str, Any]:
+    boxes, scores = at_threshold(3, 10)
+    return {"boxes": boxes, "scores": scores, "iou_threshold": 0.3}
 
 
 def _grid(new: Inputs) -> dict[str, Any]:

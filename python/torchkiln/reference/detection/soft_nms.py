@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchkiln.reference.detection.nms import at_threshold
 from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
@@ -78,8 +79,8 @@ def _found(
     most: int,
     softness: tuple[float, float, float, int],
 ) -> list[tuple[float, int]]:
-    if boxes.dtype in (torch.float16, torch.bfloat16):
-        boxes, scores = boxes.float(), scores.float()
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
     if idxs is None:
         rows = torch.arange(boxes.shape[0], device=boxes.device)
         return _select(boxes, scores, rows, most, softness)
@@ -97,6 +98,7 @@ def soft_nms(
     min_score: float = 0.001,
     method: int = 1,
     idxs: Tensor | None = None,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Greedy selection whose scores fall with the overlap.
 
@@ -108,11 +110,15 @@ def soft_nms(
         min_score: what falls below it goes.
         method: 0 naive, 1 linear, 2 gaussian.
         idxs: (N,) class of each box, or None.
+        offset: added to x2 and y2.
 
     Returns:
         (K,) rows by descending new score, and (K,) the scores.
     """
     softness = (iou_threshold, sigma, min_score, method)
+    if boxes.dtype in (torch.float16, torch.bfloat16):
+        boxes = boxes.float()
+    boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
     found = _found(boxes, scores, idxs, boxes.shape[0], softness)
     indices = torch.tensor([row for _, row in found], dtype=torch.int64, device=boxes.device)
     return indices, scores.new_tensor([score for score, _ in found])
@@ -127,9 +133,10 @@ def soft_nms_padded(
     min_score: float = 0.001,
     method: int = 1,
     idxs: Tensor | None = None,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The first `max_output` of `soft_nms` followed by -1 and 0, and how many they are."""
-    rows, values = soft_nms(boxes, scores, iou_threshold, sigma, min_score, method, idxs)
+    rows, values = soft_nms(boxes, scores, iou_threshold, sigma, min_score, method, idxs, offset)
     count = min(max_output, rows.shape[0])
     indices, kept = rows.new_full((max_output,), -1), scores.new_zeros(max_output)
     indices[:count], kept[:count] = rows[:count], values[:count]
@@ -217,6 +224,12 @@ _CASES = {
     "naive": _random(70, method="naive", iou_threshold=0.2),
     "gaussian": _random(70, method="gaussian", sigma=0.4),
     "classes": _random(90, classes=3, method="gaussian"),
+    "at_threshold": lambda new: {
+        **dict(zip(("boxes", "scores"), at_threshold(3, 10), strict=True)),
+        "iou_threshold": 0.3,
+        "method": "naive",
+    },
+    "offset": _random(70, method="naive", offset=1.0),
     "empty": _random(0),
     "single": _random(1, classes=1),
     # More than one tile of the order, and classes that do not fit into registers.
@@ -239,6 +252,8 @@ def _fuzz(draw: Draw) -> dict[str, Any]:
         "min_score": draw.pick(0.0, 0.001, 0.25, 0.5),
         "method": draw.option("method", "naive", "linear", "gaussian"),
     }
+    if draw.option("offset", False, True):
+        arguments["offset"] = draw.pick(1.0, 0.25)
     if draw.function == "soft_nms_padded":
         arguments["max_output"] = draw.size(20)
     if draw.option("classes", False, True):
