@@ -171,8 +171,10 @@ def run_child(order: Path, with_kernels: bool) -> None:
 def run_tasks(
     tasks: list[Task], folder: Path, prefix: Sequence[str] = (), limit: float = 600.0
 ) -> tuple[list[dict[str, Any]], str, bool]:
-    """Runs tasks in one process; returns what it noted of those that ended, its output, and
-    whether it came to an end."""
+    """Runs tasks in one process.
+
+    Returns what it noted of those that ended, its output, and whether it came to an end.
+    """
     with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".json", delete=False) as file:
         json.dump([asdict(task) for task in tasks], file)
     command = [*prefix, sys.executable, __file__, "--child", file.name]
@@ -366,8 +368,8 @@ def main(output: str | None, ops: str, jobs: int, limit: float, seconds: float, 
     report = report_of(seen, [*first, *shares], commit, time.monotonic() - start)
     Path(f"{output}.json").write_text(json.dumps(report, indent=1) + "\n")
     Path(f"{output}.md").write_text(markdown(report))
-    click.echo(f"{len(report['errors'])} processes with errors, {len(report['unreached'])} calls not "
-               f"reached, {report['facts']['seconds']} s")  # fmt: skip
+    counts = f"{len(report['errors'])} processes with errors, {len(report['unreached'])} calls"
+    click.echo(f"{counts} not reached, {report['facts']['seconds']} s")
     sys.exit(bool(report["errors"]))
 
 

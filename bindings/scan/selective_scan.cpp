@@ -109,13 +109,13 @@ bool fits(const Forward::Problem& p, const Tunables& t) {
 }
 
 // By the number of states. Few rows are split among blocks rather than among more lanes, which would share less. Positions
-// of half types fill a line of 128 bytes with the first one.
-const std::vector<Tunables> kForwardDefaults = {
-    {4, 8, 2, 256}, {4, 8, 2, 128}, {4, 4, 1, 128}, {8, 32, 2, 128}, {8, 32, 8, 64}};
+// of half types fill a line of 128 bytes with the first one. The last one is for states that fill the shared memory.
+const std::vector<Tunables> kForwardDefaults = {{4, 8, 2, 256},  {4, 8, 2, 128}, {4, 4, 1, 128},
+                                                {8, 32, 2, 128}, {8, 32, 8, 64}, {2, 32, 8, 64}};
 
 std::uint32_t choose_forward(const Forward::Problem& p) {
   const std::int64_t states = p.sizes.states, scalar = p.statics.scalar;
-  if (states > 64) return 4;
+  if (states > 64) return fits(p, kForwardDefaults[4]) ? 4 : 5;
   if (states > 16) return 3;
   if (states <= 4) return 2;
   const bool is_half = scalar == TORCHKILN_HALF || scalar == TORCHKILN_BFLOAT16;

@@ -236,6 +236,7 @@ struct Kept {
 template <class Of, class T>
 __device__ __forceinline__ void give(const Lane<Of>& lane, bool exists, T* y, T* to) {
   sum_over_lanes<Of::kLanes>(y, lane.part);
+  __syncwarp();  // all have read what is now written over
   if (!exists || !is_sums_writer<Of::kLanes>(lane.part)) return;
 #pragma unroll
   for (int i = 0; i < kKeptSums<Of::kLanes>; ++i) to[i] = y[i];

@@ -117,24 +117,24 @@ def shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
+def under_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; torch refuses to say it of others."""
+    device = tensor.device.type
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+
+
 def cast_for_autocast(*values: Any) -> tuple[Any, ...]:
     """Under autocast, float32 in place of the half types: the rule that kernels register.
 
     What is no tensor stays as it is. The first tensor says which device's autocast counts.
     """
-    device = next((value.device.type for value in values if isinstance(value, Tensor)), "cpu")
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    first = next((value for value in values if isinstance(value, Tensor)), None)
+    if first is None or not under_autocast(first):
         return values
-    cast: tuple[Any, ...] = autocast_mode._cast(values, device, torch.float32)
+    cast: tuple[Any, ...] = autocast_mode._cast(values, first.device.type, torch.float32)
     return cast
 
 
 def widened(tensor: Tensor) -> Tensor:
     """The half types in float32, in which they are computed; others as they are."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def under_autocast(tensor: Tensor) -> bool:
-    """Whether autocast is on for the tensor's device; torch refuses to say it of others."""
-    device = tensor.device.type
-    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)

@@ -205,7 +205,8 @@ def _golden(
         if actual.shape != numbers.shape:
             raise AssertionError(f"golden {name}: shapes {actual.shape} and {numbers.shape}")
         error = float((actual - numbers).abs().max())
-        limit = rounding + 8 * torch.finfo(dtype).eps * float(numbers.abs().max())
+        # As many digits as a kernel's polynomials have.
+        limit = rounding + 64 * torch.finfo(dtype).eps * float(numbers.abs().max())
         message = "" if error <= limit else f"{actual.tolist()}, not {numbers.tolist()}"
         found[f"golden {name}"] = Difference(error, limit, message)
     return found

@@ -427,7 +427,7 @@ def test_format_compiles_in_both_directions() -> None:
         ([[None]], False, TypeError, r"feature_maps must be tensors; got None"),
         (torch.ones(3, 2), True, TypeError, r"must be a list of tensors; got a tensor \(3, 2\)"),
         ([torch.ones(1, 4, 2)] * 2, True, ValueError, r"with inverse; got 2 items"),
-        ([1, 2, 3], True, TypeError, r"features must be a tensor; got 1"),
+        ([1, 2, 3], True, TypeError, r"features must be a tensor; got int"),
         (
             [torch.ones(1, 4, 2)] * 3,
             True,
