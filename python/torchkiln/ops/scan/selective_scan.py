@@ -108,14 +108,18 @@ def _setup_context(
     *tensors, softplus, method, initial_state, reverse, _, deterministic = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.mark_non_differentiable(output[2])
+    # Zeros for what is kept would take as much memory once more.
+    ctx.set_materialize_grads(False)
     ctx.has_initial_state = initial_state is not None
     ctx.settings = softplus, method, reverse, deterministic
 
 
 def _backward(
-    ctx: Any, grad_out: Tensor, grad_last_state: Tensor, _: Tensor | None = None
+    ctx: Any, grad_out: Tensor | None, grad_last_state: Tensor | None, _: Tensor | None = None
 ) -> tuple[Tensor | None, ...]:
     *tensors, checkpoints = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(tensors[0])
     grads = _selective_scan_backward(
         grad_out, grad_last_state, *tensors, checkpoints, *ctx.settings
     )
