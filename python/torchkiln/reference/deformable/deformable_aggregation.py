@@ -9,6 +9,7 @@ Source: Lin et al., "Sparse4D v2: Recurrent Temporal Fusion with Sparse Model", 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -100,6 +101,31 @@ def _map(
 # ---- cases ----
 
 
+_Sizes = tuple[tuple[tuple[int, int], ...], ...]
+
+
+def _made_indices(sizes: _Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Shapes and first rows of the maps."""
+    shapes = torch.tensor(sizes, dtype=torch.int64, device=device).reshape(len(sizes), -1, 2)
+    areas = [height * width for camera in sizes for height, width in camera]
+    starts = [sum(areas[:i]) for i in range(len(areas))]
+    return shapes, torch.tensor(starts, dtype=torch.int64, device=device).reshape(len(sizes), -1)
+
+
+_kept_indices = functools.cache(_made_indices)
+
+
+def _indices(sizes: _Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Kept where they are real tensors: a graph that is captured makes none of lists."""
+    is_plain = (
+        all(type(side) is int for camera in sizes for level in camera for side in level)
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+    return (_kept_indices if is_plain else _made_indices)(sizes, device)
+
+
 def _arrange(
     features: Tensor,
     sampling_location: Tensor,
@@ -112,8 +138,6 @@ def _arrange(
 
     In the form "shared", all cameras have the maps of the first; the rows of others are no map's.
     """
-    from torchkiln.ops.deformable.deformable_aggregation import indices_of
-
     cameras = sampling_location.shape[3] if sampling_location.dim() == 5 else 1
     points = {"sampling_location": sampling_location, "weights": weights}
     if not all(isinstance(size, tuple) and min(size) > 0 for size in sizes):
@@ -122,8 +146,7 @@ def _arrange(
     if features.dtype == torch.float64:
         options.pop("output_dtype", None)  # only half types may give float32
     if form in ("one", "shared"):
-        # Cached, as for users: a graph that is captured makes no tensors of lists.
-        shapes, starts = indices_of((tuple(sizes),) * cameras, features.device)
+        shapes, starts = _indices((tuple(sizes),) * cameras, features.device)
         if form == "shared":
             starts = starts[:1].expand_as(starts)
         own = {"spatial_shape": shapes, "scale_start_index": starts}
