@@ -206,14 +206,11 @@ TORCHKILN_HD constexpr int top_of(int method) {
 
 // ---- weights ----
 
-// factor * x + y. The compiler makes x + x of 2 x before it sees that it could be one instruction.
+// factor * x + y. The GPU's compiler makes x + x of 2 x before it sees that it could be one instruction.
 template <class T, class V>
-TORCHKILN_HD V fused(T factor, V x, V y) {
+TORCHKILN_HD V add_times(V y, T factor, V x) {
 #if defined(__CUDACC_RTC__)
-  if constexpr (is_float<V>) {
-    asm("fma.rn.f32 %0, %1, %2, %0;" : "+f"(y) : "f"(factor), "f"(x));
-    return y;
-  }
+  if constexpr (is_float<V>) return fused(factor, x, y);
 #endif
   return factor * x + y;
 }
@@ -229,11 +226,11 @@ TORCHKILN_HD void weights_of_phi(const V* phi, Real<V> ratio, V* weight) {
     weight[1] = phi[2];
   } else if constexpr (kMethod == kPoly) {
     weight[2] = phi[3] - T(0.5) * phi[2];
-    weight[1] = fused(T(-2), weight[2], phi[2]);
+    weight[1] = add_times(phi[2], T(-2), weight[2]);
     weight[0] = (phi[1] - phi[2]) + weight[2];
   } else if constexpr (kMethod == kHighorder) {
     weight[0] = phi[3] - T(0.5) * phi[2];
-    weight[1] = fused(T(-2), phi[3], phi[1]);
+    weight[1] = add_times(phi[1], T(-2), phi[3]);
     weight[2] = phi[3] + T(0.5) * phi[2];
   } else if constexpr (kMethod == kPolyTrueTime) {
     const T whole = T(1) + ratio, inverse = reciprocal_of(ratio), part = reciprocal_of(whole);
@@ -267,6 +264,15 @@ TORCHKILN_HD void weights_by_ratio(const V* phi, Real<V> ratio, V* weight) {
 }
 
 template <int kMethod, class V>
+TORCHKILN_HD Coefficients<kMethod, V> coefficients_of_phi(const Phi<top_of(kMethod), V>& phi,
+                                                          Real<V> ratio) {
+  Coefficients<kMethod, V> c;
+  c.alpha = phi.at[0];
+  weights_of_phi<kMethod>(phi.at, ratio, c.weight);
+  return c;
+}
+
+template <int kMethod, class V>
 TORCHKILN_HD Coefficients<kMethod, V> coefficients(V z, Real<V> ratio) {
   using T = Real<V>;
   Coefficients<kMethod, V> c;
@@ -275,9 +281,7 @@ TORCHKILN_HD Coefficients<kMethod, V> coefficients(V z, Real<V> ratio) {
     c.alpha = quick_exp(z);
     c.weight[0] = one;
   } else if constexpr (top_of(kMethod) > 0) {
-    const auto phi = phi_of<top_of(kMethod)>(z);
-    c.alpha = phi.at[0];
-    weights_of_phi<kMethod>(phi.at, ratio, c.weight);
+    return coefficients_of_phi<kMethod>(phi_of<top_of(kMethod)>(z), ratio);
   } else if constexpr (kMethod == kBilinear || kMethod == kTustin) {
     const V inverse = quick_reciprocal(one - T(0.5) * z);
     c.alpha = (one + T(0.5) * z) * inverse;
@@ -320,12 +324,9 @@ template <int kMethod, class V>
 TORCHKILN_HD Coefficients<kMethod, V> coefficients(Real<V> d, Rate<kMethod, V> rate,
                                                    Real<V> ratio) {
   if constexpr (top_of(kMethod) > 0 && sizeof(Real<V>) == 4) {
-    Coefficients<kMethod, V> c;
-    c.alpha = quick_exp_of_product(d, rate.a);
-    const V inverse = quick_reciprocal(d) * rate.inverse;
-    const auto phi = phi_given<top_of(kMethod)>(d * rate.a, inverse, c.alpha);
-    weights_of_phi<kMethod>(phi.at, ratio, c.weight);
-    return c;
+    const V alpha = quick_exp_of_product(d, rate.a), inverse = quick_reciprocal(d) * rate.inverse;
+    const auto phi = phi_given<top_of(kMethod)>(d * rate.a, inverse, alpha);
+    return coefficients_of_phi<kMethod>(phi, ratio);
   } else {
     return coefficients<kMethod>(d, rate.a, ratio);
   }
@@ -340,11 +341,7 @@ template <bool kIsNear, int kMethod, class V>
 TORCHKILN_HD Coefficients<kMethod, V> coefficients_at(Real<V> d, Rate<kMethod, V> rate,
                                                       Real<V> ratio) {
   if constexpr (kIsNear) {
-    const auto phi = phi_near<top_of(kMethod)>(d * rate.a);
-    Coefficients<kMethod, V> c;
-    c.alpha = phi.at[0];
-    weights_of_phi<kMethod>(phi.at, ratio, c.weight);
-    return c;
+    return coefficients_of_phi<kMethod>(phi_near<top_of(kMethod)>(d * rate.a), ratio);
   } else {
     return coefficients(d, rate, ratio);
   }

@@ -13,12 +13,12 @@ Example:
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from torchkiln import ops
 from torchkiln._backend import backend
 from torchkiln.compat._replaced import Replaced, module
+from torchkiln.ops._arguments import sum_dtype
 
 __all__ = [
     "causal_conv1d_fn",
@@ -39,7 +39,7 @@ def _beside(x: Tensor, weight: Tensor | None) -> Tensor | None:
     """Weights as our operators take them: the peer's may have any of its dtypes."""
     if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or weight.dtype == x.dtype:
         return weight
-    return weight.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return weight.to(sum_dtype(x.dtype))
 
 
 def causal_conv1d_fn(

@@ -25,7 +25,7 @@ from torch.nn import functional
 from torchkiln import ops
 from torchkiln._backend import backend
 from torchkiln.compat._replaced import Replaced, module
-from torchkiln.ops._arguments import require_tensor
+from torchkiln.ops._arguments import require_tensor, sum_dtype
 
 __all__ = [
     "MambaInnerFn",
@@ -160,7 +160,7 @@ def selective_state_update(
     def beside(tensor: Tensor | None) -> Any:
         if tensor is None or (tensor.dtype in (dtype, torch.float32) and dtype != torch.float64):
             return tensor
-        return tensor.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        return tensor.to(sum_dtype(dtype))
 
     rows = None if state_batch_indices is None else state_batch_indices.int()
     out = ops.selective_state_update(

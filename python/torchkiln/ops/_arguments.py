@@ -135,6 +135,11 @@ def cast_for_autocast(*values: Any) -> tuple[Any, ...]:
     return cast
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which kernels add up what has a dtype; weights beside half types have it, too."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def widened(tensor: Tensor) -> Tensor:
     """The half types in float32, in which they are computed; others as they are."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -18,6 +18,7 @@ from torchkiln.ops._arguments import (
     require_floating,
     require_tensor,
     shape,
+    sum_dtype,
     under_autocast,
 )
 
@@ -28,10 +29,6 @@ __all__ = [
 ]
 
 _ORDERS = {"pmlg": False, "mlpg": True}
-
-
-def _sum_type(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _fake_levels(
@@ -45,7 +42,7 @@ def _fake_levels(
 ) -> tuple[Tensor, Tensor]:
     first = feature_maps[0]
     batch, queries = sampling_location.shape[:2]
-    wide = _sum_type(first.dtype)
+    wide = sum_dtype(first.dtype)
     output = first.new_empty(
         (batch, queries, first.shape[2]), dtype=wide if wide_output else first.dtype
     )
@@ -199,8 +196,8 @@ def _under_autocast(levels: list[Tensor], weights: Tensor) -> tuple[list[Tensor]
     dtype = levels[0].dtype
     for level in levels[1:]:
         dtype = torch.promote_types(dtype, level.dtype)
-    if weights.dtype not in (dtype, _sum_type(dtype)):
-        weights = weights.to(_sum_type(dtype))
+    if weights.dtype not in (dtype, sum_dtype(dtype)):
+        weights = weights.to(sum_dtype(dtype))
     return [level.to(dtype) for level in levels], weights
 
 
@@ -342,8 +339,8 @@ def deformable_aggregation_function(
     require_floating("deformable_aggregation", feature_maps=feature_maps, weights=weights)
     indices = {"spatial_shape": spatial_shape, "scale_start_index": scale_start_index}
     require_tensor("deformable_aggregation", **indices)
-    if weights.dtype not in (feature_maps.dtype, _sum_type(feature_maps.dtype)):
-        weights = weights.to(_sum_type(feature_maps.dtype))
+    if weights.dtype not in (feature_maps.dtype, sum_dtype(feature_maps.dtype)):
+        weights = weights.to(sum_dtype(feature_maps.dtype))
     if scale_start_index.dtype != spatial_shape.dtype:
         scale_start_index = scale_start_index.to(spatial_shape.dtype)
     return deformable_aggregation(
@@ -352,7 +349,7 @@ def deformable_aggregation_function(
         weights,
         spatial_shape,
         scale_start_index,
-        output_dtype=_sum_type(feature_maps.dtype),
+        output_dtype=sum_dtype(feature_maps.dtype),
     )
 
 

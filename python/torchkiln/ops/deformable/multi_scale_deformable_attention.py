@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchkiln._frame import deterministic_default, operator
-from torchkiln.ops._arguments import shape, under_autocast
+from torchkiln.ops._arguments import shape, sum_dtype, under_autocast
 
 __all__ = ["multi_scale_deformable_attention", "multi_scale_deformable_attention_fused"]
 
@@ -56,7 +56,7 @@ def _fake_backward(
     positions: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+    wide = sum_dtype(value.dtype)
     return (
         value.new_empty(value.shape),
         sampling_locations.new_empty(
@@ -148,8 +148,7 @@ def agreeing(value: Tensor, *places: Tensor) -> tuple[Tensor, ...]:
     """Places and weights in one dtype that goes with the value: its own, or at least float32."""
     if all(tensor.dtype == value.dtype for tensor in places):
         return places
-    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    return tuple(tensor.to(dtype) for tensor in places)
+    return tuple(tensor.to(sum_dtype(value.dtype)) for tensor in places)
 
 
 def _under_autocast(value: Tensor, *places: Tensor) -> tuple[Tensor, ...]:

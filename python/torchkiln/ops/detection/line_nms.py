@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchkiln._frame import operator
+from torchkiln.ops.detection._nms_fakes import fake_groups, fake_padded, fake_sized
 
 __all__ = ["line_nms", "line_nms_groups", "line_nms_padded"]
 
@@ -17,8 +18,7 @@ __all__ = ["line_nms", "line_nms_groups", "line_nms_padded"]
 def _fake_line_nms(
     boxes: Tensor, scores: Tensor, distance: float, labels: Tensor | None = None
 ) -> Tensor:
-    kept = torch.library.get_ctx().new_dynamic_size()
-    return boxes.new_empty((kept,), dtype=torch.int64)
+    return fake_sized(boxes, scores, distance)
 
 
 def _fake_line_nms_padded(
@@ -28,21 +28,17 @@ def _fake_line_nms_padded(
     max_output: int,
     labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    indices = boxes.new_empty((max_output,), dtype=torch.int64)
-    return indices, boxes.new_empty((), dtype=torch.int64)
+    return fake_padded(boxes, scores, distance, max_output)
 
 
 def _fake_line_nms_groups(
     boxes: Tensor, scores: Tensor, distance: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, groups = (scores.new_empty((scores.shape[0],), dtype=torch.int64) for _ in range(2))
-    return rows, groups, scores.new_empty((), dtype=torch.int64)
+    return fake_groups(boxes, scores, distance)
 
 
 _line_nms = operator("line_nms", fake=_fake_line_nms, autocast=torch.float32)
 _line_nms_padded = operator("line_nms_padded", fake=_fake_line_nms_padded, autocast=torch.float32)
-
-
 _line_nms_groups = operator("line_nms_groups", fake=_fake_line_nms_groups, autocast=torch.float32)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchkiln._frame import operator
+from torchkiln.ops.detection._nms_fakes import fake_padded, fake_sized
 
 __all__ = ["nms", "nms_padded"]
 
@@ -20,8 +21,7 @@ def _fake_nms(
     score_threshold: float | None = None,
     max_output: int | None = None,
 ) -> Tensor:
-    kept = torch.library.get_ctx().new_dynamic_size()
-    return boxes.new_empty((kept,), dtype=torch.int64)
+    return fake_sized(boxes, scores, iou_threshold)
 
 
 def _fake_batched_nms(
@@ -33,7 +33,7 @@ def _fake_batched_nms(
     score_threshold: float | None = None,
     max_output: int | None = None,
 ) -> Tensor:
-    return _fake_nms(boxes, scores, iou_threshold)
+    return fake_sized(boxes, scores, iou_threshold)
 
 
 def _fake_nms_padded(
@@ -45,8 +45,7 @@ def _fake_nms_padded(
     offset: float = 0.0,
     score_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    indices = boxes.new_empty((max_output,), dtype=torch.int64)
-    return indices, boxes.new_empty((), dtype=torch.int64)
+    return fake_padded(boxes, scores, iou_threshold, max_output)
 
 
 # float32: areas of boxes are beyond float16 from a side of 256 on.

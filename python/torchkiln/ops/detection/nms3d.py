@@ -8,32 +8,15 @@ import torch
 from torch import Tensor
 
 from torchkiln._frame import operator
+from torchkiln.ops.detection._nms_fakes import fake_padded, fake_sized
 
 __all__ = ["nms3d", "nms3d_normal", "nms3d_normal_padded", "nms3d_padded"]
 
 
-def _fake_sized(
-    boxes: Tensor, scores: Tensor, iou_threshold: float, labels: Tensor | None = None
-) -> Tensor:
-    kept = torch.library.get_ctx().new_dynamic_size()
-    return boxes.new_empty((kept,), dtype=torch.int64)
-
-
-def _fake_padded(
-    boxes: Tensor,
-    scores: Tensor,
-    iou_threshold: float,
-    max_output: int,
-    labels: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    indices = boxes.new_empty((max_output,), dtype=torch.int64)
-    return indices, boxes.new_empty((), dtype=torch.int64)
-
-
-_nms3d = operator("nms3d", fake=_fake_sized, autocast=torch.float32)
-_nms3d_padded = operator("nms3d_padded", fake=_fake_padded, autocast=torch.float32)
-_nms3d_normal = operator("nms3d_normal", fake=_fake_sized, autocast=torch.float32)
-_nms3d_normal_padded = operator("nms3d_normal_padded", fake=_fake_padded, autocast=torch.float32)
+_nms3d = operator("nms3d", fake=fake_sized, autocast=torch.float32)
+_nms3d_padded = operator("nms3d_padded", fake=fake_padded, autocast=torch.float32)
+_nms3d_normal = operator("nms3d_normal", fake=fake_sized, autocast=torch.float32)
+_nms3d_normal_padded = operator("nms3d_normal_padded", fake=fake_padded, autocast=torch.float32)
 
 
 def nms3d(

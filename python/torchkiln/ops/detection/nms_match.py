@@ -8,18 +8,12 @@ import torch
 from torch import Tensor
 
 from torchkiln._frame import operator
+from torchkiln.ops.detection._nms_fakes import fake_groups
 
 __all__ = ["nms_groups", "nms_match"]
 
 
-def _fake_nms_groups(
-    boxes: Tensor, scores: Tensor, iou_threshold: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, groups = (scores.new_empty((scores.shape[0],), dtype=torch.int64) for _ in range(2))
-    return rows, groups, scores.new_empty((), dtype=torch.int64)
-
-
-_nms_groups = operator("nms_groups", fake=_fake_nms_groups, autocast=torch.float32)
+_nms_groups = operator("nms_groups", fake=fake_groups, autocast=torch.float32)
 
 
 def nms_groups(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchkiln._frame import operator
+from torchkiln.ops.detection._nms_fakes import fake_padded, fake_sized
 
 __all__ = ["nms_quadri", "nms_quadri_padded", "nms_rotated", "nms_rotated_padded"]
 
@@ -19,8 +20,7 @@ def _fake_nms_rotated(
     labels: Tensor | None = None,
     clockwise: bool = True,
 ) -> Tensor:
-    kept = torch.library.get_ctx().new_dynamic_size()
-    return boxes.new_empty((kept,), dtype=torch.int64)
+    return fake_sized(boxes, scores, iou_threshold, labels)
 
 
 def _fake_nms_rotated_padded(
@@ -31,24 +31,7 @@ def _fake_nms_rotated_padded(
     labels: Tensor | None = None,
     clockwise: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    indices = boxes.new_empty((max_output,), dtype=torch.int64)
-    return indices, boxes.new_empty((), dtype=torch.int64)
-
-
-def _fake_nms_quadri(
-    boxes: Tensor, scores: Tensor, iou_threshold: float, labels: Tensor | None = None
-) -> Tensor:
-    return _fake_nms_rotated(boxes, scores, iou_threshold, labels)
-
-
-def _fake_nms_quadri_padded(
-    boxes: Tensor,
-    scores: Tensor,
-    iou_threshold: float,
-    max_output: int,
-    labels: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return _fake_nms_rotated_padded(boxes, scores, iou_threshold, max_output, labels)
+    return fake_padded(boxes, scores, iou_threshold, max_output, labels)
 
 
 def _fake_nms_by_peer(
@@ -58,7 +41,7 @@ def _fake_nms_by_peer(
     form: int,
     labels: Tensor | None = None,
 ) -> Tensor:
-    return _fake_nms_rotated(boxes, scores, iou_threshold, labels)
+    return fake_sized(boxes, scores, iou_threshold, labels)
 
 
 # Forms that follow mmcv's rules, for its drop-in: boxes in space, and quadrilaterals.
@@ -68,10 +51,8 @@ _nms_rotated = operator("nms_rotated", fake=_fake_nms_rotated, autocast=torch.fl
 _nms_rotated_padded = operator(
     "nms_rotated_padded", fake=_fake_nms_rotated_padded, autocast=torch.float32
 )
-_nms_quadri = operator("nms_quadri", fake=_fake_nms_quadri, autocast=torch.float32)
-_nms_quadri_padded = operator(
-    "nms_quadri_padded", fake=_fake_nms_quadri_padded, autocast=torch.float32
-)
+_nms_quadri = operator("nms_quadri", fake=fake_sized, autocast=torch.float32)
+_nms_quadri_padded = operator("nms_quadri_padded", fake=fake_padded, autocast=torch.float32)
 _nms_by_peer = operator("_nms_by_peer", fake=_fake_nms_by_peer)
 
 

@@ -15,6 +15,7 @@ from torchkiln.ops._arguments import (
     require_choice,
     require_optional_tensor,
     require_tensor,
+    sum_dtype,
     under_autocast,
 )
 
@@ -39,10 +40,6 @@ TRUE_TIME = {"poly": 9, "highorder": 10}
 _CHECKPOINT = 32
 
 
-def _weights_dtype(u: Tensor) -> torch.dtype:
-    return torch.float64 if u.dtype == torch.float64 else torch.float32
-
-
 def _fake(
     u: Tensor,
     delta: Tensor,
@@ -61,7 +58,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, dim, length = u.shape
     chunks = (length + _CHECKPOINT - 1) // _CHECKPOINT
-    weights = _weights_dtype(u)
+    weights = sum_dtype(u.dtype)
     state = u.new_empty((batch, dim, *A.shape[1:]), dtype=weights)
     kept = (batch, dim, chunks, *A.shape[1:]) if with_checkpoints else (0,)
     return u.new_empty(u.shape), state, u.new_empty(kept, dtype=weights)
@@ -84,7 +81,7 @@ def _fake_backward(
     reverse: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    weights = _weights_dtype(u)
+    weights = sum_dtype(u.dtype)
 
     def like(tensor: Tensor) -> Tensor:
         return tensor.new_empty(tensor.shape)
@@ -158,7 +155,7 @@ def parts_of(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _input_matrix(name: str, tensor: Tensor, is_complex: bool, u: Tensor) -> Tensor:
     """B or C as the schema takes it: constant like A, or (batch, groups, N, length)."""
     if tensor.dim() == 2:
-        dtype = _weights_dtype(u)
+        dtype = sum_dtype(u.dtype)
         return parts_of(tensor, dtype) if is_complex else _weight(tensor, dtype)  # type: ignore[return-value]
     if tensor.is_complex() and is_complex:
         parts = torch.view_as_real(tensor.resolve_conj())
@@ -274,7 +271,7 @@ def selective_scan(
     )
     method = method_of("selective_scan", discretization, true_time)
     deterministic = deterministic_default(deterministic)
-    weights = _weights_dtype(u)
+    weights = sum_dtype(u.dtype)
     is_complex = A.is_complex()
     if under_autocast(u):
         u, delta, z, B, C = _common_dtype(u, delta, z, B, C)

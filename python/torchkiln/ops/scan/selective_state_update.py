@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchkiln._frame import operator
-from torchkiln.ops._arguments import dtype_name, require_device, require_tensor, shape
+from torchkiln.ops._arguments import dtype_name, require_device, require_tensor, shape, sum_dtype
 from torchkiln.ops.scan.selective_scan import TRUE_TIME, method_of, parts_of
 
 __all__ = ["scan_history", "selective_state_update"]
@@ -113,8 +113,7 @@ def scan_history(
     steps = None
     if true_time and discretization in TRUE_TIME:
         delta = _checked_steps(u, delta)
-        wide = torch.float64 if u.dtype == torch.float64 else torch.float32
-        steps = _ring(delta.movedim(2, 1).to(wide), back + 1)
+        steps = _ring(delta.movedim(2, 1).to(sum_dtype(u.dtype)), back + 1)
     seen = torch.full((u.shape[0],), u.shape[2], dtype=torch.int32, device=u.device)
     return ScanHistory(
         _ring(u.movedim(2, 1), back + 1), _ring(last.to(u.dtype), back + 1), steps, seen
