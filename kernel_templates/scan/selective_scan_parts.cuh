@@ -269,17 +269,18 @@ struct RowFours {
   }
 };
 
-// One scalar beside each of a lane's fours, `offset` positions from its first.
+// One scalar beside each of a lane's fours from the one numbered `least` on.
 template <class Of, class Scalar>
 struct RowScalars {
   Scalar at[Of::kRowItems];
 
+  // `first`: the one beside the tile's first four.
   __device__ __forceinline__ void load(const RowSources<Of, const Scalar>& rows, const Problem& p,
-                                       int first) {
+                                       int first, int least = 0) {
 #pragma unroll
     for (int k = 0; k < Of::kRowItems; ++k) {
       const RowItem<Of> item(k);
-      if (!item.exists()) continue;
+      if (!item.exists() || item.four < least) continue;
       at[k] = rows.at[k][memory_of_one(p, first + item.four * 4)];
     }
   }
@@ -334,7 +335,7 @@ struct Steps {
     u.load(of_u, p, first);
     delta.load(of_delta, p, first);
     if constexpr (kNeighbour != 0) beside.load(of_delta, p, first + (kNeighbour > 0 ? 4 : -1));
-    if constexpr (ahead_of(kMethod) > 0) behind.load(of_u, p, first + 4);
+    if constexpr (ahead_of(kMethod) > 0) behind.load(of_u, p, first + 4, Of::kFours - 1);
   }
 
   // Into the rows of the warp. Steps beyond the end are 0 and change nothing.

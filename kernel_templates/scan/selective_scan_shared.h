@@ -6,8 +6,8 @@
 
 namespace torchkiln::selective_scan {
 
-// Numbers of a row of `tile` positions: 16 bytes behind them keep the rows of neighbouring lanes in different banks, and
-// the first of those is the position behind the tile.
+// Numbers of a row of `tile` positions: 16 bytes behind them keep the rows of neighbouring lanes in different banks. The
+// first of those is the position behind the tile; a four of float is read there and not used.
 TORCHKILN_HD constexpr int pitch_of(int tile, int number_bytes) { return tile + 16 / number_bytes; }
 
 // Rows that each channel has: steps, inputs, and ratios of steps.
@@ -25,9 +25,6 @@ TORCHKILN_HD constexpr int matrix_numbers(int threads, int lanes, int states, in
   const int variable = matrix_tiles(padded) * states * slab;
   return variable > constant ? variable : constant;
 }
-
-// Bytes behind the last row that are read and not used.
-constexpr int kRowsSlack = 32;
 
 // ---- backward ----
 
