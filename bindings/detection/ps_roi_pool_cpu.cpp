@@ -1,6 +1,8 @@
 // ps_roi_align and ps_roi_pool on the CPU, by the taps of roi_taps_cpu.h.
 // SPDX-License-Identifier: Apache-2.0
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "bindings/detection/ps_roi_pool.h"
 #include "bindings/detection/roi_taps_cpu.h"
@@ -67,17 +69,28 @@ void gradient_of_maps(const PsRoiPoolPlan& p) {
   using T = Acc<Scalar>;
   const Regions& r = p.args.regions;
   const std::int64_t n_bins = r.pooled_h * r.pooled_w;
-  const auto* bins = static_cast<const Scalar*>(p.args.bins);  // channels first
+  // Channels of all regions side by side, as tasks read them.
+  const Tensor by_channel =
+      as_contiguous(torch::stable::transpose(torch::stable::view(p.bins, {r.k, r.c}), 0, 1));
+  const auto* bins = static_cast<const Scalar*>(by_channel.const_data_ptr());
   const auto make = [&](std::int64_t region, RegionTaps<T>& taps) {
     make_taps_of(p.args, p.kind.pooling, region, taps);
   };
+  // Of each channel: to divide takes as long as to add a bin.
+  std::vector<std::pair<std::int64_t, std::int64_t>> row_and_column;
+  for (std::int64_t c = 0; c < r.c; ++c)
+    row_and_column.emplace_back(c % n_bins / r.pooled_w, c % n_bins % r.pooled_w);
   const auto add = [&](std::int64_t region, const RegionTaps<T>& taps, GradientTask<T>& task) {
     for (std::int64_t c = 0; c < task.channels; ++c) {
-      const std::int64_t channel = task.channel + c, bin = channel % n_bins;
-      const T gradient = load(bins[region * r.c + channel]);
-      for (const Tap<T>& row : taps.rows.of_bin(bin / r.pooled_w)) {
-        for (const Tap<T>& column : taps.columns.of_bin(bin % r.pooled_w))
-          task.pixel(r, row.pixel, column.pixel)[c] += row.weight * column.weight * gradient;
+      const std::int64_t channel = task.channel + c;
+      const auto [row_bin, column_bin] = row_and_column[static_cast<std::size_t>(channel)];
+      const auto columns = taps.columns.of_bin(column_bin);
+      const T gradient = load(bins[channel * r.k + region]);
+      for (const Tap<T>& row : taps.rows.of_bin(row_bin)) {
+        T* sums = task.pixel(r, row.pixel, 0) + c;
+        const T of_row = row.weight * gradient;
+        for (const Tap<T>& column : columns)
+          sums[column.pixel * task.channels] += column.weight * of_row;
       }
     }
   };

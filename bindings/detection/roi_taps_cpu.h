@@ -224,6 +224,11 @@ template <class Scalar, class T>
 void write_sums(const Regions& r, Scalar* maps, const BinStrides& strides,
                 const GradientTask<T>& task) {
   maps += task.image * r.c * r.h * r.w + task.channel * strides.map_channel;
+  if (strides.map_pixel == 1) {  // NCHW, of which a task has one map: a vector at a time
+    for (std::size_t pixel = 0; pixel < task.sums.size(); ++pixel)
+      store(maps[pixel], task.sums[pixel]);
+    return;
+  }
   for (std::int64_t pixel = 0; pixel < r.h * r.w; ++pixel) {
     for (std::int64_t c = 0; c < task.channels; ++c) {
       store(maps[pixel * strides.map_pixel + c * strides.map_channel],
