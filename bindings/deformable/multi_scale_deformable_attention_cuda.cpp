@@ -1,6 +1,12 @@
 // Launches of multi-scale deformable attention.
 // SPDX-License-Identifier: Apache-2.0
+#include <array>
 #include <cstddef>
+#include <initializer_list>
+#include <limits>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "bindings/deformable/multi_scale_deformable_attention.h"
 #include "bindings/support/cuda.h"
@@ -18,6 +24,12 @@ struct BackwardStatics {
   std::int64_t scalar, place, scatter, vector;
 };
 struct NoStatics {};
+struct FillStatics {
+  std::int64_t scalar;  // what places are computed in
+};
+struct GatherStatics {
+  std::int64_t scalar, vector;
+};
 struct Sizes {
   std::int64_t queries;            // of all images and heads
   std::int64_t channels, samples;  // of a query
@@ -26,16 +38,11 @@ struct Sizes {
 struct QueryTunables {
   std::int64_t lanes, points, block_size;
 };
-struct StripTunables {
-  std::int64_t lanes, pixels, sets, block_size;
-
-  std::int64_t strip() const { return block_size / lanes / sets * pixels; }
-};
 struct PatchTunables {
   std::int64_t lanes, queries, block_size;
 };
-struct BoundSizes {
-  std::int64_t runs;
+struct PixelTunables {
+  std::int64_t lanes, block_size;
 };
 struct BlockTunables {
   std::int64_t block_size;
@@ -44,8 +51,9 @@ struct BlockTunables {
 using Forward = Kernel<Args, Statics, Sizes, QueryTunables>;
 using Backward = Kernel<Args, BackwardStatics, Sizes, QueryTunables>;
 using Merge = Kernel<Args, Statics, Sizes, PatchTunables>;
-using Bound = Kernel<Args, NoStatics, BoundSizes, BlockTunables>;
-using Gather = Kernel<Args, Statics, Sizes, StripTunables>;
+using OfCells = Kernel<Args, NoStatics, Sizes, BlockTunables>;
+using Fill = Kernel<Args, FillStatics, Sizes, BlockTunables>;
+using Gather = Kernel<Args, GatherStatics, Sizes, PixelTunables>;
 
 constexpr const char* kPath = "deformable/multi_scale_deformable_attention.cuh";
 constexpr const char* kMergePath = "deformable/multi_scale_deformable_attention_merge.cuh";
@@ -92,9 +100,9 @@ std::uint32_t lanes_for(const AnyProblem& p) {
   return vectors <= 4 ? 0 : (vectors <= 16 ? 1 : 2);
 }
 
-// A block takes neighbouring queries of one head.
-std::int64_t blocks_of(const Sizes& s, std::int64_t queries) {
-  return s.heads == 0 ? 0 : s.heads * ceil_div(s.queries / s.heads, queries);
+// A block takes neighbouring queries of one head, or so many samples of those.
+std::int64_t blocks_of(const Sizes& s, std::int64_t queries, std::int64_t samples = 1) {
+  return s.heads == 0 ? 0 : s.heads * ceil_div(s.queries / s.heads * samples, queries);
 }
 Geometry over_queries(const Sizes& s, const QueryTunables& t) {
   return linear(blocks_of(s, t.block_size / t.lanes), t.block_size);
@@ -191,17 +199,39 @@ const Merge merge_kernel({
         },
 });
 
-const Bound bound_kernel({
+// `order` has a thread for each cell, `place` a block for each image and head.
+template <bool kOrder>
+OfCells cells_kernel(const char* entry) {
+  return OfCells({
+      .path = kGatherPath,
+      .entry = entry,
+      .operators = kOperators,
+      .statics = {},
+      .sizes = kSizes,
+      .tunables = {kOrder ? ints("block_size", {64, 128, 256})
+                          : ints("block_size", {256, 512, 1024})},
+      .defaults = {{kOrder ? 128 : 1024}},
+      .geometry =
+          [](const OfCells::Problem& p, const BlockTunables& t) {
+            const Sizes& s = p.sizes;
+            return linear(s.heads * (kOrder ? ceil_div(s.pixels, t.block_size) : 1), t.block_size);
+          },
+  });
+}
+const OfCells place_kernel = cells_kernel<false>("place");
+const OfCells order_kernel = cells_kernel<true>("order");
+
+const Fill fill_kernel({
     .path = kGatherPath,
-    .entry = "bound",
+    .entry = "fill",
     .operators = kOperators,
-    .statics = {},
-    .sizes = {{"runs", TORCHKILN_BUCKET_NONE}},
-    .tunables = {ints("block_size", {64, 128, 256, 512})},
+    .statics = {types("scalar", {TORCHKILN_FLOAT, TORCHKILN_DOUBLE})},
+    .sizes = kSizes,
+    .tunables = {ints("block_size", {128, 256, 512})},
     .defaults = {{256}},
     .geometry =
-        [](const Bound::Problem& p, const BlockTunables& t) {
-          return linear(ceil_div(p.sizes.runs, t.block_size / 32), t.block_size);
+        [](const Fill::Problem& p, const BlockTunables& t) {
+          return linear(blocks_of(p.sizes, t.block_size, p.sizes.samples), t.block_size);
         },
 });
 
@@ -209,27 +239,18 @@ const Gather gather_kernel({
     .path = kGatherPath,
     .entry = "gather",
     .operators = kOperators,
-    .statics = {types("scalar", kFloatTypes), types("place", kFloatTypes),
-                ints("vector", {1, 2, 4, 8})},
+    .statics = {types("scalar", kFloatTypes), ints("vector", {1, 2, 4})},
     .sizes = kSizes,
-    .tunables = {ints("lanes", {4, 8, 16, 32}), ints("pixels", {2, 4, 8}), ints("sets", {1, 2, 4}),
-                 ints("block_size", {128, 256})},
-    .defaults = {{4, 2, 4, 256}, {8, 4, 4, 256}, {32, 4, 4, 256}},
-    .valid = &reads_exist,
-    // The sums of a thread are in registers; those of all sets but one in shared memory, in the end.
-    .legal =
-        [](const Gather::Problem& p, const StripTunables& t) {
-          const std::int64_t sums = t.pixels * p.statics.vector;
-          return sums <= 32 && t.block_size / t.sets * (t.sets - 1) * sums *
-                                       accumulator_bytes(p.statics.scalar) <=
-                                   16384;
-        },
+    .tunables = {ints("lanes", {4, 8, 16, 32}), ints("block_size", {64, 128, 256})},
+    .defaults = {{4, 256}, {8, 256}, {32, 256}},
+    .valid =
+        [](const GatherStatics& s) { return s.vector == 1 || s.vector == sum_vector(s.scalar); },
     .choose = &lanes_for<Gather::Problem>,
     .geometry =
-        [](const Gather::Problem& p, const StripTunables& t) {
-          const std::int64_t strips = ceil_div(p.sizes.pixels, t.strip());
+        [](const Gather::Problem& p, const PixelTunables& t) {
+          const std::int64_t patches = ceil_div(p.sizes.pixels, t.block_size / t.lanes);
           const std::int64_t chunks = ceil_div(p.sizes.channels, t.lanes * p.statics.vector);
-          return linear(strips * chunks * p.sizes.heads, t.block_size);
+          return linear(patches * chunks * p.sizes.heads, t.block_size);
         },
 });
 
@@ -244,75 +265,115 @@ std::int64_t vector_of(const MsdaPlan& p, const void* third) {
   return vector_of(p, third, full_vector(kernel_type(p.value.scalar_type())));
 }
 
-Buffer reads_if(std::size_t at, bool there, const Tensor& tensor) {
-  return there ? reads(at, tensor) : unused(at);
+// What a kernel does with each pointer of Args, in their order: nothing, unless it is set.
+class Buffers {
+ public:
+  Buffers() {
+    for (std::size_t i = 0; i < all_.size(); ++i) all_[i] = unused(i * sizeof(void*));
+  }
+  Buffers& set(const Buffer& buffer) {
+    all_[buffer.offset / sizeof(void*)] = buffer;
+    return *this;
+  }
+  template <class AnyKernel, class AnyStatics>
+  void run(const AnyKernel& kernel, const Place& place, const AnyStatics& statics,
+           const Args& args) const {
+    [&]<std::size_t... i>(std::index_sequence<i...>) {
+      kernel.run(place, statics, sizes_of(args), args, {all_[i]...});
+    }(std::make_index_sequence<kPointers>{});
+  }
+
+ private:
+  static constexpr std::size_t kPointers = offsetof(Args, b) / sizeof(void*);
+  std::array<Buffer, kPointers> all_;
+};
+
+// Levels, and what makes samples.
+Buffers samples_of(const MsdaPlan& p) {
+  Buffers buffers;
+  buffers.set(reads(offsetof(Args, shapes), p.shapes))
+      .set(reads(offsetof(Args, starts), p.starts))
+      .set(reads(offsetof(Args, places), p.places))
+      .set(reads(offsetof(Args, weights), p.weights));
+  if (p.has_mask()) buffers.set(reads(offsetof(Args, mask), p.mask));
+  if (p.has_references()) buffers.set(reads(offsetof(Args, references), p.references));
+  return buffers;
 }
 
-// What `gather` is told of samples.
-struct Located {
-  Tensor firsts, shares, spans;
-  std::int64_t runs = 0;  // of all rows
+// Samples of cells, for `gather`.
+struct Lists {
+  Tensor placed, ends, samples;
 
-  Located(const MsdaPlan& p, Args& args) {
-    const std::int64_t rows = args.b * args.m * args.l, per_row = args.q * args.p;
+  Lists(const MsdaPlan& p, Args& args) {
+    const std::int64_t heads = args.b * args.m, of_head = args.q * args.l * args.p;
+    if (of_head > std::numeric_limits<i32>::max()) {
+      fail(TORCHKILN_ERROR_VALUE, p.op,
+           p.has_references() ? "sampling_offsets" : "sampling_locations",
+           "have fewer than 2^31 points of all queries and levels where deterministic",
+           std::to_string(of_head), "Call it for a part of the queries at a time");
+    }
     const bool wide = p.value.scalar_type() == ScalarType::Double;
-    runs = rows * ceil_div(per_row, msda::kRun);
-    firsts = empty(p.value, ScalarType::Int, {rows, per_row});
-    spans = empty(p.value, ScalarType::Int, {runs, 2});
-    args.firsts = mutable_data<i32>(firsts);
-    args.spans = mutable_data<i32>(spans);
-    if (!p.has_references()) return;
-    shares = empty(p.value, wide ? ScalarType::Double : ScalarType::Float, {rows, per_row});
-    args.shares = shares.mutable_data_ptr();
+    placed = empty(p.value, wide ? ScalarType::Double : ScalarType::Float, {heads, of_head, 4});
+    ends = empty(p.value, ScalarType::Int, {heads * args.s + 1});
+    samples = empty(p.value, ScalarType::Int, {heads, of_head});
+    torch::stable::zero_(ends);
+    args.placed = placed.mutable_data_ptr();
+    args.ends = mutable_data<i32>(ends);
+    args.samples = mutable_data<i32>(samples);
   }
 };
 
+void list_samples(const CudaPlace& place, const MsdaPlan& p, const Args& args, const Lists& lists) {
+  const bool wide = p.value.scalar_type() == ScalarType::Double;
+  const Buffers ends = Buffers().set(updates(offsetof(Args, ends), lists.ends));
+  Buffers(ends)
+      .set(reads(offsetof(Args, shapes), p.shapes))
+      .set(reads(offsetof(Args, starts), p.starts))
+      .run(place_kernel, place, NoStatics{}, args);
+  Buffers(ends)
+      .set(reads(offsetof(Args, placed), lists.placed))
+      .set(scratch(offsetof(Args, samples), lists.samples))
+      .run(fill_kernel, place, FillStatics{wide ? TORCHKILN_DOUBLE : TORCHKILN_FLOAT}, args);
+  Buffers()
+      .set(reads(offsetof(Args, ends), lists.ends))
+      .set(updates(offsetof(Args, samples), lists.samples))
+      .run(order_kernel, place, NoStatics{}, args);
+}
+
 Tensor run_gather(const CudaPlace& place, const MsdaPlan& p, const MsdaGradients& g, Args args,
-                  const Located& located) {
-  bound_kernel.run(
-      place, {}, {located.runs}, args,
-      {reads(offsetof(Args, shapes), p.shapes), reads(offsetof(Args, starts), p.starts),
-       reads(offsetof(Args, firsts), located.firsts), writes(offsetof(Args, spans), located.spans),
-       unused(offsetof(Args, value)), unused(offsetof(Args, mask)), unused(offsetof(Args, places)),
-       unused(offsetof(Args, weights)), unused(offsetof(Args, references)),
-       unused(offsetof(Args, output)), unused(offsetof(Args, grad_value)),
-       unused(offsetof(Args, grad_places)), unused(offsetof(Args, grad_weights)),
-       unused(offsetof(Args, shares))});
+                  const Lists& lists) {
+  list_samples(place, p, args, lists);
   args.grad_value = g.value.mutable_data_ptr();
-  gather_kernel.run(
-      place,
-      {kernel_type(p.value.scalar_type()), kernel_type(p.places.scalar_type()),
-       vector_of(p, args.grad_value)},
-      sizes_of(args), args,
-      {reads(offsetof(Args, shapes), p.shapes), reads(offsetof(Args, starts), p.starts),
-       reads_if(offsetof(Args, mask), p.has_mask(), p.mask),
-       reads(offsetof(Args, places), p.places), reads(offsetof(Args, weights), p.weights),
-       reads_if(offsetof(Args, references), p.has_references(), p.references),
-       reads(offsetof(Args, output), p.output), writes(offsetof(Args, grad_value), g.value),
-       reads(offsetof(Args, firsts), located.firsts),
-       reads_if(offsetof(Args, shares), p.has_references(), located.shares),
-       reads(offsetof(Args, spans), located.spans), unused(offsetof(Args, value)),
-       unused(offsetof(Args, grad_places)), unused(offsetof(Args, grad_weights))});
+  const std::int64_t scalar = kernel_type(p.value.scalar_type());
+  Buffers buffers;
+  if (p.has_mask()) buffers.set(reads(offsetof(Args, mask), p.mask));
+  buffers.set(reads(offsetof(Args, shapes), p.shapes))
+      .set(reads(offsetof(Args, starts), p.starts))
+      .set(reads(offsetof(Args, output), p.output))
+      .set(reads(offsetof(Args, placed), lists.placed))
+      .set(reads(offsetof(Args, ends), lists.ends))
+      .set(reads(offsetof(Args, samples), lists.samples))
+      .set(writes(offsetof(Args, grad_value), g.value))
+      .run(gather_kernel, place,
+           GatherStatics{scalar, vector_of(p, args.grad_value, sum_vector(scalar))}, args);
   return g.value;
 }
 
-// The gradients of places and weights; and the value's sums, or what `gather` needs.
+// The gradients of places and weights; and into `more` the value's sums, or what `gather` needs.
 void run_queries(const CudaPlace& place, const MsdaPlan& p, const MsdaGradients& g,
-                 const Args& args, bool scatter, Buffer sums, Buffer firsts, Buffer shares) {
+                 const Args& args, bool scatter, std::initializer_list<Buffer> more) {
   const std::int64_t scalar = kernel_type(p.value.scalar_type());
   const std::int64_t vector = scatter ? sum_vector(scalar) : full_vector(scalar);
-  backward_kernel.run(
-      place,
-      {scalar, kernel_type(p.places.scalar_type()), scatter, vector_of(p, args.grad_value, vector)},
-      sizes_of(args), args,
-      {reads(offsetof(Args, value), p.value), reads(offsetof(Args, shapes), p.shapes),
-       reads(offsetof(Args, starts), p.starts),
-       reads_if(offsetof(Args, mask), p.has_mask(), p.mask),
-       reads(offsetof(Args, places), p.places), reads(offsetof(Args, weights), p.weights),
-       reads_if(offsetof(Args, references), p.has_references(), p.references),
-       reads(offsetof(Args, output), p.output), writes(offsetof(Args, grad_places), g.places),
-       writes(offsetof(Args, grad_weights), g.weights), unused(offsetof(Args, spans)), sums, firsts,
-       shares});
+  Buffers buffers = samples_of(p)
+                        .set(reads(offsetof(Args, value), p.value))
+                        .set(reads(offsetof(Args, output), p.output))
+                        .set(writes(offsetof(Args, grad_places), g.places))
+                        .set(writes(offsetof(Args, grad_weights), g.weights));
+  for (const Buffer& buffer : more) buffers.set(buffer);
+  buffers.run(backward_kernel, place,
+              BackwardStatics{scalar, kernel_type(p.places.scalar_type()), scatter,
+                              vector_of(p, args.grad_value, vector)},
+              args);
 }
 
 // Queries that are the pixels of all levels meet on these.
@@ -324,39 +385,26 @@ bool merges(const MsdaPlan& p) {
 // Adds the value's gradient to `sums`.
 void run_merge(const CudaPlace& place, const MsdaPlan& p, const Args& args, const Tensor& sums) {
   const std::int64_t scalar = kernel_type(p.value.scalar_type());
-  merge_kernel.run(
-      place,
-      {scalar, kernel_type(p.places.scalar_type()),
-       vector_of(p, args.grad_value, sum_vector(scalar))},
-      sizes_of(args), args,
-      {reads(offsetof(Args, shapes), p.shapes), reads(offsetof(Args, starts), p.starts),
-       reads_if(offsetof(Args, mask), p.has_mask(), p.mask),
-       reads(offsetof(Args, places), p.places), reads(offsetof(Args, weights), p.weights),
-       reads_if(offsetof(Args, references), p.has_references(), p.references),
-       reads(offsetof(Args, output), p.output), updates(offsetof(Args, grad_value), sums),
-       unused(offsetof(Args, value)), unused(offsetof(Args, grad_places)),
-       unused(offsetof(Args, grad_weights)), unused(offsetof(Args, firsts)),
-       unused(offsetof(Args, shares)), unused(offsetof(Args, spans))});
+  samples_of(p)
+      .set(reads(offsetof(Args, output), p.output))
+      .set(updates(offsetof(Args, grad_value), sums))
+      .run(merge_kernel, place,
+           Statics{scalar, kernel_type(p.places.scalar_type()),
+                   vector_of(p, args.grad_value, sum_vector(scalar))},
+           args);
 }
 
 }  // namespace
 
 void run_msda_cuda(const MsdaPlan& p) {
   const CudaPlace place(p.value);
-  forward_kernel.run(
-      place,
-      {kernel_type(p.value.scalar_type()), kernel_type(p.places.scalar_type()),
-       vector_of(p, nullptr)},
-      sizes_of(p.args), p.args,
-      {reads(offsetof(Args, value), p.value), reads(offsetof(Args, shapes), p.shapes),
-       reads(offsetof(Args, starts), p.starts),
-       reads_if(offsetof(Args, mask), p.has_mask(), p.mask),
-       reads(offsetof(Args, places), p.places), reads(offsetof(Args, weights), p.weights),
-       reads_if(offsetof(Args, references), p.has_references(), p.references),
-       writes(offsetof(Args, output), p.output), unused(offsetof(Args, grad_value)),
-       unused(offsetof(Args, grad_places)), unused(offsetof(Args, grad_weights)),
-       unused(offsetof(Args, firsts)), unused(offsetof(Args, shares)),
-       unused(offsetof(Args, spans))});
+  samples_of(p)
+      .set(reads(offsetof(Args, value), p.value))
+      .set(writes(offsetof(Args, output), p.output))
+      .run(forward_kernel, place,
+           Statics{kernel_type(p.value.scalar_type()), kernel_type(p.places.scalar_type()),
+                   vector_of(p, nullptr)},
+           p.args);
 }
 
 Tensor run_msda_backward_cuda(const MsdaPlan& p, const MsdaGradients& g, bool deterministic) {
@@ -365,12 +413,11 @@ Tensor run_msda_backward_cuda(const MsdaPlan& p, const MsdaGradients& g, bool de
   args.grad_places = g.places.mutable_data_ptr();
   args.grad_weights = g.weights.mutable_data_ptr();
   if (deterministic) {
-    const Located located(p, args);
-    run_queries(place, p, g, args, false, unused(offsetof(Args, grad_value)),
-                writes(offsetof(Args, firsts), located.firsts),
-                p.has_references() ? writes(offsetof(Args, shares), located.shares)
-                                   : unused(offsetof(Args, shares)));
-    return run_gather(place, p, g, args, located);
+    const Lists lists(p, args);
+    run_queries(
+        place, p, g, args, false,
+        {scratch(offsetof(Args, placed), lists.placed), updates(offsetof(Args, ends), lists.ends)});
+    return run_gather(place, p, g, args, lists);
   }
   const ScalarType dtype = p.value.scalar_type();
   const bool wide = dtype == ScalarType::Float || dtype == ScalarType::Double;
@@ -380,8 +427,7 @@ Tensor run_msda_backward_cuda(const MsdaPlan& p, const MsdaGradients& g, bool de
   const bool merged = merges(p);
   run_queries(
       place, p, g, args, !merged,
-      merged ? unused(offsetof(Args, grad_value)) : updates(offsetof(Args, grad_value), sums),
-      unused(offsetof(Args, firsts)), unused(offsetof(Args, shares)));
+      {merged ? unused(offsetof(Args, grad_value)) : updates(offsetof(Args, grad_value), sums)});
   if (merged) run_merge(place, p, args, sums);
   if (wide) return sums;
   Tensor result = g.value;

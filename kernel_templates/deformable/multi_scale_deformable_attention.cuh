@@ -4,8 +4,8 @@
 //             for all channels, a sample a lane, and stands in shared memory. Warps talk to themselves only
 //   backward  the same lanes: gradients of places and weights. The products with the four pixels of a sample are summed
 //             over the lanes so that each quarter of them ends with one. kScatter: value gradients too, by vector atomics
-//             of 16 bytes of sums, so that an instruction fills sectors; else the first pixel of each sample is left
-//             for those below
+//             of 16 bytes of sums, so that an instruction fills sectors; else, where pixels gather, each sample is left
+//             for those, and counted
 //
 // spills: what the loops around the innermost ones keep; with registers for it, fewer warps would wait for memory at once
 // Queries of one head are neighbours in the grid: those of an encoder read pixels that its neighbours read, too.
@@ -269,15 +269,15 @@ __device__ __forceinline__ void multiply(const AnyTable& table, Weights<T>* prod
   }
 }
 
-// What `gather` needs of a sample, by level.
-template <class T>
-__device__ __forceinline__ void leave(const Args& args, const Item& item, i32 sample,
-                                      const Sample<T>& of) {
-  const i32 points = i32(args.p), level = sample / points;
-  const i64 at = (item.of_head * args.l + level) * args.q * args.p + item.row * points + sample -
-                 level * points;
-  args.firsts[at] = of.taps.first;
-  if (args.shares != nullptr) static_cast<T*>(args.shares)[at] = of.weight;
+// Leaves a sample for `gather`, and counts it.
+template <class T, class Place>
+__device__ __forceinline__ void leave(const Args& args, const Item& item, i32 sample, i32 level,
+                                      Level size, T weight) {
+  const auto at = position_of<T, Place>(args, item.query, sample, level, size);
+  const Placed<T> placed = placed_at(at, size, weight);
+  const i64 row = item.of_head * args.q + item.row;
+  static_cast<Placed<T>*>(args.placed)[row * args.l * args.p + sample] = placed;
+  if (placed.cell != kOutside) atomicAdd(args.ends + item.of_head * args.s + placed.cell, 1);
 }
 
 // Turns the products of samples [begin, begin + count) into gradients; returns this lane's part of the sum of their
@@ -343,9 +343,12 @@ __global__ void __launch_bounds__(kBlockSize) backward(const Args args) {
     for (i32 s = lane; s < count; s += kLanes) {
       Sample<T> sample = {};
       if (item.active) {
-        sample = sample_at<T, Place>(args, levels, item.query, item.mask, begin + s,
-                                     points.quotient_of(begin + s), softmax);
-        if (!kScatter && args.firsts != nullptr) leave<T>(args, item, begin + s, sample);
+        const i32 level = points.quotient_of(begin + s);
+        sample =
+            sample_at<T, Place>(args, levels, item.query, item.mask, begin + s, level, softmax);
+        if (!kScatter && args.placed != nullptr && writes) {
+          leave<T, Place>(args, item, begin + s, level, levels.at(args, level), sample.weight);
+        }
       }
       const i32 slot = Samples::slot(group, s);
       table.pixels[slot] = sample.taps.pixels;

@@ -10,9 +10,7 @@
 
 namespace torchkiln::multi_scale_deformable_attention {
 
-// Samples of a level whose pixels are bounded together (Args::spans): of neighbouring queries of one head.
-constexpr i32 kRun = 32;
-// A place in Args::firsts for a sample outside; every pixel lies above it.
+// Where a sample that is outside has no pixel; every pixel lies above it.
 constexpr i32 kOutside = -2147483647 - 1;
 
 // Of `merge`: samples that a thread sorts, and pixels of a level beside and below each other that it sorts them to.
@@ -38,9 +36,10 @@ struct Args {
   void* grad_value;        // (b, s, m, d): the gradient, or float sums where queries scatter
   void* grad_places;       // as places; `positions` says of what
   void* grad_weights;      // as weights
-  i32* firsts;             // (b, m, l, q * p): Taps::first of each sample
-  void* shares;            // (b, m, l, q * p): with references the weight of each sample; or null
-  i32* spans;              // (b, m, l, ceil(q * p / kRun), 2): least of them, and last pixel of any
+  void* placed;            // (b, m, q, l, p) of Placed
+  i32* ends;  // (b, m, s), then 1: how many samples each cell has, and then where they end in the
+              // list of their image and head; whether levels share pixels
+  i32* samples;  // (b, m, q * l * p): those that are inside, by cell
   i64 b, s, m, d, q, l, p;
   i64 reference_size;
   i64 positions;  // the gradient is that of positions in pixels, in the accumulator's type

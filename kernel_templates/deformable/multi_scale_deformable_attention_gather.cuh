@@ -1,336 +1,317 @@
-// Multi-scale deformable attention on the GPU: the value gradient, the same bits every time.
+// Multi-scale deformable attention on the GPU: the value gradient, the same bits every time, each pixel written once.
 //
-//   bound     the least and last pixel of each run of kRun samples
-//   gather    a block owns a strip of neighbouring pixels and a chunk of channels of a head, looks for runs, then samples,
-//             that touch it, and each group of its lanes sums, in registers, what falls on kPixels pixels
+//   place     where the samples of each cell begin, out of their counts, which `backward` left
+//   fill      puts samples there, in any order
+//   order     sorts those of each cell
+//   gather    kLanes lanes own a pixel and add up what it gets of the samples in the four cells around it, in order
 //
-// spills: three blocks of a multiprocessor hide each other's barriers, and leave a thread 80 registers; a few bytes remain
+// Floor: a list takes 24 bytes of each sample and one atomic for counting, one for placing it. What binds are rows of the
+// gradient of the output through L1 and L2, 4 e b q m l p d bytes as in the forward pass. Sums in fixed point by atomics
+// would move twice the bytes of a float's, and lose what is small beside the largest.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "common/bins.cuh"
 #include "common/pack.cuh"
-#include "common/scan.cuh"
 #include "deformable/multi_scale_deformable_attention_samples.cuh"
 
 namespace torchkiln::multi_scale_deformable_attention_gather {
 
 using namespace torchkiln::multi_scale_deformable_attention;
 
-// Runs that a thread lists, and a warp reads, between two barriers: few of the samples read touch the strip, so the time
-// goes into waiting for them.
-constexpr int kAhead = 4;
+// ---- samples by cells ----------------------------------------------------------------------------------------------
 
-// The least and last pixel of each run of samples, a warp a run.
+// Those of an image and head.
+__device__ __forceinline__ i32 samples_of(const Args& args) {
+  return i32(args.q * args.l * args.p);
+}
+
+__device__ __forceinline__ bool share_pixels(Level a, Level b) {
+  const i64 end_of_a = i64(a.start) + i64(a.h) * a.w, end_of_b = i64(b.start) + i64(b.h) * b.w;
+  return a.start < end_of_b && b.start < end_of_a && a.h > 0 && b.h > 0;
+}
+
+// A block for each image and head: counts become what stands before them.
 template <int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize) bound(const Args args) {
-  const i64 per_row = args.q * args.p, runs = (per_row + kRun - 1) / kRun;
-  const i64 warp = i64(blockIdx.x) * (kBlockSize / kWarpSize) + threadIdx.x / kWarpSize;
-  const i64 row = warp / runs, run = warp - row * runs;
-  if (row >= args.b * args.m * args.l) return;
-  const Level size = level_of(args.shapes, args.starts, args.s, row % args.l);
-  const i64 lane = threadIdx.x % kWarpSize, own = run * kRun + lane;
-  const i32 first = own < per_row ? args.firsts[row * per_row + own] : kOutside;
-  i32 least = first == kOutside ? 2147483647 : first;
-  i32 last = first == kOutside ? -1 : first + size.w + 1;
-#pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    least = min_of(least, __shfl_xor_sync(0xffffffffu, least, offset));
-    last = max_of(last, __shfl_xor_sync(0xffffffffu, last, offset));
-  }
-  if (lane == 0) {
-    args.spans[2 * warp] = least;
-    args.spans[2 * warp + 1] = last;
-  }
-}
-
-// What two neighbouring pixels get of a sample.
-template <class T>
-struct alignas(2 * sizeof(T)) Hit {
-  T left, right;
-};
-
-// What the threads of a block of `gather` are to each other: kSets sets of groups of kLanes lanes. The groups of a set
-// share the strip, kPixels pixels each; the sets share the samples, and their sums are added up in the end.
-template <class Scalar, int kVector, int kLanes, int kPixels, int kSets, int kBlockSize>
-struct Split {
-  static constexpr int kGroups = kBlockSize / kLanes / kSets;  // of a set
-  static constexpr int kStrip = kGroups * kPixels;
-  static constexpr int kChannels = kLanes * kVector;
-  static constexpr int kBytes = 16384;
-  // Samples that are added up at once: so many as have room for their rows of the gradient.
-  static constexpr int kRows = kBytes / int(sizeof(Scalar)) / kChannels;
-  static constexpr int kBatch = kRows < kBlockSize ? kRows : kBlockSize;
-  static_assert(kGroups % (kWarpSize / kLanes) == 0, "a warp belongs to one set");
-
-  __device__ __forceinline__ static i32 set() { return i32(threadIdx.x) / kLanes / kGroups; }
-  __device__ __forceinline__ static i32 group() { return i32(threadIdx.x) / kLanes % kGroups; }
-};
-
-// Samples are collected until they are worth being added up.
-template <class Scalar, class AnySplit, int kBlockSize>
-struct Collected {
-  using T = Acc<Scalar>;
-  union alignas(16) {
-    Scalar rows[AnySplit::kBatch * AnySplit::kChannels];  // of the gradient of the output
-    T partial_sums[AnySplit::kBytes / int(sizeof(T))];    // in the end
-  };
-  Hit<T> hits[2 * AnySplit::kBatch];
-  i32 pixels[2 * AnySplit::kBatch];  // of hits: the left one, from the strip's first; or kOutside
-  i32 samples[(1 + kAhead) * kBlockSize];  // of the row
-  i32 runs[kAhead * kBlockSize];
-  i32 counts[2][kBlockSize / kWarpSize];
-  int partial[kBlockSize / kWarpSize];
-};
-
-// Samples of one level, head and image, and the strip of pixels of a block.
-struct Target {
-  i64 image, head, row;
-  i32 level, begin, pixels;
-  Level size;
-
-  // Whether a sample whose first pixel is this one may touch the strip.
-  __device__ __forceinline__ bool meets(i32 first) const {
-    return u32(first) - u32(begin) + 1 <= u32(pixels) ||
-           u32(first + size.w) - u32(begin) + 1 <= u32(pixels);
-  }
-};
-
-// Two hits of a sample, on its upper and its lower pixels.
-template <class T, class Place>
-__device__ __forceinline__ void expand(const Args& args, const Target& to, i32 sample, Hit<T>* hits,
-                                       i32* pixels) {
-  const i32 points = i32(args.p), query = sample / points;
-  const i32 own = to.level * points + sample - query * points;
-  const auto at = query_at(args, to.image, to.head, query);
-  const auto position = position_of<T, Place>(args, at, own, to.level, to.size);
-  const u8* mask = args.mask == nullptr ? nullptr : args.mask + to.image * args.s;
-  const Taps<T> taps = taps_at(position, to.size, mask);
-  const T share = args.shares != nullptr
-                      ? static_cast<const T*>(args.shares)[to.row * args.q * args.p + sample]
-                      : T(load(static_cast<const Place*>(args.weights)[at.first + own]));
-#pragma unroll
-  for (int lower = 0; lower < 2; ++lower) {
-    const i32 pixel = taps.first + lower * to.size.w - to.begin;
-    const bool hit = (taps.live >> 2 * lower & 3u) != 0 && pixel >= -1 && pixel < to.pixels;
-    pixels[lower] = hit ? pixel : kOutside;
-    hits[lower] = {taps.weights.at[2 * lower] * share, taps.weights.at[2 * lower + 1] * share};
-  }
-}
-
-// What falls on the kPixels pixels of a group of lanes, for kVector channels of a lane.
-template <int kPixels, int kVector, class T>
-struct Sums {
-  T at[kPixels][kVector];
-
-  __device__ __forceinline__ void add(i32 pixel, Hit<T> hit, const T* gradient) {
-#pragma unroll
-    for (int j = 0; j < kPixels; ++j) {
-      const T weight = pixel == j ? hit.left : (pixel + 1 == j ? hit.right : T(0));
-      if (weight == T(0)) continue;
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) at[j][i] += weight * gradient[i];
-    }
-  }
-};
-
-// Reads the gradients of a batch: all at once, because those who add them have to wait for each.
-template <class Scalar, int kVector, int kLanes, int kBlockSize>
-__device__ __forceinline__ void load_rows(Scalar* rows, const i32* samples, i32 count,
-                                          const Args& args, const Target& to, i32 first_channel) {
-  const i32 stride = i32(args.m * args.d * i64(sizeof(Scalar))), points = i32(args.p);
-  const i32 part = i32(threadIdx.x) % kLanes * kVector;
-  if (first_channel + part >= args.d) return;
-  const Scalar* gradients = static_cast<const Scalar*>(args.output) +
-                            (to.image * args.q * args.m + to.head) * args.d + first_channel + part;
-#pragma unroll 4
-  for (i32 row = i32(threadIdx.x) / kLanes; row < count; row += kBlockSize / kLanes) {
-    const auto values = load_pack<kVector>(apart(gradients, samples[row] / points, stride));
-    store_pack<kVector>(rows + row * (kLanes * kVector) + part, values);
-  }
-}
-
-// Adds the set's share of hits [0, n) to the group's pixels; each group goes through its own ones, in order. Every thread
-// must call.
-template <class AnySplit, int kLanes, int kSets, class Scalar, int kPixels, int kVector, class T>
-__device__ __forceinline__ void add_hits(const Scalar* rows, const Hit<T>* hits, const i32* pixels,
-                                         i32 n, Sums<kPixels, kVector, T>& sums) {
-  constexpr int kWarpGroups = kWarpSize / kLanes;
-  const i32 group = AnySplit::group(), lane = threadIdx.x % kWarpSize;
-  const i32 first_group = group / kWarpGroups * kWarpGroups;
+__global__ void __launch_bounds__(kBlockSize) place(const Args args) {
+  constexpr i32 kOwn = 8;
+  __shared__ int partial[kBlockSize / kWarpSize];
+  i32* counts = args.ends + i64(blockIdx.x) * args.s;
+  const i32 pixels = i32(args.s);
+  i32 before = 0;
 #pragma unroll 1
-  for (i32 begin = AnySplit::set() * kWarpSize; begin < n; begin += kSets * kWarpSize) {
-    const i32 pixel = begin + lane < n ? pixels[begin + lane] : kOutside;
-    u32 own = 0;
+  for (i32 base = 0; base < pixels; base += kOwn * kBlockSize) {
+    const i32 first = base + kOwn * i32(threadIdx.x);
+    i32 own[kOwn];
+    i32 sum = 0;
 #pragma unroll
-    for (int j = 0; j < kWarpGroups; ++j) {
-      const i32 first = (first_group + j) * kPixels;
-      const u32 found = __ballot_sync(0xffffffffu, pixel >= first - 1 && pixel < first + kPixels);
-      if (first_group + j == group) own = found;
-    }
-#pragma unroll 1
-    for (; own != 0; own &= own - 1) {
-      const i32 at = begin + __ffs(int(own)) - 1;
-      const Scalar* row = rows + at / 2 * (kLanes * kVector) + lane % kLanes * kVector;
-      const auto given = read_pack<kVector>(row);
-      T gradient[kVector];
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) gradient[i] = load(given.at[i]);
-      sums.add(pixels[at] - group * kPixels, hits[at], gradient);
-    }
-  }
-}
-
-// Goes through the samples of a level that touch the strip. Every thread of the block must call.
-template <class Place, class AnySplit, int kLanes, int kSets, int kBlockSize, class Scalar,
-          int kPixels, int kVector, class T>
-__device__ __forceinline__ void add_level(Collected<Scalar, AnySplit, kBlockSize>& collected,
-                                          const Args& args, const Target& to, i32 first_channel,
-                                          Sums<kPixels, kVector, T>& sums) {
-  constexpr int kWarps = kBlockSize / kWarpSize;
-  const i32 per_row = i32(args.q * args.p), runs = (per_row + kRun - 1) / kRun;
-  const i32 warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const i32* firsts = args.firsts + to.row * per_row;
-  const i32* spans = args.spans + to.row * runs * 2;
-  i32 pending = 0, parity = 0;
-#pragma unroll 1
-  for (i32 base = 0; base < runs; base += kAhead * kBlockSize) {
-    const i32 candidate = base + kAhead * i32(threadIdx.x);
-    u32 listed = 0;
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      if (candidate + j < runs && spans[2 * (candidate + j)] < to.begin + to.pixels &&
-          spans[2 * (candidate + j) + 1] >= to.begin) {
-        listed |= 1u << j;
-      }
+    for (int i = 0; i < kOwn; ++i) {
+      own[i] = first + i < pixels ? counts[first + i] : 0;
+      sum += own[i];
     }
     int total;
-    int place = block_exclusive_sum<kBlockSize>(__popc(listed), collected.partial, total);
-    for (; listed != 0; listed &= listed - 1) {
-      collected.runs[place++] = candidate + __ffs(int(listed)) - 1;
+    i32 place = before + block_exclusive_sum<kBlockSize>(sum, partial, total);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (first + i < pixels) counts[first + i] = place;
+      place += own[i];
     }
-    __syncthreads();
-    // The last round of all adds up what is left.
-    const bool last = base + kAhead * kBlockSize >= runs;
+    before += total;
+  }
+  if (blockIdx.x > 0) return;
 #pragma unroll 1
-    for (i32 i = 0; i < total || (last && i == 0); i += kAhead * kWarps) {
-      const i32 first_run = i + kAhead * warp;
-      u32 found[kAhead];
-      i32 own_count = 0;
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const i32 own =
-            first_run + j < total ? collected.runs[first_run + j] * kRun + lane : per_row;
-        found[j] = u32(own < per_row ? firsts[own] : kOutside);
-      }
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        found[j] = __ballot_sync(0xffffffffu, to.meets(i32(found[j])));
-        own_count += __popc(found[j]);
-      }
-      if (lane == 0) collected.counts[parity][warp] = own_count;
-      __syncthreads();
-      i32 before = pending;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        const i32 count = collected.counts[parity][w];
-        if (w < warp) before += count;
-        pending += count;
-      }
-      // The other counts are those of the next round, whose barrier all readers of these have reached before it ends.
-      parity ^= 1;
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const i32 at = before + __popc(found[j] & ((1u << lane) - 1u));
-        if ((found[j] >> lane & 1u) != 0) {
-          collected.samples[at] = collected.runs[first_run + j] * kRun + lane;
-        }
-        before += __popc(found[j]);
-      }
-      if (pending < kBlockSize && !(last && i + kAhead * kWarps >= total)) continue;
-#pragma unroll 1
-      for (i32 first = 0; first < pending; first += AnySplit::kBatch) {
-        const i32 count = min_of(i32(AnySplit::kBatch), pending - first);
-        __syncthreads();
-        const i32* samples = collected.samples + first;
-        if (i32(threadIdx.x) < count) {
-          expand<T, Place>(args, to, samples[threadIdx.x], collected.hits + 2 * threadIdx.x,
-                           collected.pixels + 2 * threadIdx.x);
-        }
-        load_rows<Scalar, kVector, kLanes, kBlockSize>(collected.rows, samples, count, args, to,
-                                                       first_channel);
-        __syncthreads();
-        add_hits<AnySplit, kLanes, kSets>(collected.rows, collected.hits, collected.pixels,
-                                          2 * count, sums);
-      }
-      pending = 0;
+  for (i64 pair = threadIdx.x; pair < args.l * args.l; pair += kBlockSize) {
+    const i64 a = pair / args.l, b = pair - a * args.l;
+    if (a < b && share_pixels(level_of(args.shapes, args.starts, args.s, a),
+                              level_of(args.shapes, args.starts, args.s, b))) {
+      args.ends[args.b * args.m * args.s] = 1;
     }
   }
 }
 
-// Adds the sums of all sets to those of the first one, in order. Every thread of the block must call.
-template <class AnySplit, int kSets, int kPixels, int kVector, class T>
-__device__ __forceinline__ void join_sets(T* shared, Sums<kPixels, kVector, T>& sums) {
-  constexpr int kThreads = AnySplit::kGroups * (AnySplit::kChannels / kVector);  // of a set
-  const i32 set = AnySplit::set(), own = i32(threadIdx.x) % kThreads;
-  // Neighbours of a set lie side by side.
-  const auto at = [&](i32 of_set, int number) -> T& {
-    return shared[((of_set - 1) * (kPixels * kVector) + number) * kThreads + own];
-  };
-  __syncthreads();
-#pragma unroll
-  for (int j = 0; j < kPixels * kVector && set > 0; ++j)
-    at(set, j) = sums.at[j / kVector][j % kVector];
-  __syncthreads();
-#pragma unroll 1
-  for (i32 other = 1; other < kSets && set == 0; ++other) {
-#pragma unroll
-    for (int j = 0; j < kPixels * kVector; ++j) sums.at[j / kVector][j % kVector] += at(other, j);
+// What a block of one image and head works on, where each has so many blocks.
+struct Turn {
+  i64 of_head;
+  u32 block, blocks;
+
+  __device__ __forceinline__ Turn(i64 items, int block_size)
+      : blocks(u32((items + block_size - 1) / block_size)) {
+    of_head = blockIdx.x / blocks;
+    block = blockIdx.x - u32(of_head) * blocks;
   }
+};
+
+template <class T, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) fill(const Args args) {
+  const i32 samples = samples_of(args);
+  const Turn turn(samples, kBlockSize);
+  const u32 own = turn.block * kBlockSize + threadIdx.x;
+  if (own >= u32(samples)) return;
+  const i64 first = turn.of_head * samples;
+  const i32 cell = static_cast<const Placed<T>*>(args.placed)[first + own].cell;
+  if (cell == kOutside) return;
+  args.samples[first + atomicAdd(args.ends + turn.of_head * args.s + cell, 1)] = i32(own);
 }
 
-// Grid: chunks of channels, heads, images, then strips, those of the coarse levels first: most samples fall on them.
-template <class Scalar, class Place, int kVector, int kLanes, int kPixels, int kSets,
-          int kBlockSize>
+// Where the samples of a cell end, or begin those of the next one.
+__device__ __forceinline__ i32 end_of(const i32* ends, i32 cell) {
+  return cell < 0 ? 0 : ends[cell];
+}
+
+template <int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) order(const Args args) {
+  const Turn turn(args.s, kBlockSize);
+  // Neighbouring cells of a small level all have many samples: they go to different blocks.
+  const i64 cell = i64(threadIdx.x) * turn.blocks + turn.block;
+  const i32* ends = args.ends + turn.of_head * args.s;
+  const i32 begin = cell < args.s ? end_of(ends, i32(cell) - 1) : 0;
+  const i32 count = cell < args.s ? ends[cell] - begin : 0;
+  order_bins<kBlockSize>(args.samples + turn.of_head * samples_of(args), begin, count);
+}
+
+// ---- samples around a pixel ----------------------------------------------------------------------------------------
+
+// Numbers of samples: first those in the cells above, then those in the cells beside it.
+struct Around {
+  i32 above, count;
+  i32 bases[2];  // what leads from a number to its place in the list: of those above, of the others
+  i32 lefts[2];  // which is the first number of theirs that does not come from the left
+
+  __device__ __forceinline__ i32 base(bool beside) const { return beside ? bases[1] : bases[0]; }
+  __device__ __forceinline__ i32 left(bool beside) const { return beside ? lefts[1] : lefts[0]; }
+};
+
+// ends: of the image and head. A pixel that is not of the level has no samples.
+__device__ __forceinline__ Around around_of(const i32* ends, Level size, i32 pixel) {
+  Around around = {};
+  const i32 own = pixel - size.start;
+  if (pixel < 0 || u32(own) >= u32(size.h) * u32(size.w)) return around;
+  const i32 left = u32(own) % u32(size.w) != 0 ? 1 : 0;
+#pragma unroll
+  for (int beside = 0; beside < 2; ++beside) {
+    if (beside == 0 && own < size.w) continue;
+    const i32 cell = beside != 0 ? pixel : pixel - size.w;
+    const i32 middle = end_of(ends, cell - 1);
+    const i32 begin = left != 0 ? end_of(ends, cell - 2) : middle;
+    around.bases[beside] = begin - around.count;
+    around.lefts[beside] = around.count + middle - begin;
+    around.above = around.count;
+    around.count += ends[cell] - begin;
+  }
+  return around;
+}
+
+// What pixels of a level get of samples.
+template <class T>
+struct Source {
+  const Placed<T>* placed;  // of the image and head
+  const i32* samples;
+  u32 points, of_query;  // of a query: on a level, on all
+  u32 levels, level;
+  bool overlap;  // others may lie in the same cells
+};
+
+// What a pixel gets of a sample.
+template <class T>
+struct Share {
+  i32 query;  // -1: nothing
+  T weight;
+};
+
+template <class T>
+__device__ __forceinline__ Share<T> share_of(const Source<T>& source, const Around& around,
+                                             i32 number) {
+  if (number >= around.count) return {-1, T(0)};
+  const bool beside = number >= around.above;
+  const u32 sample = u32(source.samples[around.base(beside) + number]);
+  if (source.overlap && sample / source.points % source.levels != source.level) return {-1, T(0)};
+  const Placed<T> at = source.placed[sample];
+  const T y = beside ? T(1) - abs_of(at.y) : max_of(at.y, T(0));
+  const T x = number < around.left(beside) ? max_of(at.x, T(0)) : T(1) - abs_of(at.x);
+  return {i32(sample / source.of_query), y * x * at.weight};
+}
+
+// ---- sums ----------------------------------------------------------------------------------------------------------
+
+// What becomes of samples is worked out by a lane each, and then told to the kLanes lanes of a pixel, or, for a pixel with
+// more samples than this, to all lanes of the warp.
+constexpr i32 kMany = 64;
+
+template <class T>
+__device__ __forceinline__ T of_lane(T value, i32 lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+
+template <class Scalar, int kVector, int kLanes>
+struct Gatherer {
+  using T = Acc<Scalar>;
+  static constexpr i32 kGroups = kWarpSize / kLanes;
+  static constexpr int kAtOnce = kLanes < 8 ? kLanes : 8;
+
+  const Scalar* gradients;  // of the image, head and this lane's channels; null for none
+  i32 stride;
+  T sums[kVector] = {};
+
+  // Adds the first `count` of the shares of lanes `from`, `from + step`...; every lane of the warp must call.
+  __device__ __forceinline__ void add(const Share<T>& share, i32 count, i32 from, i32 step,
+                                      T* to) const {
+#pragma unroll 1
+    for (i32 first = 0; first < count; first += kAtOnce) {
+      Pack<Scalar, kVector> rows[kAtOnce];
+      T weights[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const i32 lane = from + (first + i) * step, query = of_lane(share.query, lane);
+        weights[i] = of_lane(share.weight, lane);
+        rows[i] = query >= 0 && gradients != nullptr
+                      ? load_pack<kVector>(apart(gradients, query, stride))
+                      : zero_pack<kVector, Scalar>();
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (weights[i] == T(0)) continue;
+#pragma unroll
+        for (int c = 0; c < kVector; ++c) to[c] += weights[i] * load(rows[i].at[c]);
+      }
+    }
+  }
+
+  // Each group of lanes adds what its own pixel gets. Every lane of the warp must call.
+  __device__ __forceinline__ void add_own(const Source<T>& source, const Around& around, i32 most) {
+    const i32 lane = i32(threadIdx.x) % kLanes, from = i32(threadIdx.x) % kWarpSize - lane;
+#pragma unroll 1
+    for (i32 begin = 0; begin < most; begin += kLanes) {
+      const auto share = share_of(source, around, begin + lane);
+      add(share, min_of(kLanes, most - begin), from, 1, sums);
+    }
+  }
+
+  // All groups add what the pixel of one of them gets. Every lane of the warp must call.
+  __device__ __forceinline__ void add_together(const Source<T>& source, const Around& own,
+                                               i32 owner) {
+    const i32 lane = i32(threadIdx.x) % kWarpSize, group = lane / kLanes, of = owner * kLanes;
+    const Around around = {of_lane(own.above, of),
+                           of_lane(own.count, of),
+                           {of_lane(own.bases[0], of), of_lane(own.bases[1], of)},
+                           {of_lane(own.lefts[0], of), of_lane(own.lefts[1], of)}};
+    T parts[kVector] = {};
+#pragma unroll 1
+    for (i32 begin = 0; begin < around.count; begin += kWarpSize) {
+      const i32 left = min_of(kWarpSize, around.count - begin);
+      const auto share = share_of(source, around, begin + lane);
+      add(share, (left + kGroups - 1) / kGroups, group, kGroups, parts);
+    }
+#pragma unroll
+    for (int c = 0; c < kVector; ++c) {
+#pragma unroll
+      for (int offset = kLanes; offset < kWarpSize; offset *= 2) {
+        parts[c] += __shfl_xor_sync(0xffffffffu, parts[c], offset);
+      }
+      if (group == owner) sums[c] += parts[c];
+    }
+  }
+};
+
+// The most of a number that is the same for all kLanes lanes of a pixel.
+template <int kLanes>
+__device__ __forceinline__ i32 most_of_warp(i32 number) {
+#pragma unroll
+  for (int offset = kLanes; offset < kWarpSize; offset *= 2) {
+    number = max_of(number, __shfl_xor_sync(0xffffffffu, number, offset));
+  }
+  return number;
+}
+
+// Grid: chunks of channels, heads, images, then patches of pixels, those of the coarse levels first: most samples fall on
+// them.
+template <class Scalar, int kVector, int kLanes, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize, 768 / kBlockSize) gather(const Args args) {
   using T = Acc<Scalar>;
-  using AnySplit = Split<Scalar, kVector, kLanes, kPixels, kSets, kBlockSize>;
-  __shared__ Collected<Scalar, AnySplit, kBlockSize> collected;
-  const u32 chunks = u32((args.d + AnySplit::kChannels - 1) / AnySplit::kChannels);
-  const u32 strips = u32((args.s + AnySplit::kStrip - 1) / AnySplit::kStrip);
-  u32 rest = blockIdx.x;
-  const i32 first_channel = i32(rest % chunks) * AnySplit::kChannels;
-  rest /= chunks;
-  Target to = {};
-  to.head = rest % u32(args.m);
-  rest /= u32(args.m);
-  to.image = rest % u32(args.b);
-  to.begin = i32(strips - 1 - rest / u32(args.b)) * AnySplit::kStrip;
-  to.pixels = i32(min_of(i64(AnySplit::kStrip), args.s - to.begin));
-  Sums<kPixels, kVector, T> sums = {};
+  constexpr u32 kPixels = kBlockSize / kLanes;
+  __shared__ Levels levels;
+  levels.fill(args);
+  __syncthreads();
+  const u32 chunks = u32((args.d + kLanes * kVector - 1) / (kLanes * kVector));
+  const u32 patches = (u32(args.s) + kPixels - 1) / kPixels, heads = u32(args.b * args.m);
+  const u32 chunk = blockIdx.x % chunks, rest = blockIdx.x / chunks;
+  const u32 of_head = rest % heads, image = of_head / u32(args.m);
+  const u32 place = (patches - 1 - rest / heads) * kPixels + threadIdx.x / kLanes;
+  const bool exists = place < u32(args.s);
+  const i32 pixel = exists ? in_patches<band_of(kPixels)>(args, levels, args.s, i32(place)) : -1;
+  const bool counts = exists && (args.mask == nullptr || args.mask[image * args.s + pixel] == 0);
+  const i32 channel = i32(chunk) * kLanes * kVector + i32(threadIdx.x) % kLanes * kVector;
+  const i64 head = of_head - image * u32(args.m), samples = i64(of_head) * samples_of(args);
+  const Scalar* gradients =
+      static_cast<const Scalar*>(args.output) + (image * args.q * args.m + head) * args.d + channel;
+  Gatherer<Scalar, kVector, kLanes> gatherer = {channel < args.d ? gradients : nullptr,
+                                                i32(args.m * args.d * i64(sizeof(Scalar)))};
+  Source<T> source = {static_cast<const Placed<T>*>(args.placed) + samples,
+                      args.samples + samples,
+                      u32(args.p),
+                      u32(args.l * args.p),
+                      u32(args.l),
+                      0,
+                      args.ends[i64(heads) * args.s] != 0};
 #pragma unroll 1
-  for (to.level = 0; to.level < args.l; ++to.level) {
-    to.size = level_of(args.shapes, args.starts, args.s, to.level);
-    const i64 end = i64(to.size.start) + i64(to.size.h) * to.size.w;
-    if (to.size.start >= to.begin + to.pixels || end <= to.begin) continue;
-    to.row = (to.image * args.m + to.head) * args.l + to.level;
-    add_level<Place, AnySplit, kLanes, kSets, kBlockSize, Scalar>(collected, args, to,
-                                                                  first_channel, sums);
+  for (; source.level < source.levels; ++source.level) {
+    const Around around = around_of(args.ends + of_head * args.s,
+                                    levels.at(args, i32(source.level)), counts ? pixel : -1);
+    const i32 most = most_of_warp<kLanes>(around.count);
+    if (most <= kMany || kLanes == kWarpSize) {
+      gatherer.add_own(source, around, most);
+      continue;
+    }
+#pragma unroll 1
+    for (i32 owner = 0; owner < kWarpSize / kLanes; ++owner) {
+      gatherer.add_together(source, around, owner);
+    }
   }
-  if constexpr (kSets > 1) join_sets<AnySplit, kSets>(collected.partial_sums, sums);
-  const i32 channel = first_channel + i32(threadIdx.x) % kLanes * kVector;
-  if (channel >= args.d || AnySplit::set() > 0) return;
-  const i32 own = AnySplit::group() * kPixels;
+  if (!exists || channel >= args.d) return;
+  Pack<Scalar, kVector> result;
 #pragma unroll
-  for (int j = 0; j < kPixels; ++j) {
-    if (own + j >= to.pixels) return;
-    const i64 pixel = to.image * args.s + to.begin + own + j;
-    Pack<Scalar, kVector> result;
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) store(result.at[i], sums.at[j][i]);
-    store_pack<kVector>(
-        static_cast<Scalar*>(args.grad_value) + (pixel * args.m + to.head) * args.d + channel,
-        result);
-  }
+  for (int c = 0; c < kVector; ++c) store(result.at[c], gatherer.sums[c]);
+  const i64 row = (image * args.s + pixel) * args.m + head;
+  store_pack<kVector>(static_cast<Scalar*>(args.grad_value) + row * args.d + channel, result);
 }
 
 }  // namespace torchkiln::multi_scale_deformable_attention_gather

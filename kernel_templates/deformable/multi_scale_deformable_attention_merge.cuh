@@ -67,7 +67,7 @@ __device__ __forceinline__ void fill_queries(AnyPatch& patch, const Args& args, 
   for (i32 i = threadIdx.x; i < kQueries; i += kBlockSize) {
     const bool exists = first + i < args.q;
     const i32 query =
-        exists ? query_at_place<band_of(kQueries)>(args, patch.levels, first + i) : -1;
+        exists ? in_patches<band_of(kQueries)>(args, patch.levels, args.q, first + i) : -1;
     patch.queries[i] = query;
     if (exists) {
       patch.softmaxes[i] =

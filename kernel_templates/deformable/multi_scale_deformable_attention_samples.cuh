@@ -42,11 +42,13 @@ struct Levels {
   }
 };
 
-// The query at `place` of an order in which neighbours sample the same pixels. Where the queries are the pixels of all
-// levels, row by row, it goes through bands of kBand rows, column by column: n in a row are a patch, not a line.
+// What stands at `place` of an order of `count` queries or pixels in which neighbours lie beside each other. Where they are
+// the pixels of all levels, row by row, it goes through bands of kBand rows, column by column: n in a row are a patch, not a
+// line.
 template <int kBand>
-__device__ __forceinline__ i32 query_at_place(const Args& args, const Levels& levels, i32 place) {
-  if (args.q != args.s || args.l > Levels::kMost) return place;
+__device__ __forceinline__ i32 in_patches(const Args& args, const Levels& levels, i64 count,
+                                          i32 place) {
+  if (count != args.s || args.l > Levels::kMost) return place;
   u32 total = 0, begin = 0;
   Level own = {};
 #pragma unroll 1
@@ -58,7 +60,7 @@ __device__ __forceinline__ i32 query_at_place(const Args& args, const Levels& le
     }
     total += u32(size.h) * u32(size.w);
   }
-  if (total != u32(args.q)) return place;
+  if (total != u32(count)) return place;
   const u32 within = u32(place) - begin, width = u32(own.w);
   const u32 band = within / (kBand * width) * kBand, in_band = within - band * width;
   const u32 rows = min_of(u32(kBand), u32(own.h) - band);
@@ -96,7 +98,7 @@ __device__ __forceinline__ Item item_of(const Args& args, const Levels& levels, 
   item.value = (image * args.s * args.m + head) * args.d;
   item.mask = args.mask == nullptr ? nullptr : args.mask + image * args.s;
   if (!item.active) return item;
-  item.row = query_at_place<band_of(kQueries)>(args, levels, place);
+  item.row = in_patches<band_of(kQueries)>(args, levels, args.q, place);
   item.query = query_at(args, image, head, item.row);
   item.output = ((image * args.q + item.row) * args.m + head) * args.d;
   return item;
@@ -110,6 +112,22 @@ struct Sample {
   Taps<T> taps;
   T weight;
 };
+
+// What `gather` needs of a sample. Its cell is the pixel of the level up and to the left of it, or the nearest one to that.
+template <class T>
+struct alignas(16) Placed {
+  i32 cell;  // kOutside for no sample
+  T y, x;    // from the cell's pixel on; less than 0 before the level
+  T weight;
+};
+
+template <class T>
+__device__ __forceinline__ Placed<T> placed_at(Position<T> at, Level level, T weight) {
+  const Corner corner = corner_of(at, level);
+  if (!corner.inside) return {kOutside, T(0), T(0), T(0)};
+  const i32 row = max_of(corner.y, 0), column = max_of(corner.x, 0);
+  return {level.start + row * level.w + column, at.y - T(row), at.x - T(column), weight};
+}
 
 // The points of a query on a level, and quotients by their number, of up to l or 1024 times as many.
 struct Points {
