@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <limits>
 #include <tuple>
 #include <utility>
@@ -149,7 +150,9 @@ void check_counts(const Args& a) {
     refuse("weights", "have fewer than 2^30 numbers a query, and points an image",
            std::to_string(std::max<std::int64_t>(in_query, a.queries * a.points)));
   }
-  const std::int64_t parts = std::max((a.channels + 31) / 32, (a.points * a.cameras + 63) / 64);
+  const std::int64_t pairs = a.points * a.cameras;
+  const std::int64_t parts =
+      std::max<std::int64_t>((a.channels + 31) / 32 * parts_of(a), (pairs + 63) / 64);
   if (a.batch * a.queries > kMaxI32 / std::max<std::int64_t>(1, parts)) {
     refuse("sampling_location", "have fewer queries, so that blocks can be counted in 31 bits",
            std::to_string(a.batch * a.queries), "Call it for a part of them at a time");
@@ -157,6 +160,15 @@ void check_counts(const Args& a) {
 }
 
 // ---- plan ----
+
+// TO BE MEASURED
+std::int64_t pairs_of_part() {
+  static const std::int64_t value = [] {
+    const char* text = std::getenv("TK_PART");
+    return text != nullptr ? std::atoll(text) : 256LL;
+  }();
+  return value;
+}
 
 void set_sizes(AggregationPlan& p, const AggregationInputs& in, std::int64_t cameras,
                std::int64_t levels, bool camera_first) {
@@ -173,6 +185,10 @@ void set_sizes(AggregationPlan& p, const AggregationInputs& in, std::int64_t cam
   a.point_stride = camera_first ? a.groups : cameras * levels * a.groups;
   a.level_stride = camera_first ? a.points * a.groups : a.groups;
   a.camera_stride = levels * a.level_stride;
+  // Parts of nearly equal lengths, by the sizes alone: the same bits on every GPU.
+  const std::int64_t pairs = std::max<std::int64_t>(1, a.points * a.cameras);
+  const std::int64_t parts = (pairs + pairs_of_part() - 1) / pairs_of_part();
+  a.part = (pairs + parts - 1) / parts;
   for (std::size_t i = 0; p.one_by_one && i < in.maps.size(); ++i) {
     a.h[i] = static_cast<i32>(in.maps[i].size(3));
     a.w[i] = static_cast<i32>(in.maps[i].size(4));

@@ -17,10 +17,14 @@ struct PointStatics {
   std::int64_t scalar, weight, vector, scatter;
 };
 struct ForwardTunables {
-  std::int64_t channels, block_size;
+  std::int64_t channels, taps, block_size;
+};
+struct PartStatics {
+  std::int64_t sum;
 };
 using Normalize = Kernel<Args, NormalizeStatics, Sizes, BlockTunables>;
 using Forward = Kernel<Args, ForwardStatics, Sizes, ForwardTunables>;
+using AddParts = Kernel<Args, PartStatics, Sizes, BlockTunables>;
 using Points = Kernel<Args, PointStatics, Sizes, BlockTunables>;
 
 constexpr const char* kPath = "deformable/deformable_aggregation.cuh";
@@ -39,9 +43,11 @@ const Normalize normalize_kernel({
         },
 });
 
-// As many channels as lie in 256 bytes. Long lists of points get large blocks where there are few queries.
-const std::vector<ForwardTunables> kForwardDefaults = {{32, 128}, {32, 512},  {64, 128},
-                                                       {64, 512}, {128, 128}, {128, 512}};
+// As many channels as lie in 256 bytes. Four loads of 16 bytes are in flight for each tap; of two taps, eight half values or
+// two doubles a load want too many registers. Parts of long lists of points get larger blocks.
+const std::vector<ForwardTunables> kForwardDefaults = {
+    {32, 1, 128}, {64, 1, 128}, {128, 1, 128}, {32, 2, 128}, {64, 2, 128},
+    {32, 1, 256}, {64, 1, 256}, {128, 1, 256}, {32, 2, 256}, {64, 2, 256}};
 
 const Forward forward_kernel({
     .path = kPath,
@@ -50,7 +56,8 @@ const Forward forward_kernel({
     .statics = {types("scalar", kFloatTypes), types("weight", kFloatTypes),
                 ints("vector", {1, 2, 4, 8})},
     .sizes = kSizes,
-    .tunables = {ints("channels", {32, 64, 128, 256}), ints("block_size", {64, 128, 256, 512})},
+    .tunables = {ints("channels", {32, 64, 128, 256}), ints("taps", {1, 2}),
+                 ints("block_size", {64, 128, 256, 512})},
     .defaults = kForwardDefaults,
     .valid =
         [](const ForwardStatics& s) {
@@ -63,15 +70,28 @@ const Forward forward_kernel({
       const Sizes& s = p.sizes;
       const bool half = is_half(p.statics.scalar), wide = p.statics.scalar == TORCHKILN_DOUBLE;
       const std::uint32_t width = s.channels <= 32 || wide ? 0 : (half && s.channels > 64 ? 2 : 1);
-      const std::int64_t blocks =
-          s.batch * s.queries * ceil_div(s.channels, kForwardDefaults[2 * width].channels);
-      const bool few = blocks < 16 * p.device.multiprocessors;
-      return 2 * width + (few && s.pairs >= 512 ? 1 : 0);
+      return width + (half || wide ? 0 : 3) + (s.parts > 1 ? 5 : 0);
     },
     .geometry =
         [](const Forward::Problem& p, const ForwardTunables& t) {
           const Sizes& s = p.sizes;
-          return linear(s.batch * s.queries * ceil_div(s.channels, t.channels), t.block_size);
+          return linear(s.batch * s.queries * s.parts * ceil_div(s.channels, t.channels),
+                        t.block_size);
+        },
+});
+
+const AddParts add_parts_kernel({
+    .path = kPath,
+    .entry = "add_parts",
+    .operators = kOperators,
+    .statics = {types("sum", {TORCHKILN_FLOAT, TORCHKILN_DOUBLE})},
+    .sizes = kSizes,
+    .tunables = {ints("block_size", {64, 128, 256, 512})},
+    .defaults = {{128}},
+    .geometry =
+        [](const AddParts::Problem& p, const BlockTunables& t) {
+          const Sizes& s = p.sizes;
+          return linear(ceil_div(s.batch * s.queries * s.channels, t.block_size), t.block_size);
         },
 });
 
@@ -143,11 +163,25 @@ void run_aggregation_cuda(const AggregationPlan& p) {
         .set(writes(offsetof(Args, normalizer), p.normalizer))
         .run(normalize_kernel, place, NormalizeStatics{weight}, p.args);
   }
-  const ForwardStatics statics = {kernel_type(p.maps.front().scalar_type()), weight, vector_of(p)};
+  const std::int64_t scalar = kernel_type(p.maps.front().scalar_type());
+  const ForwardStatics statics = {scalar, weight, vector_of(p)};
+  Buffers buffers;
+  buffers.read_inputs(p);
+  const std::int64_t parts = parts_of(p.args);
+  if (parts == 1) {
+    buffers.set(writes(offsetof(Args, output), p.output))
+        .run(forward_kernel, place, statics, p.args);
+    return;
+  }
+  Args args = p.args;
+  Tensor partials = empty(p.output, sum_type(p.maps.front().scalar_type()),
+                          {parts, args.batch, args.queries, args.channels});
+  args.partials = partials.mutable_data_ptr();
+  buffers.set(writes(offsetof(Args, partials), partials)).run(forward_kernel, place, statics, args);
   Buffers()
-      .read_inputs(p)
+      .read(offsetof(Args, partials), partials)
       .set(writes(offsetof(Args, output), p.output))
-      .run(forward_kernel, place, statics, p.args);
+      .run(add_parts_kernel, place, PartStatics{sum_of(scalar)}, args);
 }
 
 void run_aggregation_backward_cuda(AggregationGradient& g, bool deterministic) {

@@ -16,7 +16,9 @@ using deformable_aggregation::Args;
 using deformable_aggregation::kMostMaps;
 
 struct Sizes {
-  std::int64_t batch, queries, pairs, cameras, channels, groups;
+  std::int64_t batch, queries, pairs;
+  std::int64_t parts;  // of the pairs of a query
+  std::int64_t channels, groups;
   std::int64_t rows;     // of all maps of an image
   std::int64_t sources;  // tensors that these lie in
 };
@@ -27,7 +29,7 @@ struct BlockTunables {
 inline const std::vector<const char*> kOperators = {"deformable_aggregation"};
 inline const std::vector<torchkiln_size> kSizes = {
     {"batch", TORCHKILN_BUCKET_NONE},    {"queries", TORCHKILN_BUCKET_POW2},
-    {"pairs", TORCHKILN_BUCKET_POW2},    {"cameras", TORCHKILN_BUCKET_NONE},
+    {"pairs", TORCHKILN_BUCKET_POW2},    {"parts", TORCHKILN_BUCKET_NONE},
     {"channels", TORCHKILN_BUCKET_POW2}, {"groups", TORCHKILN_BUCKET_NONE},
     {"rows", TORCHKILN_BUCKET_NONE},     {"sources", TORCHKILN_BUCKET_NONE}};
 
@@ -44,7 +46,7 @@ inline bool is_own_or_sum(std::int64_t scalar, std::int64_t other) {
 inline bool is_half(std::int64_t scalar) { return scalar != sum_of(scalar); }
 
 inline Sizes sizes_of(const Args& a) {
-  Sizes s = {a.batch,  a.queries, a.points * a.cameras, a.cameras, a.channels,
+  Sizes s = {a.batch,  a.queries, a.points * a.cameras, parts_of(a), a.channels,
              a.groups, 0,         sources_of(a)};
   for (i32 source = 0; source < s.sources; ++source) s.rows += rows_of(a, source);
   return s;
@@ -59,7 +61,7 @@ inline std::int64_t vector_of(const AggregationPlan& p) {
 }
 
 // The pointers of Args, in its order.
-constexpr std::size_t kPointers = 2 * kMostMaps + 14;
+constexpr std::size_t kPointers = 2 * kMostMaps + 15;
 
 class Buffers {
  public:

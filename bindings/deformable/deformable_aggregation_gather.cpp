@@ -150,9 +150,9 @@ const Parameter kBlockSizes = ints("block_size", {64, 128, 256});
 
 const Gather rows_kernel = gather_kernel<Gather, GatherTunables>(
     "gather", {kPacks, ints("rows", {8, 16, kMostRows}), kAtOnce, kBlockSizes},
-    {{1, 16, 2, 128}, {2, 16, 2, 128}});
+    {{1, 16, 4, 128}, {2, 16, 2, 128}});
 const Crowds crowds_kernel = gather_kernel<Crowds, CrowdTunables>(
-    "gather_crowds", {kPacks, kAtOnce, kBlockSizes}, {{1, 4, 128}, {2, 2, 128}});
+    "gather_crowds", {kPacks, kAtOnce, kBlockSizes}, {{1, 8, 256}, {2, 4, 256}});
 
 // ---- launches ----
 

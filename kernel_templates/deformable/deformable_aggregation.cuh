@@ -1,9 +1,10 @@
 // Kernels of deformable aggregation (deformable_aggregation.h).
 //
 //   normalize  fused softmax: the normalizer of each query and group, logits read once
-//   forward    one block, a query and kChannels channels: points that no camera sees are left out before anything is
+//   forward    one block, a part of a query's points and kChannels channels: points that no camera sees are left out before anything is
 //              read for them, taps are worked out once, in shared memory, and read for all channels, 16 bytes each.
 //              Blocks with the same channels of an image stand together: these then fit into L2
+//   add_parts  adds up, in order, what the parts of a query make, where there are several
 //   points     one block, kBlockSize points of a query in their cameras; a warp for each that is seen: the gradients of
 //              its place and weights, summed in the warp; with kScatter that of the maps, by vector atomics on floats
 // (without atomics: deformable_aggregation_gather.cuh)
@@ -35,14 +36,14 @@ struct VisibleSides : Visible<T, kBlockSize> {
   T w[kBlockSize], h[kBlockSize];
 };
 
-// Lists, in order, which of the pairs [first, first + kBlockSize) are seen; returns how many. Every thread of the block
-// must call.
+// Lists, in order, which of the pairs [first, first + kBlockSize) before `end` are seen; returns how many. Every thread of
+// the block must call.
 template <int kBlockSize, class T>
 __device__ __forceinline__ i32 list_visible(const Args& args, Visible<T, kBlockSize>& list,
-                                            i64 query, i32 first) {
+                                            i64 query, i32 first, i32 end) {
   const i32 pairs = i32(args.points * args.cameras), pair = first + i32(threadIdx.x);
   T x = T(0), y = T(0);  // not seen
-  if (pair < pairs) location_at(args, query * pairs + pair, x, y);
+  if (pair < end) location_at(args, query * pairs + pair, x, y);
   const bool seen = is_seen(x, y);
   int total;
   const int place = block_exclusive_sum<kBlockSize>(seen, list.partial, total);
@@ -127,18 +128,18 @@ __device__ __forceinline__ void add_sample(const Scalar* map, u32 bytes, const T
   }
 }
 
-template <class Scalar, class Weight, int kVector, int kChannels, int kBlockSize>
+template <class Scalar, class Weight, int kVector, int kChannels, int kTapsAtOnce, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) forward(const Args args) {
   using T = Acc<Scalar>;
   constexpr int kLanes = kChannels / kVector, kSlices = kBlockSize / kLanes;
   static_assert(kSlices >= 1 && kSlices * kLanes == kBlockSize);
-  // Four loads of 16 bytes are in flight for each; eight half values or two doubles a load want too many registers.
-  constexpr int kTapsAtOnce = kVector == 8 || sizeof(T) == 8 ? 1 : 2;
   __shared__ Visible<T, kBlockSize> list;
   __shared__ T partial[kSlices][kChannels];
-  const u32 queries = u32(args.queries), rest = blockIdx.x / queries;
+  const i32 pairs = i32(args.points * args.cameras), levels = i32(args.levels);
+  const u32 parts = u32(parts_of(args)), queries = u32(args.queries), part = blockIdx.x % parts;
+  const u32 number = blockIdx.x / parts, rest = number / queries;
   const u32 chunks = (u32(args.channels) + kChannels - 1) / kChannels;
-  const i64 image = rest / chunks, query = image * args.queries + blockIdx.x % queries;
+  const i64 image = rest / chunks, query = image * args.queries + number % queries;
   const i32 first_channel = i32(rest % chunks) * kChannels, channels = i32(args.channels);
   const i32 lane = i32(threadIdx.x) % kLanes, slice = i32(threadIdx.x) / kLanes;
   const i32 channel = first_channel + lane * kVector;
@@ -147,12 +148,13 @@ __global__ void __launch_bounds__(kBlockSize) forward(const Args args) {
   const Normalizer<T> normalized = normalizer_of<T>(args, query, group);
   const Weight* weights =
       static_cast<const Weight*>(args.weights) + weights_of_query(args, query) + group;
-  const i32 pairs = i32(args.points * args.cameras), levels = i32(args.levels);
   const i32 at_once = kBlockSize / levels;
+  const i32 begin_of_part = i32(part) * i32(args.part);
+  const i32 end = min_of(begin_of_part + i32(args.part), pairs);
   T sum[kVector] = {};
 #pragma unroll 1
-  for (i32 first = 0; first < pairs; first += kBlockSize) {
-    const i32 total = list_visible<kBlockSize>(args, list, query, first);
+  for (i32 first = begin_of_part; first < end; first += kBlockSize) {
+    const i32 total = list_visible<kBlockSize>(args, list, query, first, end);
 #pragma unroll 1
     for (i32 begin = 0; begin < total; begin += at_once) {
       const i32 count = min_of(at_once, total - begin);
@@ -177,8 +179,26 @@ __global__ void __launch_bounds__(kBlockSize) forward(const Args args) {
     T all = T(0);
 #pragma unroll
     for (int k = 0; k < kSlices; ++k) all += partial[k][c];
-    store_as(args.output, args.output_type, query * channels + first_channel + c, all);
+    const i64 at = query * channels + first_channel + c;
+    if (parts == 1) {
+      store_as(args.output, args.output_type, at, all);
+    } else {
+      static_cast<T*>(args.partials)[part * (args.batch * args.queries * channels) + at] = all;
+    }
   }
+}
+
+template <class T, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) add_parts(const Args args) {
+  const i64 count = args.batch * args.queries * args.channels;
+  const i64 at = i64(blockIdx.x) * kBlockSize + threadIdx.x;
+  if (at >= count) return;
+  const T* partials = static_cast<const T*>(args.partials) + at;
+  const i32 parts = parts_of(args);
+  T sum = T(0);
+#pragma unroll 8
+  for (i32 part = 0; part < parts; ++part) sum += partials[part * count];
+  store_as(args.output, args.output_type, at, sum);
 }
 
 // ---- gradient of places and weights --------------------------------------------------------------------------------
@@ -388,7 +408,7 @@ __global__ void __launch_bounds__(kBlockSize, 768 / kBlockSize) points(const Arg
   }
   fill_unseen<Weight, kBlockSize>(args, query, first, min_of(kBlockSize, pairs - first));
   // Its barriers also order what was stored above before what is stored below.
-  const i32 total = list_visible<kBlockSize, T>(args, list, query.number, first);
+  const i32 total = list_visible<kBlockSize, T>(args, list, query.number, first, pairs);
   const Lanes lanes(channels, groups, kVector);
   const i64 image = i32(query.number) / i32(args.queries);
   const i32 at_once = kBlockSize / levels;

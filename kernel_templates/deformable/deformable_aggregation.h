@@ -14,28 +14,30 @@ constexpr i32 kMostLevels = 32;  // levels in one tensor
 constexpr i64 kMostChannels = 2048;
 
 struct Args {
-  const void* maps[kMostMaps];     // (bs, rows, C) in maps[0]; or (bs, M, h, w, C) of each level
-  void* gradients[kMostMaps];      // as maps; sums of floats for `points`
-  const void* shapes;              // (M, L, 2) h and w in maps[0]; null for levels one by one
-  const void* starts;              // (M, L) first row of a map
-  const void* locations;           // (bs, Q, P, M, 2) x and y, from 0 to 1 in the image
-  const void* weights;             // a row of G for each query, point, camera and level
-  void* normalizer;                // (bs, Q, 2, G): see `normalized`; null where weights are final
-  void* output;                    // (bs, Q, C)
-  const void* grad_output;         // (bs, Q, C)
-  void* grad_locations;            // as locations
-  void* grad_weights;              // as weights
-  i32* ends;                       // how many samples there are up to the end of a bin
-  i32* sums;                       // of those of neighbouring bins
-  i32* samples;                    // ((query * P + point) * M + camera) * L + level, by bins
-  i32* crowds;                     // how many quads of rows `gather` leaves to `gather_crowds`
-  i32* crowded;                    // their numbers
-  i32 h[kMostMaps], w[kMostMaps];  // of levels that are given one by one
-  i64 wide_indices;                // shapes and starts are 64 bits wide, else 32
+  const void* maps[kMostMaps];  // (bs, rows, C) in maps[0]; or (bs, M, h, w, C) of each level
+  void* gradients[kMostMaps];   // as maps; sums of floats for `points`
+  const void* shapes;           // (M, L, 2) h and w in maps[0]; null for levels one by one
+  const void* starts;           // (M, L) first row of a map
+  const void* locations;        // (bs, Q, P, M, 2) x and y, from 0 to 1 in the image
+  const void* weights;          // a row of G for each query, point, camera and level
+  void* normalizer;             // (bs, Q, 2, G): see `normalized`; null where weights are final
+  void* partials;               // (parts, bs, Q, C) sums of parts of a query; null where it has one
+  void* output;                 // (bs, Q, C)
+  const void* grad_output;      // (bs, Q, C)
+  void* grad_locations;         // as locations
+  void* grad_weights;           // as weights
+  i32* ends;                    // how many samples there are up to the end of a bin
+  i32* sums;                    // of those of neighbouring bins
+  i32* samples;                 // ((query * P + point) * M + camera) * L + level, by bins
+  i32* crowds;                  // how many quads of rows `gather` leaves to `gather_crowds`
+  i32* crowded;                 // their numbers
+  i32 h[kMostMaps], w[kMostMaps];                 // of levels that are given one by one
+  i64 wide_indices;                               // shapes and starts are 64 bits wide, else 32
   i64 location_type, output_type, gradient_type;  // FloatType
   i64 rows;                                       // of an image in maps[0]
   i64 batch, queries, points, cameras, levels, channels, groups;
   i64 point_stride, camera_stride, level_stride;  // of weights, inside of a query
+  i64 part;  // points in cameras that a block of `forward` takes
 };
 
 // One level of one camera of one image: `first` is a row of maps[source]. Without pixels, h is 0.
@@ -135,6 +137,11 @@ TORCHKILN_HD i64 weights_of_query(const Args& args, i64 query) {
 // Where the row of weights of a point, camera and level begins, inside of its query.
 TORCHKILN_HD i32 weight_row(const Args& args, i32 point, i32 camera, i32 level) {
   return i32(point * args.point_stride + camera * args.camera_stride + level * args.level_stride);
+}
+
+// How many parts the points of a query are in.
+TORCHKILN_HD i32 parts_of(const Args& args) {
+  return i32((args.points * args.cameras + args.part - 1) / args.part);
 }
 
 // The greatest logit and the sum of exp(logit - greatest), one after the other.

@@ -309,23 +309,29 @@ struct Sums {
   i32 row = -1;
 };
 
-// Adds up a list of shares, in order; `tell(sums)` of each row when another one begins. Loads are in flight for kAtOnce of
-// them.
+// Adds up a list of shares, in order; `tell(sums)` of each row when another one begins. Points of a query lie together: of
+// neighbours in the list with one row and query the weights are added up first, and the query's gradient is read once. Loads
+// are in flight for kAtOnce of them.
 template <int kAtOnce, class Weight, class Grad, class T, int kVector, int kPacks, class Tell>
 __device__ __forceinline__ void add_shares(const Packs<Weight, Grad, T, kVector, kPacks>& packs,
                                            const Share<T>* shares, Sums<T, kVector, kPacks>& sums,
                                            const Tell& tell) {
+  T weights[kPacks] = {};  // of a row and query, up to now
 #pragma unroll 1
   for (i32 first = 0; first < kWarpSize && shares[first].row >= 0; first += kAtOnce) {
     Values<Grad, kVector> values[kAtOnce][kPacks];
     Weight read[kAtOnce][kPacks];
     T factors[kAtOnce][kPacks];
+    bool last[kAtOnce];  // of its row and query
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
+      const Share<T>&share = shares[first + i],
+            &next = shares[min_of(first + i + 1, kWarpSize - 1)];
+      last[i] = first + i + 1 == kWarpSize || next.row != share.row || next.query != share.query;
 #pragma unroll
       for (int pack = 0; pack < kPacks; ++pack) {
-        values[i][pack].read(packs.gradient(pack, shares[first + i]));
-        read[i][pack] = packs.weight(pack, shares[first + i]);
+        if (last[i]) values[i][pack].read(packs.gradient(pack, share));
+        read[i][pack] = packs.weight(pack, share);
       }
     }
 #pragma unroll
@@ -349,12 +355,15 @@ __device__ __forceinline__ void add_shares(const Packs<Weight, Grad, T, kVector,
         sums.row = share.row;
       }
 #pragma unroll
+      for (int pack = 0; pack < kPacks; ++pack) weights[pack] += factors[i][pack] * share.factor;
+      if (!last[i]) continue;
+#pragma unroll
       for (int pack = 0; pack < kPacks; ++pack) {
-        const T factor = factors[i][pack] * share.factor;
 #pragma unroll
         for (int c = 0; c < kVector; ++c) {
-          sums.at[pack][c] += factor * T(values[i][pack].at(c));
+          sums.at[pack][c] += weights[pack] * T(values[i][pack].at(c));
         }
+        weights[pack] = T(0);
       }
     }
   }
