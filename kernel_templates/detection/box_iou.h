@@ -72,9 +72,8 @@ TORCHKILN_HD T mmcv_element(const Box<T>& a, const Box<T>& b, T offset, bool ove
 // 0 for a pair whose denominator is 0, so that degenerate boxes never give NaN. Divides in any case: a branch costs more.
 template <class T>
 TORCHKILN_HD T ratio(T numerator, T denominator) {
-  const bool is_zero = denominator == T(0);
-  const T share = fast_quotient(numerator, is_zero ? T(1) : denominator);
-  return is_zero ? T(0) : share;
+  const T share = close_quotient(numerator, denominator);
+  return denominator == T(0) ? T(0) : share;
 }
 
 template <class T>

@@ -137,7 +137,7 @@ TORCHKILN_HD T shared_area(const Hull<T, kPoints>& hull, const Outline<T>& q) {
     TORCHKILN_ROLLED
     for (int k = 0; k < hull.count; ++k) {
       const T next_u = t.u(hull.x[k], hull.y[k]), next_v = t.v(hull.x[k], hull.y[k]);
-      sum += unit_integral(u, v, next_u, next_v);
+      sum += edge_integral(u, v, next_u, next_v, T(1));
       u = next_u;
       v = next_v;
     }

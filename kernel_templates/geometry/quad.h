@@ -23,6 +23,11 @@ template <class T>
 TORCHKILN_HD T cross(T ax, T ay, T bx, T by) {
   return rounded_product(ax, by) - rounded_product(ay, bx);
 }
+// The same where what cancels counts: of slender shapes, and of lines that begin far away.
+template <class T>
+TORCHKILN_HD T close_cross(T ax, T ay, T bx, T by) {
+  return difference_of_products(ax, by, ay, bx);
+}
 template <class T>
 TORCHKILN_HD T dot(T ax, T ay, T bx, T by) {
   return rounded_product(ax, bx) + rounded_product(ay, by);
@@ -43,7 +48,8 @@ TORCHKILN_HD Quad<T> quad(const T at[8]) {
   }
   q.x += bad;
   q.radius = sqrt_of(squared);
-  const T twice = cross(q.px[2] - q.px[0], q.py[2] - q.py[0], q.px[3] - q.px[1], q.py[3] - q.py[1]);
+  const T twice =
+      close_cross(q.px[2] - q.px[0], q.py[2] - q.py[0], q.px[3] - q.px[1], q.py[3] - q.py[1]);
   q.area = abs_of(twice) / T(2);
   if (twice < T(0)) {
     const T x = q.px[1], y = q.py[1];
@@ -62,26 +68,34 @@ TORCHKILN_HD T mean_positive(T a, T b) {
   return sum == T(0) ? T(0) : sum * fast_quotient(sum, T(2) * (abs_of(a) + abs_of(b)));
 }
 
-// The integral of clamp(x, 0, 1 - y) dy over the part of an edge in the strip 0 <= y <= 1.
+// Where a line meets the height y, which lies between its ends; a slope would carry its rounding over the way from an end
+// that is far away. Of a line without height any point will do.
 template <class T>
-TORCHKILN_HD T unit_integral(T x0, T y0, T x1, T y1) {
-  T begin = clamped(y0, T(0), T(1)), end = clamped(y1, T(0), T(1));
+TORCHKILN_HD T crossing(T x0, T y0, T x1, T y1, T y) {
+  const T height = y1 - y0;
+  if (!(abs_of(height) > T(1e-30))) return x0;
+  return fast_quotient(close_cross(x0, y0 - y, x1, y1 - y), height);
+}
+
+// The integral of clamp(x, 0, side - y) dy over the part of an edge in the strip 0 <= y <= side.
+template <class T>
+TORCHKILN_HD T edge_integral(T x0, T y0, T x1, T y1, T side) {
+  T begin = clamped(y0, T(0), side), end = clamped(y1, T(0), side);
   if (begin == end) return T(0);
-  const T slope = finite_slope(x1 - x0, y1 - y0);
-  const T a = begin == y0 ? x0 : x0 + (begin - y0) * slope;
-  const T b = end == y1 ? x1 : x1 + (end - y1) * slope;
-  const T near = clamped(a, T(0), T(1)), far = clamped(b, T(0), T(1));
-  T beyond = T(0);  // of the parts with x > 1, where the field is 1 - y
+  const T a = begin == y0 ? x0 : crossing(x0, y0, x1, y1, begin);
+  const T b = end == y1 ? x1 : crossing(x0, y0, x1, y1, end);
+  const T near = clamped(a, T(0), side), far = clamped(b, T(0), side);
+  T beyond = T(0);  // of the parts with x > side, where the field is side - y
   if (near != far) {
     const T rise = fast_quotient(end - begin, b - a);
     const T low = begin + (near - a) * rise, high = end + (far - b) * rise;
-    if (a > T(1)) beyond += (low - begin) * (T(1) - (low + begin) / T(2));
-    if (b > T(1)) beyond += (end - high) * (T(1) - (end + high) / T(2));
+    if (a > side) beyond += (low - begin) * (side - (low + begin) / T(2));
+    if (b > side) beyond += (end - high) * (side - (end + high) / T(2));
     begin = low;
     end = high;
   }
-  // clamp(x, 0, 1 - y) is x less what it has beyond 1 - y, for x from 0 to 1.
-  const T above = mean_positive(near + (begin - T(1)), far + (end - T(1)));
+  // clamp(x, 0, side - y) is x less what it has beyond side - y, for x from 0 to side.
+  const T above = mean_positive(near + (begin - side), far + (end - side));
   return beyond + (end - begin) * ((near + far) / T(2) - above);
 }
 
@@ -91,30 +105,67 @@ constexpr T kNoArea = T(1e-30);
 template <>
 inline constexpr double kNoArea<double> = 1e-240;
 
+// The power of two, of x's sign, that takes x to [1, 2): to multiply by it is exact.
+TORCHKILN_HD float scale_to_one(float x) {
+  const u32 bits = float_bits(x);
+  return bits_float((bits & 0x80000000u) | (0x7f000000u - (bits & 0x7f800000u)));
+}
+TORCHKILN_HD double scale_to_one(double x) {
+  const u64 bits = double_bits(x);
+  return bits_double((bits & 0x8000000000000000u) |
+                     (0x7fe0000000000000u - (bits & 0x7ff0000000000000u)));
+}
+
 // The area that `q`, moved by (dx, dy), shares with the triangle of the origin, a and b; negative where that triangle
 // turns clockwise, which one of a concave quadrilateral does.
 template <class T>
 TORCHKILN_HD T shared_with_triangle(const Quad<T>& q, T dx, T dy, T ax, T ay, T bx, T by) {
-  const T twice = cross(ax, ay, bx, by);
+  const T twice = close_cross(ax, ay, bx, by);
   if (!(abs_of(twice) > kNoArea<T>)) return T(0);
-  const T inverse = fast_quotient(T(1), twice);
+  // In the frame of a and b, where the triangle's sides are `side`, between 1 and 2.
+  const T scale = scale_to_one(twice), side = twice * scale;
   T x[5], y[5], sum = T(0);
   for (int i = 0; i < 4; ++i) {
     const T px = q.px[i] + dx, py = q.py[i] + dy;
-    x[i] = cross(px, py, bx, by) * inverse;
-    y[i] = cross(ax, ay, px, py) * inverse;
+    x[i] = close_cross(px, py, bx, by) * scale;
+    y[i] = close_cross(ax, ay, px, py) * scale;
   }
   TORCHKILN_ROLLED
   for (int edge = 0; edge < 4; ++edge) {
     x[4] = x[0];
     y[4] = y[0];
-    sum += unit_integral(x[0], y[0], x[1], y[1]);
+    sum += edge_integral(x[0], y[0], x[1], y[1], side);
     for (int i = 0; i < 4; ++i) {  // on to the next edge; registers have no index
       x[i] = x[i + 1];
       y[i] = y[i + 1];
     }
   }
-  return twice * min_of(abs_of(sum), T(0.5));
+  return close_quotient(min_of(abs_of(sum), side * side / T(2)), side * scale);
+}
+
+// Begins with the vertex that is nearest to a point.
+template <class T>
+TORCHKILN_HD void begin_nearest(Quad<T>& q, T x, T y) {
+  int first = 0;
+  T least = T(0);
+  for (int i = 0; i < 4; ++i) {
+    const T dx = q.px[i] - x, dy = q.py[i] - y, squared = dx * dx + dy * dy;
+    if (i > 0 && !(squared < least)) continue;
+    least = squared;
+    first = i;
+  }
+  for (int by = 1; by <= 2; ++by) {  // registers have no index
+    if ((first & by) == 0) continue;
+    for (int turn = 0; turn < by; ++turn) {
+      const T px = q.px[0], py = q.py[0];
+      for (int i = 0; i < 3; ++i) {
+        q.px[i] = q.px[i + 1];
+        q.py[i] = q.py[i + 1];
+      }
+      q.px[3] = px;
+      q.py[3] = py;
+    }
+  }
 }
 
 // The area that two quadrilaterals share: from 0 to the lesser of their areas, or NaN.
@@ -123,8 +174,11 @@ TORCHKILN_HD T shared_area(const Quad<T>& a, const Quad<T>& b) {
   T value;
   if (apart(a, b, value)) return value;
   const bool exchange = a.area < b.area;  // the triangles are the smaller one's
-  const Quad<T> large = exchange ? b : a, small = exchange ? a : b;
+  const Quad<T> large = exchange ? b : a;
+  Quad<T> small = exchange ? a : b;
   const T dx = large.x - small.x, dy = large.y - small.y;
+  // Both triangles have their origin where the two are likely to touch: no number is larger than it must be.
+  begin_nearest(small, dx, dy);
   T ax = small.px[1] - small.px[0], ay = small.py[1] - small.py[0], sum = T(0);
   T bx = small.px[2] - small.px[0], by = small.py[2] - small.py[0];
   TORCHKILN_ROLLED
