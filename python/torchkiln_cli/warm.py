@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import click
@@ -158,6 +158,10 @@ def work_of(selection: Selection, architectures: Sequence[str]) -> tuple[Work, l
                 architectures=list(architectures),
             )
     except _native.ControlError as error:
+        if error.argument == "ops" and selection.operators is not None:
+            schemas = schemas_of(selection.operators)
+            if schemas != selection.operators:
+                return work_of(replace(selection, operators=schemas), architectures)
         if error.is_usage:
             raise UsageError(f"--{error}") from error
         raise
@@ -174,6 +178,16 @@ def work_of(selection: Selection, architectures: Sequence[str]) -> tuple[Work, l
         for arch in architectures
     ]
     return work, unknown
+
+
+def schemas_of(names: Sequence[str]) -> list[str]:
+    """The operators behind public functions, some of which have other names; each once."""
+    from torchkiln import testing
+
+    parities = testing.find().values()
+    known = {function: p.op for p in parities for function in p.functions}
+    known |= {p.op: p.op for p in parities}
+    return list(dict.fromkeys(known.get(name, name) for name in names))
 
 
 def warm(selection: Selection, architectures: Sequence[str], jobs: int | None = None) -> Outcome:
