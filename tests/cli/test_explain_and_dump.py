@@ -149,11 +149,15 @@ def test_explain_knows_public_functions(run):
 def test_warm_knows_public_functions_as_explain_does():
     works = [
         warm.work_of(warm.Selection(operators=names), ["sm_90"])
-        for names in (["causal_conv1d"], ["causal_conv1d_fn"], ["causal_conv1d_fn", "causal_conv1d"])
+        for names in (
+            ["causal_conv1d"],
+            ["causal_conv1d_fn"],
+            ["causal_conv1d_fn", "causal_conv1d"],
+        )
     ]
     assert works[0][0]
     assert works[0] == works[1] == works[2]
-    with pytest.raises(warm.UsageError, match="--ops must be among .*; got causal_conv1d_gn"):
+    with pytest.raises(warm.UsageError, match=r"--ops must be among .*; got causal_conv1d_gn"):
         warm.work_of(warm.Selection(operators=["causal_conv1d_gn", "nms"]), ["sm_90"])
 
 
