@@ -10,7 +10,7 @@ import click
 
 from torchkiln_cli import _native
 from torchkiln_cli._output import emit_json, emit_table
-from torchkiln_cli.warm import UsageError
+from torchkiln_cli.warm import UsageError, schemas_of
 
 
 def parse_values(texts: Sequence[str]) -> dict[str, str]:
@@ -37,7 +37,7 @@ def kernels(
             "explain", operator=operator, values=dict(values), dtypes=dtypes, **place
         )
     except _native.ControlError as error:
-        schema = _schema_of(operator) if error.argument == "ops" else operator
+        schema = schemas_of([operator])[0] if error.argument == "ops" else operator
         if schema != operator:
             return kernels(schema, values, dtypes, place)
         if error.is_usage:
@@ -45,14 +45,6 @@ def kernels(
         if "device" in place:
             raise UsageError(f"{error} Or name a GPU that is not here: --arch sm_90") from error
         raise
-
-
-def _schema_of(function: str) -> str:
-    """The operator behind a public function that has another name."""
-    from torchkiln import testing
-
-    parities = testing.find().values()
-    return next((p.op for p in parities if function in p.functions), function)
 
 
 def emit(operator: str, reply: dict[str, Any], as_json: bool) -> None:

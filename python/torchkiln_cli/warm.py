@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import collections
 import os
+import queue
 import re
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import click
 
-from torchkiln_cli import _native
+from torchkiln_cli import _interrupt, _native
 from torchkiln_cli._output import Progress, emit_table, size_text
 
 
@@ -157,6 +158,10 @@ def work_of(selection: Selection, architectures: Sequence[str]) -> tuple[Work, l
                 architectures=list(architectures),
             )
     except _native.ControlError as error:
+        if error.argument == "ops" and selection.operators is not None:
+            schemas = schemas_of(selection.operators)
+            if schemas != selection.operators:
+                return work_of(replace(selection, operators=schemas), architectures)
         if error.is_usage:
             raise UsageError(f"--{error}") from error
         raise
@@ -173,6 +178,16 @@ def work_of(selection: Selection, architectures: Sequence[str]) -> tuple[Work, l
         for arch in architectures
     ]
     return work, unknown
+
+
+def schemas_of(names: Sequence[str]) -> list[str]:
+    """The operators behind public functions, some of which have other names; each once."""
+    from torchkiln import testing
+
+    parities = testing.find().values()
+    known = {function: p.op for p in parities for function in p.functions}
+    known |= {p.op: p.op for p in parities}
+    return list(dict.fromkeys(known.get(name, name) for name in names))
 
 
 def warm(selection: Selection, architectures: Sequence[str], jobs: int | None = None) -> Outcome:
@@ -215,19 +230,24 @@ def compile_work(
     outcome = Outcome(total=len(work))
     start = time.monotonic()
     jobs = jobs or len(os.sched_getaffinity(0))
-    executor = ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="torchkiln-warm")
     futures: list[Future[Row]] = []
-    try:
+    done: queue.SimpleQueue[Future[Row] | None] = queue.SimpleQueue()  # None is Ctrl-C
+    with _interrupt.noted(lambda: done.put(None)):
+        executor = ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="torchkiln-warm")
         with Progress(what, len(work)) as progress:
-            futures += [executor.submit(_compile, *item, own_compiler) for item in work]
-            for future in as_completed(futures):
+            for item in work:
+                futures.append(executor.submit(_compile, *item, own_compiler))
+                futures[-1].add_done_callback(done.put)
+            for _ in work:
+                future = done.get()
+                if future is None:
+                    outcome.interrupted = True
+                    break
                 row = future.result()
                 progress.advance(f"{row.specialization}@{row.arch}")
-    except KeyboardInterrupt:
-        outcome.interrupted = True
-    # The few compiles in flight cannot be stopped, and are worth keeping.
-    executor.shutdown(wait=True, cancel_futures=True)
-    outcome.rows = [f.result() for f in futures if f.done() and not f.cancelled()]
+        # The few compiles in flight cannot be stopped, and are worth keeping.
+        executor.shutdown(wait=True, cancel_futures=True)
+        outcome.rows = [f.result() for f in futures if f.done() and not f.cancelled()]
     outcome.seconds = time.monotonic() - start
     return outcome
 

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import json
+import signal
+import subprocess
 import sys
+import threading
 import types
 
 import pytest
 
-from torchkiln_cli import _output, warm
+from torchkiln_cli import _output
 
 
 def test_warm_json_has_exactly_the_promised_fields(engine, invoke):
@@ -88,17 +90,94 @@ def test_warm_without_nvrtc_still_confirms_what_is_cached(engine, invoke):
     assert invoke("warm", "--ops", "nms", "--arch", "90").exit_code == 2
 
 
-def test_warm_keeps_what_was_done_before_an_interrupt(engine, invoke, monkeypatch):
-    def interrupted(futures):
-        concurrent.futures.wait(futures[:1])
-        yield futures[0]
-        raise KeyboardInterrupt
+def test_warm_keeps_what_was_done_before_an_interrupt(engine, invoke):
+    compile_it = engine.replies["compile"]
+    ended = threading.Event()
 
-    monkeypatch.setattr(warm, "as_completed", interrupted)
+    def compile_until_interrupted(request):
+        if engine.compiled:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            ended.wait(0.2)  # the others are cancelled while this one is in flight
+        return compile_it(request)
+
+    engine.replies["compile"] = compile_until_interrupted
+    before = signal.getsignal(signal.SIGINT)
     result = invoke("warm", "--all", "--arch", "sm_80,sm_90,sm_120", "--jobs", "1")
+    assert signal.getsignal(signal.SIGINT) is before
     assert result.exit_code == 1
-    assert "Interrupted" in result.stdout
+    assert "6 kernels: 2 compiled" in result.stdout
+    assert "Interrupted with 4 to go" in result.stdout
     assert "the same command goes on from there" in result.stdout
+
+
+# Ctrl-C at random lines of the standard library's executor, in runs of kernels that take no time.
+INTERRUPTED_RUNS = """
+import concurrent.futures.thread, random, signal, sys, threading
+from torchkiln_cli import warm
+
+warm._compile = lambda name, arch, own_compiler: warm.Row(name, name, arch, "compiled", 0.0)
+files = {threading.__file__, concurrent.futures._base.__file__, concurrent.futures.thread.__file__}
+work = [("kernel", "sm_90")] * 20
+
+def run(moment):
+    '''The outcome, and how many lines of the executor ran, with Ctrl-C before one of them.'''
+    lines = 0
+    def trace(frame, event, _):
+        nonlocal lines
+        lines += event == "line"
+        if lines == moment and event == "line":
+            signal.raise_signal(signal.SIGINT)
+        return trace
+    sys.settrace(lambda frame, *_: trace if frame.f_code.co_filename in files else None)
+    outcome = warm.compile_work(work, jobs=2)
+    sys.settrace(None)
+    return outcome, lines
+
+_, lines = run(moment=-1)
+random = random.Random(0)
+interrupted = 0
+for _ in range(int(sys.argv[1])):
+    outcome, _ = run(moment=random.randrange(lines))
+    assert outcome.interrupted or outcome.complete, outcome
+    assert threading.active_count() == 1
+    interrupted += outcome.interrupted
+assert interrupted
+"""
+
+
+def test_interrupts_at_any_moment_leave_no_lock_behind():
+    subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_RUNS, "300"],
+        check=True,
+        timeout=60,
+        preexec_fn=_interruptible,
+    )
+
+
+def test_the_second_interrupt_ends_at_once():
+    program = (
+        "import time\n"
+        "from torchkiln_cli import warm\n"
+        "def compile_it(*_):\n"
+        "    print('compiling', flush=True)\n"
+        "    time.sleep(600)\n"
+        "warm._compile = compile_it\n"
+        "warm.compile_work([('', '')] * 2, jobs=1)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, preexec_fn=_interruptible
+    )
+    assert process.stdout.readline() == b"compiling\n"
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)  # the compile in flight is worth keeping
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == -signal.SIGINT
+
+
+def _interruptible():
+    # A shell starts background jobs with SIGINT ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_progress_is_silent_for_a_second_then_counts(monkeypatch, capsys):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from torchkiln_cli import dump
+from torchkiln_cli import dump, warm
 
 STORED = {
     "text": "detection/nms.mask<float, block_size=64>",
@@ -144,6 +144,21 @@ def test_explain_knows_public_functions(run):
     ]
     assert rows[0]
     assert rows[0] == rows[1]
+
+
+def test_warm_knows_public_functions_as_explain_does():
+    works = [
+        warm.work_of(warm.Selection(operators=names), ["sm_90"])
+        for names in (
+            ["causal_conv1d"],
+            ["causal_conv1d_fn"],
+            ["causal_conv1d_fn", "causal_conv1d"],
+        )
+    ]
+    assert works[0][0]
+    assert works[0] == works[1] == works[2]
+    with pytest.raises(warm.UsageError, match=r"--ops must be among .*; got causal_conv1d_gn"):
+        warm.work_of(warm.Selection(operators=["causal_conv1d_gn", "nms"]), ["sm_90"])
 
 
 def test_explain_sees_what_warm_has_stored(run):
