@@ -96,7 +96,9 @@ std::int64_t shared_bytes(const Forward::Problem& p, const Tunables& t) {
                                      static_cast<int>(t.states), tile, number);
   const std::int64_t rows =
       channels_of(t) * selective_scan::step_arrays(static_cast<int>(p.statics.method));
-  return 2 * matrix * number + rows * selective_scan::pitch_of(tile, real) * real;
+  const std::int64_t row_numbers =
+      rows * selective_scan::pitch_of(tile, real) + t.warps * selective_scan::kBehind;
+  return 2 * matrix * number + row_numbers * real;
 }
 // Whether lanes have places for all states, and not many more.
 bool is_close(std::int64_t states, std::int64_t places) {

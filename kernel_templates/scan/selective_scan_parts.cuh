@@ -321,7 +321,7 @@ struct Steps {
   using T = Acc<Scalar>;
   static constexpr int kNeighbour = neighbour_of(kMethod);
   static constexpr int kArray = Of::kRows * Of::kRowPitch;
-  static constexpr int kNumbers = step_arrays(kMethod) * kArray;
+  static constexpr int kNumbers = step_arrays(kMethod) * kArray + kBehind;
 
   const RowSources<Of, const Scalar> of_u, of_delta;
   RowFours<Of, Scalar> u, delta;
@@ -414,7 +414,6 @@ __device__ __forceinline__ V matrix_at(const Scalar* row, i64 index) {
 template <class Of, class Scalar, class V, bool kAhead>
 struct MatrixFours {
   static constexpr int kParts = is_complex_type<V> ? 2 : 1;
-  static constexpr int kNumbers = Of::kPadded * Of::kMatrixPitch;
   const Scalar* row;  // of the first one, in memory
   Four<Scalar, kParts> at[Of::kMatrixItems];
   V behind[kAhead ? Of::kMatrixItems : 1];
@@ -547,10 +546,14 @@ __device__ __forceinline__ MatrixReader constant_matrix(const void* matrix, cons
   return {at, 0};
 }
 
-// `tile`: which of the tiles of a variable matrix.
+// Numbers of a tile of a variable matrix.
+template <class Of>
+constexpr int matrix_tile = Of::kPadded * Of::kMatrixPitch + kBehind;
+
+// `tile`: which of them.
 template <class Of>
 __device__ __forceinline__ MatrixReader variable_matrix(const Lane<Of>& lane, int tile) {
-  return {(tile * Of::kPadded + lane.part) * Of::kMatrixPitch, 4};
+  return {tile * matrix_tile<Of> + lane.part * Of::kMatrixPitch, 4};
 }
 
 // Sums four values over the lanes of each channel. A lane ends up with kKept of the sums, of which the first is

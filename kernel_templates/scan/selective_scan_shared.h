@@ -6,9 +6,12 @@
 
 namespace torchkiln::selective_scan {
 
-// Numbers of a row of `tile` positions: 16 bytes behind them keep the rows of neighbouring lanes in different banks. The
-// first of those is the position behind the tile; a four of float is read there and not used.
+// Numbers of a row of `tile` positions: 16 bytes behind them keep the rows of neighbouring lanes in different banks, and
+// the first of those is the position behind the tile.
 TORCHKILN_HD constexpr int pitch_of(int tile, int number_bytes) { return tile + 16 / number_bytes; }
+
+// Numbers behind the last row that are read and not used: the four behind a tile, and the position behind that.
+constexpr int kBehind = 8;
 
 // Rows that each channel has: steps, inputs, and ratios of steps.
 TORCHKILN_HD constexpr int step_arrays(int method) { return neighbour_of(method) != 0 ? 3 : 2; }
@@ -22,7 +25,7 @@ TORCHKILN_HD constexpr int matrix_numbers(int threads, int lanes, int states, in
   const int padded = lanes * states, slab = lanes * pitch_of(tile, number_bytes);
   const int threads_of_slab = slab / pitch_of(4, number_bytes);
   const int constant = (threads + threads_of_slab - 1) / threads_of_slab * states * slab;
-  const int variable = matrix_tiles(padded) * states * slab;
+  const int variable = matrix_tiles(padded) * (states * slab + kBehind);
   return variable > constant ? variable : constant;
 }
 
