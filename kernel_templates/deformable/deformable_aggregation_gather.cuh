@@ -6,8 +6,8 @@
 //   fill    puts samples there, in any order
 //   order   sorts those of each pixel
 //   gather  a warp owns a run of rows of the maps, a lane finds the samples around each, the warp adds up what rows get of
-//           them, in order, 32 packs of channels in registers. No warp waits for another. Rows with too many are left to
-//            (shares that a query has in one row are made one before its gradient is read)
+//           them, in order, 32 packs of channels in registers; what a query has there is made one before its gradient is
+//           read. No warp waits for another. Rows with too many are left to
 //   gather_crowds, where the warps of a block share the samples of a quad of rows
 // spills: a few words of some variants, mostly on sm_75 and sm_80, outside of the loop that adds up
 // SPDX-License-Identifier: Apache-2.0
