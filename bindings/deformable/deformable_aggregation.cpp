@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdlib>
 #include <limits>
 #include <tuple>
 #include <utility>
@@ -161,15 +160,6 @@ void check_counts(const Args& a) {
 
 // ---- plan ----
 
-// TO BE MEASURED
-std::int64_t pairs_of_part() {
-  static const std::int64_t value = [] {
-    const char* text = std::getenv("TK_PART");
-    return text != nullptr ? std::atoll(text) : 256LL;
-  }();
-  return value;
-}
-
 void set_sizes(AggregationPlan& p, const AggregationInputs& in, std::int64_t cameras,
                std::int64_t levels, bool camera_first) {
   Args& a = p.args;
@@ -187,7 +177,8 @@ void set_sizes(AggregationPlan& p, const AggregationInputs& in, std::int64_t cam
   a.camera_stride = levels * a.level_stride;
   // Parts of nearly equal lengths, by the sizes alone: the same bits on every GPU.
   const std::int64_t pairs = std::max<std::int64_t>(1, a.points * a.cameras);
-  const std::int64_t parts = (pairs + pairs_of_part() - 1) / pairs_of_part();
+  constexpr std::int64_t kMost = deformable_aggregation::kPairsOfPart;
+  const std::int64_t parts = (pairs + kMost - 1) / kMost;
   a.part = (pairs + parts - 1) / parts;
   for (std::size_t i = 0; p.one_by_one && i < in.maps.size(); ++i) {
     a.h[i] = static_cast<i32>(in.maps[i].size(3));

@@ -118,7 +118,8 @@ AnyGather gather_kernel(const char* entry, const std::vector<Parameter>& tunable
             // Sums of rows in static shared memory, beside lists.
             const std::int64_t bytes = p.statics.scalar == TORCHKILN_DOUBLE ? 8 : 4;
             return !kCrowds ||
-                   t.block_size * (kQuad * p.statics.vector * t.packs * bytes + 24) <= 48 * 1024;
+                   t.block_size * (kQuad * p.statics.vector * t.packs * bytes + 24 + 9 * bytes) <=
+                       48 * 1024;
           },
       // A second pack where there are channels for it.
       .choose = [](const Problem& p) -> std::uint32_t {
@@ -128,7 +129,9 @@ AnyGather gather_kernel(const char* entry, const std::vector<Parameter>& tunable
       },
       .geometry =
           [](const Problem& p, const AnyTunables& t) {
-            const std::int64_t chunks = ceil_div(p.sizes.channels, 32 * p.statics.vector * t.packs);
+            const std::int64_t chunks = deformable_aggregation::chunk_count(
+                static_cast<i32>(p.sizes.channels), static_cast<i32>(p.sizes.groups),
+                static_cast<i32>(32 * p.statics.vector * t.packs));
             const std::int64_t all = quads(p.sizes);
             std::int64_t blocks = 0;
             if constexpr (kCrowds) {
@@ -150,9 +153,9 @@ const Parameter kBlockSizes = ints("block_size", {64, 128, 256});
 
 const Gather rows_kernel = gather_kernel<Gather, GatherTunables>(
     "gather", {kPacks, ints("rows", {8, 16, kMostRows}), kAtOnce, kBlockSizes},
-    {{1, 16, 4, 128}, {2, 16, 2, 128}});
+    {{1, 16, 2, 128}, {2, 16, 2, 128}});
 const Crowds crowds_kernel = gather_kernel<Crowds, CrowdTunables>(
-    "gather_crowds", {kPacks, kAtOnce, kBlockSizes}, {{1, 8, 256}, {2, 4, 256}});
+    "gather_crowds", {kPacks, kAtOnce, kBlockSizes}, {{1, 4, 256}, {2, 2, 128}});
 
 // ---- launches ----
 

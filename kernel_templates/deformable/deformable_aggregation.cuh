@@ -1,8 +1,8 @@
 // Kernels of deformable aggregation (deformable_aggregation.h).
 //
 //   normalize  fused softmax: the normalizer of each query and group, logits read once
-//   forward    one block, a part of a query's points and kChannels channels: points that no camera sees are left out before anything is
-//              read for them, taps are worked out once, in shared memory, and read for all channels, 16 bytes each.
+//   forward    one block, a part of a query's points and kChannels channels: points that no camera sees are left out before
+//              anything is read for them, taps are worked out once, in shared memory, and read for all channels, 16 bytes each.
 //              Blocks with the same channels of an image stand together: these then fit into L2
 //   add_parts  adds up, in order, what the parts of a query make, where there are several
 //   points     one block, kBlockSize points of a query in their cameras; a warp for each that is seen: the gradients of

@@ -12,6 +12,7 @@ namespace torchkiln::deformable_aggregation {
 constexpr i32 kMostMaps = 8;     // levels that are given one by one
 constexpr i32 kMostLevels = 32;  // levels in one tensor
 constexpr i64 kMostChannels = 2048;
+constexpr i64 kPairsOfPart = 256;  // points in cameras that a block of `forward` takes at most
 
 struct Args {
   const void* maps[kMostMaps];  // (bs, rows, C) in maps[0]; or (bs, M, h, w, C) of each level
@@ -208,6 +209,7 @@ TORCHKILN_HD Touch<T> touch_of(i32 h, i32 w, T x, T y) {
 constexpr i32 kBinsOfBlock = 4096;  // that a block of `sum` or `place` has
 constexpr i32 kQuad = 4;            // rows that are crowded together
 constexpr i32 kMostRows = 32;       // that a warp of `gather` owns
+constexpr i32 kMostGroups = 8;      // that a warp sums the channels of
 constexpr i32 kMostShares = 256;    // that these get of samples, else they are crowded
 
 // Neighbouring rows of one source of an image: [first, first + rows), none behind the last. There are fewer than 2^31 rows
@@ -235,6 +237,17 @@ TORCHKILN_HD i64 first_bin(const Args& args, i32 source) {
 // Of `rows` rows, as quads are counted: kMostRows begin with a source.
 TORCHKILN_HD i64 quads_of(i64 rows) {
   return (rows + kMostRows - 1) / kMostRows * (kMostRows / kQuad);
+}
+
+// Channels that a warp sums, at most `most`: no more than lie in kMostGroups groups.
+TORCHKILN_HD i32 chunk_channels(i32 channels, i32 groups, i32 most) {
+  const i32 each = channels / groups, whole = most / each;
+  // Fewer than these touch one more on each side at worst.
+  return whole < kMostGroups - 1 ? most : min_of(whole, kMostGroups) * each;
+}
+TORCHKILN_HD i32 chunk_count(i32 channels, i32 groups, i32 most) {
+  const i32 each = chunk_channels(channels, groups, most);
+  return (channels + each - 1) / each;
 }
 
 // Up to `rows` rows from a quad on, whose number may be too large: its image is then beyond the last.

@@ -6,7 +6,8 @@
 //   fill    puts samples there, in any order
 //   order   sorts those of each pixel
 //   gather  a warp owns a run of rows of the maps, a lane finds the samples around each, the warp adds up what rows get of
-//           them, in order, 32 packs of channels in registers. No warp waits for another. Rows with too many are left to
+//           them, in order, 32 packs of channels in registers; what a query has there is made one before its gradient is
+//           read. No warp waits for another. Rows with too many are left to
 //   gather_crowds, where the warps of a block share the samples of a quad of rows
 // spills: a few words of some variants, mostly on sm_75 and sm_80, outside of the loop that adds up
 // SPDX-License-Identifier: Apache-2.0
@@ -218,12 +219,19 @@ __device__ __forceinline__ void each_map(const Args& args, const Run& run, const
   }
 }
 
-// Lists, in shared memory, the shares of 32 numbers from one on, those up to an end: first those that are something. The
-// whole warp must call.
+// What a warp lists in shared memory: shares, and the weights of their groups. A column more, against conflicts of banks.
 template <class T>
-__device__ __forceinline__ void list_shares(const Args& args, const Run& run, const Place& place,
-                                            const Around& around, i32 first, i32 end,
-                                            Share<T>* shares) {
+struct List {
+  Share<T> shares[kWarpSize];
+  T weights[kWarpSize][kMostGroups + 1];
+};
+
+// Lists the shares of 32 numbers from one on, those up to an end: first those that are something; returns how many these are.
+// The whole warp must call.
+template <class T>
+__device__ __forceinline__ i32 list_shares(const Args& args, const Run& run, const Place& place,
+                                           const Around& around, i32 first, i32 end,
+                                           Share<T>* shares) {
   const i32 number = min_of(first + lane_of(), end - 1), row = around.row(number);
   const i32 beside = number - of_lane(around.first, row) < of_lane(around.above, row) ? 0 : 1;
   const i32 above_base = of_lane(around.bases[0], row), base = of_lane(around.bases[1], row);
@@ -236,18 +244,96 @@ __device__ __forceinline__ void list_shares(const Args& args, const Run& run, co
   __syncwarp();
   shares[own.row >= 0 ? __popc(all & before) : __popc(all) + __popc(~all & before)] = own;
   __syncwarp();
+  return __popc(all);
 }
 
 // ---- sums ----------------------------------------------------------------------------------------------------------
 
-// Packs of channels of a warp, and how many of these sum all channels.
-template <int kVector, int kPacks>
-struct Chunks {
-  static constexpr i32 kChannels = kWarpSize * kVector * kPacks;
-  static __device__ __forceinline__ u32 count(const Args& args) {
-    return (u32(args.channels) + kChannels - 1) / kChannels;
+// A warp's channels, and the groups that these lie in.
+struct Chunk {
+  i32 first, channels;
+  i32 first_group, groups;
+
+  // `most` channels or fewer.
+  __device__ __forceinline__ Chunk(const Args& args, u32 number, i32 most) {
+    const i32 all = i32(args.channels), each = all / i32(args.groups);
+    const i32 step = chunk_channels(all, i32(args.groups), most);
+    first = i32(number) * step;
+    channels = min_of(step, all - first);
+    first_group = i32(u32(first) / u32(each));
+    groups = i32(u32(first + channels - 1) / u32(each)) + 1 - first_group;
   }
 };
+
+// Weights, times their share, of listed ones.
+template <class Weight, class T>
+__device__ __forceinline__ void read_weights(const Args& args, const Chunk& chunk, i32 count,
+                                             List<T>& list) {
+  static_assert(kMostGroups == 8);  // four shares of a warp at a time
+  const i32 beside = lane_of() / kMostGroups, group = lane_of() % kMostGroups;
+  const i64 of_query = weights_of_query(args, 1);
+  const Weight* weights = static_cast<const Weight*>(args.weights) + chunk.first_group + group;
+  T values[kMostGroups];
+#pragma unroll
+  for (int i = 0; i < kMostGroups; ++i) {
+    const Share<T>& share = list.shares[4 * i + beside];
+    values[i] = T(0);
+    if (4 * i + beside < count && group < chunk.groups) {
+      values[i] = T(load(weights[share.query * of_query + share.weight]));
+    }
+  }
+  if (args.normalizer != nullptr) {
+#pragma unroll 2
+    for (int i = 0; i < kMostGroups; ++i) {
+      if (4 * i + beside >= count || group >= chunk.groups) continue;
+      const i32 query = list.shares[4 * i + beside].query;
+      values[i] = normalizer_of<T>(args, query, chunk.first_group + group)(values[i]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kMostGroups; ++i) {
+    list.weights[4 * i + beside][group] = values[i] * list.shares[4 * i + beside].factor;
+  }
+}
+
+// Points of a query lie together: makes one of neighbours in a list of `count` shares that are of one row and query, so that
+// the query's gradient is read once for them; returns how many are left. The whole warp must call.
+template <class Weight, class T>
+__device__ __forceinline__ i32 merge_shares(const Args& args, const Chunk& chunk, i32 count,
+                                            List<T>& list) {
+  read_weights<Weight>(args, chunk, count, list);
+  __syncwarp();
+  const Share<T> own = list.shares[lane_of()];
+  const i32 row = __shfl_up_sync(0xffffffffu, own.row, 1);
+  const i32 query = __shfl_up_sync(0xffffffffu, own.query, 1);
+  const bool begins = lane_of() == 0 || row != own.row || query != own.query;
+  const u32 begin = __ballot_sync(0xffffffffu, begins), upto = (2u << lane_of()) - 1;
+  const i32 first = 31 - __clz(i32(begin & upto));
+  const u32 last = begin >> 1 | 0x80000000u,
+            merged = __ballot_sync(0xffffffffu, own.row >= 0) & last;
+  T sums[kMostGroups];
+#pragma unroll
+  for (int group = 0; group < kMostGroups; ++group) {
+    if (group >= chunk.groups) break;
+    sums[group] = list.weights[lane_of()][group];
+#pragma unroll
+    for (i32 distance = 1; distance < kWarpSize; distance *= 2) {
+      const T other = __shfl_up_sync(0xffffffffu, sums[group], distance);
+      if (lane_of() - distance >= first) sums[group] += other;
+    }
+  }
+  __syncwarp();
+  if ((merged >> lane_of() & 1) != 0) {
+    const i32 to = __popc(merged & (upto >> 1));
+    list.shares[to] = own;
+#pragma unroll
+    for (int group = 0; group < kMostGroups; ++group) {
+      if (group < chunk.groups) list.weights[to][group] = sums[group];
+    }
+  }
+  __syncwarp();
+  return __popc(merged);
+}
 
 // Elements for a lane, read as they are, up to 16 bytes at a time.
 template <class Scalar, int kCount>
@@ -264,41 +350,28 @@ struct Values {
   }
 };
 
-// The kPacks packs of kVector channels that a lane sums, from `first` on. Packs behind the last channel read what the last
-// one does.
-template <class Weight, class Grad, class T, int kVector, int kPacks>
+// The kPacks packs of kVector channels that a lane sums. Packs behind the last channel of the chunk read what the last one
+// does.
+template <class Grad, int kVector, int kPacks>
 struct Packs {
-  const Weight* weights[kPacks];
   const Grad* gradients[kPacks];
-  const T* normalizers;              // or null
-  u32 weight_bytes, gradient_bytes;  // of a query
-  i32 groups, group[kPacks];
+  u32 bytes;          // of a query's gradient
+  i32 group[kPacks];  // of the chunk's
 
-  __device__ __forceinline__ Packs(const Args& args, i32 first)
-      : normalizers(static_cast<const T*>(args.normalizer)),
-        weight_bytes(u32(weights_of_query(args, 1)) * u32(sizeof(Weight))),
-        gradient_bytes(u32(args.channels) * u32(sizeof(Grad))),
-        groups(i32(args.groups)) {
+  __device__ __forceinline__ Packs(const Args& args, const Chunk& chunk)
+      : bytes(u32(args.channels) * u32(sizeof(Grad))) {
 #pragma unroll
     for (int pack = 0; pack < kPacks; ++pack) {
-      const i32 channel = min_of(first + channel_of(pack), i32(args.channels) - kVector);
-      group[pack] = i32(u32(channel) * u32(groups) / u32(args.channels));
-      weights[pack] = static_cast<const Weight*>(args.weights) + group[pack];
+      const i32 channel = chunk.first + min_of(channel_of(pack), chunk.channels - kVector);
+      group[pack] = i32(u32(channel) * u32(args.groups) / u32(args.channels)) - chunk.first_group;
       gradients[pack] = static_cast<const Grad*>(args.grad_output) + channel;
     }
   }
   static __device__ __forceinline__ i32 channel_of(int pack) {
     return (pack * kWarpSize + lane_of()) * kVector;
   }
-  __device__ __forceinline__ Weight weight(int pack, const Share<T>& share) const {
-    return row_at(weights[pack], share.query, weight_bytes)[share.weight];
-  }
-  __device__ __forceinline__ Normalizer<T> normalizer(int pack, const Share<T>& share) const {
-    const T* row = row_at(normalizers, share.query, 2 * u32(groups) * u32(sizeof(T)));
-    return {row[group[pack]], row[groups + group[pack]], true};
-  }
-  __device__ __forceinline__ const Grad* gradient(int pack, const Share<T>& share) const {
-    return row_at(gradients[pack], share.query, gradient_bytes);
+  __device__ __forceinline__ const Grad* gradient(int pack, i32 query) const {
+    return row_at(gradients[pack], query, bytes);
   }
 };
 
@@ -309,61 +382,37 @@ struct Sums {
   i32 row = -1;
 };
 
-// Adds up a list of shares, in order; `tell(sums)` of each row when another one begins. Points of a query lie together: of
-// neighbours in the list with one row and query the weights are added up first, and the query's gradient is read once. Loads
-// are in flight for kAtOnce of them.
-template <int kAtOnce, class Weight, class Grad, class T, int kVector, int kPacks, class Tell>
-__device__ __forceinline__ void add_shares(const Packs<Weight, Grad, T, kVector, kPacks>& packs,
-                                           const Share<T>* shares, Sums<T, kVector, kPacks>& sums,
-                                           const Tell& tell) {
-  T weights[kPacks] = {};  // of a row and query, up to now
+// Adds up a list of merged shares, in order; `tell(sums)` of each row when another one begins. Loads are in flight for kAtOnce
+// of them.
+template <int kAtOnce, class Grad, class T, int kVector, int kPacks, class Tell>
+__device__ __forceinline__ void add_shares(const Packs<Grad, kVector, kPacks>& packs,
+                                           const List<T>& list, i32 count,
+                                           Sums<T, kVector, kPacks>& sums, const Tell& tell) {
 #pragma unroll 1
-  for (i32 first = 0; first < kWarpSize && shares[first].row >= 0; first += kAtOnce) {
+  for (i32 first = 0; first < count; first += kAtOnce) {
     Values<Grad, kVector> values[kAtOnce][kPacks];
-    Weight read[kAtOnce][kPacks];
-    T factors[kAtOnce][kPacks];
-    bool last[kAtOnce];  // of its row and query
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const Share<T>&share = shares[first + i],
-            &next = shares[min_of(first + i + 1, kWarpSize - 1)];
-      last[i] = first + i + 1 == kWarpSize || next.row != share.row || next.query != share.query;
+      const i32 query = list.shares[min_of(first + i, count - 1)].query;
 #pragma unroll
-      for (int pack = 0; pack < kPacks; ++pack) {
-        if (last[i]) values[i][pack].read(packs.gradient(pack, share));
-        read[i][pack] = packs.weight(pack, share);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce * kPacks; ++i) {
-      factors[i / kPacks][i % kPacks] = T(load(read[i / kPacks][i % kPacks]));
-    }
-    if (packs.normalizers != nullptr) {
-#pragma unroll
-      for (int i = 0; i < kAtOnce * kPacks; ++i) {
-        T& factor = factors[i / kPacks][i % kPacks];
-        factor = packs.normalizer(i % kPacks, shares[first + i / kPacks])(factor);
-      }
+      for (int pack = 0; pack < kPacks; ++pack) values[i][pack].read(packs.gradient(pack, query));
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const Share<T>& share = shares[first + i];
-      if (share.row < 0) continue;
-      if (share.row != sums.row) {
+      if (first + i >= count) break;
+      const i32 row = list.shares[first + i].row;
+      if (row != sums.row) {
         tell(sums);
         sums = {};
-        sums.row = share.row;
+        sums.row = row;
       }
 #pragma unroll
-      for (int pack = 0; pack < kPacks; ++pack) weights[pack] += factors[i][pack] * share.factor;
-      if (!last[i]) continue;
-#pragma unroll
       for (int pack = 0; pack < kPacks; ++pack) {
+        const T weight = list.weights[first + i][packs.group[pack]];
 #pragma unroll
         for (int c = 0; c < kVector; ++c) {
-          sums.at[pack][c] += weights[pack] * T(values[i][pack].at(c));
+          sums.at[pack][c] += weight * T(values[i][pack].at(c));
         }
-        weights[pack] = T(0);
       }
     }
   }
@@ -403,19 +452,19 @@ template <class Scalar, class Weight, class Grad, int kVector, int kPacks, int k
 __global__ void __launch_bounds__(kBlockSize) gather(const Args args) {
   using T = Acc<Scalar>;
   constexpr i32 kWarps = kBlockSize / kWarpSize;
-  __shared__ Share<T> lists[kWarps][kWarpSize];
-  Share<T>* list = lists[threadIdx.x / kWarpSize];
-  const u32 chunks = Chunks<kVector, kPacks>::count(args);
+  __shared__ List<T> lists[kWarps];
+  List<T>& list = lists[threadIdx.x / kWarpSize];
+  constexpr i32 kChannels = kWarpSize * kVector * kPacks;
+  const u32 chunks = u32(chunk_count(i32(args.channels), i32(args.groups), kChannels));
   // The last rows first: those of small maps, which get more samples.
-  const u32 block = gridDim.x - 1 - blockIdx.x, chunk = block % chunks;
+  const u32 block = gridDim.x - 1 - blockIdx.x;
+  const Chunk chunk(args, block % chunks, kChannels);
   const i64 number = i64(block / chunks) * kWarps + threadIdx.x / kWarpSize;
   const i32 quad = i32(number) * (kRows / kQuad);
   const Run run = run_at(args, quad, kRows);
   if (run.image >= args.batch || run.rows <= 0) return;
-  const i32 first_channel = i32(chunk) * Chunks<kVector, kPacks>::kChannels;
-  const Packs<Weight, Grad, T, kVector, kPacks> packs(args, first_channel);
-  Scalar* rows = rows_at<Scalar>(args, run, first_channel);
-  const i32 channels = i32(args.channels) - first_channel;
+  const Packs<Grad, kVector, kPacks> packs(args, chunk);
+  Scalar* rows = rows_at<Scalar>(args, run, chunk.first);
   const u32 row_bytes = u32(args.channels) * u32(sizeof(Scalar));
   u32 seen = 0, written = 0, crowded = 0;  // a bit for each row
   each_map(args, run, [&](const Place& place, const Around& around) {
@@ -427,36 +476,39 @@ __global__ void __launch_bounds__(kBlockSize) gather(const Args args) {
     const auto write = [&](const Sums<T, kVector, kPacks>& row) {
       if (row.row < 0) return;
       written |= 1u << row.row;
-      write_row(rows, row_bytes, channels, row);
+      write_row(rows, row_bytes, chunk.channels, row);
     };
 #pragma unroll 1
     for (i32 first = 0; first < around.count; first += kWarpSize) {
-      list_shares(args, run, place, around, first, around.count, list);
-      add_shares<kAtOnce>(packs, list, sums, write);
+      const i32 all = list_shares(args, run, place, around, first, around.count, list.shares);
+      const i32 count = merge_shares<Weight>(args, chunk, all, list);
+      add_shares<kAtOnce>(packs, list, count, sums, write);
     }
     write(sums);
   });
-  if (chunk == 0) leave(args, quad, crowded);
+  if (chunk.first == 0) leave(args, quad, crowded);
   Sums<T, kVector, kPacks> none;
 #pragma unroll 1
   for (none.row = 0; none.row < run.rows; ++none.row) {
-    if (((written | crowded) >> none.row & 1) == 0) write_row(rows, row_bytes, channels, none);
+    if (((written | crowded) >> none.row & 1) == 0)
+      write_row(rows, row_bytes, chunk.channels, none);
   }
 }
 
 template <class Scalar, class Weight, class Grad, int kVector, int kPacks, int kAtOnce,
           int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize) gather_crowds(const Args args) {
+__global__ void __launch_bounds__(kBlockSize, sizeof(Acc<Scalar>) == 8 ? 1 : 768 / kBlockSize)
+    gather_crowds(const Args args) {
   using T = Acc<Scalar>;
-  constexpr i32 kWarps = kBlockSize / kWarpSize, kChannels = Chunks<kVector, kPacks>::kChannels;
-  __shared__ Share<T> lists[kWarps][kWarpSize];
+  constexpr i32 kWarps = kBlockSize / kWarpSize, kChannels = kWarpSize * kVector * kPacks;
+  __shared__ List<T> lists[kWarps];
   __shared__ T parts[kWarps][kQuad][kChannels];
   const i32 warp = i32(threadIdx.x) / kWarpSize;
   // All chunks of channels have as many blocks.
-  const u32 chunks = Chunks<kVector, kPacks>::count(args), crowds = u32(*args.crowds);
-  const i32 first_channel = i32(blockIdx.x % chunks) * kChannels;
-  const i32 channels = min_of(kChannels, i32(args.channels) - first_channel);
-  const Packs<Weight, Grad, T, kVector, kPacks> packs(args, first_channel);
+  const u32 chunks = u32(chunk_count(i32(args.channels), i32(args.groups), kChannels));
+  const u32 crowds = u32(*args.crowds);
+  const Chunk chunk(args, blockIdx.x % chunks, kChannels);
+  const Packs<Grad, kVector, kPacks> packs(args, chunk);
 #pragma unroll 1
   for (u32 crowd = blockIdx.x / chunks; crowd < crowds; crowd += gridDim.x / chunks) {
     const Run run = run_at(args, args.crowded[crowd], kQuad);
@@ -479,18 +531,19 @@ __global__ void __launch_bounds__(kBlockSize) gather_crowds(const Args args) {
       const i32 end = min_of((warp + 1) * each, around.count);
 #pragma unroll 1
       for (i32 first = warp * each; first < end; first += kWarpSize) {
-        list_shares(args, run, place, around, first, end, lists[warp]);
-        add_shares<kAtOnce>(packs, lists[warp], sums, add);
+        const i32 all = list_shares(args, run, place, around, first, end, lists[warp].shares);
+        const i32 count = merge_shares<Weight>(args, chunk, all, lists[warp]);
+        add_shares<kAtOnce>(packs, lists[warp], count, sums, add);
       }
       add(sums);
       __syncwarp();
     });
     __syncthreads();
-    Scalar* rows = rows_at<Scalar>(args, run, first_channel);
+    Scalar* rows = rows_at<Scalar>(args, run, chunk.first);
 #pragma unroll 1
     for (i32 i = threadIdx.x; i < run.rows * kChannels; i += kBlockSize) {
       const i32 row = i / kChannels, channel = i % kChannels;
-      if (channel >= channels) continue;
+      if (channel >= chunk.channels) continue;
       T sum = T(0);
 #pragma unroll
       for (i32 part = 0; part < kWarps; ++part) sum += parts[part][row][channel];
