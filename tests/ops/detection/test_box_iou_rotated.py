@@ -222,7 +222,7 @@ def test_a_concave_quad() -> None:
 
 def test_slender_quads_keep_their_digits(device: str) -> None:
     """The mean over those that touch: half of what a slope from a far vertex makes of it."""
-    (scene,) = (each for each in parity.workloads if each.name == "text")
+    (scene,) = (each for each in parity().workloads if each.name == "text")
     tensors = scene.arguments(
         {"n": 400, "m": 400}, torch.float32, "contiguous", torch.device(device)
     )

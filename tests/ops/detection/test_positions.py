@@ -33,7 +33,7 @@ def curved(input: Tensor) -> Tensor:
     both = torch.cat([upper, upper.flip(0) + torch.tensor([1.1, 15.2])])
     both[:, 0] += 4 * FAR
     line = torch.cat([torch.zeros(1), both.flatten()])[None]
-    return ops.bezier_align(input, line.to(input.dtype), 7, 0.25, 2)
+    return ops.bezier_align(input, line.to(input.dtype), 5, 0.25, 1)
 
 
 @pytest.mark.parametrize("pool", [aligned, rotated, curved])
