@@ -76,7 +76,9 @@ struct Columns {
       const T width = (x2[j] < bx2 ? x2[j] : bx2) - (x1[j] > bx1 ? x1[j] : bx1);             \
       const T height = (y2[j] < by2 ? y2[j] : by2) - (y1[j] > by1 ? y1[j] : by1);            \
       const T inter = (width > T(0) ? width : T(0)) * (height > T(0) ? height : T(0));       \
-      const T united = own_area + areas[j] - inter;                                          \
+      const bool larger = own_area > areas[j];                                               \
+      const T most = larger ? own_area : areas[j], least = larger ? areas[j] : own_area;     \
+      const T united = (most - inter) + least; /* union_of() */                              \
       const T ratio = inter / (united == T(0) ? T(1) : united);                              \
       out[j] = united == T(0) ? T(0) : ratio;                                                \
     }                                                                                        \

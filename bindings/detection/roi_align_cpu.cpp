@@ -29,7 +29,7 @@ std::vector<Taps<T>> samples_of(const Axis<T>& axis, std::int64_t pooled, std::i
   std::vector<Taps<T>> samples;
   for (std::int64_t bin = 0; bin < pooled; ++bin) {
     for (i32 i = 0; i < axis.count; ++i)
-      samples.push_back(taps_at(roi_align::sample_position(axis, bin, i), static_cast<i32>(size)));
+      samples.push_back(roi_align::sample_taps(axis, bin, i, size));
   }
   return samples;
 }
@@ -110,11 +110,9 @@ void add_maximum(const Args& args, const BinStrides& strides, std::int64_t regio
       const i32 winner = args.argmax[at];
       if (winner < 0 || winner >= window.y.count * window.x.count) continue;
       const auto y =
-          taps_at(roi_align::sample_position(window.y, bin / r.pooled_w, winner / window.x.count),
-                  static_cast<i32>(r.h));
+          roi_align::sample_taps(window.y, bin / r.pooled_w, winner / window.x.count, r.h);
       const auto x =
-          taps_at(roi_align::sample_position(window.x, bin % r.pooled_w, winner % window.x.count),
-                  static_cast<i32>(r.w));
+          roi_align::sample_taps(window.x, bin % r.pooled_w, winner % window.x.count, r.w);
       const T gradient = load(static_cast<const Scalar*>(args.bins)[at]);
       const auto add = [&](i32 row, i32 column, T weight) {
         task.pixel(r, row, column)[c] += weight * gradient;

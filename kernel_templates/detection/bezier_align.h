@@ -19,25 +19,29 @@ TORCHKILN_HD T curve(T p0, T p1, T p2, T p3, T u) {
          rounded_product(T(3) * u * u * v, p2) + rounded_product(u * u * u, p3);
 }
 
+// The centre is counted from the pixel `origin`.
 template <class T>
 struct Axis {
+  i32 origin;
   T center, bin;
 };
 
-// at: the first point's coordinate; the other coordinates lie between. By value, as load_as_called().
+// at: the first point's coordinate; the other coordinates lie between. By value, as load_as_called(). The curves are
+// counted from the first point's pixel.
 template <class T>
 TORCHKILN_HD_CALLED Axis<T> axis_of(const void* boxes, i64 type, i64 at, T scale, bool aligned, T u,
                                     T v, T pooled) {
+  const i32 origin = origin_of(rounded_product(load_as_called<T>(boxes, type, at), scale));
   T p[8];
   for (int i = 0; i < 8; ++i) {
-    p[i] = rounded_product(load_as_called<T>(boxes, type, at + 2 * i), scale);
+    p[i] = fused(load_as_called<T>(boxes, type, at + 2 * i), scale, T(-origin));
   }
   const T upper = curve(p[0], p[1], p[2], p[3], u);
   const T lower = curve(p[7], p[6], p[5], p[4], u);
   T size = max_of(abs_of(p[0] - p[3]), abs_of(p[7] - p[4]));
   if (!aligned) size = size < T(1) ? T(1) : size;
   const T center = rounded_product(lower, v) + rounded_product(upper, T(1) - v);
-  return {center - (aligned ? T(0.5) : T(0)), size / pooled};
+  return {origin, center - (aligned ? T(0.5) : T(0)), size / pooled};
 }
 
 struct Pooled : sampled_roi::Operator {
@@ -57,6 +61,8 @@ struct Pooled : sampled_roi::Operator {
     p.columns = sampled_roi::sample_count(args, x.bin);
     p.row_y = y.bin / T(max_of(p.rows, 1));
     p.column_x = x.bin / T(max_of(p.columns, 1));
+    p.origin_y = y.origin;
+    p.origin_x = x.origin;
     p.y = y.center - (y.bin - p.row_y) / T(2);
     p.x = x.center - (x.bin - p.column_x) / T(2);
     return sampled_roi::average(p, sampled_roi::is_finite(p.y + p.x + y.bin + x.bin));

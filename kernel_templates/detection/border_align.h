@@ -32,7 +32,7 @@ struct Pooled : sampled_roi::Operator {
       p.column_y = border == 1 ? down : -down;
     }
     p.share = T(1);
-    return p;
+    return sampled_roi::settled(p);
   }
 };
 

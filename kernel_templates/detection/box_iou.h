@@ -76,6 +76,12 @@ TORCHKILN_HD T ratio(T numerator, T denominator) {
   return denominator == T(0) ? T(0) : share;
 }
 
+// What two shapes cover together: of all orders the one with the least rounding; of a shape and itself exactly its area.
+template <class T>
+TORCHKILN_HD T union_of(T area_a, T area_b, T inter) {
+  return (nan_max(area_a, area_b) - inter) + nan_min(area_a, area_b);
+}
+
 template <class T>
 struct Parts {
   T inter, united, iou;
@@ -87,7 +93,7 @@ template <class T>
 TORCHKILN_HD Parts<T> parts_of(const Box<T>& a, T area_a, const Box<T>& b, T area_b) {
   Parts<T> p;
   p.inter = intersection(a, b);
-  p.united = area_a + area_b - p.inter;
+  p.united = union_of(area_a, area_b, p.inter);
   p.iou = ratio(p.inter, p.united);
   p.enclosing_w = positive_part(nan_max(a.x2, b.x2) - nan_min(a.x1, b.x1));
   p.enclosing_h = positive_part(nan_max(a.y2, b.y2) - nan_min(a.y1, b.y1));

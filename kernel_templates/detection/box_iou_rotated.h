@@ -78,7 +78,7 @@ template <int kMode, class Shape, class T>
 TORCHKILN_HD T value_of(const Shape& a, const Shape& b, T common) {
   if constexpr (kMode == kArea) return common;
   if constexpr (kMode == kIof) return is_nan(common) ? common : box_iou::ratio(common, size_of(a));
-  return box_iou::ratio(common, size_of(a) + size_of(b) - common);
+  return box_iou::ratio(common, box_iou::union_of(size_of(a), size_of(b), common));
 }
 
 // mmcv's denominator is at least a cubic centimetre.

@@ -96,14 +96,14 @@ __device__ __forceinline__ void average_samples(const Args& args, i64 region, co
   sample_range(x, own.column_bin, r.w, x_first, x_last);
 #pragma unroll 1
   for (i32 i = y_first; i < y_last; ++i) {
-    const Taps<T> row = taps_at(sample_position(y, own.row_bin, i), i32(r.h));
+    const Taps<T> row = sample_taps(y, own.row_bin, i, r.h);
     if (!row.inside) continue;
     const Scalar* low = cells + row.low * width;
     const Scalar* high = cells + row.high * width;
     const T of_low = row.weight_low * share_y, of_high = row.weight_high * share_y;
 #pragma unroll 1
     for (i32 j = x_first; j < x_last; ++j) {
-      const Taps<T> column = taps_at(sample_position(x, own.column_bin, j), width);
+      const Taps<T> column = sample_taps(x, own.column_bin, j, width);
       if (!column.inside) continue;
       const T left = column.weight_low * share_x, right = column.weight_high * share_x;
 #pragma unroll

@@ -134,7 +134,7 @@ __device__ __forceinline__ void write_quad(const StagedTable& to, const Regions&
   u16 some = kNoPixel;  // what stands in for a pixel that is not there, with the weight 0
 #pragma unroll
   for (int i = 0; i < kQuadSamples; ++i) {
-    const Taps<T> t = taps_at(sample_position(axis, at.bin, i), i32(at.columns ? r.w : r.h));
+    const Taps<T> t = sample_taps(axis, at.bin, i, at.columns ? r.w : r.h);
     const bool exists = t.inside && i < axis.count && known;
     weights.at[2 * i] = exists ? t.weight_low * share : T(0);
     weights.at[2 * i + 1] = exists ? t.weight_high * share : T(0);
@@ -409,10 +409,10 @@ __global__ void __launch_bounds__(kBlockSize) direct(const Args args) {
   i32 winner = -1;
 #pragma unroll 1
   for (i32 iy = y_first; iy < y_last; ++iy) {
-    const Taps<T> y = taps_at(sample_position(window.y, row_bin, iy), i32(r.h));
+    const Taps<T> y = sample_taps(window.y, row_bin, iy, r.h);
 #pragma unroll 1
     for (i32 ix = x_first; ix < x_last; ++ix) {
-      const Taps<T> x = taps_at(sample_position(window.x, column_bin, ix), i32(r.w));
+      const Taps<T> x = sample_taps(window.x, column_bin, ix, r.w);
       const T value = sample(map, y, x, Index(r.w), stride);
       if (kPooling == kAverage) {
         result += value;

@@ -62,11 +62,12 @@ struct StagedArgs {
 // Elements from the band of one map to that of the next; each begins at 16 bytes.
 TORCHKILN_HD i32 band_pitch(i32 height, i32 width) { return (height * width + 15) / 16 * 16; }
 
-// The samples of a region on one axis: bin b has `count` of them at start + b * bin + (i + 0.5) * step.
+// The samples of a region on one axis: bin b has `count` of them at start + b * bin + (i + 0.5) * step, counted from the
+// pixel `origin`.
 template <class T>
 struct Axis {
   T start, bin, step;
-  i32 count;
+  i32 count, origin;
 };
 
 // More samples than this per bin are of no use: a map has not as many pixels.
@@ -77,8 +78,10 @@ TORCHKILN_HD Axis<T> axis_of(T low, T high, const Regions& r, i64 pooled) {
   const T scale = T(r.spatial_scale);
   const T offset = r.aligned ? T(0.5) : T(0);
   Axis<T> axis;
-  axis.start = rounded_product(low, scale) - offset;
-  T size = (rounded_product(high, scale) - offset) - axis.start;
+  axis.origin = origin_of(rounded_product(low, scale));
+  const T from = offset + T(axis.origin);
+  axis.start = fused(low, scale, -from);
+  T size = fused(high, scale, -from) - axis.start;
   if (!r.aligned) size = size < T(1) ? T(1) : size;
   axis.bin = size / T(pooled);
   // A box with exchanged corners is empty, and one that is not finite has no samples.
@@ -89,9 +92,20 @@ TORCHKILN_HD Axis<T> axis_of(T low, T high, const Regions& r, i64 pooled) {
   return axis;
 }
 
+// From the origin.
 template <class T>
 TORCHKILN_HD T sample_position(const Axis<T>& axis, i64 bin, i32 i) {
   return axis.start + rounded_product(T(bin), axis.bin) + rounded_product(T(i) + T(0.5), axis.step);
+}
+template <class T>
+TORCHKILN_HD Taps<T> sample_taps(const Axis<T>& axis, i64 bin, i32 i, i64 size) {
+  return taps_at(sample_position(axis, bin, i), axis.origin, i32(size));
+}
+// The pixel of the map that is nearest below a position from the origin.
+template <class T>
+TORCHKILN_HD i32 pixel_below(const Axis<T>& axis, T position, i64 size) {
+  const T first = T(-axis.origin), last = T(i32(size) - 1 - axis.origin);
+  return axis.origin + i32(floor_of(max_of(first, min_of(position, last))));
 }
 
 // The samples [first, last) of a bin outside of which none can lie in the map, and `spare` more on both sides; few samples
@@ -109,7 +123,7 @@ TORCHKILN_HD void sample_range(const Axis<T>& axis, i64 bin, i64 size, i32& firs
   last = axis.count;
   if (axis.count <= 8 || !(axis.step > T(0))) return;
   const double step = double(axis.step);
-  const double begin = double(axis.start) + double(bin) * double(axis.bin);
+  const double begin = double(axis.origin) + double(axis.start) + double(bin) * double(axis.bin);
   first = max_of(samples_before(-1.0 - 2.0 * step, begin, step, axis.count) - spare, 0);
   last = samples_before(double(size) + 2.0 * step, begin, step, axis.count);
   last = min_of(last + spare, axis.count);
@@ -174,7 +188,7 @@ TORCHKILN_HD i32 make_taps(const Axis<T>& axis, i64 bin, i64 size, Tap<T>* taps)
   i32 n = 0, first, last;
   sample_range(axis, bin, size, first, last);
   for (i32 i = first; i < last; ++i) {
-    const Taps<T> t = taps_at(sample_position(axis, bin, i), i32(size));
+    const Taps<T> t = sample_taps(axis, bin, i, size);
     if (!t.inside) continue;
     // Samples of a bin ascend, so a pixel that is there already is the last one or the one before it.
     if (n == 0 || taps[n - 1].pixel < t.low) taps[n++] = {T(0), t.low, i32(bin)};
@@ -191,15 +205,13 @@ TORCHKILN_HD i32 make_taps(const Axis<T>& axis, i64 bin, i64 size, Tap<T>* taps)
 // The pixel of the map nearest to a bin's first sample.
 template <class T>
 TORCHKILN_HD i32 first_pixel(const Axis<T>& axis, i64 bin, i64 size) {
-  const T position = sample_position(axis, bin, 0);
-  return position > T(0) ? i32(min_of(position, T(size - 1))) : 0;
+  return pixel_below(axis, sample_position(axis, bin, 0), size);
 }
 
 // No tap lies behind the pixel of the last sample.
 template <class T>
 TORCHKILN_HD i32 last_pixel(const Axis<T>& axis, i64 pooled, i64 size) {
-  const T last = axis.start + rounded_product(T(pooled), axis.bin);
-  return i32(max_of(T(0), min_of(last + T(1), T(size - 1))));
+  return pixel_below(axis, axis.start + rounded_product(T(pooled), axis.bin) + T(1), size);
 }
 
 template <class T>

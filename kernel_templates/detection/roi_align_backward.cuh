@@ -102,9 +102,8 @@ struct PixelRange {
 };
 template <class T>
 __device__ __forceinline__ PixelRange pixels_of(const Axis<T>& axis, i32 bin, i32 size) {
-  const T begin = axis.start + T(bin) * axis.bin, last = T(size - 1);
-  const T low = floor_of(begin) - T(1), high = floor_of(begin + axis.bin) + T(2);
-  return {i32(max_of(T(0), min_of(low, last))), i32(max_of(T(0), min_of(high, last)))};
+  const T begin = axis.start + T(bin) * axis.bin;
+  return {pixel_below(axis, begin - T(1), size), pixel_below(axis, begin + axis.bin + T(2), size)};
 }
 
 // Adds one region's maxima to the rows of the tile that this warp owns. Every channel has its own winner, so each lane
@@ -141,10 +140,8 @@ __device__ __forceinline__ void add_maximum(const Args& args, i64 region, const 
 #pragma unroll
       for (int i = 0; i < kLaneChannels; ++i) {
         if (winner[i] < 0) continue;
-        const Taps<T> y =
-            taps_at(sample_position(window.y, bin_y, winner[i] / window.x.count), i32(r.h));
-        const Taps<T> x =
-            taps_at(sample_position(window.x, bin_x, winner[i] % window.x.count), i32(r.w));
+        const Taps<T> y = sample_taps(window.y, bin_y, winner[i] / window.x.count, r.h);
+        const Taps<T> x = sample_taps(window.x, bin_x, winner[i] % window.x.count, r.w);
         if (!y.inside || !x.inside) continue;
 #pragma unroll 1
         for (int corner = 0; corner < 4; ++corner) {

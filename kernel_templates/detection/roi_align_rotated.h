@@ -15,8 +15,8 @@ struct Pooled : sampled_roi::Operator {
     const i64 row = group * 6;
     const auto at = [&](int column) { return sampled_roi::number<T>(args, row + column); };
     const T scale = T(args.spatial_scale), offset = args.aligned ? T(0.5) : T(0);
-    const T center_x = rounded_product(at(1), scale) - offset;
-    const T center_y = rounded_product(at(2), scale) - offset;
+    const sampled_roi::Coordinate<T> center_x = sampled_roi::coordinate(at(1), scale, offset);
+    const sampled_roi::Coordinate<T> center_y = sampled_roi::coordinate(at(2), scale, offset);
     T width = rounded_product(at(3), scale), height = rounded_product(at(4), scale);
     if (!args.aligned) {
       width = width < T(1) ? T(1) : width;
@@ -36,8 +36,10 @@ struct Pooled : sampled_roi::Operator {
     const T column = T(bin - row_bin * args.pooled_w);
     const T down = rounded_product(T(row_bin), bin_h) - height / T(2) + step_h / T(2);
     const T across = rounded_product(column, bin_w) - width / T(2) + step_w / T(2);
-    p.y = rounded_product(down, cosine) - rounded_product(across, sine) + center_y;
-    p.x = rounded_product(down, sine) + rounded_product(across, cosine) + center_x;
+    p.origin_y = center_y.origin;
+    p.origin_x = center_x.origin;
+    p.y = rounded_product(down, cosine) - rounded_product(across, sine) + center_y.rest;
+    p.x = rounded_product(down, sine) + rounded_product(across, cosine) + center_x.rest;
     p.row_y = step_h * cosine;
     p.row_x = step_h * sine;
     p.column_y = -step_w * sine;

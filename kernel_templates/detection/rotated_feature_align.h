@@ -23,8 +23,12 @@ struct Pooled : sampled_roi::Operator {
     p.image = i32(group);
     p.rows = 1;
     p.columns = i32(args.samples);
-    p.y = rounded_product(at(0), scale);
-    p.x = rounded_product(at(1), scale);
+    const auto y = sampled_roi::coordinate(at(0), scale, T(0));
+    const auto x = sampled_roi::coordinate(at(1), scale, T(0));
+    p.origin_y = y.origin;
+    p.origin_x = x.origin;
+    p.y = y.rest;
+    p.x = x.rest;
     p.share = T(1);
     if (args.samples == 1) return p;
     const T half_w = at(2) * scale / T(2), half_h = at(3) * scale / T(2);
@@ -39,9 +43,10 @@ struct Pooled : sampled_roi::Operator {
 
   template <class T>
   TORCHKILN_HD static sampled_roi::Point<T> point(const sampled_roi::Patch<T>& p, i32 sample) {
-    if (sample == 0) return {p.y, p.x};
+    if (sample == 0) return {p.y, p.x, p.origin_y, p.origin_x};
     const T i = sample <= 2 ? T(1) : T(-1), j = sample == 1 || sample == 4 ? T(1) : T(-1);
-    return {p.y + i * p.row_y + j * p.column_y, p.x + i * p.row_x + j * p.column_x};
+    return {p.y + i * p.row_y + j * p.column_y, p.x + i * p.row_x + j * p.column_x, p.origin_y,
+            p.origin_x};
   }
 };
 

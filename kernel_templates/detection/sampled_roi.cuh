@@ -382,8 +382,8 @@ __device__ __forceinline__ bool touches(const Patch<T>& p, i32 tile_y, i32 tile_
     }
     return !(high + T(2) < T(tile)) && !(low - T(1) > T(tile + kTileSide));
   };
-  return p.count() > 0 && along(p.y, p.row_y, p.column_y, tile_y) &&
-         along(p.x, p.row_x, p.column_x, tile_x);
+  return p.count() > 0 && along(p.y, p.row_y, p.column_y, tile_y - p.origin_y) &&
+         along(p.x, p.row_x, p.column_x, tile_x - p.origin_x);
 }
 
 // Listed bins of a block of candidates.

@@ -41,10 +41,11 @@ struct Args {
   i32* argmax;  // as output: the winning sample, -1 for none; kMaximum only, null if not wanted
 };
 
-// Samples of a bin: row i and column j lie at (y, x) + i * row + j * column.
+// Samples of a bin: row i and column j lie at (y, x) + i * row + j * column, counted from the pixel (origin_y, origin_x).
 template <class T>
 struct Patch {
   i32 image, rows, columns;
+  i32 origin_y, origin_x;
   i32 turn;  // kOriented: output orientation o takes o - turn, and the one after it by `blend`
   T y, x, row_y, row_x, column_y, column_x;
   T share;  // the weight of a sample
@@ -65,6 +66,29 @@ TORCHKILN_HD i32 image_of(const Args& args, i64 at) {
   return image > T(-1) && image < T(args.n) ? i32(image) : -1;
 }
 
+// value * scale - offset, as a pixel and the rest, which is rounded once.
+template <class T>
+struct Coordinate {
+  i32 origin;
+  T rest;
+};
+template <class T>
+TORCHKILN_HD Coordinate<T> coordinate(T value, T scale, T offset) {
+  const i32 origin = origin_of(rounded_product(value, scale));
+  return {origin, fused(value, scale, -(offset + T(origin)))};
+}
+
+// The same patch, counted from the pixel of its first sample.
+template <class T>
+TORCHKILN_HD Patch<T> settled(Patch<T> p) {
+  const i32 down = origin_of(p.y), across = origin_of(p.x);
+  p.origin_y += down;
+  p.origin_x += across;
+  p.y -= T(down);
+  p.x -= T(across);
+  return p;
+}
+
 // Samples on one axis of a bin; none for a size that is negative or not a number.
 template <class T>
 TORCHKILN_HD i32 sample_count(const Args& args, T bin) {
@@ -78,7 +102,7 @@ template <class T>
 TORCHKILN_HD void leave_out(Patch<T>& p, i32 h, i32 w) {
   const double row_y = double(p.row_y), row_x = double(p.row_x);
   const double column_y = double(p.column_y), column_x = double(p.column_x);
-  const double y = double(p.y), x = double(p.x);
+  const double y = double(p.y) + p.origin_y, x = double(p.x) + p.origin_x;
   const double det = row_y * column_x - row_x * column_y;
   const double inverse = 1 / det;
   if (!(inverse - inverse == 0)) return;
@@ -99,8 +123,8 @@ TORCHKILN_HD void leave_out(Patch<T>& p, i32 h, i32 w) {
   p.rows = roi_align::clamp_count(high_i + 2, p.rows) - i;
   p.columns = roi_align::clamp_count(high_j + 2, p.columns) - j;
   if (p.rows <= 0 || p.columns <= 0) p.rows = p.columns = 0;
-  p.y = T(y + i * row_y + j * column_y);
-  p.x = T(x + i * row_x + j * column_x);
+  p.y = T(y + i * row_y + j * column_y - p.origin_y);
+  p.x = T(x + i * row_x + j * column_x - p.origin_x);
 }
 
 // The same where it is worth it: of grids, whose samples nobody numbers.
@@ -116,7 +140,7 @@ template <class T>
 TORCHKILN_HD Patch<T> average(Patch<T> p, bool finite) {
   if (!finite || p.image < 0 || p.rows == 0 || p.columns == 0) p.rows = p.columns = 0;
   p.share = p.rows > 0 ? T(1) / (T(p.rows) * T(p.columns)) : T(0);
-  return p;
+  return settled(p);
 }
 
 // A number, and not infinite.
@@ -133,10 +157,11 @@ TORCHKILN_HD i32 bins_at_once(i64 bins, i64 hint, i32 entries) {
   return i32((all + parts - 1) / parts);
 }
 
-// Where a sample lies.
+// Where a sample lies, counted from a pixel.
 template <class T>
 struct Point {
   T y, x;
+  i32 origin_y, origin_x;
 };
 
 // What a sample takes of the four pixels around it; pixels[0] is -1 for a sample outside.
@@ -152,7 +177,8 @@ struct alignas(16) Weights {
 template <class T, class Pixel>
 TORCHKILN_HD void take(Point<T> point, i32 h, i32 w, T share, const Pixel& pixel, Pixels& pixels,
                        Weights<T>& weights) {
-  const Taps<T> y = taps_at(point.y, h), x = taps_at(point.x, w);
+  const Taps<T> y = taps_at(point.y, point.origin_y, h);
+  const Taps<T> x = taps_at(point.x, point.origin_x, w);
   if (!y.inside || !x.inside) {
     pixels = {{-1, -1, -1, -1}};
     weights = {{T(0), T(0), T(0), T(0)}};
@@ -173,14 +199,15 @@ struct Operator {
   TORCHKILN_HD static Point<T> point(const Patch<T>& p, i32 sample) {
     const i32 i = i32(u32(sample) / u32(p.columns)), j = sample - i * p.columns;
     return {p.y + rounded_product(T(i), p.row_y) + rounded_product(T(j), p.column_y),
-            p.x + rounded_product(T(i), p.row_x) + rounded_product(T(j), p.column_x)};
+            p.x + rounded_product(T(i), p.row_x) + rounded_product(T(j), p.column_x), p.origin_y,
+            p.origin_x};
   }
 };
 
 // A sample of the patch; outside of every map where it has not as many.
 template <class Op, class T>
 TORCHKILN_HD Point<T> point_of(const Patch<T>& p, i32 sample) {
-  return sample < p.count() ? Op::point(p, sample) : Point<T>{T(-2), T(-2)};
+  return sample < p.count() ? Op::point(p, sample) : Point<T>{T(-2), T(-2), 0, 0};
 }
 
 // The channel, among blocks of `orientations`, whose orientation lies `steps` behind (or before, when negative), which are
