@@ -380,11 +380,11 @@ std::vector<Tensor> backward_cuda(const Tensor& grad_output, const Tensor& boxes
                                                {spatial_scales, level_sides}, channels_last);
   if (p.bins.numel() == 0 || has_no_pixel(p)) {
     for (const Tensor& maps : p.maps) torch::stable::zero_(const_cast<Tensor&>(maps));
-    return p.maps;
+    return gradients_of(p, sizes);
   }
   const CudaPlace place(p.bins);
   launch_backward(place, p);
-  return p.maps;
+  return gradients_of(p, sizes);
 }
 
 // ---- checks and shapes ----
@@ -433,6 +433,14 @@ Args args_of(const MultiScalePlan& p, const RoiAlignShape& shape, const RoiAlign
   return args;
 }
 
+// Stands for a level without pixels, so that no kernel meets one: regions take 0 of it.
+Tensor pixel_of_zeros(const Tensor& input, bool channels_last) {
+  Tensor pixel =
+      empty_layout(input, input.scalar_type(), {input.size(0), input.size(1), 1, 1}, channels_last);
+  torch::stable::zero_(pixel);
+  return pixel;
+}
+
 }  // namespace
 
 MultiScalePlan plan_multi_scale(const std::vector<Tensor>& inputs, const Tensor& boxes,
@@ -450,8 +458,6 @@ MultiScalePlan plan_multi_scale(const std::vector<Tensor>& inputs, const Tensor&
                text(first),
            text(input));
     }
-    if (input.size(2) == 0 || input.size(3) == 0)
-      fail(TORCHKILN_ERROR_VALUE, kOp, "inputs", "have pixels on each level", text(input));
     check_shape_of_maps(kOp, {input.size(0), input.size(1), input.size(2), input.size(3)});
   }
   check_regions(kOp, boxes, options);
@@ -466,7 +472,11 @@ MultiScalePlan plan_multi_scale(const std::vector<Tensor>& inputs, const Tensor&
                            {boxes.size(0), shape.c, options.pooled_height, options.pooled_width},
                            channels_last),
       .args = {}};
-  for (const Tensor& input : inputs) p.maps.push_back(as_layout(input, channels_last));
+  for (const Tensor& input : inputs) {
+    const bool has_pixels = input.size(2) * input.size(3) > 0;
+    p.maps.push_back(has_pixels ? as_layout(input, channels_last)
+                                : pixel_of_zeros(input, channels_last));
+  }
   p.args = args_of(p, shape, options, levels);
   return p;
 }
@@ -489,12 +499,26 @@ MultiScalePlan plan_multi_scale_backward(const Tensor& grad_output, const Tensor
                    .bins = grad_output,
                    .args = {}};
   for (std::size_t i = 0; i + 1 < sizes.size(); i += 2) {
-    check_shape_of_maps(kOp, {n, c, sizes[i], sizes[i + 1]});
-    p.maps.push_back(empty_layout(grad_output, grad_output.scalar_type(),
-                                  {n, c, sizes[i], sizes[i + 1]}, channels_last));
+    const bool has_pixels = sizes[i] * sizes[i + 1] > 0;
+    const std::int64_t h = has_pixels ? sizes[i] : 1, w = has_pixels ? sizes[i + 1] : 1;
+    check_shape_of_maps(kOp, {n, c, h, w});
+    p.maps.push_back(
+        empty_layout(grad_output, grad_output.scalar_type(), {n, c, h, w}, channels_last));
   }
   p.args = args_of(p, {n, c, 0, 0}, options, levels);
   return p;
+}
+
+std::vector<Tensor> gradients_of(const MultiScalePlan& p, const std::vector<std::int64_t>& sizes) {
+  std::vector<Tensor> gradients = p.maps;
+  for (std::size_t i = 0; i < gradients.size(); ++i) {
+    const std::int64_t h = sizes[2 * i], w = sizes[2 * i + 1];
+    if (h * w > 0) continue;
+    const Tensor& pixel = p.maps[i];
+    gradients[i] = empty_layout(pixel, pixel.scalar_type(), {pixel.size(0), pixel.size(1), h, w},
+                                p.channels_last);
+  }
+  return gradients;
 }
 
 }  // namespace torchkiln::bindings

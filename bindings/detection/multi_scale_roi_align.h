@@ -9,7 +9,7 @@
 
 namespace torchkiln::bindings {
 
-// `maps` are the inputs and `bins` the output, or all their gradients.
+// `maps` are the inputs and `bins` the output, or all their gradients. A level without pixels is one pixel of zeros here.
 struct MultiScalePlan {
   bool channels_last;
   std::vector<Tensor> maps;
@@ -31,5 +31,8 @@ MultiScalePlan plan_multi_scale_backward(const Tensor& grad_output, const Tensor
                                          const std::vector<std::int64_t>& sizes,
                                          const RoiAlignOptions& options,
                                          const MultiScaleLevels& levels, bool channels_last);
+
+// The gradients of the inputs, in their shapes.
+std::vector<Tensor> gradients_of(const MultiScalePlan& p, const std::vector<std::int64_t>& sizes);
 
 }  // namespace torchkiln::bindings

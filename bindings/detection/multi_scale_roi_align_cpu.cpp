@@ -76,7 +76,7 @@ std::vector<Tensor> backward_cpu(const Tensor& grad_output, const Tensor& boxes,
                                                {spatial_scales, level_sides}, channels_last);
   if (has_no_pixel(p)) {
     for (Tensor& maps : p.maps) torch::stable::zero_(maps);
-    return p.maps;
+    return gradients_of(p, sizes);
   }
   p.bins = as_layout(p.bins, channels_last);
   p.args.bins = const_cast<void*>(p.bins.const_data_ptr());
@@ -84,7 +84,7 @@ std::vector<Tensor> backward_cpu(const Tensor& grad_output, const Tensor& boxes,
     check_batches<Acc<Scalar>>("multi_scale_roi_align", p.args.regions);
     for (i32 level = 0; level < p.args.pyramid.count; ++level) gradient_of_level<Scalar>(p, level);
   });
-  return p.maps;
+  return gradients_of(p, sizes);
 }
 
 }  // namespace

@@ -4,15 +4,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from torchkiln import ops
-from torchkiln.testing import Inputs
+from support.op_suite import CompositionSuite, Failure
+from torchkiln import ops, reference
+from torchkiln.testing import Case, Inputs, Parity
 
 TYPES = (
     "nms",
@@ -40,6 +42,63 @@ def _rows(type: str, count: int, new: Inputs) -> Tensor:
     if type.startswith("nms3d"):
         return torch.cat([center, still, size, still + 1, still], 1)
     return corners
+
+
+def _reference(
+    boxes: Tensor,
+    scores: Tensor,
+    idxs: Tensor,
+    iou_threshold: float,
+    max_output: int,
+    class_agnostic: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    classes = None if class_agnostic else idxs
+    return reference.nms_padded(boxes, scores, iou_threshold, max_output, idxs=classes, **options)
+
+
+def _case(count: int, new: Inputs, **options: Any) -> dict[str, Any]:
+    return {
+        "boxes": _rows("nms", count, new).double(),
+        "scores": new.uniform(count),
+        "idxs": new.integers(count, high=4),
+        "iou_threshold": 0.3,
+        "max_output": 40,
+        **options,
+    }
+
+
+class TestBatchedNmsPadded(CompositionSuite):
+    parity = Parity(
+        op="batched_nms_padded",
+        tier="X",
+        function="batched_nms_padded",
+        reference=_reference,
+        cases=(
+            Case("typical", functools.partial(_case, 70)),
+            Case("empty", functools.partial(_case, 0)),
+            Case("single", functools.partial(_case, 1)),
+            Case("panels", functools.partial(_case, 257)),
+            Case("agnostic", functools.partial(_case, 70, class_agnostic=True)),
+            Case("options", functools.partial(_case, 70, offset=1.0, score_threshold=0.25)),
+            Case("nothing_asked", functools.partial(_case, 70, max_output=0)),
+        ),
+    )
+    autocast = torch.float32
+    dynamic: ClassVar = {"boxes": 0, "scores": 0, "idxs": 0}
+    failures = (
+        Failure(
+            "type", {"type": "nmms"}, ValueError, "^batched_nms_padded: type must be .* got 'nmms'"
+        ),
+        Failure(
+            "option",
+            {"sigma": 0.5},
+            TypeError,
+            "^batched_nms_padded: options of type 'nms' must be offset and score_threshold; "
+            "got sigma$",
+        ),
+        Failure("max_output", {"max_output": -1}, ValueError, "max_output must be .* got -1$"),
+    )
 
 
 @pytest.mark.parametrize("type", TYPES)

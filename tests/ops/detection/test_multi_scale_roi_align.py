@@ -105,12 +105,24 @@ def test_too_many_levels() -> None:
         ops.multi_scale_roi_align([], boxes, 2, [], [])
 
 
-def test_a_level_without_pixels() -> None:
-    levels = [torch.ones(1, 1, 4, 4), torch.ones(1, 1, 0, 2)]
-    with pytest.raises(
-        ValueError, match=r"inputs must have pixels on each level; got \(1, 1, 0, 2\)"
-    ):
-        ops.multi_scale_roi_align(levels, torch.zeros(1, 5), 2, [1.0, 0.5], [8.0])
+@pytest.mark.parametrize("size", [(0, 2), (3, 0), (0, 0)])
+@pytest.mark.parametrize("empty", [0, 1])
+def test_a_level_without_pixels(empty: int, size: tuple[int, int], device: str) -> None:
+    """Its regions give 0, those of the other level what they always do."""
+    levels = [torch.ones(1, 1, 4, 4, device=device), torch.ones(1, 1, 2, 2, device=device)]
+    levels[empty] = torch.ones(1, 1, *size, device=device)
+    for level in levels:
+        level.requires_grad_()
+    # Also on the border, which belongs to the last pixel of a level that has one.
+    rows = [[0.0, 0, 0, 3, 3], [0, 0, 0, 8, 8], [0, -0.5, -0.5, 0, 0], [0, -1, -1, 8, 8]]
+    boxes = torch.tensor(rows, device=device)
+    output = ops.multi_scale_roi_align(levels, boxes, 2, [1.0, 0.5], [8.0], 1, aligned=True)
+    sums = output.detach().sum((1, 2, 3)) > 0
+    assert sums.tolist() == [empty != level for level in (0, 1, 0, 1)]
+    output.sum().backward()
+    grads = [level.grad for level in levels]
+    assert [grad.shape for grad in grads] == [level.shape for level in levels]
+    assert grads[1 - empty].sum() > 0
 
 
 def test_batch_index_out_of_range() -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from support.op_suite import Failure, OpSuite
+from support.op_suite import CompositionSuite, Failure, OpSuite
 from support.strategies import boxes, seeds
 from torchkiln import ops, reference
 from torchkiln.reference.detection.nms_match import parity
@@ -37,6 +38,34 @@ class TestNmsGroups(OpSuite):
             "^nms_groups: iou_threshold must be a number; got nan$",
         ),
     )
+
+
+def _listed(boxes: Tensor, scores: Tensor, iou_threshold: float) -> list[Tensor]:
+    rows, groups, count = reference.nms_groups(boxes, scores, iou_threshold)
+    return [rows[groups == group] for group in range(int(count))]
+
+
+class TestNmsMatch(CompositionSuite):
+    parity = dataclasses.replace(
+        parity(), op="nms_match", functions=(), function="nms_match", reference=_listed
+    )
+    autocast = torch.float32
+    dynamic: ClassVar = {"boxes": 0, "scores": 0}
+    failures = (
+        Failure(
+            "three_columns",
+            {"boxes": lambda boxes: boxes[:, :3]},
+            ValueError,
+            r"boxes must have shape \(N, 4\); got \(70, 3\)$",
+        ),
+    )
+    without: ClassVar = {
+        **CompositionSuite.without,
+        **dict.fromkeys(
+            ("fake_equals_real", "one_graph_for_all_sizes", "compiles", "cuda_graph"),
+            "how many groups there are, nobody knows before; nms_groups has fixed sizes",
+        ),
+    }
 
     @given(boxes(), seeds)
     def test_groups_of_nms(self, rows: Tensor, seed: int) -> None:

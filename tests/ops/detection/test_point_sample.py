@@ -4,15 +4,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
 from support.op_suite import CompositionSuite, Failure
 from torchkiln import ops, reference
 from torchkiln.reference.detection.point_sample import parities
+from torchkiln.testing import Case, Inputs, Parity
 
 SAMPLE, REL_TO_ABS, ABS_TO_REL, REL_TO_REL = parities()
 
@@ -96,17 +99,50 @@ class TestRelRoiPointToRelImgPoint(TestRelRoiPointToAbsImgPoint):
     parity = REL_TO_REL
 
 
+def _grid(rois: Tensor, size: tuple[int, int]) -> Tensor:
+    """A grid for each region, on its device: the function itself takes no tensor."""
+    return ops.generate_grid(rois.shape[0], size, rois.device)
+
+
+def _grid_reference(rois: Tensor, size: tuple[int, int]) -> Tensor:
+    return reference.generate_grid(rois.shape[0], size, rois.device)
+
+
+def _regions(count: int, size: tuple[int, int], new: Inputs) -> dict[str, Any]:
+    return {"rois": new.boxes(count), "size": size}
+
+
+class TestGenerateGrid(CompositionSuite):
+    parity = Parity(
+        op="generate_grid",
+        tier="A",
+        function=_grid,
+        reference=_grid_reference,
+        cases=(
+            Case("typical", functools.partial(_regions, 7, (14, 9))),
+            Case("empty", functools.partial(_regions, 0, (2, 3))),
+            Case("single", functools.partial(_regions, 1, (1, 1))),
+            Case("no_rows", functools.partial(_regions, 3, (0, 4))),
+            Case("no_columns", functools.partial(_regions, 3, (5, 0))),
+        ),
+    )
+    dynamic: ClassVar = {"rois": 0}
+    failures = (
+        Failure(
+            "negative",
+            {"size": (2, -1)},
+            ValueError,
+            r"^generate_grid: num_grid and size must be at least 0; got 7 and \(2, -1\)$",
+        ),
+    )
+
+
 @pytest.mark.parametrize("size", [(2, 3), (1, 1), (0, 4), (5, 0)])
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_grid_equals_reference(count: int, size: tuple[int, int], device: str) -> None:
     grid = ops.generate_grid(count, size, device)
     expected = reference.generate_grid(count, size, device)
     torch.testing.assert_close(grid, expected)
-
-
-def test_grid_refuses_a_negative_size() -> None:
-    with pytest.raises(ValueError, match=r"^generate_grid: num_grid and size must be at least 0"):
-        ops.generate_grid(1, (2, -1))
 
 
 @pytest.mark.parametrize("align_corners", [False, True])

@@ -28,7 +28,9 @@ def fake_padded(
     return indices, boxes.new_empty((), dtype=torch.int64)
 
 
-def fake_groups(boxes: Tensor, scores: Tensor, iou_threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+def fake_groups(
+    boxes: Tensor, scores: Tensor, iou_threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """All rows in order, the kept one of each, and how many are kept."""
     rows, groups = (scores.new_empty((scores.shape[0],), dtype=torch.int64) for _ in range(2))
     return rows, groups, scores.new_empty((), dtype=torch.int64)

@@ -102,7 +102,7 @@ def multi_scale_roi_align(
 
     Raises:
         TypeError: for another dtype.
-        ValueError: for another shape, device, number or option, or a level without pixels.
+        ValueError: for another shape, device, number or option.
         IndexError: for a batch index out of range, on the CPU. On CUDA such a region gives 0.
 
     Differentiable: inputs. Deterministic: yes, gradients too.
@@ -110,7 +110,7 @@ def multi_scale_roi_align(
     Note:
         `torchkiln.nn.MultiScaleRoIAlign` and `torchkiln.nn.SingleRoIExtractor` have the sides that
         torchvision and mmdet use. A region that is not finite belongs to the first level, and
-        gives 0 there.
+        gives 0 there. So do regions of a level without pixels.
 
     Source:
         Lin et al., "Feature Pyramid Networks for Object Detection", 2017, section 4.2.

@@ -84,6 +84,7 @@ def parity() -> Parity:
             Case("wide", lambda new: _arguments(new, 20, channels=49, sampling_ratio=2)),
             Case("wide_channels_last", lambda new: _channels_last(_arguments(new, 9, channels=40))),
             Case("degenerate", _degenerate),
+            Case("no_pixels", _without_pixels),
         ),
         workloads=(
             # Faster R-CNN R50-FPN: an image of 800 x 1344, and its pyramid from stride 4 to 32.
@@ -142,6 +143,12 @@ def _arguments(
         "level_sides": [8.0, 16.0],
         **options,
     }
+
+
+def _without_pixels(new: Inputs) -> dict[str, Any]:
+    """A level that regions belong to, and has no rows."""
+    problem = _arguments(new, 9, sampling_ratio=2)
+    return {**problem, "middle": problem["middle"][:, :, :0]}
 
 
 def _channels_last(arguments: dict[str, Any]) -> dict[str, Any]:
