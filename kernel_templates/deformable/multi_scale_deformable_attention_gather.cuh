@@ -5,7 +5,7 @@
 //   order     sorts those of each cell
 //   gather    kLanes lanes own a pixel and add up what it gets of the samples in the four cells around it, in order
 //
-// Floor: a list takes 24 bytes of each sample and one atomic for counting, one for placing it. What binds are rows of the
+// Floor: a list takes 20 bytes of each sample and one atomic for counting, one for placing it. What binds are rows of the
 // gradient of the output through L1 and L2, 4 e b q m l p d bytes as in the forward pass. Sums in fixed point by atomics
 // would move twice the bytes of a float's, and lose what is small beside the largest.
 // SPDX-License-Identifier: Apache-2.0
@@ -181,12 +181,18 @@ template <class T>
 __device__ __forceinline__ T of_lane(T value, i32 lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
+__device__ __forceinline__ Around told(const Around& own, i32 lane) {
+  return {of_lane(own.above, lane),
+          of_lane(own.count, lane),
+          {of_lane(own.bases[0], lane), of_lane(own.bases[1], lane)},
+          {of_lane(own.lefts[0], lane), of_lane(own.lefts[1], lane)}};
+}
 
 template <class Scalar, int kVector, int kLanes>
 struct Gatherer {
   using T = Acc<Scalar>;
   static constexpr i32 kGroups = kWarpSize / kLanes;
-  static constexpr int kAtOnce = kLanes < 8 ? kLanes : 8;
+  static constexpr int kAtOnce = 4;  // rows under way
 
   const Scalar* gradients;  // of the image, head and this lane's channels; null for none
   i32 stride;
@@ -198,69 +204,68 @@ struct Gatherer {
 #pragma unroll 1
     for (i32 first = 0; first < count; first += kAtOnce) {
       Pack<Scalar, kVector> rows[kAtOnce];
-      T weights[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const i32 lane = from + (first + i) * step, query = of_lane(share.query, lane);
-        weights[i] = of_lane(share.weight, lane);
+        const i32 query = of_lane(share.query, from + (first + i) * step);
         rows[i] = query >= 0 && gradients != nullptr
                       ? load_pack<kVector>(apart(gradients, query, stride))
                       : zero_pack<kVector, Scalar>();
       }
+      // Only now: weights come from memory, and rows are under way meanwhile.
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        if (weights[i] == T(0)) continue;
+        const T weight = of_lane(share.weight, from + (first + i) * step);
+        if (weight == T(0)) continue;
 #pragma unroll
-        for (int c = 0; c < kVector; ++c) to[c] += weights[i] * load(rows[i].at[c]);
+        for (int c = 0; c < kVector; ++c) to[c] += weight * load(rows[i].at[c]);
       }
     }
   }
 
-  // Each group of lanes adds what its own pixel gets. Every lane of the warp must call.
-  __device__ __forceinline__ void add_own(const Source<T>& source, const Around& around, i32 most) {
-    const i32 lane = i32(threadIdx.x) % kLanes, from = i32(threadIdx.x) % kWarpSize - lane;
+  // Adds what the pixel of each group of lanes gets: all at once, or, where one gets much, all groups together that of one
+  // after the other. Every lane of the warp must call.
+  __device__ __forceinline__ void add_level(const Source<T>& source, const Around& own) {
+    const i32 most = most_of_groups(own.count);
+    if (most == 0) return;
+    const bool together = most > kMany && kGroups > 1;
+    const i32 lane = i32(threadIdx.x) % kWarpSize, group = lane / kLanes;
+    const i32 number = together ? lane : lane % kLanes, each = together ? kWarpSize : kLanes;
+    const i32 from = together ? group : group * kLanes, step = together ? kGroups : 1;
 #pragma unroll 1
-    for (i32 begin = 0; begin < most; begin += kLanes) {
-      const auto share = share_of(source, around, begin + lane);
-      add(share, min_of(kLanes, most - begin), from, 1, sums);
+    for (i32 owner = 0; owner < step; ++owner) {
+      const Around around = told(own, (together ? owner : group) * kLanes);
+      const i32 count = together ? around.count : most;
+      T parts[kVector] = {};
+#pragma unroll 1
+      for (i32 begin = 0; begin < count; begin += each) {
+        const i32 left = min_of(each, count - begin);
+        add(share_of(source, around, begin + number),
+            together ? (left + kGroups - 1) / kGroups : left, from, step, parts);
+      }
+      if (together) add_groups(parts);
+#pragma unroll
+      for (int c = 0; c < kVector; ++c) sums[c] += !together || group == owner ? parts[c] : T(0);
     }
   }
 
-  // All groups add what the pixel of one of them gets. Every lane of the warp must call.
-  __device__ __forceinline__ void add_together(const Source<T>& source, const Around& own,
-                                               i32 owner) {
-    const i32 lane = i32(threadIdx.x) % kWarpSize, group = lane / kLanes, of = owner * kLanes;
-    const Around around = {of_lane(own.above, of),
-                           of_lane(own.count, of),
-                           {of_lane(own.bases[0], of), of_lane(own.bases[1], of)},
-                           {of_lane(own.lefts[0], of), of_lane(own.lefts[1], of)}};
-    T parts[kVector] = {};
-#pragma unroll 1
-    for (i32 begin = 0; begin < around.count; begin += kWarpSize) {
-      const i32 left = min_of(kWarpSize, around.count - begin);
-      const auto share = share_of(source, around, begin + lane);
-      add(share, (left + kGroups - 1) / kGroups, group, kGroups, parts);
+ private:
+  __device__ __forceinline__ static i32 most_of_groups(i32 number) {
+#pragma unroll
+    for (int offset = kLanes; offset < kWarpSize; offset *= 2) {
+      number = max_of(number, __shfl_xor_sync(0xffffffffu, number, offset));
     }
+    return number;
+  }
+  __device__ __forceinline__ static void add_groups(T* parts) {
 #pragma unroll
     for (int c = 0; c < kVector; ++c) {
 #pragma unroll
       for (int offset = kLanes; offset < kWarpSize; offset *= 2) {
         parts[c] += __shfl_xor_sync(0xffffffffu, parts[c], offset);
       }
-      if (group == owner) sums[c] += parts[c];
     }
   }
 };
-
-// The most of a number that is the same for all kLanes lanes of a pixel.
-template <int kLanes>
-__device__ __forceinline__ i32 most_of_warp(i32 number) {
-#pragma unroll
-  for (int offset = kLanes; offset < kWarpSize; offset *= 2) {
-    number = max_of(number, __shfl_xor_sync(0xffffffffu, number, offset));
-  }
-  return number;
-}
 
 // Grid: chunks of channels, heads, images, then patches of pixels, those of the coarse levels first: most samples fall on
 // them.
@@ -296,15 +301,7 @@ __global__ void __launch_bounds__(kBlockSize, 768 / kBlockSize) gather(const Arg
   for (; source.level < source.levels; ++source.level) {
     const Around around = around_of(args.ends + of_head * args.s,
                                     levels.at(args, i32(source.level)), counts ? pixel : -1);
-    const i32 most = most_of_warp<kLanes>(around.count);
-    if (most <= kMany || kLanes == kWarpSize) {
-      gatherer.add_own(source, around, most);
-      continue;
-    }
-#pragma unroll 1
-    for (i32 owner = 0; owner < kWarpSize / kLanes; ++owner) {
-      gatherer.add_together(source, around, owner);
-    }
+    gatherer.add_level(source, around);
   }
   if (!exists || channel >= args.d) return;
   Pack<Scalar, kVector> result;

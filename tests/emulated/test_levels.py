@@ -1,4 +1,7 @@
-"""A level that does not lie within its tensor has no samples: on the GPU nobody can refuse it."""
+"""Levels as strange as a GPU may get them: nobody can refuse them there.
+
+One that does not lie within its tensor has no samples; others share pixels, or have very many.
+"""
 
 # SPDX-License-Identifier: Apache-2.0
 
@@ -18,10 +21,16 @@ from torchkiln.testing import Inputs
 PIXELS = 20
 # Height, width, first pixel. But for the first, nothing lies there.
 LEVELS = ((4, 4, 0), (5, 5, 0), (3, 0, 0), (0, 3, 0), (-1, -1, 0), (2, 2, PIXELS - 1))
+# All share pixels with others, a row or its end.
+SHARING = ((4, 4, 0), (3, 5, 2), (1, 7, 13), (5, 1, 15))
+# More pixels than 16 bits count, and than a block sums at once.
+LARGE = ((259, 255, 0),)
 # Odd, for accesses before a buffer; even, for those behind it.
 SCHEDULES = (1, 0)
 
 Function = Callable[[list[Tensor], Tensor, Tensor, bool], Tensor]
+Levels = tuple[tuple[int, int, int], ...]
+FITTING: Levels = (LEVELS[0], *((0, 0, 0),) * (len(LEVELS) - 1))
 
 
 def attend(tensors: list[Tensor], sizes: Tensor, starts: Tensor, deterministic: bool) -> Tensor:
@@ -68,20 +77,25 @@ def results(
     return [output.detach().cpu(), *(gradient.cpu() for gradient in gradients)]
 
 
-def compare(function: Function, queries: int, deterministic: bool, dtype: torch.dtype) -> None:
-    """Raises where the GPU's results differ from those of the levels that lie within the value."""
+def compare(
+    function: Function,
+    queries: int,
+    deterministic: bool,
+    dtype: torch.dtype,
+    levels: Levels = LEVELS,
+    fitting: Levels = FITTING,
+    pixels: int = PIXELS,
+) -> None:
+    """Raises where the GPU's results differ from the CPU's of levels that lie within the value."""
     new = Inputs(3)
-    samples = (2, queries, 2, len(LEVELS), 3)
-    shapes = {"value": (2, PIXELS, 2, 8), "places": (*samples, 2), "weights": samples}
+    samples = (2, queries, 2, len(levels), 3)
+    shapes = {"value": (2, pixels, 2, 8), "places": (*samples, 2), "weights": samples}
     tensors = [new.uniform(*shape).to(dtype) for shape in shapes.values()]
-    levels = torch.tensor(LEVELS)
-    empty = torch.zeros_like(levels)
-    empty[0] = levels[0]
-    expected = results(function, tensors, empty, deterministic)
+    expected = results(function, tensors, torch.tensor(fitting), deterministic)
     for schedule in SCHEDULES:
         emulated.schedule(schedule)
         on_gpu = [tensor.cuda() for tensor in tensors]
-        actual = results(function, on_gpu, levels.cuda(), deterministic)
+        actual = results(function, on_gpu, torch.tensor(levels).cuda(), deterministic)
         for result, other in zip(actual, expected, strict=True):
             torch.testing.assert_close(result, other)
 
@@ -101,3 +115,19 @@ def test_levels_that_do_not_fit(
     dtype: torch.dtype,
 ) -> None:
     gpu.submit(compare, function, queries, deterministic, dtype).result()
+
+
+# With many queries, the lanes of several pixels add up what one of them gets.
+@pytest.mark.parametrize("queries", [5, 90])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_levels_that_share_pixels(
+    gpu: ProcessPoolExecutor, queries: int, deterministic: bool
+) -> None:
+    float32 = torch.float32
+    gpu.submit(compare, attend, queries, deterministic, float32, SHARING, SHARING).result()
+
+
+def test_levels_of_many_pixels(gpu: ProcessPoolExecutor) -> None:
+    pixels = LARGE[0][0] * LARGE[0][1]
+    # What rounding moves in a large level is another test's affair.
+    gpu.submit(compare, attend, 20, True, torch.float64, LARGE, LARGE, pixels).result()
