@@ -7,7 +7,9 @@
 #endif
 #include <algorithm>
 #include <cstddef>
+#include <iterator>
 #include <memory>
+#include <type_traits>
 
 #include "bindings/scan/selective_scan.h"
 #include "bindings/support/parallel.h"
@@ -29,15 +31,20 @@ using selective_scan::Rows;
 using selective_scan::taps_of;
 
 constexpr int kLanes = 16, kSteps = kCheckpoint;
+// States that the forward goes through at once: they share what is loaded for a position.
+constexpr int kTogether = 2;
+// How far ahead of what is gone through memory is asked for.
+constexpr int kAhead = 2 * kSteps;
 // Positions beside a chunk that a rule, or what the position before the chunk needs, takes in.
 constexpr int kLeft = 2, kRight = 1;
 
-// A number for each position of a chunk and beside it, and each channel.
+// A number for each position of a chunk and beside it, and each channel. An element is named by both at once: behind a
+// pointer to a position the compiler no longer sees that two sheets do not overlap, and asks so at every position.
 template <class T>
-struct Sheet {
+struct alignas(64) Sheet {
   T at[kLeft + kSteps + kRight][kLanes];
-  T* operator[](int step) { return at[step + kLeft]; }
-  const T* operator[](int step) const { return at[step + kLeft]; }
+  T& operator()(int step, int lane) { return at[step + kLeft][lane]; }
+  const T& operator()(int step, int lane) const { return at[step + kLeft][lane]; }
 };
 
 // Channels that are gone through side by side.
@@ -54,181 +61,247 @@ Panel panel_of(const Problem& p, std::int64_t of_batch, std::int64_t panel) {
           static_cast<int>(std::min<std::int64_t>(kLanes, channels - panel * kLanes))};
 }
 
-std::int64_t memory_of(const Problem& p, std::int64_t position) {
-  const std::int64_t inside = std::clamp<std::int64_t>(position, 0, p.length - 1);
-  return p.reverse ? p.length - 1 - inside : inside;
-}
-
-// Where the positions of a chunk and beside it lie in memory; those beyond the ends are those at the ends.
-struct Places {
-  std::int64_t at[kLeft + kSteps + kRight];
-  std::int64_t operator[](int step) const { return at[step + kLeft]; }
-};
-
 // What a chunk is computed from and into. Lanes without a channel hold zeros.
 template <class V>
 struct Chunk {
   using T = Real<V>;
-  std::int64_t first;
+  std::int64_t first, ahead;  // its first position, and that of the chunk whose rows are asked for
   int steps;
   bool is_first, is_last;
-  Places places;
   Sheet<T> u, d, ratio, g, y, grad_u, grad_d, grad_ratio;
-  Sheet<V> v, alpha, state, grad_v;
-  // Of one state: A; B and C as a factor of the position and one of the channel, of which one is 1.
-  V a[kLanes], b_lane[kLanes], c_lane[kLanes];
-  V b_step[kLeft + kSteps + kRight], c_step[kLeft + kSteps + kRight];
-  V grad_b_step[kLeft + kSteps + kRight], grad_c_step[kLeft + kSteps + kRight];
-  V of_a[kLanes], of_b[kLanes], of_c[kLanes];
-  V entering[kLanes], adjoint[kLanes], pushed[2][kLanes];
+  Sheet<V> alpha, state, grad_v, by_b, by_c;
+  // Of states that are gone through together: variable B and C, or ones.
+  V b[kTogether][kLeft + kSteps + kRight], c[kTogether][kLeft + kSteps + kRight];
+  V grad_b[kSteps], grad_c[kSteps];
 };
 
-// ---- loops over one state ----
+// One state of the channels of a panel, and what of it goes from chunk to chunk.
+template <class V>
+struct alignas(64) Forward {
+  V a[kLanes], b[kLanes], c[kLanes];  // constant B and C, or ones
+  V value[kLanes];
+};
+template <class V>
+struct Backward : Forward<V> {
+  V adjoint[kLanes], pushed[2][kLanes], of_a[kLanes], of_b[kLanes], of_c[kLanes];
+};
 
-template <int kMethod, class V>
-inline V held(const V* weight, const Sheet<V>& v, int step, int lane) {
-  V sum = weight[0] * v[step - back_of(kMethod)][lane];
-  for (int j = 1; j < taps_of(kMethod); ++j) {
-    sum = sum + weight[j] * v[step - back_of(kMethod) + j][lane];
+// ---- loops over states ----
+
+// B or C of a lane, out of its factors. kConstant: whether B or C is; otherwise those of lanes are 1.
+template <bool kConstant, class V>
+inline V product(V of_step, V of_lane) {
+  if constexpr (kConstant) return of_step * of_lane;
+  return of_step;
+}
+
+// factor * sum_j w_j v_{step+j} of a lane whose B has this factor.
+template <int kMethod, bool kConstant, class V>
+inline V held(const V* weight, Real<V> factor, const Sheet<Real<V>>& u, const V* b, V of_lane,
+              int step, int lane) {
+  V sum{};
+  for (int j = 0; j < taps_of(kMethod); ++j) {
+    const int from = step - back_of(kMethod) + j;
+    const V v = (factor * u(from, lane)) * product<kConstant>(b[from + kLeft], of_lane);
+    sum = j == 0 ? weight[j] * v : sum + weight[j] * v;
   }
   return sum;
 }
 
-template <class V>
-inline void sample(Chunk<V>& c) {
-  for (int step = -kLeft; step < c.steps + kRight; ++step) {
-    const V b = c.b_step[step + kLeft];
-    for (int l = 0; l < kLanes; ++l) c.v[step][l] = c.u[step][l] * (b * c.b_lane[l]);
-  }
-}
-
-template <int kMethod, class V>
-inline void forward_loop(Chunk<V>& c) {
-  sample(c);
-  for (int step = 0; step < c.steps; ++step) {
-    const V now = c.c_step[step + kLeft];
+// Lanes are the inner loop, and what a state carries is in arrays of the function: so it stays in registers.
+template <int kMethod, bool kConstant, class V>
+inline void forward_loop(Chunk<V>& c, Forward<V>* states) {
+  V a[kTogether][kLanes], of_b[kTogether][kLanes], of_c[kTogether][kLanes];
+  V value[kTogether][kLanes];
+  for (int n = 0; n < kTogether; ++n) {
     for (int l = 0; l < kLanes; ++l) {
-      const auto k = selective_scan::coefficients<kMethod>(c.d[step][l], c.a[l], c.ratio[step][l]);
-      c.entering[l] =
-          k.alpha * c.entering[l] + c.d[step][l] * held<kMethod>(k.weight, c.v, step, l);
-      c.y[step][l] += inner(now * c.c_lane[l], conjugate(c.entering[l]));
+      a[n][l] = states[n].a[l];
+      of_b[n][l] = states[n].b[l];
+      of_c[n][l] = states[n].c[l];
+      value[n][l] = states[n].value[l];
     }
+  }
+  for (int step = 0; step < c.steps; ++step) {
+    for (int l = 0; l < kLanes; ++l) {
+      const Real<V> d = c.d(step, l);
+      Real<V> y = c.y(step, l);
+      for (int n = 0; n < kTogether; ++n) {
+        const auto k = selective_scan::coefficients<kMethod>(d, a[n][l], c.ratio(step, l));
+        value[n][l] = k.alpha * value[n][l] +
+                      held<kMethod, kConstant>(k.weight, d, c.u, c.b[n], of_b[n][l], step, l);
+        y += inner(product<kConstant>(c.c[n][step + kLeft], of_c[n][l]), conjugate(value[n][l]));
+      }
+      c.y(step, l) = y;
+    }
+  }
+  for (int n = 0; n < kTogether; ++n) {
+    for (int l = 0; l < kLanes; ++l) states[n].value[l] = value[n][l];
   }
 }
 
 // Once more, keeping what the adjoints need.
-template <int kMethod, class V>
-inline void replay_loop(Chunk<V>& c) {
-  sample(c);
-  for (int l = 0; l < kLanes; ++l) c.state[-1][l] = c.entering[l];
+template <int kMethod, bool kConstant, class V>
+inline void replay_loop(Chunk<V>& c, const Backward<V>& s) {
+  V a[kLanes], of_b[kLanes], of_c[kLanes], value[kLanes];
+  for (int l = 0; l < kLanes; ++l) {
+    a[l] = s.a[l];
+    of_b[l] = s.b[l];
+    of_c[l] = s.c[l];
+    value[l] = c.state(-1, l) = s.value[l];
+  }
   for (int step = 0; step < c.steps; ++step) {
-    const V now = c.c_step[step + kLeft];
     for (int l = 0; l < kLanes; ++l) {
-      const auto k = selective_scan::coefficients<kMethod>(c.d[step][l], c.a[l], c.ratio[step][l]);
-      const V state =
-          k.alpha * c.state[step - 1][l] + c.d[step][l] * held<kMethod>(k.weight, c.v, step, l);
-      c.alpha[step][l] = k.alpha;
-      c.state[step][l] = state;
-      c.y[step][l] += inner(now * c.c_lane[l], conjugate(state));
+      const Real<V> d = c.d(step, l);
+      const auto k = selective_scan::coefficients<kMethod>(d, a[l], c.ratio(step, l));
+      value[l] =
+          k.alpha * value[l] + held<kMethod, kConstant>(k.weight, d, c.u, c.b[0], of_b[l], step, l);
+      c.alpha(step, l) = k.alpha;
+      c.state(step, l) = value[l];
+      c.y(step, l) += inner(product<kConstant>(c.c[0][step + kLeft], of_c[l]), conjugate(value[l]));
     }
   }
 }
 
-// The gradients of one step, given lambda.
-template <int kMethod, class V>
-inline void step_gradients(Chunk<V>& c, int step, int l, V lambda) {
+// From the last step to the first: lambda is the adjoint of a step's state.
+template <int kMethod, bool kConstant, class V>
+inline void adjoint_loop(Chunk<V>& c, Backward<V>& s) {
   using T = Real<V>;
-  const T d = c.d[step][l];
-  const auto s = selective_scan::slopes<kMethod>(d * c.a[l], c.ratio[step][l], c.alpha[step][l]);
-  const V by_z =
-      s.by_z.alpha * c.state[step - 1][l] + d * held<kMethod>(s.by_z.weight, c.v, step, l);
-  const V of_z = lambda * conjugate(by_z);
-  c.of_a[l] = c.of_a[l] + d * of_z;
-  c.grad_d[step][l] +=
-      inner(of_z, c.a[l]) + inner(lambda, held<kMethod>(s.value.weight, c.v, step, l));
-  if constexpr (neighbour_of(kMethod) != 0) {
-    c.grad_ratio[step][l] += inner(lambda, d * held<kMethod>(s.by_ratio, c.v, step, l));
+  const T factor = is_complex_type<V> ? T(2) : T(1);
+  V a[kLanes], of_b[kLanes], of_c[kLanes], adjoint[kLanes], of_a[kLanes];
+  for (int l = 0; l < kLanes; ++l) {
+    a[l] = s.a[l];
+    of_b[l] = s.b[l];
+    of_c[l] = s.c[l];
+    adjoint[l] = s.adjoint[l];
+    of_a[l] = s.of_a[l];
   }
-  for (int j = 0; j < taps_of(kMethod); ++j) {
-    V& to = c.grad_v[step + j - back_of(kMethod)][l];
-    to = to + (d * conjugate(s.value.weight[j])) * lambda;
+  for (int step = c.steps - 1; step >= 0; --step) {
+    for (int l = 0; l < kLanes; ++l) {
+      const T g = factor * c.g(step, l), d = c.d(step, l);
+      const V output = product<kConstant>(c.c[0][step + kLeft], of_c[l]);
+      const V lambda = g * conjugate(output) + adjoint[l];
+      const V alpha = c.alpha(step, l);
+      c.by_c(step, l) = g * conjugate(c.state(step, l));
+      adjoint[l] = conjugate(alpha) * lambda;
+      const auto k = selective_scan::slopes<kMethod>(d * a[l], c.ratio(step, l), alpha);
+      const auto sum = [&](const V* weight, T by) {
+        return held<kMethod, kConstant>(weight, by, c.u, c.b[0], of_b[l], step, l);
+      };
+      V by_z = k.by_z.alpha * c.state(step - 1, l);
+      if constexpr (kMethod != selective_scan::kMamba) by_z = by_z + sum(k.by_z.weight, d);
+      const V of_z = lambda * conjugate(by_z);
+      of_a[l] = of_a[l] + d * of_z;
+      c.grad_d(step, l) += inner(of_z, a[l]) + inner(lambda, sum(k.value.weight, T(1)));
+      if constexpr (neighbour_of(kMethod) != 0) {
+        c.grad_ratio(step, l) += inner(lambda, sum(k.by_ratio, d));
+      }
+      for (int j = 0; j < taps_of(kMethod); ++j) {
+        V& to = c.grad_v(step + j - back_of(kMethod), l);
+        const V push = (d * conjugate(k.value.weight[j])) * lambda;
+        to = taps_of(kMethod) == 1 ? push : to + push;
+      }
+    }
+  }
+  for (int l = 0; l < kLanes; ++l) {
+    s.adjoint[l] = adjoint[l];
+    s.of_a[l] = of_a[l];
   }
 }
 
 // What the position before the chunk has for its first sample and step, when a rule looks ahead.
-template <int kMethod, class V>
-inline void gradients_from_before(Chunk<V>& c) {
+template <int kMethod, bool kConstant, class V>
+inline void gradients_from_before(Chunk<V>& c, const Backward<V>& s) {
   using T = Real<V>;
   const T factor = is_complex_type<V> ? T(2) : T(1);
   for (int l = 0; l < kLanes; ++l) {
-    const V output = c.c_step[kLeft - 1] * c.c_lane[l];
-    const V lambda = (factor * c.g[-1][l]) * conjugate(output) + c.adjoint[l];
-    const T d = c.d[-1][l];
-    const auto s = selective_scan::slopes<kMethod>(d * c.a[l], c.ratio[-1][l]);
-    const V push = (d * conjugate(s.value.weight[taps_of(kMethod) - 1])) * lambda;
-    c.grad_v[0][l] = c.grad_v[0][l] + push;
+    const V output = c.c[0][kLeft - 1] * s.c[l];
+    const V lambda = (factor * c.g(-1, l)) * conjugate(output) + s.adjoint[l];
+    const T d = c.d(-1, l);
+    const auto k = selective_scan::slopes<kMethod>(d * s.a[l], c.ratio(-1, l));
+    const V push = (d * conjugate(k.value.weight[taps_of(kMethod) - 1])) * lambda;
+    c.grad_v(0, l) = c.grad_v(0, l) + push;
     if constexpr (neighbour_of(kMethod) != 0) {
-      c.grad_ratio[-1][l] += inner(lambda, d * held<kMethod>(s.by_ratio, c.v, -1, l));
+      c.grad_ratio(-1, l) +=
+          inner(lambda, held<kMethod, kConstant>(k.by_ratio, d, c.u, c.b[0], s.b[l], -1, l));
     }
   }
 }
 
+// The gradients of samples begin with what the chunk behind has for the last ones. A rule of one sample writes each once.
 template <int kMethod, class V>
-inline void backward_loop(Chunk<V>& c) {
-  using T = Real<V>;
-  const T factor = is_complex_type<V> ? T(2) : T(1);
-  const V zero = number<V>(T(0));
-  replay_loop<kMethod>(c);
-  for (int step = -kLeft; step < c.steps + kRight; ++step) {
-    for (int l = 0; l < kLanes; ++l) c.grad_v[step][l] = zero;
-  }
-  // What the chunk behind has for the last samples of this one.
-  for (int j = 0; j < back_of(kMethod); ++j) {
-    for (int l = 0; l < kLanes; ++l) c.grad_v[c.steps - 1 - j][l] = c.pushed[j][l];
-  }
-  for (int step = c.steps - 1; step >= 0; --step) {
-    const V now = c.c_step[step + kLeft];
-    V by_c[kLanes];
-    for (int l = 0; l < kLanes; ++l) {
-      const V lambda = (factor * c.g[step][l]) * conjugate(now * c.c_lane[l]) + c.adjoint[l];
-      by_c[l] = (factor * c.g[step][l]) * conjugate(c.state[step][l]);
-      c.adjoint[l] = conjugate(c.alpha[step][l]) * lambda;
-      c.of_c[l] = c.of_c[l] + by_c[l];
-      step_gradients<kMethod>(c, step, l, lambda);
+inline void begin_samples(Chunk<V>& c, const Backward<V>& s) {
+  if constexpr (taps_of(kMethod) > 1) {
+    for (int step = -kLeft; step < c.steps + kRight; ++step) {
+      for (int l = 0; l < kLanes; ++l) c.grad_v(step, l) = V{};
     }
-    V sum = zero;
-    for (int l = 0; l < kLanes; ++l) sum = sum + by_c[l];
-    c.grad_c_step[step + kLeft] = sum;
-  }
-  if (ahead_of(kMethod) > 0 && !c.is_first) gradients_from_before<kMethod>(c);
-  // Samples beyond the ends are those at the ends.
-  for (int l = 0; l < kLanes; ++l) {
-    for (int j = 0; j < 2; ++j) c.pushed[j][l] = c.grad_v[-1 - j][l];
-    if (c.is_first) c.grad_v[0][l] = c.grad_v[0][l] + c.grad_v[-1][l] + c.grad_v[-2][l];
-    if (c.is_last) c.grad_v[c.steps - 1][l] = c.grad_v[c.steps - 1][l] + c.grad_v[c.steps][l];
-  }
-  for (int step = 0; step < c.steps; ++step) {
-    const V b = c.b_step[step + kLeft];
-    V by_b[kLanes];
-    for (int l = 0; l < kLanes; ++l) {
-      by_b[l] = c.u[step][l] * c.grad_v[step][l];
-      c.of_b[l] = c.of_b[l] + by_b[l];
-      c.grad_u[step][l] += inner(c.grad_v[step][l], b * c.b_lane[l]);
+    for (int j = 0; j < back_of(kMethod); ++j) {
+      for (int l = 0; l < kLanes; ++l) c.grad_v(c.steps - 1 - j, l) = s.pushed[j][l];
     }
-    V sum = zero;
-    for (int l = 0; l < kLanes; ++l) sum = sum + by_b[l];
-    c.grad_b_step[step + kLeft] = sum;
   }
 }
 
-// What runs for each state of a chunk. Both are named functions, because only those have a body per instruction set.
-template <bool kBackward, class V>
-inline void state_loop(Chunk<V>& c, std::int64_t method) {
+// Samples beyond the ends are those at the ends.
+template <int kMethod, class V>
+inline void end_samples(Chunk<V>& c, Backward<V>& s) {
+  if constexpr (taps_of(kMethod) > 1) {
+    for (int l = 0; l < kLanes; ++l) {
+      for (int j = 0; j < 2; ++j) s.pushed[j][l] = c.grad_v(-1 - j, l);
+      if (c.is_first) c.grad_v(0, l) = c.grad_v(0, l) + c.grad_v(-1, l) + c.grad_v(-2, l);
+      if (c.is_last) c.grad_v(c.steps - 1, l) = c.grad_v(c.steps - 1, l) + c.grad_v(c.steps, l);
+    }
+  }
+}
+
+// Sums over lanes: halves are added to halves as long as those are vectors.
+template <class V>
+inline void sum_lanes(const Sheet<V>& sheet, int steps, V* out) {
+  constexpr int kQuarter = kLanes / 4;
+  V part[kSteps][kQuarter];
+  for (int step = 0; step < steps; ++step) {
+    V half[kLanes / 2];
+    for (int l = 0; l < kLanes / 2; ++l) half[l] = sheet(step, l) + sheet(step, l + kLanes / 2);
+    for (int l = 0; l < kQuarter; ++l) part[step][l] = half[l] + half[l + kQuarter];
+  }
+  for (int step = 0; step < steps; ++step) {
+    out[step] = (part[step][0] + part[step][1]) + (part[step][2] + part[step][3]);
+  }
+}
+
+template <int kMethod, bool kConstant, class V>
+inline void backward_loop(Chunk<V>& c, Backward<V>& s) {
+  replay_loop<kMethod, kConstant>(c, s);
+  begin_samples<kMethod>(c, s);
+  adjoint_loop<kMethod, kConstant>(c, s);
+  if (ahead_of(kMethod) > 0 && !c.is_first) gradients_from_before<kMethod, kConstant>(c, s);
+  end_samples<kMethod>(c, s);
+  for (int step = 0; step < c.steps; ++step) {
+    const V b = c.b[0][step + kLeft];
+    for (int l = 0; l < kLanes; ++l) {
+      c.by_b(step, l) = c.u(step, l) * c.grad_v(step, l);
+      c.grad_u(step, l) += inner(c.grad_v(step, l), product<kConstant>(b, s.b[l]));
+    }
+  }
+  if constexpr (kConstant) {
+    for (int step = 0; step < c.steps; ++step) {
+      for (int l = 0; l < kLanes; ++l) {
+        s.of_b[l] = s.of_b[l] + c.by_b(step, l);
+        s.of_c[l] = s.of_c[l] + c.by_c(step, l);
+      }
+    }
+  }
+  sum_lanes(c.by_b, c.steps, c.grad_b);
+  sum_lanes(c.by_c, c.steps, c.grad_c);
+}
+
+// What runs for states of a chunk: kTogether of them forward, one backward. Both are named functions, because only those
+// have a body per instruction set.
+template <bool kConstant, class V, class State>
+inline void states_loop(Chunk<V>& c, State* states, std::int64_t method) {
   const auto run = [&]<int kMethod>() {
-    if constexpr (kBackward) {
-      backward_loop<kMethod>(c);
+    if constexpr (std::is_same_v<State, Backward<V>>) {
+      backward_loop<kMethod, kConstant>(c, *states);
     } else {
-      forward_loop<kMethod>(c);
+      forward_loop<kMethod, kConstant>(c, states);
     }
   };
   switch (method) {
@@ -257,46 +330,45 @@ inline void state_loop(Chunk<V>& c, std::int64_t method) {
   }
 }
 
-TORCHKILN_SCAN_LOOPS void forward_state(Chunk<float>& c, std::int64_t method) {
-  state_loop<false>(c, method);
+TORCHKILN_SCAN_LOOPS void run_states(Chunk<float>& c, Forward<float>* states, std::int64_t method,
+                                     bool constant) {
+  constant ? states_loop<true>(c, states, method) : states_loop<false>(c, states, method);
 }
-TORCHKILN_SCAN_LOOPS void backward_state(Chunk<float>& c, std::int64_t method) {
-  state_loop<true>(c, method);
+TORCHKILN_SCAN_LOOPS void run_states(Chunk<float>& c, Backward<float>* states, std::int64_t method,
+                                     bool constant) {
+  constant ? states_loop<true>(c, states, method) : states_loop<false>(c, states, method);
 }
-template <class V>
-void forward_state(Chunk<V>& c, std::int64_t method) {
-  state_loop<false>(c, method);
-}
-template <class V>
-void backward_state(Chunk<V>& c, std::int64_t method) {
-  state_loop<true>(c, method);
+template <class V, class State>
+void run_states(Chunk<V>& c, State* states, std::int64_t method, bool) {
+  states_loop<true>(c, states, method);
 }
 
 // ---- loops over positions ----
 
-TORCHKILN_SCAN_LOOPS void steps_loop(Sheet<float>& d, int begin, int end, const float* bias,
-                                     bool softplus) {
+template <class T>
+inline void add_bias(Sheet<T>& d, int begin, int end, const T* bias, bool softplus) {
   for (int step = begin; step < end; ++step) {
-    for (int l = 0; l < kLanes; ++l) {
-      const float x = d[step][l] + bias[l];
-      d[step][l] = softplus ? softplus_of(x) : x;
-    }
+    for (int l = 0; l < kLanes; ++l) d(step, l) += bias[l];
+  }
+  if (!softplus) return;
+  for (int step = begin; step < end; ++step) {
+    for (int l = 0; l < kLanes; ++l) d(step, l) = softplus_of(d(step, l));
   }
 }
+TORCHKILN_SCAN_LOOPS void steps_loop(Sheet<float>& d, int begin, int end, const float* bias,
+                                     bool softplus) {
+  add_bias(d, begin, end, bias, softplus);
+}
 void steps_loop(Sheet<double>& d, int begin, int end, const double* bias, bool softplus) {
-  for (int step = begin; step < end; ++step) {
-    for (int l = 0; l < kLanes; ++l) {
-      const double x = d[step][l] + bias[l];
-      d[step][l] = softplus ? softplus_of(x) : x;
-    }
-  }
+  add_bias(d, begin, end, bias, softplus);
 }
 
 // y times silu(z).
 template <class T>
 inline void gate(Sheet<T>& y, const Sheet<T>& z, int begin, int end) {
   for (int step = begin; step < end; ++step) {
-    for (int l = 0; l < kLanes; ++l) y[step][l] *= z[step][l] * sigmoid_of(z[step][l]);
+#pragma GCC ivdep
+    for (int l = 0; l < kLanes; ++l) y(step, l) *= z(step, l) * sigmoid_of(z(step, l));
   }
 }
 TORCHKILN_SCAN_LOOPS void gate_loop(Sheet<float>& y, const Sheet<float>& z, int begin, int end) {
@@ -306,33 +378,139 @@ void gate_loop(Sheet<double>& y, const Sheet<double>& z, int begin, int end) {
   gate(y, z, begin, end);
 }
 
-template <class Scalar>
-const Scalar* row_of(const Rows& rows, const Panel& panel, int lane) {
-  return static_cast<const Scalar*>(rows.data) + panel.batch * rows.batch +
-         (panel.channel + lane) * rows.channel;
+// Gradients by D, by u beside the states, and by delta before softplus, where it was `before` and the bias.
+template <class V>
+inline void finish_gradients(Chunk<V>& c, const Sheet<Real<V>>& before, const Real<V>* skip,
+                             const Real<V>* bias, bool softplus, Real<V>* of_D, Real<V>* of_bias) {
+  for (int step = 0; softplus && step < c.steps; ++step) {
+#pragma GCC ivdep
+    for (int l = 0; l < kLanes; ++l) {
+      c.grad_d(step, l) *= sigmoid_of(before(step, l) + bias[l]);
+    }
+  }
+  for (int step = 0; step < c.steps; ++step) {
+#pragma GCC ivdep
+    for (int l = 0; l < kLanes; ++l) {
+      c.grad_u(step, l) += skip[l] * c.g(step, l);
+      of_D[l] += c.g(step, l) * c.u(step, l);
+      of_bias[l] += c.grad_d(step, l);
+    }
+  }
+}
+TORCHKILN_SCAN_LOOPS void gradients_loop(Chunk<float>& c, const Sheet<float>& before,
+                                         const float* skip, const float* bias, bool softplus,
+                                         float* of_D, float* of_bias) {
+  finish_gradients(c, before, skip, bias, softplus, of_D, of_bias);
+}
+template <class V>
+void gradients_loop(Chunk<V>& c, const Sheet<Real<V>>& before, const Real<V>* skip,
+                    const Real<V>* bias, bool softplus, Real<V>* of_D, Real<V>* of_bias) {
+  finish_gradients(c, before, skip, bias, softplus, of_D, of_bias);
 }
 
-// A row of each channel, from `begin` to `end` around the chunk.
+// The output before its gate.
+template <class V>
+inline void outputs(Chunk<V>& c, const Real<V>* skip) {
+  using T = Real<V>;
+  for (int step = 0; step < c.steps; ++step) {
+#pragma GCC ivdep
+    for (int l = 0; l < kLanes; ++l) {
+      c.y(step, l) = (is_complex_type<V> ? T(2) : T(1)) * c.y(step, l) + skip[l] * c.u(step, l);
+    }
+  }
+}
+
+// The gradient of z in c.g, out of that of the output there, and the output before the gate in c.y.
+template <class V>
+inline void gradient_of_gate(Chunk<V>& c, const Sheet<Real<V>>& gate) {
+  for (int step = 0; step < c.steps; ++step) {
+#pragma GCC ivdep
+    for (int l = 0; l < kLanes; ++l) {
+      const Real<V> z = gate(step, l);
+      c.g(step, l) *= c.y(step, l) * selective_scan::silu_slope(z, sigmoid_of(z));
+    }
+  }
+}
+TORCHKILN_SCAN_LOOPS void gate_gradient_loop(Chunk<float>& c, const Sheet<float>& gate) {
+  gradient_of_gate(c, gate);
+}
+template <class V>
+void gate_gradient_loop(Chunk<V>& c, const Sheet<Real<V>>& gate) {
+  gradient_of_gate(c, gate);
+}
+
+// ---- memory ----
+
+template <class T>
+void zero_steps(Sheet<T>& sheet) {
+  for (auto& step : sheet.at) std::fill_n(step, kLanes, T(0));
+}
+
+// Steps of a chunk that lie in memory; those beyond the ends of the row are those at its ends.
+struct Inside {
+  int begin, end;
+};
+Inside inside_of(const Problem& p, std::int64_t first, int begin, int end) {
+  return {static_cast<int>(std::max<std::int64_t>(begin, -first)),
+          static_cast<int>(std::min<std::int64_t>(end, p.length - first))};
+}
+
+// Where position `first` lies, and the way from there.
+template <class T>
+T* start_of(const Problem& p, T* row, std::int64_t first) {
+  return row + (p.reverse ? p.length - 1 - first : first);
+}
+
+// f(step, where it lies from the start on), as two loops, of which the first one reads neighbours.
+template <class F>
+inline void along(const Problem& p, int begin, int end, const F& f) {
+  if (!p.reverse) {
+    for (int step = begin; step < end; ++step) f(step, step);
+  } else {
+    for (int step = begin; step < end; ++step) f(step, -step);
+  }
+}
+
+// Asks for what a row has of another chunk: rows lie far apart, and nothing but this reads ahead in so many at once. A
+// position is `parts` elements.
+template <class T>
+void prefetch_row(const Problem& p, const T* row, std::int64_t first, int parts = 1) {
+  const int line = 64 / static_cast<int>(sizeof(T)) / parts;
+  const std::int64_t end = std::min<std::int64_t>(first + kSteps, p.length);
+  for (std::int64_t i = std::max<std::int64_t>(first, 0); i < end; i += line) {
+    __builtin_prefetch(row + (p.reverse ? p.length - 1 - i : i) * parts, 0, 2);
+  }
+}
+
+// A row of each channel, from `begin` to `end` around the chunk at `first`; that at `ahead` follows.
 template <class Scalar, class T>
-void load_rows(const Panel& panel, const Rows& rows, const Places& places, int begin, int end,
-               Sheet<T>& out) {
+void load_rows(const Problem& p, const Panel& panel, const Rows& rows, std::int64_t first,
+               std::int64_t ahead, int begin, int end, Sheet<T>& out) {
+  const Inside inside = inside_of(p, first, begin, end);
+  if (panel.lanes < kLanes) zero_steps(out);
   for (int l = 0; l < panel.lanes; ++l) {
-    const Scalar* row = row_of<Scalar>(rows, panel, l);
-    for (int step = begin; step < end; ++step) out[step][l] = load(row[places[step]]);
+    const Scalar* row = static_cast<const Scalar*>(rows.data) + panel.batch * rows.batch +
+                        (panel.channel + l) * rows.channel;
+    prefetch_row(p, row, ahead);
+    const Scalar* from = start_of(p, row, first);
+    along(p, inside.begin, inside.end,
+          [&](int step, std::ptrdiff_t at) { out(step, l) = load(from[at]); });
   }
-  for (int step = begin; step < end; ++step) {
-    for (int l = panel.lanes; l < kLanes; ++l) out[step][l] = T(0);
-  }
+  const auto repeat = [&](int from, int to) {
+    std::copy_n(out.at[from + kLeft], kLanes, out.at[to + kLeft]);
+  };
+  for (int step = begin; step < inside.begin; ++step) repeat(inside.begin, step);
+  for (int step = inside.end; step < end; ++step) repeat(inside.end - 1, step);
 }
 
 template <class Scalar, class T>
-void store_rows(const Problem& p, const Panel& panel, const Places& places, int steps,
-                const Sheet<T>& values, void* out) {
+void store_rows(const Problem& p, const Panel& panel, std::int64_t first, std::int64_t ahead,
+                int steps, const Sheet<T>& values, void* out) {
   for (int l = 0; l < panel.lanes; ++l) {
     Scalar* row = static_cast<Scalar*>(out) + (panel.batch * p.dim + panel.channel + l) * p.length;
-    for (int step = 0; step < steps; ++step) {
-      store(row[places[step]], values[step][l]);
-    }
+    prefetch_row(p, row, ahead);
+    Scalar* to = start_of(p, row, first);
+    along(p, 0, steps, [&](int step, std::ptrdiff_t at) { store(to[at], values(step, l)); });
   }
 }
 
@@ -346,148 +524,165 @@ void load_weight(const void* weight, const Panel& panel, T* out) {
 
 // Samples, steps and ratios of a chunk.
 template <class Scalar, class V>
-void load_chunk(const Problem& p, const Panel& panel, std::int64_t first, std::int64_t method,
-                Chunk<V>& c) {
+void load_chunk(const Problem& p, const Panel& panel, std::int64_t first, std::int64_t ahead,
+                std::int64_t method, Chunk<V>& c) {
   using T = Real<V>;
   c.first = first;
+  c.ahead = ahead;
   c.steps = static_cast<int>(std::min<std::int64_t>(kSteps, p.length - first));
   c.is_first = first == 0;
   c.is_last = first + c.steps == p.length;
-  for (int step = -kLeft; step < c.steps + kRight; ++step) {
-    c.places.at[step + kLeft] = memory_of(p, first + step);
-  }
   T bias[kLanes];
   load_weight(p.delta_bias, panel, bias);
-  load_rows<Scalar>(panel, p.u, c.places, -kLeft, c.steps + kRight, c.u);
-  load_rows<Scalar>(panel, p.delta, c.places, -kLeft, c.steps + kRight, c.d);
+  load_rows<Scalar>(p, panel, p.u, first, c.ahead, -kLeft, c.steps + kRight, c.u);
+  load_rows<Scalar>(p, panel, p.delta, first, c.ahead, -kLeft, c.steps + kRight, c.d);
   steps_loop(c.d, -kLeft, c.steps + kRight, bias, p.softplus);
   const int neighbour = neighbour_of(static_cast<int>(method));
-  for (int step = -1; step < c.steps; ++step) {
+  for (int step = -1; neighbour != 0 && step < c.steps; ++step) {
     for (int l = 0; l < kLanes; ++l) {
-      const bool is_step = neighbour != 0 && l < panel.lanes;
-      c.ratio[step][l] = is_step ? c.d[step + neighbour][l] / c.d[step][l] : T(1);
+      c.ratio(step, l) = l < panel.lanes ? c.d(step + neighbour, l) / c.d(step, l) : T(1);
     }
   }
 }
 
-// B or C of one state around a chunk, as factors of positions and channels.
+// Variable B or C of one state around a chunk.
 template <class Scalar, class V>
-void load_matrix(const Problem& p, const Panel& panel, const void* matrix, bool constant,
-                 std::int64_t n, const Chunk<V>& c, V* of_step, V* of_lane) {
-  const V one = number<V>(Real<V>(1));
-  if (constant) {
-    std::fill_n(of_step, kLeft + c.steps + kRight, one);
-    for (int l = 0; l < panel.lanes; ++l) {
-      of_lane[l] = static_cast<const V*>(matrix)[(panel.channel + l) * p.states + n];
-    }
-    std::fill(of_lane + panel.lanes, of_lane + kLanes, one);
-    return;
-  }
+void load_matrix(const Problem& p, const Panel& panel, const void* matrix, std::int64_t n,
+                 const Chunk<V>& c, V* out) {
   constexpr int kParts = is_complex_type<V> ? 2 : 1;
   const Scalar* row = static_cast<const Scalar*>(matrix) +
                       ((panel.batch * p.groups + panel.group) * p.states + n) * p.length * kParts;
-  for (int step = -kLeft; step < c.steps + kRight; ++step) {
-    const std::int64_t at = c.places[step] * kParts;
+  prefetch_row(p, row, c.ahead, kParts);
+  const Scalar* start = row + (p.reverse ? p.length - 1 - c.first : c.first) * kParts;
+  const Inside inside = inside_of(p, c.first, -kLeft, c.steps + kRight);
+  along(p, inside.begin, inside.end, [&](int step, std::ptrdiff_t at) {
+    const Scalar* from = start + at * kParts;
     if constexpr (is_complex_type<V>) {
-      of_step[step + kLeft] = {load(row[at]), load(row[at + 1])};
+      out[step + kLeft] = {load(from[0]), load(from[1])};
     } else {
-      of_step[step + kLeft] = load(row[at]);
+      out[step + kLeft] = load(*from);
     }
-  }
-  std::fill_n(of_lane, kLanes, one);
+  });
+  std::fill(out, out + inside.begin + kLeft, out[inside.begin + kLeft]);
+  std::fill(out + inside.end + kLeft, out + c.steps + kRight + kLeft, out[inside.end - 1 + kLeft]);
 }
 
+// Of `count` states from n on. Beyond the last one they are zeros, which change nothing.
 template <class Scalar, class V>
-void load_state(const Problem& p, const Panel& panel, std::int64_t n, Chunk<V>& c) {
-  for (int l = 0; l < kLanes; ++l) {
-    c.a[l] = l < panel.lanes ? static_cast<const V*>(p.A)[(panel.channel + l) * p.states + n]
-                             : number<V>(Real<V>(0));
+void load_matrices(const Problem& p, const Panel& panel, std::int64_t n, int count, Chunk<V>& c) {
+  const auto load_variable = [&](const void* matrix, std::int64_t state, auto& out) {
+    if (state < p.states) return load_matrix<Scalar>(p, panel, matrix, state, c, out);
+    std::fill(std::begin(out), std::end(out), V{});
+  };
+  for (int i = 0; i < count; ++i) {
+    if (!p.constant_B) load_variable(p.B, n + i, c.b[i]);
+    if (!p.constant_C) load_variable(p.C, n + i, c.c[i]);
   }
-  load_matrix<Scalar>(p, panel, p.B, p.constant_B, n, c, c.b_step, c.b_lane);
-  load_matrix<Scalar>(p, panel, p.C, p.constant_C, n, c, c.c_step, c.c_lane);
 }
 
-template <class T>
-void zero_steps(Sheet<T>& sheet) {
-  for (auto& step : sheet.at) std::fill_n(step, kLanes, T(0));
+// Its matrices are ones where they are constant; its ratios are ones until a rule has others.
+template <class V>
+std::unique_ptr<Chunk<V>> chunk_of(const Problem& p) {
+  auto c = std::make_unique<Chunk<V>>();
+  const auto value = [](bool constant) { return number<V>(Real<V>(constant ? 1 : 0)); };
+  for (int i = 0; i < kTogether; ++i) {
+    std::fill_n(c->b[i], std::size(c->b[i]), value(p.constant_B));
+    std::fill_n(c->c[i], std::size(c->c[i]), value(p.constant_C));
+  }
+  for (auto& step : c->ratio.at) std::fill_n(step, kLanes, Real<V>(1));
+  return c;
+}
+
+template <class V>
+void load_lanes(const Problem& p, const Panel& panel, const void* matrix, std::int64_t n,
+                V otherwise, V* out) {
+  for (int l = 0; l < kLanes; ++l) {
+    out[l] = matrix && l < panel.lanes
+                 ? static_cast<const V*>(matrix)[(panel.channel + l) * p.states + n]
+                 : otherwise;
+  }
+}
+
+// What of a state stays the same along a row.
+template <class V>
+void load_state(const Problem& p, const Panel& panel, std::int64_t n, Forward<V>& s) {
+  const V zero = V{}, one = number<V>(Real<V>(1));
+  load_lanes(p, panel, p.A, n, zero, s.a);
+  load_lanes(p, panel, p.constant_B ? p.B : nullptr, n, one, s.b);
+  load_lanes(p, panel, p.constant_C ? p.C : nullptr, n, one, s.c);
+}
+
+// The states before a chunk, or behind the last one, are a row of memory for each channel.
+template <class V>
+void store_states(const Problem& p, const Panel& panel, const Forward<V>* states,
+                  std::int64_t stride, V* to) {
+  for (int l = 0; l < panel.lanes; ++l) {
+    for (std::int64_t n = 0; n < p.states; ++n) to[l * stride + n] = states[n].value[l];
+  }
+}
+template <class V, class State>
+void load_states(const Problem& p, const Panel& panel, const V* from, std::int64_t stride,
+                 State* states) {
+  for (int l = 0; l < panel.lanes; ++l) {
+    for (std::int64_t n = 0; n < p.states; ++n) states[n].value[l] = from[l * stride + n];
+  }
 }
 
 // ---- forward ----
 
 template <class Scalar, class V>
 void write_outputs(const Args& args, const Panel& panel, Chunk<V>& c) {
-  using T = Real<V>;
   const Problem& p = args.problem;
-  T skip[kLanes];
+  Real<V> skip[kLanes];
   load_weight(p.D, panel, skip);
-  for (int step = 0; step < c.steps; ++step) {
-    for (int l = 0; l < kLanes; ++l) {
-      c.y[step][l] = (is_complex_type<V> ? T(2) : T(1)) * c.y[step][l] + skip[l] * c.u[step][l];
-    }
-  }
+  outputs(c, skip);
   if (p.z.data) {
-    load_rows<Scalar>(panel, p.z, c.places, 0, c.steps, c.g);
+    load_rows<Scalar>(p, panel, p.z, c.first, c.ahead, 0, c.steps, c.g);
     gate_loop(c.y, c.g, 0, c.steps);
   }
-  store_rows<Scalar>(p, panel, c.places, c.steps, c.y, args.out);
+  store_rows<Scalar>(p, panel, c.first, c.ahead, c.steps, c.y, args.out);
 }
 
+// `states`: one more than there are where their number is odd.
 template <class Scalar, class V>
-void run_panel(const Args& args, const Panel& panel, std::int64_t method, Chunk<V>& c) {
+void run_panel(const Args& args, const Panel& panel, std::int64_t method, Forward<V>* states,
+               Chunk<V>& c) {
   const Problem& p = args.problem;
-  auto* last = static_cast<V*>(args.last_state);
   auto* kept = static_cast<V*>(args.checkpoints);
   const auto* initial = static_cast<const V*>(args.initial_state);
   const std::int64_t row = panel.batch * p.dim + panel.channel;
-  for (std::int64_t i = row * p.states; i < (row + panel.lanes) * p.states; ++i) {
-    last[i] = initial ? initial[i] : number<V>(Real<V>(0));
+  for (std::int64_t n = 0; n < p.states; ++n) {
+    states[n] = {};
+    load_state(p, panel, n, states[n]);
   }
+  if (initial) load_states(p, panel, initial + row * p.states, p.states, states);
+  const bool constant = p.constant_B || p.constant_C;
   for (std::int64_t first = 0; first < p.length; first += kSteps) {
-    load_chunk<Scalar>(p, panel, first, method, c);
+    load_chunk<Scalar>(p, panel, first, first + kAhead, method, c);
     zero_steps(c.y);
-    for (std::int64_t n = 0; n < p.states; ++n) {
-      load_state<Scalar>(p, panel, n, c);
-      for (int l = 0; l < kLanes; ++l) {
-        c.entering[l] = number<V>(Real<V>(0));
-        if (l >= panel.lanes) continue;
-        c.entering[l] = last[(row + l) * p.states + n];
-        if (kept) {
-          kept[((row + l) * p.checkpoints + first / kSteps) * p.states + n] = c.entering[l];
-        }
-      }
-      forward_state(c, method);
-      for (int l = 0; l < panel.lanes; ++l) last[(row + l) * p.states + n] = c.entering[l];
+    if (kept) {
+      store_states(p, panel, states, p.checkpoints * p.states,
+                   kept + (row * p.checkpoints + first / kSteps) * p.states);
+    }
+    for (std::int64_t n = 0; n < p.states; n += kTogether) {
+      load_matrices<Scalar>(p, panel, n, kTogether, c);
+      run_states(c, states + n, method, constant);
     }
     write_outputs<Scalar>(args, panel, c);
   }
+  store_states(p, panel, states, p.states, static_cast<V*>(args.last_state) + row * p.states);
 }
 
 // ---- backward ----
-
-// What is carried from chunk to chunk for each state of a panel.
-template <class V>
-struct Carry {
-  V adjoint[kLanes], pushed[2][kLanes], of_a[kLanes], of_b[kLanes], of_c[kLanes];
-};
-
-template <class V>
-void exchange(Chunk<V>& c, Carry<V>& carry) {
-  std::swap(c.adjoint, carry.adjoint);
-  std::swap(c.pushed, carry.pushed);
-  std::swap(c.of_a, carry.of_a);
-  std::swap(c.of_b, carry.of_b);
-  std::swap(c.of_c, carry.of_c);
-}
 
 // The gradient of the sum over states.
 template <class Scalar, class V>
 void load_gradient(const BackwardArgs& args, const Panel& panel, Chunk<V>& c) {
   const Problem& p = args.problem;
-  load_rows<Scalar>(panel, args.grad_out, c.places, -1, c.steps, c.g);
+  load_rows<Scalar>(p, panel, args.grad_out, c.first, c.ahead, -1, c.steps, c.g);
   if (!p.z.data) return;
-  auto z = std::make_unique<Sheet<Real<V>>>();
-  load_rows<Scalar>(panel, p.z, c.places, -1, c.steps, *z);
-  gate_loop(c.g, *z, -1, c.steps);
+  load_rows<Scalar>(p, panel, p.z, c.first, c.ahead, -1, c.steps, c.y);
+  gate_loop(c.g, c.y, -1, c.steps);
 }
 
 // What the ratios of true-time rules give to the steps of both sides; `behind` is what this chunk has for the step before.
@@ -496,17 +691,17 @@ void add_ratios(std::int64_t method, int lanes, Chunk<V>& c, Real<V>* behind) {
   const int neighbour = neighbour_of(static_cast<int>(method));
   for (int l = 0; l < lanes; ++l) {
     for (int step = -1; step < c.steps; ++step) {
-      const Real<V> scaled = c.grad_ratio[step][l] / c.d[step][l];
+      const Real<V> scaled = c.grad_ratio(step, l) / c.d(step, l);
       const bool at_end =
           neighbour > 0 ? c.is_last && step == c.steps - 1 : c.is_first && step == 0;
       const int to = at_end ? step : step + neighbour;
-      if (step >= 0) c.grad_d[step][l] -= scaled * c.ratio[step][l];
+      if (step >= 0) c.grad_d(step, l) -= scaled * c.ratio(step, l);
       if (to < 0 || to == c.steps) continue;
-      if (step >= 0 || neighbour > 0) c.grad_d[to][l] += scaled;
+      if (step >= 0 || neighbour > 0) c.grad_d(to, l) += scaled;
     }
     if (neighbour > 0) continue;
-    c.grad_d[c.steps - 1][l] += behind[l];
-    behind[l] = c.grad_ratio[0][l] / c.d[0][l];
+    c.grad_d(c.steps - 1, l) += behind[l];
+    behind[l] = c.grad_ratio(0, l) / c.d(0, l);
   }
 }
 
@@ -514,33 +709,20 @@ void add_ratios(std::int64_t method, int lanes, Chunk<V>& c, Real<V>* behind) {
 template <class Scalar, class V>
 void write_gradients(const BackwardArgs& args, const Panel& panel, Chunk<V>& c, Real<V>* of_D,
                      Real<V>* of_bias) {
-  using T = Real<V>;
   const Problem& p = args.problem;
-  T skip[kLanes], bias[kLanes];
+  Real<V> skip[kLanes], bias[kLanes];
   load_weight(p.D, panel, skip);
   load_weight(p.delta_bias, panel, bias);
-  if (p.softplus) load_rows<Scalar>(panel, p.delta, c.places, 0, c.steps, c.d);
-  for (int step = 0; step < c.steps; ++step) {
-    for (int l = 0; l < kLanes; ++l) {
-      of_D[l] += c.g[step][l] * c.u[step][l];
-      c.grad_u[step][l] += skip[l] * c.g[step][l];
-      if (p.softplus) c.grad_d[step][l] *= sigmoid_of(c.d[step][l] + bias[l]);
-      of_bias[l] += c.grad_d[step][l];
-    }
-  }
-  store_rows<Scalar>(p, panel, c.places, c.steps, c.grad_u, args.grad_u);
-  store_rows<Scalar>(p, panel, c.places, c.steps, c.grad_d, args.grad_delta);
+  if (p.softplus) load_rows<Scalar>(p, panel, p.delta, c.first, c.ahead, 0, c.steps, c.d);
+  gradients_loop(c, c.d, skip, bias, p.softplus, of_D, of_bias);
+  store_rows<Scalar>(p, panel, c.first, c.ahead, c.steps, c.grad_u, args.grad_u);
+  store_rows<Scalar>(p, panel, c.first, c.ahead, c.steps, c.grad_d, args.grad_delta);
   if (!p.z.data) return;
-  load_rows<Scalar>(panel, p.z, c.places, 0, c.steps, c.d);
-  load_rows<Scalar>(panel, args.grad_out, c.places, 0, c.steps, c.g);
-  for (int step = 0; step < c.steps; ++step) {
-    for (int l = 0; l < kLanes; ++l) {
-      const T z = c.d[step][l];
-      const T y = (is_complex_type<V> ? T(2) : T(1)) * c.y[step][l] + skip[l] * c.u[step][l];
-      c.g[step][l] *= y * selective_scan::silu_slope(z, sigmoid_of(z));
-    }
-  }
-  store_rows<Scalar>(p, panel, c.places, c.steps, c.g, args.grad_z);
+  load_rows<Scalar>(p, panel, p.z, c.first, c.ahead, 0, c.steps, c.d);
+  load_rows<Scalar>(p, panel, args.grad_out, c.first, c.ahead, 0, c.steps, c.g);
+  outputs(c, skip);
+  gate_gradient_loop(c, c.d);
+  store_rows<Scalar>(p, panel, c.first, c.ahead, c.steps, c.g, args.grad_z);
 }
 
 // Adds a chunk's gradient of a variable matrix to the part of this piece.
@@ -549,52 +731,47 @@ void add_matrix(const Problem& p, const Panel& panel, std::int64_t n, const Chun
                 const V* of_step, void* gradient, std::int64_t piece) {
   V* row = static_cast<V*>(gradient) +
            (((piece * p.batch + panel.batch) * p.groups + panel.group) * p.states + n) * p.length;
-  for (int step = 0; step < c.steps; ++step) {
-    V& to = row[c.places[step]];
-    to = to + of_step[step + kLeft];
-  }
+  prefetch_row(p, row, c.ahead);
+  V* to = start_of(p, row, c.first);
+  along(p, 0, c.steps, [&](int step, std::ptrdiff_t at) { to[at] = to[at] + of_step[step]; });
 }
 
 template <class Scalar, class V>
 void run_chunk_backward(const BackwardArgs& args, const Panel& panel, std::int64_t method,
-                        std::int64_t piece, Carry<V>* carry, Chunk<V>& c) {
+                        std::int64_t piece, Backward<V>* states, Chunk<V>& c) {
   const Problem& p = args.problem;
   const auto* kept = static_cast<const V*>(args.checkpoints);
   const std::int64_t row = panel.batch * p.dim + panel.channel;
   for (Sheet<Real<V>>* sheet : {&c.y, &c.grad_u, &c.grad_d, &c.grad_ratio}) zero_steps(*sheet);
+  load_states(p, panel, kept + (row * p.checkpoints + c.first / kSteps) * p.states,
+              p.checkpoints * p.states, states);
   for (std::int64_t n = 0; n < p.states; ++n) {
-    load_state<Scalar>(p, panel, n, c);
-    for (int l = 0; l < kLanes; ++l) {
-      c.entering[l] = l < panel.lanes
-                          ? kept[((row + l) * p.checkpoints + c.first / kSteps) * p.states + n]
-                          : number<V>(Real<V>(0));
-    }
-    exchange(c, carry[n]);
-    backward_state(c, method);
-    exchange(c, carry[n]);
-    if (!p.constant_B) add_matrix(p, panel, n, c, c.grad_b_step, args.grad_B, piece);
-    if (!p.constant_C) add_matrix(p, panel, n, c, c.grad_c_step, args.grad_C, piece);
+    load_matrices<Scalar>(p, panel, n, 1, c);
+    run_states(c, states + n, method, p.constant_B || p.constant_C);
+    if (!p.constant_B) add_matrix(p, panel, n, c, c.grad_b, args.grad_B, piece);
+    if (!p.constant_C) add_matrix(p, panel, n, c, c.grad_c, args.grad_C, piece);
   }
 }
 
 template <class Scalar, class V>
 void run_panel_backward(const BackwardArgs& args, const Panel& panel, std::int64_t method,
-                        std::int64_t piece, Carry<V>* carry, Chunk<V>& c) {
+                        std::int64_t piece, Backward<V>* states, Chunk<V>& c) {
   using T = Real<V>;
   const Problem& p = args.problem;
   const std::int64_t row = panel.batch * p.dim + panel.channel;
   const auto* last = static_cast<const V*>(args.grad_last_state);
   T behind[kLanes] = {}, of_D[kLanes] = {}, of_bias[kLanes] = {};
   for (std::int64_t n = 0; n < p.states; ++n) {
-    carry[n] = {};
+    states[n] = {};
+    load_state(p, panel, n, states[n]);
     for (int l = 0; last && l < panel.lanes; ++l) {
-      carry[n].adjoint[l] = last[(row + l) * p.states + n];
+      states[n].adjoint[l] = last[(row + l) * p.states + n];
     }
   }
   for (std::int64_t first = (p.length - 1) / kSteps * kSteps; first >= 0; first -= kSteps) {
-    load_chunk<Scalar>(p, panel, first, method, c);
+    load_chunk<Scalar>(p, panel, first, first - kAhead, method, c);
     load_gradient<Scalar>(args, panel, c);
-    run_chunk_backward<Scalar>(args, panel, method, piece, carry, c);
+    run_chunk_backward<Scalar>(args, panel, method, piece, states, c);
     if (neighbour_of(static_cast<int>(method)) != 0) add_ratios(method, panel.lanes, c, behind);
     write_gradients<Scalar>(args, panel, c, of_D, of_bias);
   }
@@ -603,10 +780,10 @@ void run_panel_backward(const BackwardArgs& args, const Panel& panel, std::int64
     if (args.grad_delta_bias) static_cast<T*>(args.grad_delta_bias)[row + l] = of_bias[l];
     for (std::int64_t n = 0; n < p.states; ++n) {
       const std::int64_t at = (row + l) * p.states + n;
-      static_cast<V*>(args.grad_A)[at] = carry[n].of_a[l];
-      static_cast<V*>(args.grad_initial_state)[at] = carry[n].adjoint[l];
-      if (p.constant_B) static_cast<V*>(args.grad_B)[at] = carry[n].of_b[l];
-      if (p.constant_C) static_cast<V*>(args.grad_C)[at] = carry[n].of_c[l];
+      static_cast<V*>(args.grad_A)[at] = states[n].of_a[l];
+      static_cast<V*>(args.grad_initial_state)[at] = states[n].adjoint[l];
+      if (p.constant_B) static_cast<V*>(args.grad_B)[at] = states[n].of_b[l];
+      if (p.constant_C) static_cast<V*>(args.grad_C)[at] = states[n].of_c[l];
     }
   }
 }
@@ -643,10 +820,16 @@ void sum_parts(const Tensor& parts, std::int64_t count, const Tensor& result) {
     auto* to = mutable_data<Scalar>(result);
     const std::int64_t n = result.numel();
     parallel_for(n, count, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t i = begin; i < end; ++i) {
-        T sum = 0;
-        for (std::int64_t part = 0; part < count; ++part) sum += from[part * n + i];
-        store(to[i], static_cast<Acc<Scalar>>(sum));
+      constexpr std::int64_t kBlock = 64;
+      for (std::int64_t first = begin; first < end; first += kBlock) {
+        const std::int64_t block = std::min(kBlock, end - first);
+        T sum[kBlock] = {};
+        for (std::int64_t part = 0; part < count; ++part) {
+          for (std::int64_t i = 0; i < block; ++i) sum[i] += from[part * n + first + i];
+        }
+        for (std::int64_t i = 0; i < block; ++i) {
+          store(to[first + i], static_cast<Acc<Scalar>>(sum[i]));
+        }
       }
     });
   });
@@ -660,10 +843,12 @@ void run_scan_cpu(const ScanPlan& plan) {
   with_types(plan.inputs, [&]<class Scalar, class V>() {
     parallel_for(p.batch * p.groups * panels, nanoseconds(p),
                  [&](std::int64_t begin, std::int64_t end) {
-                   const auto chunk = std::make_unique<Chunk<V>>();
+                   const auto chunk = chunk_of<V>(p);
+                   const auto states = std::make_unique<Forward<V>[]>(
+                       static_cast<std::size_t>(p.states + p.states % kTogether));
                    for (std::int64_t i = begin; i < end; ++i) {
                      run_panel<Scalar>(plan.args, panel_of(p, i / panels, i % panels),
-                                       plan.inputs.method, *chunk);
+                                       plan.inputs.method, states.get(), *chunk);
                    }
                  });
   });
@@ -676,14 +861,14 @@ void run_scan_backward_cpu(ScanBackwardPlan& plan) {
   with_types(plan.inputs, [&]<class Scalar, class V>() {
     const std::int64_t cost = 4 * nanoseconds(p) * panels / pieces;
     parallel_for(p.batch * p.groups * pieces, cost, [&](std::int64_t begin, std::int64_t end) {
-      const auto chunk = std::make_unique<Chunk<V>>();
-      const auto carry = std::make_unique<Carry<V>[]>(static_cast<std::size_t>(p.states));
+      const auto chunk = chunk_of<V>(p);
+      const auto states = std::make_unique<Backward<V>[]>(static_cast<std::size_t>(p.states));
       for (std::int64_t i = begin; i < end; ++i) {
         const std::int64_t piece = i % pieces;
         for (std::int64_t panel = piece * panels / pieces; panel < (piece + 1) * panels / pieces;
              ++panel) {
           run_panel_backward<Scalar>(plan.args, panel_of(p, i / pieces, panel), plan.inputs.method,
-                                     piece, carry.get(), *chunk);
+                                     piece, states.get(), *chunk);
         }
       }
     });

@@ -118,32 +118,36 @@ TORCHKILN_HD Complex<T> quick_reciprocal(Complex<T> x) {
   return {scale * x.re, -scale * x.im};
 }
 
-// exp(x) without a call, so that loops over it become vectors: relative error about 2e-7 + 1e-7 |x|. Below e^-87 it
-// is 0, above e^88.3 infinite.
-TORCHKILN_HD float quick_exp(float x) {
+// 2^x without a call, so that loops over it become vectors: relative error 1.2e-7. Below 2^-126 it is 0, from 2^128 on
+// infinite; on a CPU it may be NaN where x is beyond 1e12.
+TORCHKILN_HD float quick_exp2(float x) {
 #if defined(__CUDACC_RTC__)
   float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 #else
-  // 2^n * e^r with n read from the low bits of a float that is too big for a fraction.
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
-  const float clamped = x < -87.0f ? -87.0f : (x > 88.3f ? 88.3f : x);
-  const float shifted = clamped * 1.4426950408889634f + kShift;
-  const float n = shifted - kShift;
-  // ln 2 in two parts, of which the first has few enough bits for an exact product.
-  const float r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
-  float p = 1.38144680e-3f;
-  p = p * r + 8.36878052e-3f;
-  p = p * r + 4.16683942e-2f;
-  p = p * r + 1.66665201e-1f;
-  p = p * r + 4.99999934e-1f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const float result = p * bits_float((float_bits(shifted) << 23) + 0x3f800000u);
-  return x < -87.0f ? 0.0f : (x > 88.3f ? bits_float(0x7f800000u) : result);
+  // 2^n * 2^f with n, and the bias of an exponent, read from the low bits of a float that is too big for a fraction. Of the
+  // bits only the smaller ones need a bound: those of 2^128 are infinity.
+  constexpr float kShift = 12582912.0f + 127.0f;  // 1.5 * 2^23
+  constexpr i32 kInfinity = 0x4b400000 + 255;
+  const float shifted = x + kShift;
+  const float f = x - (shifted - kShift);
+  float p = 1.5353362e-4f;
+  p = p * f + 1.3398874e-3f;
+  p = p * f + 9.6184373e-3f;
+  p = p * f + 5.5503324e-2f;
+  p = p * f + 2.4022648e-1f;
+  p = p * f + 6.9314720e-1f;
+  p = p * f + 1.0f;
+  const i32 n = static_cast<i32>(float_bits(shifted)), bits = n < kInfinity ? n : kInfinity;
+  const float result = p * bits_float(static_cast<u32>(bits) << 23);
+  return x < -126.0f ? 0.0f : result;
 #endif
 }
+
+// exp(x) by it: relative error 2e-7 + 1e-7 |x|.
+constexpr float kLog2E = 1.4426950408889634f;
+TORCHKILN_HD float quick_exp(float x) { return quick_exp2(x * kLog2E); }
 TORCHKILN_HD double quick_exp(double x) { return exp_of(x); }
 template <class T>
 TORCHKILN_HD Complex<T> quick_exp(Complex<T> x) {
@@ -157,13 +161,9 @@ template <class T, class V>
 TORCHKILN_HD V quick_exp_of_product(T x, V rate) {
   return quick_exp(x * rate);
 }
-#if defined(__CUDACC_RTC__)
 TORCHKILN_HD float quick_exp_of_product(float x, float rate) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * (rate * 1.4426950408889634f)));
-  return result;
+  return quick_exp2(x * (rate * kLog2E));
 }
-#endif
 
 // log(1 + e) for e in [0, 1]: relative error 3e-8.
 TORCHKILN_HD float quick_log1p(float e) {
