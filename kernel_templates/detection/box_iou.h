@@ -72,7 +72,7 @@ TORCHKILN_HD T mmcv_element(const Box<T>& a, const Box<T>& b, T offset, bool ove
 // 0 for a pair whose denominator is 0, so that degenerate boxes never give NaN. Divides in any case: a branch costs more.
 template <class T>
 TORCHKILN_HD T ratio(T numerator, T denominator) {
-  const T share = close_quotient(numerator, denominator);
+  const T share = fast_quotient(numerator, denominator);
   return denominator == T(0) ? T(0) : share;
 }
 
@@ -80,6 +80,19 @@ TORCHKILN_HD T ratio(T numerator, T denominator) {
 template <class T>
 TORCHKILN_HD T union_of(T area_a, T area_b, T inter) {
   return (nan_max(area_a, area_b) - inter) + nan_min(area_a, area_b);
+}
+
+// The same of two boxes; never less than the greater area, which it is for a box and itself. The GPU subtracts the product
+// before it is rounded, which makes up for what a quick division is off by.
+template <class T>
+TORCHKILN_HD T union_of(T area_a, T area_b, Sides<T> common) {
+  const T greater = nan_max(area_a, area_b);
+#if defined(__CUDACC_RTC__)
+  const T rest = fused(-common.w, common.h, greater);
+#else
+  const T rest = greater - common.w * common.h;
+#endif
+  return nan_max(rest + nan_min(area_a, area_b), greater);
 }
 
 template <class T>
@@ -92,8 +105,9 @@ struct Parts {
 template <class T>
 TORCHKILN_HD Parts<T> parts_of(const Box<T>& a, T area_a, const Box<T>& b, T area_b) {
   Parts<T> p;
-  p.inter = intersection(a, b);
-  p.united = union_of(area_a, area_b, p.inter);
+  const Sides<T> common = common_sides(a, b);
+  p.inter = common.w * common.h;
+  p.united = union_of(area_a, area_b, common);
   p.iou = ratio(p.inter, p.united);
   p.enclosing_w = positive_part(nan_max(a.x2, b.x2) - nan_min(a.x1, b.x1));
   p.enclosing_h = positive_part(nan_max(a.y2, b.y2) - nan_min(a.y1, b.y1));

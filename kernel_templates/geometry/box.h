@@ -62,10 +62,21 @@ TORCHKILN_HD T area(const Box<T>& box) {
 }
 
 template <class T>
+struct Sides {
+  T w, h;
+};
+
+// Of what two boxes have in common.
+template <class T>
+TORCHKILN_HD Sides<T> common_sides(const Box<T>& a, const Box<T>& b) {
+  return {positive_part(nan_min(a.x2, b.x2) - nan_max(a.x1, b.x1)),
+          positive_part(nan_min(a.y2, b.y2) - nan_max(a.y1, b.y1))};
+}
+
+template <class T>
 TORCHKILN_HD T intersection(const Box<T>& a, const Box<T>& b) {
-  const T width = nan_min(a.x2, b.x2) - nan_max(a.x1, b.x1);
-  const T height = nan_min(a.y2, b.y2) - nan_max(a.y1, b.y1);
-  return positive_part(width) * positive_part(height);
+  const Sides<T> common = common_sides(a, b);
+  return common.w * common.h;
 }
 
 }  // namespace torchkiln

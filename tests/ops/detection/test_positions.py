@@ -20,12 +20,12 @@ STRIPES = (torch.arange(4096) % 2).float().expand(1, 1, 12, 4096).contiguous()
 
 def aligned(input: Tensor) -> Tensor:
     box = torch.tensor([[0, 4 * FAR, 8.4, 4 * FAR + 21.7, 37.3]])
-    return ops.roi_align(input, box.to(input.dtype), 7, 0.25, 2, aligned=True)
+    return ops.roi_align(input, box.to(input), 7, 0.25, 2, aligned=True)
 
 
 def rotated(input: Tensor) -> Tensor:
     box = torch.tensor([[0, 4 * FAR, 22.9, 21.7, 13.3, 0.3]])
-    return ops.roi_align_rotated(input, box.to(input.dtype), 7, 0.25, 2)
+    return ops.roi_align_rotated(input, box.to(input), 7, 0.25, 2)
 
 
 def curved(input: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def curved(input: Tensor) -> Tensor:
     both = torch.cat([upper, upper.flip(0) + torch.tensor([1.1, 15.2])])
     both[:, 0] += 4 * FAR
     line = torch.cat([torch.zeros(1), both.flatten()])[None]
-    return ops.bezier_align(input, line.to(input.dtype), 5, 0.25, 1)
+    return ops.bezier_align(input, line.to(input), 5, 0.25, 1)
 
 
 @pytest.mark.parametrize("pool", [aligned, rotated, curved])
