@@ -65,6 +65,8 @@ const std::vector<torchkiln_size> kSizes = {{"queries", TORCHKILN_BUCKET_POW2},
                                             {"samples", TORCHKILN_BUCKET_POW2},
                                             {"pixels", TORCHKILN_BUCKET_POW2},
                                             {"heads", TORCHKILN_BUCKET_NONE}};
+// A quarter of what the GPUs of a data centre keep resident.
+constexpr std::int64_t kFewLanes = 65536;
 // Static shared memory, without the levels.
 constexpr std::int64_t kSharedBytes = 48 * 1024 - 320;
 
@@ -85,7 +87,9 @@ bool exists(const AnyStatics& s, std::int64_t vector) {
                               (s.scalar == TORCHKILN_HALF || s.scalar == TORCHKILN_BFLOAT16));
   return places && (s.vector == 1 || s.vector == vector);
 }
-bool reads_exist(const Statics& s) { return exists(s, full_vector(s.scalar)); }
+bool reads_exist(const Statics& s) {
+  return exists(s, full_vector(s.scalar)) || exists(s, sum_vector(s.scalar));
+}
 bool merge_exists(const Statics& s) {
   return s.scalar != TORCHKILN_DOUBLE && exists(s, sum_vector(s.scalar));
 }
@@ -261,8 +265,11 @@ std::int64_t vector_of(const MsdaPlan& p, const void* third, std::int64_t wanted
       aligned_to_16(p.args.value) && aligned_to_16(p.args.output) && aligned_to_16(third);
   return p.args.d % wanted == 0 && aligned ? wanted : 1;
 }
-std::int64_t vector_of(const MsdaPlan& p, const void* third) {
-  return vector_of(p, third, full_vector(kernel_type(p.value.scalar_type())));
+// Few queries are too few lanes to hide what they wait for: of half types each then takes half as many channels.
+std::int64_t forward_vector(const MsdaPlan& p) {
+  const std::int64_t scalar = kernel_type(p.value.scalar_type()), full = full_vector(scalar);
+  const bool few = p.args.b * p.args.m * p.args.q * ceil_div(p.args.d, full) < kFewLanes;
+  return vector_of(p, nullptr, few ? sum_vector(scalar) : full);
 }
 
 // What a kernel does with each pointer of Args, in their order: nothing, unless it is set.
@@ -403,7 +410,7 @@ void run_msda_cuda(const MsdaPlan& p) {
       .set(writes(offsetof(Args, output), p.output))
       .run(forward_kernel, place,
            Statics{kernel_type(p.value.scalar_type()), kernel_type(p.places.scalar_type()),
-                   vector_of(p, nullptr)},
+                   forward_vector(p)},
            p.args);
 }
 

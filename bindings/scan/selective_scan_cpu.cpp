@@ -1,5 +1,5 @@
 // selective_scan on the CPU: kLanes channels of a group side by side, the positions one after the other. As on the GPU a
-// chunk of positions is gone through once for each state, and the backward computes the states of a chunk again.
+// chunk of positions is gone through once for two states, and the backward computes the states of a chunk again.
 // SPDX-License-Identifier: Apache-2.0
 #if defined(__GNUC__) && !defined(__clang__)
 // A comparison might raise a floating-point exception, and g++ keeps that, at the price of no vectors.
