@@ -199,7 +199,7 @@ const Merge merge_kernel({
         },
 });
 
-// `order` has a thread for each cell, `place` a block for each image and head.
+// `order` has a thread for each cell, `place` a block for each image and head, and one more.
 template <bool kOrder>
 OfCells cells_kernel(const char* entry) {
   return OfCells({
@@ -214,7 +214,9 @@ OfCells cells_kernel(const char* entry) {
       .geometry =
           [](const OfCells::Problem& p, const BlockTunables& t) {
             const Sizes& s = p.sizes;
-            return linear(s.heads * (kOrder ? ceil_div(s.pixels, t.block_size) : 1), t.block_size);
+            const std::int64_t placing = s.heads == 0 ? 0 : s.heads + 1;
+            return linear(kOrder ? s.heads * ceil_div(s.pixels, t.block_size) : placing,
+                          t.block_size);
           },
   });
 }
@@ -314,7 +316,7 @@ struct Lists {
     }
     const bool wide = p.value.scalar_type() == ScalarType::Double;
     placed = empty(p.value, wide ? ScalarType::Double : ScalarType::Float, {heads, of_head, 4});
-    ends = empty(p.value, ScalarType::Int, {heads * args.s + 1});
+    ends = empty(p.value, ScalarType::Int, {heads * msda::cells_of(args) + 1});
     samples = empty(p.value, ScalarType::Int, {heads, of_head});
     torch::stable::zero_(ends);
     args.placed = placed.mutable_data_ptr();

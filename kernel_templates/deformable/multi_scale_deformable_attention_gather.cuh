@@ -31,41 +31,60 @@ __device__ __forceinline__ bool share_pixels(Level a, Level b) {
   return a.start < end_of_b && b.start < end_of_a && a.h > 0 && b.h > 0;
 }
 
-// A block for each image and head: counts become what stands before them.
 template <int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize) place(const Args args) {
-  constexpr i32 kOwn = 8;
-  __shared__ int partial[kBlockSize / kWarpSize];
-  i32* counts = args.ends + i64(blockIdx.x) * args.s;
-  const i32 pixels = i32(args.s);
-  i32 before = 0;
-#pragma unroll 1
-  for (i32 base = 0; base < pixels; base += kOwn * kBlockSize) {
-    const i32 first = base + kOwn * i32(threadIdx.x);
-    i32 own[kOwn];
-    i32 sum = 0;
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      own[i] = first + i < pixels ? counts[first + i] : 0;
-      sum += own[i];
-    }
-    int total;
-    i32 place = before + block_exclusive_sum<kBlockSize>(sum, partial, total);
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      if (first + i < pixels) counts[first + i] = place;
-      place += own[i];
-    }
-    before += total;
-  }
-  if (blockIdx.x > 0) return;
+__device__ __forceinline__ void mark_sharing(const Args& args) {
 #pragma unroll 1
   for (i64 pair = threadIdx.x; pair < args.l * args.l; pair += kBlockSize) {
     const i64 a = pair / args.l, b = pair - a * args.l;
     if (a < b && share_pixels(level_of(args.shapes, args.starts, args.s, a),
                               level_of(args.shapes, args.starts, args.s, b))) {
-      args.ends[args.b * args.m * args.s] = 1;
+      args.ends[args.b * args.m * cells_of(args)] = 1;
     }
+  }
+}
+
+// A block for each image and head: counts become what stands before them. One more finds out whether levels share pixels.
+template <int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) place(const Args args) {
+  constexpr int kPacks = 8;  // of a thread, all under way at once: one turn for the pyramid of an image of 1024 by 1280
+  constexpr i32 kStep = 4 * kWarpSize, kOfWarp = kPacks * kStep;
+  __shared__ int partial[kBlockSize / kWarpSize];
+  if (blockIdx.x == args.b * args.m) {
+    mark_sharing<kBlockSize>(args);
+    return;
+  }
+  const i32 cells = i32(cells_of(args)), lane = i32(threadIdx.x) % kWarpSize;
+  i32* counts = args.ends + i64(blockIdx.x) * cells;
+  i32 before = 0;
+#pragma unroll 1
+  for (i64 base = 0; base < cells; base += kPacks * 4 * kBlockSize) {
+    const i64 first = base + i32(threadIdx.x) / kWarpSize * kOfWarp + 4 * lane;
+    uint4 own[kPacks];
+    i32 places[kPacks];
+    i32 of_warp = 0;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const i64 at = first + i * kStep;
+      own[i] = at < cells ? *reinterpret_cast<const uint4*>(counts + at) : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const i32 sum = i32(own[i].x + own[i].y + own[i].z + own[i].w);
+      const i32 inclusive = warp_inclusive_sum(sum);
+      places[i] = of_warp + inclusive - sum;
+      of_warp += __shfl_sync(0xffffffffu, inclusive, kWarpSize - 1);
+    }
+    // What the last lane alone has comes before the lanes of later warps only.
+    const i32 given = lane == kWarpSize - 1 ? of_warp : 0;
+    int total;
+    const i32 start = before + block_exclusive_sum<kBlockSize>(given, partial, total);
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const i64 at = first + i * kStep;
+      const u32 x = u32(start + places[i]), y = x + own[i].x, z = y + own[i].y, w = z + own[i].z;
+      if (at < cells) *reinterpret_cast<uint4*>(counts + at) = make_uint4(x, y, z, w);
+    }
+    before += total;
   }
 }
 
@@ -90,7 +109,7 @@ __global__ void __launch_bounds__(kBlockSize) fill(const Args args) {
   const i64 first = turn.of_head * samples;
   const i32 cell = static_cast<const Placed<T>*>(args.placed)[first + own].cell;
   if (cell == kOutside) return;
-  args.samples[first + atomicAdd(args.ends + turn.of_head * args.s + cell, 1)] = i32(own);
+  args.samples[first + atomicAdd(args.ends + turn.of_head * cells_of(args) + cell, 1)] = i32(own);
 }
 
 // Where the samples of a cell end, or begin those of the next one.
@@ -101,9 +120,8 @@ __device__ __forceinline__ i32 end_of(const i32* ends, i32 cell) {
 template <int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) order(const Args args) {
   const Turn turn(args.s, kBlockSize);
-  // Neighbouring cells of a small level all have many samples: they go to different blocks.
-  const i64 cell = i64(threadIdx.x) * turn.blocks + turn.block;
-  const i32* ends = args.ends + turn.of_head * args.s;
+  const i64 cell = spread_bin<kBlockSize>(turn.block, turn.blocks);
+  const i32* ends = args.ends + turn.of_head * cells_of(args);
   const i32 begin = cell < args.s ? end_of(ends, i32(cell) - 1) : 0;
   const i32 count = cell < args.s ? ends[cell] - begin : 0;
   order_bins<kBlockSize>(args.samples + turn.of_head * samples_of(args), begin, count);
@@ -296,10 +314,10 @@ __global__ void __launch_bounds__(kBlockSize, 768 / kBlockSize) gather(const Arg
                       u32(args.l * args.p),
                       u32(args.l),
                       0,
-                      args.ends[i64(heads) * args.s] != 0};
+                      args.ends[i64(heads) * cells_of(args)] != 0};
 #pragma unroll 1
   for (; source.level < source.levels; ++source.level) {
-    const Around around = around_of(args.ends + of_head * args.s,
+    const Around around = around_of(args.ends + of_head * cells_of(args),
                                     levels.at(args, i32(source.level)), counts ? pixel : -1);
     gatherer.add_level(source, around);
   }
