@@ -42,7 +42,7 @@ struct PatchTunables {
   std::int64_t lanes, queries, block_size;
 };
 struct PixelTunables {
-  std::int64_t lanes, block_size;
+  std::int64_t lanes, turns, block_size;
 };
 struct BlockTunables {
   std::int64_t block_size;
@@ -203,7 +203,7 @@ const Merge merge_kernel({
         },
 });
 
-// `order` has a thread for each cell, `place` a block for each image and head.
+// `order` has a thread for each cell, `place` a block for each image and head, and one more.
 template <bool kOrder>
 OfCells cells_kernel(const char* entry) {
   return OfCells({
@@ -218,7 +218,9 @@ OfCells cells_kernel(const char* entry) {
       .geometry =
           [](const OfCells::Problem& p, const BlockTunables& t) {
             const Sizes& s = p.sizes;
-            return linear(s.heads * (kOrder ? ceil_div(s.pixels, t.block_size) : 1), t.block_size);
+            const std::int64_t placing = s.heads == 0 ? 0 : s.heads + 1;
+            return linear(kOrder ? s.heads * ceil_div(s.pixels, t.block_size) : placing,
+                          t.block_size);
           },
   });
 }
@@ -245,14 +247,21 @@ const Gather gather_kernel({
     .operators = kOperators,
     .statics = {types("scalar", kFloatTypes), ints("vector", {1, 2, 4})},
     .sizes = kSizes,
-    .tunables = {ints("lanes", {4, 8, 16, 32}), ints("block_size", {64, 128, 256})},
-    .defaults = {{4, 256}, {8, 256}, {32, 256}},
+    .tunables = {ints("lanes", {4, 8, 16, 32}), ints("turns", {1, 2, 4}),
+                 ints("block_size", {64, 128, 256})},
+    // The last three where most pixels get nothing or little.
+    .defaults = {{4, 1, 256}, {8, 1, 256}, {32, 1, 256}, {4, 4, 256}, {8, 4, 256}, {32, 4, 256}},
     .valid =
         [](const GatherStatics& s) { return s.vector == 1 || s.vector == sum_vector(s.scalar); },
-    .choose = &lanes_for<Gather::Problem>,
+    .choose = [](const Gather::Problem& p) -> std::uint32_t {
+      const Sizes& s = p.sizes;
+      const bool sparse = s.queries * s.samples < 2 * s.heads * s.pixels;
+      return lanes_for(p) + (sparse ? 3 : 0);
+    },
     .geometry =
         [](const Gather::Problem& p, const PixelTunables& t) {
-          const std::int64_t patches = ceil_div(p.sizes.pixels, t.block_size / t.lanes);
+          const std::int64_t pixels = t.block_size / t.lanes;
+          const std::int64_t patches = ceil_div(ceil_div(p.sizes.pixels, pixels), t.turns);
           const std::int64_t chunks = ceil_div(p.sizes.channels, t.lanes * p.statics.vector);
           return linear(patches * chunks * p.sizes.heads, t.block_size);
         },
@@ -321,7 +330,7 @@ struct Lists {
     }
     const bool wide = p.value.scalar_type() == ScalarType::Double;
     placed = empty(p.value, wide ? ScalarType::Double : ScalarType::Float, {heads, of_head, 4});
-    ends = empty(p.value, ScalarType::Int, {heads * args.s + 1});
+    ends = empty(p.value, ScalarType::Int, {heads * msda::cells_of(args) + 1});
     samples = empty(p.value, ScalarType::Int, {heads, of_head});
     torch::stable::zero_(ends);
     args.placed = placed.mutable_data_ptr();

@@ -86,8 +86,76 @@ __device__ __forceinline__ void sort_items(i32* items, i32 count) {
   }
 }
 
+// A bin for each thread of `blocks` blocks. Where neighbours all have many items, these go to different blocks and, those of
+// one block, to different warps.
+template <int kBlockSize>
+__device__ __forceinline__ i64 spread_bin(u32 block, u32 blocks) {
+  constexpr u32 kWarps = kBlockSize / kWarpSize;
+  const u32 own = threadIdx.x % kWarpSize * kWarps + threadIdx.x / kWarpSize;
+  return i64(own) * blocks + block;
+}
+
+// More than every item; where one is missing.
+constexpr i32 kNoItem = 2147483647;
+
+// Sorts at most kMost items in the registers of one thread, by the stages of `sort_items`.
+template <i32 kMost>
+__device__ __forceinline__ void sort_few(i32* items, i32 count) {
+  i32 own[kMost];
+#pragma unroll
+  for (i32 i = 0; i < kMost; ++i) own[i] = i < count ? items[i] : kNoItem;
+#pragma unroll
+  for (i32 size = 2; size <= kMost; size *= 2) {
+#pragma unroll
+    for (i32 stride = size / 2; stride > 0; stride /= 2) {
+#pragma unroll
+      for (i32 pair = 0; pair < kMost / 2; ++pair) {
+        const i32 inner = pair & (stride - 1), low = 2 * pair - inner;
+        const i32 high = stride == size / 2 ? low + size - 1 - 2 * inner : low + stride;
+        const i32 a = own[low], b = own[high];
+        own[low] = min_of(a, b);
+        own[high] = max_of(a, b);
+      }
+    }
+  }
+#pragma unroll
+  for (i32 i = 0; i < kMost; ++i) {
+    if (i < count) items[i] = own[i];
+  }
+}
+
+// Sorts the bins of the lanes in `bins`, none of more than 32 items, by the whole warp, an item a lane, and some bins at once:
+// what takes time is to read them.
+__device__ __forceinline__ void sort_by_lanes(i32* items, i32 begin, i32 count, u32 bins) {
+  constexpr int kAtOnce = 4;
+  const i32 lane = i32(threadIdx.x) % kWarpSize;
+#pragma unroll 1
+  while (bins != 0) {
+    i32 own[kAtOnce], numbers[kAtOnce];
+    i32* from[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const i32 bin = bins != 0 ? __ffs(i32(bins)) - 1 : 0;
+      const i32 number = __shfl_sync(0xffffffffu, count, bin);
+      from[i] = items + __shfl_sync(0xffffffffu, begin, bin);
+      numbers[i] = bins != 0 ? number : 0;
+      own[i] = lane < numbers[i] ? from[i][lane] : kNoItem;
+      bins &= bins - 1;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      i32 rank = 0;
+#pragma unroll 4
+      for (i32 other = 0; other < numbers[i]; ++other) {
+        rank += __shfl_sync(0xffffffffu, own[i], other) < own[i] ? 1 : 0;
+      }
+      if (lane < numbers[i]) from[i][rank] = own[i];
+    }
+  }
+}
+
 // Sorts a bin of each thread of the block, `count` items from `begin` on; every thread must call. Bins of few items are sorted
-// by their thread, others by its warp, those of very many by the block.
+// by their thread, others by its warp, in registers or in shared memory, those of very many by the block.
 template <int kBlockSize>
 __device__ __forceinline__ void order_bins(i32* items, i32 begin, i32 count) {
   constexpr i32 kFew = 8, kMany = 256, kWarps = kBlockSize / kWarpSize;
@@ -99,20 +167,15 @@ __device__ __forceinline__ void order_bins(i32* items, i32 begin, i32 count) {
     const i32 at = atomicAdd(&waiting, 1);
     begins[at] = begin;
     counts[at] = count;
-  } else if (count <= kFew) {
-    i32* own = items + begin;
-#pragma unroll 1
-    for (i32 end = 1; end < count; ++end) {
-      const i32 item = own[end];
-      i32 at = end;
-#pragma unroll 1
-      for (; at > 0 && own[at - 1] > item; --at) own[at] = own[at - 1];
-      own[at] = item;
-    }
+  } else if (count > 1 && count <= kFew) {
+    sort_few<kFew>(items + begin, count);
   }
+  __syncwarp();
+  sort_by_lanes(items, begin, count,
+                __ballot_sync(0xffffffffu, count > kFew && count <= kWarpSize));
   const i32 lane = i32(threadIdx.x) % kWarpSize;
   i32* copy = copies + i32(threadIdx.x) / kWarpSize * kMany;
-  u32 left = __ballot_sync(0xffffffffu, count > kFew && count <= kMany);
+  u32 left = __ballot_sync(0xffffffffu, count > kWarpSize && count <= kMany);
 #pragma unroll 1
   for (; left != 0; left &= left - 1) {
     const i32 bin = __ffs(i32(left)) - 1, number = __shfl_sync(0xffffffffu, count, bin);

@@ -81,8 +81,7 @@ struct Span {
 
 template <int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) order(const Args args) {
-  // Neighbouring pixels of a small map all have many samples: they go to different blocks.
-  const i64 bin = i64(threadIdx.x) * gridDim.x + blockIdx.x;
+  const i64 bin = spread_bin<kBlockSize>(blockIdx.x, gridDim.x);
   const Span span(args.ends, bin, bin);
   order_bins<kBlockSize>(args.samples, span.begin, span.count);
 }

@@ -277,7 +277,8 @@ __device__ __forceinline__ void leave(const Args& args, const Item& item, i32 sa
   const Placed<T> placed = placed_at(at, size, weight);
   const i64 row = item.of_head * args.q + item.row;
   static_cast<Placed<T>*>(args.placed)[row * args.l * args.p + sample] = placed;
-  if (placed.cell != kOutside) atomicAdd(args.ends + item.of_head * args.s + placed.cell, 1);
+  if (placed.cell == kOutside) return;
+  atomicAdd(args.ends + item.of_head * cells_of(args) + placed.cell, 1);
 }
 
 // Turns the products of samples [begin, begin + count) into gradients; returns this lane's part of the sum of their

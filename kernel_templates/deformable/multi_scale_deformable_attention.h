@@ -37,13 +37,16 @@ struct Args {
   void* grad_places;       // as places; `positions` says of what
   void* grad_weights;      // as weights
   void* placed;            // (b, m, q, l, p) of Placed
-  i32* ends;  // (b, m, s), then 1: how many samples each cell has, and then where they end in the
-              // list of their image and head; whether levels share pixels
+  i32* ends;  // (b, m, cells_of), then 1: how many samples a cell has, and then where they end in
+              // the list of their image and head; whether levels share pixels
   i32* samples;  // (b, m, q * l * p): those that are inside, by cell
   i64 b, s, m, d, q, l, p;
   i64 reference_size;
   i64 positions;  // the gradient is that of positions in pixels, in the accumulator's type
 };
+
+// Of an image and head: a cell for each pixel, and empty ones up to a whole pack of 16 bytes.
+TORCHKILN_HD i64 cells_of(const Args& args) { return (args.s + 3) / 4 * 4; }
 
 // A level; 0 by 0, without samples, where what it says does not fit into the value.
 struct Level {

@@ -3,7 +3,8 @@
 //   place     where the samples of each cell begin, out of their counts, which `backward` left
 //   fill      puts samples there, in any order
 //   order     sorts those of each cell
-//   gather    kLanes lanes own a pixel and add up what it gets of the samples in the four cells around it, in order
+//   gather    kLanes lanes own a pixel, or several in turn where most get little, and add up what it gets of the samples in
+//             the four cells around it, in order
 //
 // Floor: a list takes 20 bytes of each sample and one atomic for counting, one for placing it. What binds are rows of the
 // gradient of the output through L1 and L2, 4 e b q m l p d bytes as in the forward pass. Sums in fixed point by atomics
@@ -31,41 +32,60 @@ __device__ __forceinline__ bool share_pixels(Level a, Level b) {
   return a.start < end_of_b && b.start < end_of_a && a.h > 0 && b.h > 0;
 }
 
-// A block for each image and head: counts become what stands before them.
 template <int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize) place(const Args args) {
-  constexpr i32 kOwn = 8;
-  __shared__ int partial[kBlockSize / kWarpSize];
-  i32* counts = args.ends + i64(blockIdx.x) * args.s;
-  const i32 pixels = i32(args.s);
-  i32 before = 0;
-#pragma unroll 1
-  for (i32 base = 0; base < pixels; base += kOwn * kBlockSize) {
-    const i32 first = base + kOwn * i32(threadIdx.x);
-    i32 own[kOwn];
-    i32 sum = 0;
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      own[i] = first + i < pixels ? counts[first + i] : 0;
-      sum += own[i];
-    }
-    int total;
-    i32 place = before + block_exclusive_sum<kBlockSize>(sum, partial, total);
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      if (first + i < pixels) counts[first + i] = place;
-      place += own[i];
-    }
-    before += total;
-  }
-  if (blockIdx.x > 0) return;
+__device__ __forceinline__ void mark_sharing(const Args& args) {
 #pragma unroll 1
   for (i64 pair = threadIdx.x; pair < args.l * args.l; pair += kBlockSize) {
     const i64 a = pair / args.l, b = pair - a * args.l;
     if (a < b && share_pixels(level_of(args.shapes, args.starts, args.s, a),
                               level_of(args.shapes, args.starts, args.s, b))) {
-      args.ends[args.b * args.m * args.s] = 1;
+      args.ends[args.b * args.m * cells_of(args)] = 1;
     }
+  }
+}
+
+// A block for each image and head: counts become what stands before them. One more finds out whether levels share pixels.
+template <int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) place(const Args args) {
+  constexpr int kPacks = 8;  // of a thread, under way at once: 32768 cells in one turn
+  constexpr i32 kStep = 4 * kWarpSize, kOfWarp = kPacks * kStep;
+  __shared__ int partial[kBlockSize / kWarpSize];
+  if (blockIdx.x == args.b * args.m) {
+    mark_sharing<kBlockSize>(args);
+    return;
+  }
+  const i64 cells = cells_of(args);
+  const i32 lane = i32(threadIdx.x) % kWarpSize;
+  i32 before = 0;
+#pragma unroll 1
+  for (i64 base = 0; base < cells; base += kPacks * 4 * kBlockSize) {
+    const i64 first = base + i32(threadIdx.x) / kWarpSize * kOfWarp + 4 * lane;
+    const i32 left = i32(min_of(cells - first, i64(kOfWarp)));
+    uint4* packs = reinterpret_cast<uint4*>(args.ends + blockIdx.x * cells + first);
+    uint4 own[kPacks];
+    i32 places[kPacks];
+    i32 of_warp = 0;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      own[i] = i * kStep < left ? packs[i * kWarpSize] : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const i32 sum = i32(own[i].x + own[i].y + own[i].z + own[i].w);
+      const i32 inclusive = warp_inclusive_sum(sum);
+      places[i] = of_warp + inclusive - sum;
+      of_warp += __shfl_sync(0xffffffffu, inclusive, kWarpSize - 1);
+    }
+    // What the last lane alone has comes before the lanes of later warps only.
+    const i32 given = lane == kWarpSize - 1 ? of_warp : 0;
+    int total;
+    const i32 start = before + block_exclusive_sum<kBlockSize>(given, partial, total);
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const u32 x = u32(start + places[i]), y = x + own[i].x, z = y + own[i].y, w = z + own[i].z;
+      if (i * kStep < left) packs[i * kWarpSize] = make_uint4(x, y, z, w);
+    }
+    before += total;
   }
 }
 
@@ -90,7 +110,7 @@ __global__ void __launch_bounds__(kBlockSize) fill(const Args args) {
   const i64 first = turn.of_head * samples;
   const i32 cell = static_cast<const Placed<T>*>(args.placed)[first + own].cell;
   if (cell == kOutside) return;
-  args.samples[first + atomicAdd(args.ends + turn.of_head * args.s + cell, 1)] = i32(own);
+  args.samples[first + atomicAdd(args.ends + turn.of_head * cells_of(args) + cell, 1)] = i32(own);
 }
 
 // Where the samples of a cell end, or begin those of the next one.
@@ -101,9 +121,8 @@ __device__ __forceinline__ i32 end_of(const i32* ends, i32 cell) {
 template <int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) order(const Args args) {
   const Turn turn(args.s, kBlockSize);
-  // Neighbouring cells of a small level all have many samples: they go to different blocks.
-  const i64 cell = i64(threadIdx.x) * turn.blocks + turn.block;
-  const i32* ends = args.ends + turn.of_head * args.s;
+  const i64 cell = spread_bin<kBlockSize>(turn.block, turn.blocks);
+  const i32* ends = args.ends + turn.of_head * cells_of(args);
   const i32 begin = cell < args.s ? end_of(ends, i32(cell) - 1) : 0;
   const i32 count = cell < args.s ? ends[cell] - begin : 0;
   order_bins<kBlockSize>(args.samples + turn.of_head * samples_of(args), begin, count);
@@ -127,16 +146,21 @@ __device__ __forceinline__ Around around_of(const i32* ends, Level size, i32 pix
   const i32 own = pixel - size.start;
   if (pixel < 0 || u32(own) >= u32(size.h) * u32(size.w)) return around;
   const i32 left = u32(own) % u32(size.w) != 0 ? 1 : 0;
+  i32 bounds[2][3];  // of the cell to the left and of the pixel's own, which follows in the list
 #pragma unroll
   for (int beside = 0; beside < 2; ++beside) {
-    if (beside == 0 && own < size.w) continue;
     const i32 cell = beside != 0 ? pixel : pixel - size.w;
-    const i32 middle = end_of(ends, cell - 1);
-    const i32 begin = left != 0 ? end_of(ends, cell - 2) : middle;
-    around.bases[beside] = begin - around.count;
-    around.lefts[beside] = around.count + middle - begin;
+    const bool exists = beside != 0 || own >= size.w;
+    bounds[beside][0] = exists && cell > left ? ends[cell - left - 1] : 0;
+    bounds[beside][1] = exists && cell > 0 ? ends[cell - 1] : 0;
+    bounds[beside][2] = exists ? ends[cell] : 0;
+  }
+#pragma unroll
+  for (int beside = 0; beside < 2; ++beside) {
     around.above = around.count;
-    around.count += ends[cell] - begin;
+    around.bases[beside] = bounds[beside][0] - around.count;
+    around.lefts[beside] = around.count + bounds[beside][1] - bounds[beside][0];
+    around.count += bounds[beside][2] - bounds[beside][0];
   }
   return around;
 }
@@ -158,17 +182,31 @@ struct Share {
   T weight;
 };
 
+// Less than 0 where there is none.
+template <class T>
+__device__ __forceinline__ i32 sample_of(const Source<T>& source, const Around& around,
+                                         i32 number) {
+  const bool beside = number >= around.above;
+  return number < around.count ? source.samples[around.base(beside) + number] : -1;
+}
+template <class T>
+__device__ __forceinline__ Share<T> share_of(const Source<T>& source, const Around& around,
+                                             i32 number, i32 sample, const Placed<T>& at) {
+  if (sample < 0) return {-1, T(0)};
+  const bool beside = number >= around.above;
+  const T y = beside ? T(1) - abs_of(at.y) : max_of(at.y, T(0));
+  const T x = number < around.left(beside) ? max_of(at.x, T(0)) : T(1) - abs_of(at.x);
+  return {i32(u32(sample) / source.of_query), y * x * at.weight};
+}
 template <class T>
 __device__ __forceinline__ Share<T> share_of(const Source<T>& source, const Around& around,
                                              i32 number) {
-  if (number >= around.count) return {-1, T(0)};
-  const bool beside = number >= around.above;
-  const u32 sample = u32(source.samples[around.base(beside) + number]);
-  if (source.overlap && sample / source.points % source.levels != source.level) return {-1, T(0)};
-  const Placed<T> at = source.placed[sample];
-  const T y = beside ? T(1) - abs_of(at.y) : max_of(at.y, T(0));
-  const T x = number < around.left(beside) ? max_of(at.x, T(0)) : T(1) - abs_of(at.x);
-  return {i32(sample / source.of_query), y * x * at.weight};
+  const i32 sample = sample_of(source, around, number);
+  if (sample < 0) return {-1, T(0)};
+  if (source.overlap && u32(sample) / source.points % source.levels != source.level) {
+    return {-1, T(0)};
+  }
+  return share_of(source, around, number, sample, source.placed[sample]);
 }
 
 // ---- sums ----------------------------------------------------------------------------------------------------------
@@ -186,6 +224,29 @@ __device__ __forceinline__ Around told(const Around& own, i32 lane) {
           of_lane(own.count, lane),
           {of_lane(own.bases[0], lane), of_lane(own.bases[1], lane)},
           {of_lane(own.lefts[0], lane), of_lane(own.lefts[1], lane)}};
+}
+
+// The first kLanes shares of the pixel of each turn, a lane each, into its own slots. Reads of one turn do not wait for
+// those of another. Every lane of the warp must call.
+template <int kTurns, int kLanes, int kBlockSize, class T>
+__device__ __forceinline__ void list_first(const Source<T>& source, const Around& own,
+                                           Share<T> (*first)[kBlockSize]) {
+  const i32 lane = i32(threadIdx.x) % kWarpSize, number = lane % kLanes;
+  i32 samples[kTurns];
+  Placed<T> placed[kTurns];
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    samples[turn] = sample_of(source, told(own, lane - number + turn), number);
+  }
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    placed[turn] = samples[turn] >= 0 ? source.placed[samples[turn]] : Placed<T>{};
+  }
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    first[turn][threadIdx.x] =
+        share_of(source, told(own, lane - number + turn), number, samples[turn], placed[turn]);
+  }
 }
 
 template <class Scalar, int kVector, int kLanes>
@@ -222,30 +283,46 @@ struct Gatherer {
     }
   }
 
-  // Adds what the pixel of each group of lanes gets: all at once, or, where one gets much, all groups together that of one
-  // after the other. Every lane of the warp must call.
-  __device__ __forceinline__ void add_level(const Source<T>& source, const Around& own) {
-    const i32 most = most_of_groups(own.count);
+  // Adds what the pixel gets that lane `turn` of each group of lanes knows: all at once, or, where one gets much, all groups
+  // together that of one after the other. first: this lane's of `list_first`, or null. Every lane of the warp must call.
+  __device__ __forceinline__ void add_level(const Source<T>& source, const Around& own, i32 turn,
+                                            const Share<T>* first) {
+    const i32 lane = i32(threadIdx.x) % kWarpSize, group = lane / kLanes;
+    const i32 most = most_of_groups(of_lane(own.count, group * kLanes + turn));
     if (most == 0) return;
     const bool together = most > kMany && kGroups > 1;
-    const i32 lane = i32(threadIdx.x) % kWarpSize, group = lane / kLanes;
     const i32 number = together ? lane : lane % kLanes, each = together ? kWarpSize : kLanes;
     const i32 from = together ? group : group * kLanes, step = together ? kGroups : 1;
 #pragma unroll 1
     for (i32 owner = 0; owner < step; ++owner) {
-      const Around around = told(own, (together ? owner : group) * kLanes);
+      const Around around = told(own, (together ? owner : group) * kLanes + turn);
       const i32 count = together ? around.count : most;
       T parts[kVector] = {};
 #pragma unroll 1
       for (i32 begin = 0; begin < count; begin += each) {
         const i32 left = min_of(each, count - begin);
-        add(share_of(source, around, begin + number),
+        const bool listed = first != nullptr && !together && begin == 0;
+        add(listed ? *first : share_of(source, around, begin + number),
             together ? (left + kGroups - 1) / kGroups : left, from, step, parts);
       }
       if (together) add_groups(parts);
 #pragma unroll
       for (int c = 0; c < kVector; ++c) sums[c] += !together || group == owner ? parts[c] : T(0);
     }
+  }
+
+  // Leaves the sums of a pixel, if there is one, and begins anew.
+  __device__ __forceinline__ void write(const Args& args, i64 image, i64 head, i32 channel,
+                                        i32 pixel) {
+    Pack<Scalar, kVector> result;
+#pragma unroll
+    for (int c = 0; c < kVector; ++c) {
+      store(result.at[c], sums[c]);
+      sums[c] = T(0);
+    }
+    if (pixel < 0 || channel >= args.d) return;
+    const i64 row = (image * args.s + pixel) * args.m + head;
+    store_pack<kVector>(static_cast<Scalar*>(args.grad_value) + row * args.d + channel, result);
   }
 
  private:
@@ -267,24 +344,40 @@ struct Gatherer {
   }
 };
 
+// The level that a pixel is on, the last one of several; 0 by 0 for none.
+__device__ __forceinline__ Level level_around(const Args& args, const Levels& levels, i32 pixel) {
+  Level found = {};
+#pragma unroll 1
+  for (i32 level = 0; level < args.l; ++level) {
+    const Level size = levels.at(args, level);
+    if (u32(pixel - size.start) < u32(size.h) * u32(size.w)) found = size;
+  }
+  return found;
+}
+
 // Grid: chunks of channels, heads, images, then patches of pixels, those of the coarse levels first: most samples fall on
-// them.
-template <class Scalar, int kVector, int kLanes, int kBlockSize>
+// them. A block has kTurns patches, far from each other: few of those of one block have many samples. Lane i of a group
+// knows the pixel of turn i.
+template <class Scalar, int kVector, int kLanes, int kTurns, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize, 768 / kBlockSize) gather(const Args args) {
   using T = Acc<Scalar>;
-  constexpr u32 kPixels = kBlockSize / kLanes;
+  constexpr i32 kPixels = kBlockSize / kLanes;
+  static_assert(kTurns <= kLanes);
   __shared__ Levels levels;
+  __shared__ Share<T> first[kTurns][kBlockSize];
   levels.fill(args);
   __syncthreads();
   const u32 chunks = u32((args.d + kLanes * kVector - 1) / (kLanes * kVector));
   const u32 patches = (u32(args.s) + kPixels - 1) / kPixels, heads = u32(args.b * args.m);
   const u32 chunk = blockIdx.x % chunks, rest = blockIdx.x / chunks;
   const u32 of_head = rest % heads, image = of_head / u32(args.m);
-  const u32 place = (patches - 1 - rest / heads) * kPixels + threadIdx.x / kLanes;
-  const bool exists = place < u32(args.s);
+  const i32 lane = i32(threadIdx.x) % kLanes;
+  const u32 patch = rest / heads + u32(lane % kTurns) * ((patches + kTurns - 1) / kTurns);
+  const i64 place = (i64(patches) - 1 - patch) * kPixels + i32(threadIdx.x) / kLanes;
+  const bool exists = place >= 0 && place < args.s;
   const i32 pixel = exists ? in_patches<band_of(kPixels)>(args, levels, args.s, i32(place)) : -1;
   const bool counts = exists && (args.mask == nullptr || args.mask[image * args.s + pixel] == 0);
-  const i32 channel = i32(chunk) * kLanes * kVector + i32(threadIdx.x) % kLanes * kVector;
+  const i32 channel = i32(chunk) * kLanes * kVector + lane * kVector;
   const i64 head = of_head - image * u32(args.m), samples = i64(of_head) * samples_of(args);
   const Scalar* gradients =
       static_cast<const Scalar*>(args.output) + (image * args.q * args.m + head) * args.d + channel;
@@ -296,19 +389,22 @@ __global__ void __launch_bounds__(kBlockSize, 768 / kBlockSize) gather(const Arg
                       u32(args.l * args.p),
                       u32(args.l),
                       0,
-                      args.ends[i64(heads) * args.s] != 0};
+                      args.ends[i64(heads) * cells_of(args)] != 0};
+  const i32* ends = args.ends + of_head * cells_of(args);
+  const i32 counted = counts ? pixel : -1;
+  Around own = around_of(ends, level_around(args, levels, counted), counted);
+  const bool listed = kTurns > 1 && !source.overlap;
+  if (listed) list_first<kTurns, kLanes>(source, own, first);
 #pragma unroll 1
-  for (; source.level < source.levels; ++source.level) {
-    const Around around = around_of(args.ends + of_head * args.s,
-                                    levels.at(args, i32(source.level)), counts ? pixel : -1);
-    gatherer.add_level(source, around);
+  for (i32 turn = 0; turn < kTurns; ++turn) {
+#pragma unroll 1
+    for (source.level = 0; source.level < (source.overlap ? source.levels : 1); ++source.level) {
+      if (source.overlap) own = around_of(ends, levels.at(args, i32(source.level)), counted);
+      gatherer.add_level(source, own, turn, listed ? &first[turn][threadIdx.x] : nullptr);
+    }
+    gatherer.write(args, image, head, channel,
+                   of_lane(pixel, i32(threadIdx.x) % kWarpSize - lane + turn));
   }
-  if (!exists || channel >= args.d) return;
-  Pack<Scalar, kVector> result;
-#pragma unroll
-  for (int c = 0; c < kVector; ++c) store(result.at[c], gatherer.sums[c]);
-  const i64 row = (image * args.s + pixel) * args.m + head;
-  store_pack<kVector>(static_cast<Scalar*>(args.grad_value) + row * args.d + channel, result);
 }
 
 }  // namespace torchkiln::multi_scale_deformable_attention_gather

@@ -23,6 +23,8 @@ PIXELS = 20
 LEVELS = ((4, 4, 0), (5, 5, 0), (3, 0, 0), (0, 3, 0), (-1, -1, 0), (2, 2, PIXELS - 1))
 # All share pixels with others, a row or its end.
 SHARING = ((4, 4, 0), (3, 5, 2), (1, 7, 13), (5, 1, 15))
+# Few samples for so many pixels, and very many on one.
+CROWDED = ((30, 30, 0), (1, 1, 900))
 # More pixels than 16 bits count, and than a block sums at once.
 LARGE = ((259, 255, 0),)
 # Odd, for accesses before a buffer; even, for those behind it.
@@ -103,7 +105,14 @@ def compare(
 # With as many queries as pixels, the gradient of an attention's value is merged in blocks.
 @pytest.mark.parametrize(
     ("function", "queries"),
-    [(attend, 5), (attend, PIXELS), (attend_fused, 5), (attend_fused, PIXELS), (aggregate, 5)],
+    [
+        (attend, 2),
+        (attend, 5),
+        (attend, PIXELS),
+        (attend_fused, 5),
+        (attend_fused, PIXELS),
+        (aggregate, 5),
+    ],
 )
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -117,14 +126,19 @@ def test_levels_that_do_not_fit(
     gpu.submit(compare, function, queries, deterministic, dtype).result()
 
 
-# With many queries, the lanes of several pixels add up what one of them gets.
-@pytest.mark.parametrize("queries", [5, 90])
+# With few queries, lanes have several pixels; with many, those of several pixels add up what one of them gets.
+@pytest.mark.parametrize("queries", [3, 5, 90])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_levels_that_share_pixels(
     gpu: ProcessPoolExecutor, queries: int, deterministic: bool
 ) -> None:
     float32 = torch.float32
     gpu.submit(compare, attend, queries, deterministic, float32, SHARING, SHARING).result()
+
+
+def test_a_level_of_one_pixel(gpu: ProcessPoolExecutor) -> None:
+    args = (attend, 100, True, torch.float64, CROWDED, CROWDED, 901)
+    gpu.submit(compare, *args).result()
 
 
 def test_levels_of_many_pixels(gpu: ProcessPoolExecutor) -> None:
