@@ -88,18 +88,25 @@ def compare(
     fitting: Levels = FITTING,
     pixels: int = PIXELS,
 ) -> None:
-    """Raises where the GPU's results differ from the CPU's of levels that lie within the value."""
+    """Raises where the GPU's results differ from the CPU's of levels that lie within the value.
+
+    Deterministic ones must also be the same bits in another order of threads.
+    """
     new = Inputs(3)
     samples = (2, queries, 2, len(levels), 3)
     shapes = {"value": (2, pixels, 2, 8), "places": (*samples, 2), "weights": samples}
     tensors = [new.uniform(*shape).to(dtype) for shape in shapes.values()]
     expected = results(function, tensors, torch.tensor(fitting), deterministic)
+    repeats = []
     for schedule in SCHEDULES:
         emulated.schedule(schedule)
         on_gpu = [tensor.cuda() for tensor in tensors]
         actual = results(function, on_gpu, torch.tensor(levels).cuda(), deterministic)
         for result, other in zip(actual, expected, strict=True):
             torch.testing.assert_close(result, other)
+        repeats.append(actual)
+    if deterministic:
+        assert all(map(torch.equal, *repeats))
 
 
 # With as many queries as pixels, the gradient of an attention's value is merged in blocks.
@@ -126,7 +133,7 @@ def test_levels_that_do_not_fit(
     gpu.submit(compare, function, queries, deterministic, dtype).result()
 
 
-# With few queries, lanes have several pixels; with many, those of several pixels add up what one of them gets.
+# With few queries, lanes have several pixels each; with many, those of several add up for one.
 @pytest.mark.parametrize("queries", [3, 5, 90])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_levels_that_share_pixels(
