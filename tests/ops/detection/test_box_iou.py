@@ -168,7 +168,7 @@ def test_notations_refuse() -> None:
 
 
 def test_the_order_of_the_union_has_the_least_rounding(device: str) -> None:
-    """A mean error below that of the formula as it is written; a box and itself have exactly 1."""
+    """A mean error below that of the formula as it is written; a box and itself have 1."""
     sets = [_scenes.uniform_boxes(count, seed=count) for count in (2000, 100)]
 
     def iou(first: Tensor, second: Tensor) -> Tensor:
@@ -182,4 +182,7 @@ def test_the_order_of_the_union_has_the_least_rounding(device: str) -> None:
     errors = [(answer.double() - exact).abs().mean() for answer in (own, iou(*sets))]
     assert errors[0] < 0.97 * errors[1]
     boxes = sets[0].to(device)
-    assert ops.box_iou(boxes, boxes).diagonal().eq(1).all()
+    # Their union is exactly the box; the GPU's quick division is within two units in the last place.
+    units = 0 if device == "cpu" else 2
+    own = ops.box_iou(boxes, boxes).diagonal()
+    assert (own - 1).abs().max() <= units * torch.finfo(own.dtype).eps
