@@ -182,7 +182,7 @@ def test_the_order_of_the_union_has_the_least_rounding(device: str) -> None:
     errors = [(answer.double() - exact).abs().mean() for answer in (own, iou(*sets))]
     assert errors[0] < 0.97 * errors[1]
     boxes = sets[0].to(device)
-    # Their union is exactly the box; the GPU's quick division is within two units in the last place.
+    # Their union is exactly the box; the GPU's quick division is within two units.
     units = 0 if device == "cpu" else 2
     own = ops.box_iou(boxes, boxes).diagonal()
     assert (own - 1).abs().max() <= units * torch.finfo(own.dtype).eps
