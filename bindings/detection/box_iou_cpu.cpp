@@ -78,7 +78,8 @@ struct Columns {
       const T inter = (width > T(0) ? width : T(0)) * (height > T(0) ? height : T(0));       \
       const bool larger = own_area > areas[j];                                               \
       const T most = larger ? own_area : areas[j], least = larger ? areas[j] : own_area;     \
-      const T united = (most - inter) + least; /* union_of() */                              \
+      const T sum = (most - inter) + least;                                                  \
+      const T united = sum < most ? most : sum; /* union_of() */                             \
       const T ratio = inter / (united == T(0) ? T(1) : united);                              \
       out[j] = united == T(0) ? T(0) : ratio;                                                \
     }                                                                                        \

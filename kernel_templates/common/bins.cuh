@@ -65,7 +65,7 @@ __device__ __forceinline__ void put_in_order(i32* items, i32 low, i32 high) {
   items[high] = a;
 }
 
-// Bitonic sort by the whole block, rising, of fewer than 2^30 items in shared or global memory. All stages compare
+// Bitonic sort by the whole block, rising, of fewer than 2^29 items in shared or global memory. All stages compare
 // upwards, so items that are missing from the last power of two are as good as infinite.
 template <int kBlockSize>
 __device__ __forceinline__ void sort_items(i32* items, i32 count) {

@@ -193,9 +193,11 @@ template <class T>
 __device__ __forceinline__ Share<T> share_of(const Source<T>& source, const Around& around,
                                              i32 number, i32 sample, const Placed<T>& at) {
   if (sample < 0) return {-1, T(0)};
-  const bool beside = number >= around.above;
-  const T y = beside ? T(1) - abs_of(at.y) : max_of(at.y, T(0));
-  const T x = number < around.left(beside) ? max_of(at.x, T(0)) : T(1) - abs_of(at.x);
+  const bool beside = number >= around.above, is_left = number < around.left(beside);
+  // Before the first row or column of a level: 0, also of a weight that is no finite number.
+  if ((!beside && at.y < T(0)) || (is_left && at.x < T(0))) return {-1, T(0)};
+  const T y = beside ? T(1) - abs_of(at.y) : at.y;
+  const T x = is_left ? at.x : T(1) - abs_of(at.x);
   return {i32(u32(sample) / source.of_query), y * x * at.weight};
 }
 template <class T>

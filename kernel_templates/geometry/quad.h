@@ -105,15 +105,15 @@ constexpr T kNoArea = T(1e-30);
 template <>
 inline constexpr double kNoArea<double> = 1e-240;
 
-// The power of two, of x's sign, that takes x to [1, 2): to multiply by it is exact.
+// The power of two, of x's sign, that takes x to [1, 2), or the greatest ones to [2, 4): to multiply by it is exact.
 TORCHKILN_HD float scale_to_one(float x) {
-  const u32 bits = float_bits(x);
-  return bits_float((bits & 0x80000000u) | (0x7f000000u - (bits & 0x7f800000u)));
+  const u32 bits = float_bits(x), exponent = min_of(bits & 0x7f800000u, 0x7e800000u);
+  return bits_float((bits & 0x80000000u) | (0x7f000000u - exponent));
 }
 TORCHKILN_HD double scale_to_one(double x) {
-  const u64 bits = double_bits(x);
-  return bits_double((bits & 0x8000000000000000u) |
-                     (0x7fe0000000000000u - (bits & 0x7ff0000000000000u)));
+  const u64 bits = double_bits(x), most = 0x7fd0000000000000u;
+  const u64 exponent = min_of(bits & 0x7ff0000000000000u, most);
+  return bits_double((bits & 0x8000000000000000u) | (0x7fe0000000000000u - exponent));
 }
 
 // The area that `q`, moved by (dx, dy), shares with the triangle of the origin, a and b; negative where that triangle

@@ -384,3 +384,20 @@ def test_shapes_alone() -> None:
         out, state = selective_scan(**shapes, return_last_state=True)
         assert (out.shape, state.shape) == ((2, 4, 7), (2, 4, 3))
         assert state.dtype == arguments["A"].dtype
+
+
+@pytest.mark.parametrize("states", [1, 2, 3])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_what_is_not_finite_stays_in_its_row(states: int, bad: float) -> None:
+    """Also where one thread goes from that row to the others, and where N is odd."""
+    generator = torch.Generator().manual_seed(0)
+    u, delta = (torch.rand(2, 17, 9, generator=generator) for _ in range(2))
+    A = -torch.rand(17, states, generator=generator)
+    B, C = (torch.rand(2, states, 9, generator=generator) for _ in range(2))
+    expected = selective_scan(u, delta, A, B, C)
+    u[0, 0, 4] = bad
+    out = selective_scan(u, delta, A, B, C)
+    assert torch.equal(out[0, 0, :4], expected[0, 0, :4])
+    assert torch.equal(out[0, 1:], expected[0, 1:])
+    assert torch.equal(out[1], expected[1])
+    torch.testing.assert_close(out[0, 0, 5:], torch.full((4,), bad), equal_nan=True)
