@@ -108,11 +108,12 @@ inline V held(const V* weight, Real<V> factor, const Sheet<Real<V>>& u, const V*
   return sum;
 }
 
-// kCount states. Lanes are the inner loop, and what a state carries is in arrays of the function: so it stays in registers.
-template <int kMethod, bool kConstant, int kCount, class V>
+// Lanes are the inner loop, and what a state carries is in arrays of the function: so it stays in registers.
+template <int kMethod, bool kConstant, class V>
 inline void forward_loop(Chunk<V>& c, Forward<V>* states) {
-  V a[kCount][kLanes], of_b[kCount][kLanes], of_c[kCount][kLanes], value[kCount][kLanes];
-  for (int n = 0; n < kCount; ++n) {
+  V a[kTogether][kLanes], of_b[kTogether][kLanes], of_c[kTogether][kLanes];
+  V value[kTogether][kLanes];
+  for (int n = 0; n < kTogether; ++n) {
     for (int l = 0; l < kLanes; ++l) {
       a[n][l] = states[n].a[l];
       of_b[n][l] = states[n].b[l];
@@ -124,7 +125,7 @@ inline void forward_loop(Chunk<V>& c, Forward<V>* states) {
     for (int l = 0; l < kLanes; ++l) {
       const Real<V> d = c.d(step, l);
       Real<V> y = c.y(step, l);
-      for (int n = 0; n < kCount; ++n) {
+      for (int n = 0; n < kTogether; ++n) {
         const auto k = selective_scan::coefficients<kMethod>(d, a[n][l], c.ratio(step, l));
         value[n][l] = k.alpha * value[n][l] +
                       held<kMethod, kConstant>(k.weight, d, c.u, c.b[n], of_b[n][l], step, l);
@@ -133,7 +134,7 @@ inline void forward_loop(Chunk<V>& c, Forward<V>* states) {
       c.y(step, l) = y;
     }
   }
-  for (int n = 0; n < kCount; ++n) {
+  for (int n = 0; n < kTogether; ++n) {
     for (int l = 0; l < kLanes; ++l) states[n].value[l] = value[n][l];
   }
 }
@@ -292,17 +293,15 @@ inline void backward_loop(Chunk<V>& c, Backward<V>& s) {
   sum_lanes(c.by_c, c.steps, c.grad_c);
 }
 
-// What runs for `count` states of a chunk: kTogether or one of them forward, one backward. Both are named functions, because
-// only those have a body per instruction set.
+// What runs for states of a chunk: kTogether of them forward, one backward. Both are named functions, because only those
+// have a body per instruction set.
 template <bool kConstant, class V, class State>
-inline void states_loop(Chunk<V>& c, State* states, int count, std::int64_t method) {
+inline void states_loop(Chunk<V>& c, State* states, std::int64_t method) {
   const auto run = [&]<int kMethod>() {
     if constexpr (std::is_same_v<State, Backward<V>>) {
       backward_loop<kMethod, kConstant>(c, *states);
-    } else if (count == kTogether) {
-      forward_loop<kMethod, kConstant, kTogether>(c, states);
     } else {
-      forward_loop<kMethod, kConstant, 1>(c, states);
+      forward_loop<kMethod, kConstant>(c, states);
     }
   };
   switch (method) {
@@ -331,19 +330,17 @@ inline void states_loop(Chunk<V>& c, State* states, int count, std::int64_t meth
   }
 }
 
-TORCHKILN_SCAN_LOOPS void run_states(Chunk<float>& c, Forward<float>* states, int count,
-                                     std::int64_t method, bool constant) {
-  constant ? states_loop<true>(c, states, count, method)
-           : states_loop<false>(c, states, count, method);
+TORCHKILN_SCAN_LOOPS void run_states(Chunk<float>& c, Forward<float>* states, std::int64_t method,
+                                     bool constant) {
+  constant ? states_loop<true>(c, states, method) : states_loop<false>(c, states, method);
 }
-TORCHKILN_SCAN_LOOPS void run_states(Chunk<float>& c, Backward<float>* states, int count,
-                                     std::int64_t method, bool constant) {
-  constant ? states_loop<true>(c, states, count, method)
-           : states_loop<false>(c, states, count, method);
+TORCHKILN_SCAN_LOOPS void run_states(Chunk<float>& c, Backward<float>* states, std::int64_t method,
+                                     bool constant) {
+  constant ? states_loop<true>(c, states, method) : states_loop<false>(c, states, method);
 }
 template <class V, class State>
-void run_states(Chunk<V>& c, State* states, int count, std::int64_t method, bool) {
-  states_loop<true>(c, states, count, method);
+void run_states(Chunk<V>& c, State* states, std::int64_t method, bool) {
+  states_loop<true>(c, states, method);
 }
 
 // ---- loops over positions ----
@@ -570,12 +567,16 @@ void load_matrix(const Problem& p, const Panel& panel, const void* matrix, std::
   std::fill(out + inside.end + kLeft, out + c.steps + kRight + kLeft, out[inside.end - 1 + kLeft]);
 }
 
-// Of `count` states from n on.
+// Of `count` states from n on. Beyond the last one they are zeros, which change nothing.
 template <class Scalar, class V>
 void load_matrices(const Problem& p, const Panel& panel, std::int64_t n, int count, Chunk<V>& c) {
+  const auto load_variable = [&](const void* matrix, std::int64_t state, auto& out) {
+    if (state < p.states) return load_matrix<Scalar>(p, panel, matrix, state, c, out);
+    std::fill(std::begin(out), std::end(out), V{});
+  };
   for (int i = 0; i < count; ++i) {
-    if (!p.constant_B) load_matrix<Scalar>(p, panel, p.B, n + i, c, c.b[i]);
-    if (!p.constant_C) load_matrix<Scalar>(p, panel, p.C, n + i, c, c.c[i]);
+    if (!p.constant_B) load_variable(p.B, n + i, c.b[i]);
+    if (!p.constant_C) load_variable(p.C, n + i, c.c[i]);
   }
 }
 
@@ -642,6 +643,7 @@ void write_outputs(const Args& args, const Panel& panel, Chunk<V>& c) {
   store_rows<Scalar>(p, panel, c.first, c.ahead, c.steps, c.y, args.out);
 }
 
+// `states`: one more than there are where their number is odd.
 template <class Scalar, class V>
 void run_panel(const Args& args, const Panel& panel, std::int64_t method, Forward<V>* states,
                Chunk<V>& c) {
@@ -653,6 +655,8 @@ void run_panel(const Args& args, const Panel& panel, std::int64_t method, Forwar
     states[n] = {};
     load_state(p, panel, n, states[n]);
   }
+  // What is not finite would stay in the state beyond the last one.
+  if (p.states % kTogether != 0) states[p.states] = {};
   if (initial) load_states(p, panel, initial + row * p.states, p.states, states);
   const bool constant = p.constant_B || p.constant_C;
   for (std::int64_t first = 0; first < p.length; first += kSteps) {
@@ -663,9 +667,8 @@ void run_panel(const Args& args, const Panel& panel, std::int64_t method, Forwar
                    kept + (row * p.checkpoints + first / kSteps) * p.states);
     }
     for (std::int64_t n = 0; n < p.states; n += kTogether) {
-      const int count = static_cast<int>(std::min<std::int64_t>(kTogether, p.states - n));
-      load_matrices<Scalar>(p, panel, n, count, c);
-      run_states(c, states + n, count, method, constant);
+      load_matrices<Scalar>(p, panel, n, kTogether, c);
+      run_states(c, states + n, method, constant);
     }
     write_outputs<Scalar>(args, panel, c);
   }
@@ -746,7 +749,7 @@ void run_chunk_backward(const BackwardArgs& args, const Panel& panel, std::int64
               p.checkpoints * p.states, states);
   for (std::int64_t n = 0; n < p.states; ++n) {
     load_matrices<Scalar>(p, panel, n, 1, c);
-    run_states(c, states + n, 1, method, p.constant_B || p.constant_C);
+    run_states(c, states + n, method, p.constant_B || p.constant_C);
     if (!p.constant_B) add_matrix(p, panel, n, c, c.grad_b, args.grad_B, piece);
     if (!p.constant_C) add_matrix(p, panel, n, c, c.grad_c, args.grad_C, piece);
   }
@@ -840,15 +843,16 @@ void run_scan_cpu(const ScanPlan& plan) {
   const Problem& p = plan.args.problem;
   const std::int64_t panels = panels_of(p);
   with_types(plan.inputs, [&]<class Scalar, class V>() {
-    parallel_for(
-        p.batch * p.groups * panels, nanoseconds(p), [&](std::int64_t begin, std::int64_t end) {
-          const auto chunk = chunk_of<V>(p);
-          const auto states = std::make_unique<Forward<V>[]>(static_cast<std::size_t>(p.states));
-          for (std::int64_t i = begin; i < end; ++i) {
-            run_panel<Scalar>(plan.args, panel_of(p, i / panels, i % panels), plan.inputs.method,
-                              states.get(), *chunk);
-          }
-        });
+    parallel_for(p.batch * p.groups * panels, nanoseconds(p),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   const auto chunk = chunk_of<V>(p);
+                   const auto states = std::make_unique<Forward<V>[]>(
+                       static_cast<std::size_t>(p.states + p.states % kTogether));
+                   for (std::int64_t i = begin; i < end; ++i) {
+                     run_panel<Scalar>(plan.args, panel_of(p, i / panels, i % panels),
+                                       plan.inputs.method, states.get(), *chunk);
+                   }
+                 });
   });
 }
 
