@@ -139,9 +139,8 @@ const Points points_kernel({
 
 void launch_points(const CudaPlace& place, const AggregationGradient& g, bool scatter) {
   const AggregationPlan& p = g.plan;
-  Buffers buffers;
-  buffers.read_inputs(p)
-      .read(offsetof(Args, output), p.output)
+  Buffers buffers = inputs_of(p);
+  buffers.read(offsetof(Args, output), p.output)
       .read(offsetof(Args, grad_output), g.grad_output)
       .set(writes(offsetof(Args, grad_locations), g.grad_locations))
       .set(writes(offsetof(Args, grad_weights), g.grad_weights));
@@ -165,8 +164,7 @@ void run_aggregation_cuda(const AggregationPlan& p) {
   }
   const std::int64_t scalar = kernel_type(p.maps.front().scalar_type());
   const ForwardStatics statics = {scalar, weight, vector_of(p)};
-  Buffers buffers;
-  buffers.read_inputs(p);
+  Buffers buffers = inputs_of(p);
   const std::int64_t parts = parts_of(p.args);
   if (parts == 1) {
     buffers.set(writes(offsetof(Args, output), p.output))

@@ -2,12 +2,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <array>
 #include <cstddef>
-#include <utility>
 
 #include "bindings/deformable/deformable_aggregation.h"
-#include "bindings/support/cuda.h"
+#include "bindings/support/buffers.h"
 #include "bindings/support/layout.h"
 
 namespace torchkiln::bindings::aggregation {
@@ -63,47 +61,24 @@ inline std::int64_t vector_of(const AggregationPlan& p) {
 // The pointers of Args, in its order.
 constexpr std::size_t kPointers = 2 * kMostMaps + 15;
 
-class Buffers {
- public:
-  Buffers() {
-    for (std::size_t i = 0; i < kPointers; ++i) at(i) = unused(i * sizeof(void*));
-  }
-
-  // What a kernel does with the pointer of a field: one of `reads`, `writes`, `updates`, `scratch`.
-  Buffers& set(const Buffer& buffer) {
-    at(buffer.offset / sizeof(void*)) = buffer;
-    return *this;
-  }
-  Buffers& read(std::size_t offset, const Tensor& tensor) {
-    return tensor.defined() ? set(reads(offset, tensor)) : *this;
-  }
-  Buffers& read_inputs(const AggregationPlan& p) {
-    for (std::size_t i = 0; i < p.maps.size(); ++i)
-      read(offsetof(Args, maps) + i * sizeof(void*), p.maps[i]);
-    return read_points(p);
-  }
-  Buffers& read_points(const AggregationPlan& p) {
-    return read(offsetof(Args, shapes), p.shapes)
-        .read(offsetof(Args, starts), p.starts)
-        .read(offsetof(Args, locations), p.locations)
-        .read(offsetof(Args, weights), p.weights)
-        .read(offsetof(Args, normalizer), p.normalizer);
-  }
-
-  template <class AnyKernel, class Statics>
-  void run(const AnyKernel& kernel, const Place& place, const Statics& statics,
-           const Args& args) const {
-    [&]<std::size_t... i>(std::index_sequence<i...>) {
-      kernel.run(place, statics, sizes_of(args), args, {all_[i]...});
-    }(std::make_index_sequence<kPointers>{});
-  }
-
- private:
-  Buffer& at(std::size_t i) { return all_[i]; }
-  std::array<Buffer, kPointers> all_;
-};
+using Buffers = BuffersOf<kPointers, sizes_of>;
 static_assert(offsetof(Args, crowded) == (kPointers - 1) * sizeof(void*));
 
+// What makes points, and the maps beside it.
+inline Buffers points_of(const AggregationPlan& p) {
+  Buffers buffers;
+  return buffers.read(offsetof(Args, shapes), p.shapes)
+      .read(offsetof(Args, starts), p.starts)
+      .read(offsetof(Args, locations), p.locations)
+      .read(offsetof(Args, weights), p.weights)
+      .read(offsetof(Args, normalizer), p.normalizer);
+}
+inline Buffers inputs_of(const AggregationPlan& p) {
+  Buffers buffers = points_of(p);
+  for (std::size_t i = 0; i < p.maps.size(); ++i)
+    buffers.read(offsetof(Args, maps) + i * sizeof(void*), p.maps[i]);
+  return buffers;
+}
 inline Buffers with_gradients(Buffers buffers, const AggregationGradient& g,
                               torchkiln_access access) {
   for (std::size_t i = 0; i < g.gradients.size(); ++i)

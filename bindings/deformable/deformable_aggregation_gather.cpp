@@ -229,9 +229,8 @@ void launch_gather(const CudaPlace& place, AggregationGradient& g) {
   const GatherStatics statics = {kernel_type(p.maps.front().scalar_type()),
                                  kernel_type(p.weights.scalar_type()),
                                  kernel_type(g.grad_output.scalar_type()), gather_vector(g)};
-  Buffers inputs;
-  inputs.read_points(p)
-      .read(offsetof(Args, grad_output), g.grad_output)
+  Buffers inputs = points_of(p);
+  inputs.read(offsetof(Args, grad_output), g.grad_output)
       .read(offsetof(Args, samples), lists.samples)
       .set(reads(offsetof(Args, ends), lists.end_bytes()));
   Buffers buffers = with_gradients(inputs, g, TORCHKILN_WRITE);

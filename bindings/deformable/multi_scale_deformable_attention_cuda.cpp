@@ -1,15 +1,13 @@
 // Launches of multi-scale deformable attention.
 // SPDX-License-Identifier: Apache-2.0
-#include <array>
 #include <cstddef>
 #include <initializer_list>
 #include <limits>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "bindings/deformable/multi_scale_deformable_attention.h"
-#include "bindings/support/cuda.h"
+#include "bindings/support/buffers.h"
 #include "bindings/support/layout.h"
 
 namespace torchkiln::bindings {
@@ -281,28 +279,7 @@ std::int64_t forward_vector(const MsdaPlan& p) {
   return vector_of(p, nullptr, few ? sum_vector(scalar) : full);
 }
 
-// What a kernel does with each pointer of Args, in their order: nothing, unless it is set.
-class Buffers {
- public:
-  Buffers() {
-    for (std::size_t i = 0; i < all_.size(); ++i) all_[i] = unused(i * sizeof(void*));
-  }
-  Buffers& set(const Buffer& buffer) {
-    all_[buffer.offset / sizeof(void*)] = buffer;
-    return *this;
-  }
-  template <class AnyKernel, class AnyStatics>
-  void run(const AnyKernel& kernel, const Place& place, const AnyStatics& statics,
-           const Args& args) const {
-    [&]<std::size_t... i>(std::index_sequence<i...>) {
-      kernel.run(place, statics, sizes_of(args), args, {all_[i]...});
-    }(std::make_index_sequence<kPointers>{});
-  }
-
- private:
-  static constexpr std::size_t kPointers = offsetof(Args, b) / sizeof(void*);
-  std::array<Buffer, kPointers> all_;
-};
+using Buffers = BuffersOf<offsetof(Args, b) / sizeof(void*), sizes_of>;
 
 // Levels, and what makes samples.
 Buffers samples_of(const MsdaPlan& p) {
