@@ -39,7 +39,7 @@ build_dir := $(BIN)/python -c 'import glob, sys; print(*glob.glob("build/cp%d%d-
 
 # Folders count too: their time changes when a file is added or removed.
 NATIVE_SOURCES := $(shell find CMakeLists.txt pyproject.toml cmake cache jit kernel_templates bindings include \
-                    tests/cache tests/jit tests/deploy/attack/*.cpp 2>/dev/null)
+                    tests/cache tests/jit tests/emulated/emulator tests/deploy/attack/*.cpp 2>/dev/null)
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 

@@ -254,10 +254,15 @@ def has_side(peer: str, row: Row) -> bool:
     return bool(row.peer_us(peer))
 
 
+def is_on_gpu(row: Row) -> bool:
+    """Whether it is a row of the GPU."""
+    return row.data["device"] == "cuda"  # type: ignore[no-any-return]
+
+
 def is_memory_bound(row: Row) -> bool:
     """Rows whose floor is that of the memory; those that declare it have their own aim."""
     has_goal = any(target["kind"] == "floor" for target in row.data["targets"])
-    return row.data["device"] == "cuda" and not has_goal
+    return is_on_gpu(row) and not has_goal
 
 
 RULES = (
@@ -294,9 +299,12 @@ RULES = (
         MSDA, "host_us", None, 30, "",
         lambda row: row.data["size"].startswith("decoder") and row.data["direction"] == "forward",
     ),
-    Rule(PYRAMID, "eager", 4, 8, "torchvision"),
+    Rule(PYRAMID, "eager", 4, 8, "torchvision", is_on_gpu),
     Rule("box_iou", "floor", 0.5, 0.7, "", is_memory_bound),
-    Rule("corner_pool", "baseline", 3, 5, "mmcv", lambda row: row.data["direction"] == "forward"),
+    Rule(
+        "corner_pool", "baseline", 3, 5, "mmcv",
+        lambda row: is_on_gpu(row) and row.data["direction"] == "forward",
+    ),
 )  # fmt: skip
 
 
@@ -317,7 +325,7 @@ def family_means(rows: Sequence[Row]) -> Iterator[Goal]:
     found = [
         (row.data["direction"], speedup)
         for row in rows
-        if row.data["device"] == "cuda" and (speedup := row.speedup()) is not None
+        if is_on_gpu(row) and (speedup := row.speedup()) is not None
     ]
     groups = {
         "forward": [speedup for direction, speedup in found if direction == "forward"],
@@ -362,7 +370,7 @@ def least_on_cpu(rows: Sequence[Row], threads: int) -> Goal:
 def family_goals(rows: Sequence[Row], compiled: Mapping[str, Any] | None) -> Iterator[Goal]:
     """What the issue asks of the family as a whole."""
     yield from family_means(rows)
-    gpu = [row for row in rows if row.data["device"] == "cuda"]
+    gpu = list(filter(is_on_gpu, rows))
     slow = [(row, 1 / speedup) for row in gpu if (speedup := row.speedup()) and speedup < 1]
     yield counted("the family: rows that take longer than the fastest peer", slow)
     yield least_on_cpu(rows, 1)

@@ -21,7 +21,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,8 @@ SCHEMA = 2
 LEAST_SECONDS = 5.0
 # A kernel that hangs cannot be interrupted; this long after the budget the process is ended.
 GRACE_SECONDS = 60.0
+# That compile side by side for times of compiles: few, so that they hardly slow each other.
+COLD_PROCESSES = 4
 QUICK = Settings(rounds=7, sample_us=2000.0)
 FULL = Settings(rounds=11, sample_us=5000.0)
 
@@ -282,27 +286,16 @@ class Session:
 
 
 def cold_compiles(operators: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Compiles every default kernel into an empty cache, one at a time."""
-    major, minor = torch.cuda.get_device_capability()
-    command = [sys.executable, "-m", "torchkiln", "warm", "--ops", ",".join(operators)]
-    command += ["--dtypes", "float32,float16", "--arch", f"sm_{major}{minor}"]
-    command += ["--jobs", "1", "--json"]
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"TORCHKILN_CACHE_DIR": folder, "TORCHKILN_COMPILE_JOBS": "1"}
-        try:
-            done = subprocess.run(
-                command,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=seconds,
-                check=False,
-            )
-            kernels = json.loads(done.stdout)["kernels"]
-        except (subprocess.TimeoutExpired, OSError) as error:
-            return {"failure": short(error)}
-        except (ValueError, KeyError):
-            return {"failure": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
+    """Compiles every default kernel into an empty cache; few processes, one at a time each."""
+    shares = [share for k in range(COLD_PROCESSES) if (share := operators[k::COLD_PROCESSES])]
+    try:
+        with ThreadPoolExecutor(len(shares)) as pool:
+            found = list(pool.map(partial(compiled_cold, seconds=seconds), shares))
+    except (subprocess.TimeoutExpired, OSError) as error:
+        return {"failure": short(error)}
+    except (ValueError, KeyError) as error:
+        return {"failure": f"torchkiln warm told no kernels: {short(error)}"}
+    kernels = [kernel for share in found for kernel in share]
     good = sorted((k["milliseconds"], k["specialization"]) for k in kernels if "error" not in k)
     if not good:
         return {"failure": kernels[0].get("error", "no kernel") if kernels else "no kernel"}
@@ -312,6 +305,24 @@ def cold_compiles(operators: Sequence[str], seconds: float) -> dict[str, Any]:
         "median_ms": good[len(good) // 2][0],
         "worst": [{"ms": ms, "specialization": name} for ms, name in good[:-6:-1]],
     }
+
+
+def compiled_cold(operators: Sequence[str], seconds: float) -> list[dict[str, Any]]:
+    """The default kernels of some operators, and the milliseconds that each took."""
+    major, minor = torch.cuda.get_device_capability()
+    command = [sys.executable, "-m", "torchkiln", "warm", "--ops", ",".join(operators)]
+    command += ["--dtypes", "float32,float16", "--arch", f"sm_{major}{minor}"]
+    command += ["--jobs", "1", "--json"]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            command,
+            env=os.environ | {"TORCHKILN_CACHE_DIR": folder, "TORCHKILN_COMPILE_JOBS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+    return json.loads(done.stdout)["kernels"]  # type: ignore[no-any-return]
 
 
 def selected(operators: str, device: str, quick: bool) -> list[Case]:

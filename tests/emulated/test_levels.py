@@ -87,14 +87,15 @@ def compare(
     levels: Levels = LEVELS,
     fitting: Levels = FITTING,
     pixels: int = PIXELS,
+    images: int = 2,
 ) -> None:
     """Raises where the GPU's results differ from the CPU's of levels that lie within the value.
 
     Deterministic ones must also be the same bits in another order of threads.
     """
     new = Inputs(3)
-    samples = (2, queries, 2, len(levels), 3)
-    shapes = {"value": (2, pixels, 2, 8), "places": (*samples, 2), "weights": samples}
+    samples = (images, queries, 2, len(levels), 3)
+    shapes = {"value": (images, pixels, 2, 8), "places": (*samples, 2), "weights": samples}
     tensors = [new.uniform(*shape).to(dtype) for shape in shapes.values()]
     expected = results(function, tensors, torch.tensor(fitting), deterministic)
     repeats = []
@@ -151,4 +152,4 @@ def test_a_level_of_one_pixel(gpu: ProcessPoolExecutor) -> None:
 def test_levels_of_many_pixels(gpu: ProcessPoolExecutor) -> None:
     pixels = LARGE[0][0] * LARGE[0][1]
     # What rounding moves in a large level is another test's affair.
-    gpu.submit(compare, attend, 20, True, torch.float64, LARGE, LARGE, pixels).result()
+    gpu.submit(compare, attend, 20, True, torch.float64, LARGE, LARGE, pixels, images=1).result()
