@@ -22,10 +22,10 @@ struct BackwardStatics {
   std::int64_t scalar, place, scatter, vector;
 };
 struct NoStatics {};
-struct FillStatics {
+struct SampleStatics {
   std::int64_t scalar;  // what places are computed in
 };
-struct GatherStatics {
+struct SumStatics {
   std::int64_t scalar, vector;
 };
 struct Sizes {
@@ -42,6 +42,9 @@ struct PatchTunables {
 struct PixelTunables {
   std::int64_t lanes, turns, block_size;
 };
+struct RunTunables {
+  std::int64_t lanes, block_size;
+};
 struct BlockTunables {
   std::int64_t block_size;
 };
@@ -50,12 +53,15 @@ using Forward = Kernel<Args, Statics, Sizes, QueryTunables>;
 using Backward = Kernel<Args, BackwardStatics, Sizes, QueryTunables>;
 using Merge = Kernel<Args, Statics, Sizes, PatchTunables>;
 using OfCells = Kernel<Args, NoStatics, Sizes, BlockTunables>;
-using Fill = Kernel<Args, FillStatics, Sizes, BlockTunables>;
-using Gather = Kernel<Args, GatherStatics, Sizes, PixelTunables>;
+using OfSamples = Kernel<Args, SampleStatics, Sizes, BlockTunables>;
+using Gather = Kernel<Args, SumStatics, Sizes, PixelTunables>;
+using OfRuns = Kernel<Args, SumStatics, Sizes, RunTunables>;
 
 constexpr const char* kPath = "deformable/multi_scale_deformable_attention.cuh";
 constexpr const char* kMergePath = "deformable/multi_scale_deformable_attention_merge.cuh";
+constexpr const char* kCellsPath = "deformable/multi_scale_deformable_attention_cells.cuh";
 constexpr const char* kGatherPath = "deformable/multi_scale_deformable_attention_gather.cuh";
+constexpr const char* kRunsPath = "deformable/multi_scale_deformable_attention_runs.cuh";
 const std::vector<const char*> kOperators = {"multi_scale_deformable_attention",
                                              "multi_scale_deformable_attention_fused"};
 const std::vector<torchkiln_size> kSizes = {{"queries", TORCHKILN_BUCKET_POW2},
@@ -205,7 +211,7 @@ const Merge merge_kernel({
 template <bool kOrder>
 OfCells cells_kernel(const char* entry) {
   return OfCells({
-      .path = kGatherPath,
+      .path = kCellsPath,
       .entry = entry,
       .operators = kOperators,
       .statics = {},
@@ -225,19 +231,27 @@ OfCells cells_kernel(const char* entry) {
 const OfCells place_kernel = cells_kernel<false>("place");
 const OfCells order_kernel = cells_kernel<true>("order");
 
-const Fill fill_kernel({
-    .path = kGatherPath,
-    .entry = "fill",
-    .operators = kOperators,
-    .statics = {types("scalar", {TORCHKILN_FLOAT, TORCHKILN_DOUBLE})},
-    .sizes = kSizes,
-    .tunables = {ints("block_size", {128, 256, 512})},
-    .defaults = {{256}},
-    .geometry =
-        [](const Fill::Problem& p, const BlockTunables& t) {
-          return linear(blocks_of(p.sizes, t.block_size, p.sizes.samples), t.block_size);
-        },
-});
+// A thread has kOwn samples.
+template <std::int64_t kOwn>
+OfSamples samples_kernel(const char* entry, std::int64_t block_size) {
+  return OfSamples({
+      .path = kCellsPath,
+      .entry = entry,
+      .operators = kOperators,
+      .statics = {types("scalar", {TORCHKILN_FLOAT, TORCHKILN_DOUBLE})},
+      .sizes = kSizes,
+      .tunables = {ints("block_size", {128, 256, 512})},
+      .defaults = {{block_size}},
+      .geometry =
+          [](const OfSamples::Problem& p, const BlockTunables& t) {
+            return linear(blocks_of(p.sizes, kOwn * t.block_size, p.sizes.samples), t.block_size);
+          },
+  });
+}
+const OfSamples count_kernel = samples_kernel<msda::kCountedByThread>("count", 512);
+const OfSamples fill_kernel = samples_kernel<1>("fill", 256);
+
+bool sums_exist(const SumStatics& s) { return s.vector == 1 || s.vector == sum_vector(s.scalar); }
 
 const Gather gather_kernel({
     .path = kGatherPath,
@@ -247,15 +261,9 @@ const Gather gather_kernel({
     .sizes = kSizes,
     .tunables = {ints("lanes", {4, 8, 16, 32}), ints("turns", {1, 2, 4}),
                  ints("block_size", {64, 128, 256})},
-    // The last three where most pixels get nothing or little.
-    .defaults = {{4, 1, 256}, {8, 1, 256}, {32, 1, 256}, {4, 4, 256}, {8, 4, 256}, {32, 4, 256}},
-    .valid =
-        [](const GatherStatics& s) { return s.vector == 1 || s.vector == sum_vector(s.scalar); },
-    .choose = [](const Gather::Problem& p) -> std::uint32_t {
-      const Sizes& s = p.sizes;
-      const bool sparse = s.queries * s.samples < 2 * s.heads * s.pixels;
-      return lanes_for(p) + (sparse ? 3 : 0);
-    },
+    .defaults = {{4, 4, 256}, {8, 4, 256}, {32, 4, 256}},
+    .valid = &sums_exist,
+    .choose = &lanes_for<Gather::Problem>,
     .geometry =
         [](const Gather::Problem& p, const PixelTunables& t) {
           const std::int64_t pixels = t.block_size / t.lanes;
@@ -264,6 +272,33 @@ const Gather gather_kernel({
           return linear(patches * chunks * p.sizes.heads, t.block_size);
         },
 });
+
+// `add` has lanes for each run of samples, `join` for each pixel.
+template <bool kAdd>
+OfRuns runs_kernel(const char* entry) {
+  return OfRuns({
+      .path = kRunsPath,
+      .entry = entry,
+      .operators = kOperators,
+      .statics = {types("scalar", kFloatTypes), ints("vector", {1, 2, 4})},
+      .sizes = kSizes,
+      .tunables = {ints("lanes", {4, 8, 16, 32}), ints("block_size", {64, 128, 256})},
+      .defaults = {{4, 256}, {8, 256}, {32, 256}},
+      .valid = &sums_exist,
+      .choose = &lanes_for<OfRuns::Problem>,
+      .geometry =
+          [](const OfRuns::Problem& p, const RunTunables& t) {
+            const Sizes& s = p.sizes;
+            const std::int64_t of_head = s.heads == 0 ? 0 : s.queries / s.heads * s.samples;
+            const std::int64_t owners = kAdd ? ceil_div(of_head, msda::kRun) : s.pixels;
+            const std::int64_t chunks = ceil_div(s.channels, t.lanes * p.statics.vector);
+            return linear(ceil_div(owners, t.block_size / t.lanes) * chunks * s.heads,
+                          t.block_size);
+          },
+  });
+}
+const OfRuns add_kernel = runs_kernel<true>("add");
+const OfRuns join_kernel = runs_kernel<false>("join");
 
 Sizes sizes_of(const Args& a) { return {a.b * a.m * a.q, a.d, a.l * a.p, a.s, a.b * a.m}; }
 
@@ -293,9 +328,15 @@ Buffers samples_of(const MsdaPlan& p) {
   return buffers;
 }
 
-// Samples of cells, for `gather`.
+ScalarType sum_type(const MsdaPlan& p) {
+  return p.value.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+// Whether most pixels get something: samples are then counted and added up together, not by themselves.
+bool is_dense(const Args& a) { return a.q * a.l * a.p >= 2 * a.s; }
+
+// The samples of all cells, in order.
 struct Lists {
-  Tensor placed, ends, samples;
+  Tensor placed, ends, ranks, samples;
 
   Lists(const MsdaPlan& p, Args& args) {
     const std::int64_t heads = args.b * args.m, of_head = args.q * args.l * args.p;
@@ -305,9 +346,9 @@ struct Lists {
            "have fewer than 2^31 points of all queries and levels where deterministic",
            std::to_string(of_head), "Call it for a part of the queries at a time");
     }
-    const bool wide = p.value.scalar_type() == ScalarType::Double;
-    placed = empty(p.value, wide ? ScalarType::Double : ScalarType::Float, {heads, of_head, 4});
+    placed = empty(p.value, sum_type(p), {heads, of_head, 4});
     ends = empty(p.value, ScalarType::Int, {heads * msda::cells_of(args) + 1});
+    ranks = empty(p.value, ScalarType::Int, {heads, of_head});
     samples = empty(p.value, ScalarType::Int, {heads, of_head});
     torch::stable::zero_(ends);
     args.placed = placed.mutable_data_ptr();
@@ -316,39 +357,75 @@ struct Lists {
   }
 };
 
-void list_samples(const CudaPlace& place, const MsdaPlan& p, const Args& args, const Lists& lists) {
-  const bool wide = p.value.scalar_type() == ScalarType::Double;
-  const Buffers ends = Buffers().set(updates(offsetof(Args, ends), lists.ends));
-  Buffers(ends)
-      .set(reads(offsetof(Args, shapes), p.shapes))
-      .set(reads(offsetof(Args, starts), p.starts))
-      .run(place_kernel, place, NoStatics{}, args);
-  Buffers(ends)
+void list_samples(const CudaPlace& place, const MsdaPlan& p, const Args& args, const Lists& lists,
+                  bool counted) {
+  const SampleStatics statics = {kernel_type(sum_type(p))};
+  const Buffers levels = Buffers()
+                             .set(reads(offsetof(Args, shapes), p.shapes))
+                             .set(reads(offsetof(Args, starts), p.starts))
+                             .set(updates(offsetof(Args, ends), lists.ends));
+  if (!counted) {
+    Buffers(levels)
+        .set(reads(offsetof(Args, placed), lists.placed))
+        .set(scratch(offsetof(Args, ranks), lists.ranks))
+        .run(count_kernel, place, statics, args);
+  }
+  levels.run(place_kernel, place, NoStatics{}, args);
+  Buffers()
       .set(reads(offsetof(Args, placed), lists.placed))
+      .set(reads(offsetof(Args, ends), lists.ends))
+      .set(reads(offsetof(Args, ranks), lists.ranks))
       .set(scratch(offsetof(Args, samples), lists.samples))
-      .run(fill_kernel, place, FillStatics{wide ? TORCHKILN_DOUBLE : TORCHKILN_FLOAT}, args);
+      .run(fill_kernel, place, statics, args);
   Buffers()
       .set(reads(offsetof(Args, ends), lists.ends))
       .set(updates(offsetof(Args, samples), lists.samples))
       .run(order_kernel, place, NoStatics{}, args);
 }
 
-Tensor run_gather(const CudaPlace& place, const MsdaPlan& p, const MsdaGradients& g, Args args,
-                  const Lists& lists) {
-  list_samples(place, p, args, lists);
-  args.grad_value = g.value.mutable_data_ptr();
-  const std::int64_t scalar = kernel_type(p.value.scalar_type());
+// What the kernels that add up samples read of these.
+Buffers listed(const MsdaPlan& p, const Lists& lists) {
   Buffers buffers;
   if (p.has_mask()) buffers.set(reads(offsetof(Args, mask), p.mask));
-  buffers.set(reads(offsetof(Args, shapes), p.shapes))
+  return buffers.set(reads(offsetof(Args, shapes), p.shapes))
       .set(reads(offsetof(Args, starts), p.starts))
       .set(reads(offsetof(Args, output), p.output))
       .set(reads(offsetof(Args, placed), lists.placed))
       .set(reads(offsetof(Args, ends), lists.ends))
-      .set(reads(offsetof(Args, samples), lists.samples))
+      .set(reads(offsetof(Args, samples), lists.samples));
+}
+
+// The value's gradient, but where levels share pixels.
+void run_runs(const CudaPlace& place, const MsdaPlan& p, const MsdaGradients& g, const Args& args,
+              const SumStatics& statics, const Lists& lists, const Tensor& sums,
+              const Tensor& seams) {
+  Buffers(listed(p, lists))
+      .set(scratch(offsetof(Args, sums), sums))
+      .set(scratch(offsetof(Args, seams), seams))
+      .run(add_kernel, place, statics, args);
+  Buffers(listed(p, lists))
+      .set(reads(offsetof(Args, sums), sums))
+      .set(reads(offsetof(Args, seams), seams))
       .set(writes(offsetof(Args, grad_value), g.value))
-      .run(gather_kernel, place,
-           GatherStatics{scalar, vector_of(p, args.grad_value, sum_vector(scalar))}, args);
+      .run(join_kernel, place, statics, args);
+}
+
+Tensor add_up(const CudaPlace& place, const MsdaPlan& p, const MsdaGradients& g, Args args,
+              const Lists& lists) {
+  const std::int64_t scalar = kernel_type(p.value.scalar_type());
+  args.grad_value = g.value.mutable_data_ptr();
+  const SumStatics statics = {scalar, vector_of(p, args.grad_value, sum_vector(scalar))};
+  if (is_dense(args)) {
+    const std::int64_t heads = args.b * args.m;
+    const Tensor sums = empty(p.value, sum_type(p), {heads, msda::cells_of(args), 2, args.d});
+    const Tensor seams = empty(p.value, sum_type(p), {heads, msda::runs_of(args), 4, args.d});
+    args.sums = sums.mutable_data_ptr();
+    args.seams = seams.mutable_data_ptr();
+    run_runs(place, p, g, args, statics, lists, sums, seams);
+  }
+  listed(p, lists)
+      .set(updates(offsetof(Args, grad_value), g.value))
+      .run(gather_kernel, place, statics, args);
   return g.value;
 }
 
@@ -407,10 +484,16 @@ Tensor run_msda_backward_cuda(const MsdaPlan& p, const MsdaGradients& g, bool de
   args.grad_weights = g.weights.mutable_data_ptr();
   if (deterministic) {
     const Lists lists(p, args);
-    run_queries(
-        place, p, g, args, false,
-        {scratch(offsetof(Args, placed), lists.placed), updates(offsetof(Args, ends), lists.ends)});
-    return run_gather(place, p, g, args, lists);
+    const bool counts = !is_dense(args);
+    args.ranks = counts ? mutable_data<i32>(lists.ranks) : nullptr;
+    const Buffer ranks = counts ? scratch(offsetof(Args, ranks), lists.ranks)
+                                : unused(offsetof(Args, ranks));
+    run_queries(place, p, g, args, false,
+                {scratch(offsetof(Args, placed), lists.placed),
+                 updates(offsetof(Args, ends), lists.ends), ranks});
+    args.ranks = mutable_data<i32>(lists.ranks);
+    list_samples(place, p, args, lists, counts);
+    return add_up(place, p, g, args, lists);
   }
   const ScalarType dtype = p.value.scalar_type();
   const bool wide = dtype == ScalarType::Float || dtype == ScalarType::Double;

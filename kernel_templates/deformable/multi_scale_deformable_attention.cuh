@@ -269,16 +269,17 @@ __device__ __forceinline__ void multiply(const AnyTable& table, Weights<T>* prod
   }
 }
 
-// Leaves a sample for `gather`, and counts it.
+// Leaves a sample for those who add up what pixels get, and counts it, unless `count` does.
 template <class T, class Place>
 __device__ __forceinline__ void leave(const Args& args, const Item& item, i32 sample, i32 level,
                                       Level size, T weight) {
   const auto at = position_of<T, Place>(args, item.query, sample, level, size);
   const Placed<T> placed = placed_at(at, size, weight);
-  const i64 row = item.of_head * args.q + item.row;
-  static_cast<Placed<T>*>(args.placed)[row * args.l * args.p + sample] = placed;
-  if (placed.cell == kOutside) return;
-  atomicAdd(args.ends + item.of_head * cells_of(args) + placed.cell, 1);
+  const i64 own = (item.of_head * args.q + item.row) * args.l * args.p + sample;
+  static_cast<Placed<T>*>(args.placed)[own] = placed;
+  if (placed.cell == kOutside || args.ranks == nullptr) return;
+  args.ranks[own] =
+      atomicAdd(args.ends + item.of_head * cells_of(args) + placed.cell, 1);
 }
 
 // Turns the products of samples [begin, begin + count) into gradients; returns this lane's part of the sum of their

@@ -39,7 +39,10 @@ struct Args {
   void* placed;            // (b, m, q, l, p) of Placed
   i32* ends;  // (b, m, cells_of), then 1: how many samples a cell has, and then where they end in
               // the list of their image and head; whether levels share pixels
+  i32* ranks;    // (b, m, q, l, p): which one of its cell's a sample is, in any order
   i32* samples;  // (b, m, q * l * p): those that are inside, by cell
+  void* sums;    // (b, m, cells_of, 2, d): what a pixel gets, and what the one below it
+  void* seams;   // (b, m, runs_of, 2, 2, d): the same at the beginning and the end of each run
   i64 b, s, m, d, q, l, p;
   i64 reference_size;
   i64 positions;  // the gradient is that of positions in pixels, in the accumulator's type
@@ -47,6 +50,12 @@ struct Args {
 
 // Of an image and head: a cell for each pixel, and empty ones up to a whole pack of 16 bytes.
 TORCHKILN_HD i64 cells_of(const Args& args) { return (args.s + 3) / 4 * 4; }
+
+// Samples that a thread counts at once.
+constexpr i32 kCountedByThread = 8;
+// Samples that the deterministic gradient adds up one after the other.
+constexpr i32 kRun = 128;
+TORCHKILN_HD i64 runs_of(const Args& args) { return (args.q * args.l * args.p + kRun - 1) / kRun; }
 
 // A level; 0 by 0, without samples, where what it says does not fit into the value.
 struct Level {

@@ -1,132 +1,19 @@
 // Multi-scale deformable attention on the GPU: the value gradient, the same bits every time, each pixel written once.
 //
-//   place     where the samples of each cell begin, out of their counts, which `backward` left
-//   fill      puts samples there, in any order
-//   order     sorts those of each cell
 //   gather    kLanes lanes own a pixel, or several in turn where most get little, and add up what it gets of the samples in
 //             the four cells around it, in order
 //
-// Floor: a list takes 20 bytes of each sample and one atomic for counting, one for placing it. What binds are rows of the
-// gradient of the output through L1 and L2, 4 e b q m l p d bytes as in the forward pass. Sums in fixed point by atomics
-// would move twice the bytes of a float's, and lose what is small beside the largest.
+// For few samples, and for levels that share pixels: each sample is read by four pixels, and its row of the gradient of the
+// output by as many, 4 e b q m l p d bytes through L1 and L2 as in the forward pass.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "common/bins.cuh"
-#include "common/pack.cuh"
-#include "deformable/multi_scale_deformable_attention_samples.cuh"
+#include "deformable/multi_scale_deformable_attention_cells.cuh"
 
 namespace torchkiln::multi_scale_deformable_attention_gather {
 
 using namespace torchkiln::multi_scale_deformable_attention;
-
-// ---- samples by cells ----------------------------------------------------------------------------------------------
-
-// Those of an image and head.
-__device__ __forceinline__ i32 samples_of(const Args& args) {
-  return i32(args.q * args.l * args.p);
-}
-
-__device__ __forceinline__ bool share_pixels(Level a, Level b) {
-  const i64 end_of_a = i64(a.start) + i64(a.h) * a.w, end_of_b = i64(b.start) + i64(b.h) * b.w;
-  return a.start < end_of_b && b.start < end_of_a && a.h > 0 && b.h > 0;
-}
-
-template <int kBlockSize>
-__device__ __forceinline__ void mark_sharing(const Args& args) {
-#pragma unroll 1
-  for (i64 pair = threadIdx.x; pair < args.l * args.l; pair += kBlockSize) {
-    const i64 a = pair / args.l, b = pair - a * args.l;
-    if (a < b && share_pixels(level_of(args.shapes, args.starts, args.s, a),
-                              level_of(args.shapes, args.starts, args.s, b))) {
-      args.ends[args.b * args.m * cells_of(args)] = 1;
-    }
-  }
-}
-
-// A block for each image and head: counts become what stands before them. One more finds out whether levels share pixels.
-template <int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize) place(const Args args) {
-  constexpr int kPacks = 8;  // of a thread, under way at once: 32768 cells in one turn
-  constexpr i32 kStep = 4 * kWarpSize, kOfWarp = kPacks * kStep;
-  __shared__ int partial[kBlockSize / kWarpSize];
-  if (blockIdx.x == args.b * args.m) {
-    mark_sharing<kBlockSize>(args);
-    return;
-  }
-  const i64 cells = cells_of(args);
-  const i32 lane = i32(threadIdx.x) % kWarpSize;
-  i32 before = 0;
-#pragma unroll 1
-  for (i64 base = 0; base < cells; base += kPacks * 4 * kBlockSize) {
-    const i64 first = base + i32(threadIdx.x) / kWarpSize * kOfWarp + 4 * lane;
-    const i32 left = i32(min_of(cells - first, i64(kOfWarp)));
-    uint4* packs = reinterpret_cast<uint4*>(args.ends + blockIdx.x * cells + first);
-    uint4 own[kPacks];
-    i32 places[kPacks];
-    i32 of_warp = 0;
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      own[i] = i * kStep < left ? packs[i * kWarpSize] : make_uint4(0, 0, 0, 0);
-    }
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      const i32 sum = i32(own[i].x + own[i].y + own[i].z + own[i].w);
-      const i32 inclusive = warp_inclusive_sum(sum);
-      places[i] = of_warp + inclusive - sum;
-      of_warp += __shfl_sync(0xffffffffu, inclusive, kWarpSize - 1);
-    }
-    // What the last lane alone has comes before the lanes of later warps only.
-    const i32 given = lane == kWarpSize - 1 ? of_warp : 0;
-    int total;
-    const i32 start = before + block_exclusive_sum<kBlockSize>(given, partial, total);
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      const u32 x = u32(start + places[i]), y = x + own[i].x, z = y + own[i].y, w = z + own[i].z;
-      if (i * kStep < left) packs[i * kWarpSize] = make_uint4(x, y, z, w);
-    }
-    before += total;
-  }
-}
-
-// What a block of one image and head works on, where each has so many blocks.
-struct Turn {
-  i64 of_head;
-  u32 block, blocks;
-
-  __device__ __forceinline__ Turn(i64 items, int block_size)
-      : blocks(u32((items + block_size - 1) / block_size)) {
-    of_head = blockIdx.x / blocks;
-    block = blockIdx.x - u32(of_head) * blocks;
-  }
-};
-
-template <class T, int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize) fill(const Args args) {
-  const i32 samples = samples_of(args);
-  const Turn turn(samples, kBlockSize);
-  const u32 own = turn.block * kBlockSize + threadIdx.x;
-  if (own >= u32(samples)) return;
-  const i64 first = turn.of_head * samples;
-  const i32 cell = static_cast<const Placed<T>*>(args.placed)[first + own].cell;
-  if (cell == kOutside) return;
-  args.samples[first + atomicAdd(args.ends + turn.of_head * cells_of(args) + cell, 1)] = i32(own);
-}
-
-// Where the samples of a cell end, or begin those of the next one.
-__device__ __forceinline__ i32 end_of(const i32* ends, i32 cell) {
-  return cell < 0 ? 0 : ends[cell];
-}
-
-template <int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize) order(const Args args) {
-  const Turn turn(args.s, kBlockSize);
-  const i64 cell = spread_bin<kBlockSize>(turn.block, turn.blocks);
-  const i32* ends = args.ends + turn.of_head * cells_of(args);
-  const i32 begin = cell < args.s ? end_of(ends, i32(cell) - 1) : 0;
-  const i32 count = cell < args.s ? ends[cell] - begin : 0;
-  order_bins<kBlockSize>(args.samples + turn.of_head * samples_of(args), begin, count);
-}
+using namespace torchkiln::multi_scale_deformable_attention_cells;
 
 // ---- samples around a pixel ----------------------------------------------------------------------------------------
 
@@ -346,17 +233,6 @@ struct Gatherer {
   }
 };
 
-// The level that a pixel is on, the last one of several; 0 by 0 for none.
-__device__ __forceinline__ Level level_around(const Args& args, const Levels& levels, i32 pixel) {
-  Level found = {};
-#pragma unroll 1
-  for (i32 level = 0; level < args.l; ++level) {
-    const Level size = levels.at(args, level);
-    if (u32(pixel - size.start) < u32(size.h) * u32(size.w)) found = size;
-  }
-  return found;
-}
-
 // Grid: chunks of channels, heads, images, then patches of pixels, those of the coarse levels first: most samples fall on
 // them. A block has kTurns patches, far from each other: few of those of one block have many samples. Lane i of a group
 // knows the pixel of turn i.
@@ -367,6 +243,8 @@ __global__ void __launch_bounds__(kBlockSize, 768 / kBlockSize) gather(const Arg
   static_assert(kTurns <= kLanes);
   __shared__ Levels levels;
   __shared__ Share<T> first[kTurns][kBlockSize];
+  const bool overlap = args.ends[args.b * args.m * cells_of(args)] != 0;
+  if (args.sums != nullptr && !overlap) return;  // `join` has written it
   levels.fill(args);
   __syncthreads();
   const u32 chunks = u32((args.d + kLanes * kVector - 1) / (kLanes * kVector));
@@ -391,7 +269,7 @@ __global__ void __launch_bounds__(kBlockSize, 768 / kBlockSize) gather(const Arg
                       u32(args.l * args.p),
                       u32(args.l),
                       0,
-                      args.ends[i64(heads) * cells_of(args)] != 0};
+                      overlap};
   const i32* ends = args.ends + of_head * cells_of(args);
   const i32 counted = counts ? pixel : -1;
   Around own = around_of(ends, level_around(args, levels, counted), counted);

@@ -42,6 +42,17 @@ struct Levels {
   }
 };
 
+// The level that a pixel is on, the last one of several; 0 by 0 for none.
+__device__ __forceinline__ Level level_around(const Args& args, const Levels& levels, i32 pixel) {
+  Level found = {};
+#pragma unroll 1
+  for (i32 level = 0; level < args.l; ++level) {
+    const Level size = levels.at(args, level);
+    if (u32(pixel - size.start) < u32(size.h) * u32(size.w)) found = size;
+  }
+  return found;
+}
+
 // What stands at `place` of an order of `count` queries or pixels in which neighbours lie beside each other. Where they are
 // the pixels of all levels, row by row, it goes through bands of kBand rows, column by column: n in a row are a patch, not a
 // line.
@@ -113,20 +124,29 @@ struct Sample {
   T weight;
 };
 
-// What `gather` needs of a sample. Its cell is the pixel of the level up and to the left of it, or the nearest one to that.
+// What the deterministic gradient needs of a sample. Its cell is the pixel of the level up and to the left of it, or the
+// nearest one to that.
 template <class T>
 struct alignas(16) Placed {
   i32 cell;  // kOutside for no sample
-  T y, x;    // from the cell's pixel on; less than 0 before the level
+  T y, x;    // how far from the cell's pixel; less than 0 where the level has no other row or column there
   T weight;
 };
+
+// Marks a distance, which may be 0, as one to no other row or column; so small a number is lost beside 1.
+template <class T>
+__device__ __forceinline__ T alone(T distance) {
+  return -max_of(distance, T(1e-30f));
+}
 
 template <class T>
 __device__ __forceinline__ Placed<T> placed_at(Position<T> at, Level level, T weight) {
   const Corner corner = corner_of(at, level);
   if (!corner.inside) return {kOutside, T(0), T(0), T(0)};
   const i32 row = max_of(corner.y, 0), column = max_of(corner.x, 0);
-  return {level.start + row * level.w + column, at.y - T(row), at.x - T(column), weight};
+  const T y = at.y - T(row), x = at.x - T(column);
+  return {level.start + row * level.w + column, row + 1 < level.h ? y : alone(abs_of(y)),
+          column + 1 < level.w ? x : alone(abs_of(x)), weight};
 }
 
 // The points of a query on a level, and quotients by their number, of up to l or 1024 times as many.
