@@ -59,10 +59,10 @@ inline std::int64_t vector_of(const AggregationPlan& p) {
 }
 
 // The pointers of Args, in its order.
-constexpr std::size_t kPointers = 2 * kMostMaps + 15;
+constexpr std::size_t kPointers = 2 * kMostMaps + 13;
 
 using Buffers = BuffersOf<kPointers, sizes_of>;
-static_assert(offsetof(Args, crowded) == (kPointers - 1) * sizeof(void*));
+static_assert(offsetof(Args, samples) == (kPointers - 1) * sizeof(void*));
 
 // What makes points, and the maps beside it.
 inline Buffers points_of(const AggregationPlan& p) {

@@ -26,14 +26,10 @@ struct GatherStatics {
 struct GatherTunables {
   std::int64_t packs, rows, at_once, block_size;
 };
-struct CrowdTunables {
-  std::int64_t packs, at_once, block_size;
-};
 
 using Samples = Kernel<Args, SampleStatics, Sizes, BlockTunables>;
 using OfBins = Kernel<Args, NoStatics, Sizes, BlockTunables>;
 using Gather = Kernel<Args, GatherStatics, Sizes, GatherTunables>;
-using Crowds = Kernel<Args, GatherStatics, Sizes, CrowdTunables>;
 
 constexpr const char* kPath = "deformable/deformable_aggregation_gather.cuh";
 
@@ -92,70 +88,49 @@ std::int64_t quads(const Sizes& s) {
   return s.batch * quads_of(s.rows + (s.sources - 1) * (kMostRows - 1));
 }
 
-// `gather`, where a warp owns so many rows, or `gather_crowds`, where a block owns a quad.
-template <class AnyGather, class AnyTunables>
-AnyGather gather_kernel(const char* entry, const std::vector<Parameter>& tunables,
-                        const std::vector<AnyTunables>& defaults) {
-  constexpr bool kCrowds = std::is_same_v<AnyTunables, CrowdTunables>;
-  using Problem = typename AnyGather::Problem;
-  return AnyGather({
-      .path = kPath,
-      .entry = entry,
-      .operators = kOperators,
-      .statics = {types("scalar", kFloatTypes), types("weight", kFloatTypes),
-                  types("gradient", kFloatTypes), ints("vector", {1, 2, 4, 8})},
-      .sizes = kSizes,
-      .tunables = tunables,
-      .defaults = defaults,
-      .valid =
-          [](const GatherStatics& s) {
-            return is_own_or_sum(s.scalar, s.weight) && is_own_or_sum(s.scalar, s.gradient) &&
-                   (s.vector == 1 || s.vector == full_vector(s.scalar) ||
-                    s.vector == full_vector(s.scalar) / 2);
-          },
-      .legal =
-          [](const Problem& p, const AnyTunables& t) {
-            // Sums of rows in static shared memory, beside lists.
-            const std::int64_t bytes = p.statics.scalar == TORCHKILN_DOUBLE ? 8 : 4;
-            return !kCrowds ||
-                   t.block_size * (kQuad * p.statics.vector * t.packs * bytes + 24 + 9 * bytes) <=
-                       48 * 1024;
-          },
-      // A second pack where there are channels for it.
-      .choose = [](const Problem& p) -> std::uint32_t {
-        const GatherStatics& s = p.statics;
-        const bool more = p.sizes.channels > 32 * s.vector;
-        return more && s.vector < 8 && s.scalar != TORCHKILN_DOUBLE ? 1 : 0;
-      },
-      .geometry =
-          [](const Problem& p, const AnyTunables& t) {
-            const std::int64_t chunks = deformable_aggregation::chunk_count(
-                static_cast<i32>(p.sizes.channels), static_cast<i32>(p.sizes.groups),
-                static_cast<i32>(32 * p.statics.vector * t.packs));
-            const std::int64_t all = quads(p.sizes);
-            std::int64_t blocks = 0;
-            if constexpr (kCrowds) {
-              // How many are crowded only the device knows: a few blocks for each multiprocessor take all in turn.
-              const std::int64_t most =
-                  ceil_div(std::int64_t{8} * p.device.multiprocessors, chunks);
-              blocks = std::min(all, most);
-            } else {
-              blocks = ceil_div(all / (t.rows / kQuad), t.block_size / 32);
-            }
-            return linear(blocks * chunks, t.block_size);
-          },
-  });
-}
+// Runs of a few rows where lists of points are long, which lie together: all of a run's samples are its block's. Each with a
+// second pack where there are channels for it.
+const std::vector<GatherTunables> kGatherDefaults = {
+    {1, 16, 4, 256}, {2, 16, 2, 128}, {1, 4, 4, 256}, {2, 4, 2, 128}};
 
-const Parameter kPacks = ints("packs", {1, 2});
-const Parameter kAtOnce = ints("at_once", {2, 4, 8});
-const Parameter kBlockSizes = ints("block_size", {64, 128, 256});
-
-const Gather rows_kernel = gather_kernel<Gather, GatherTunables>(
-    "gather", {kPacks, ints("rows", {8, 16, kMostRows}), kAtOnce, kBlockSizes},
-    {{1, 16, 2, 128}, {2, 16, 2, 128}});
-const Crowds crowds_kernel = gather_kernel<Crowds, CrowdTunables>(
-    "gather_crowds", {kPacks, kAtOnce, kBlockSizes}, {{1, 4, 256}, {2, 2, 128}});
+const Gather gather_kernel({
+    .path = kPath,
+    .entry = "gather",
+    .operators = kOperators,
+    .statics = {types("scalar", kFloatTypes), types("weight", kFloatTypes),
+                types("gradient", kFloatTypes), ints("vector", {1, 2, 4, 8})},
+    .sizes = kSizes,
+    .tunables = {ints("packs", {1, 2}), ints("rows", {kQuad, 8, 16, kMostRows}),
+                 ints("at_once", {2, 4, 8}), ints("block_size", {64, 128, 256})},
+    .defaults = kGatherDefaults,
+    .valid =
+        [](const GatherStatics& s) {
+          return is_own_or_sum(s.scalar, s.weight) && is_own_or_sum(s.scalar, s.gradient) &&
+                 (s.vector == 1 || s.vector == full_vector(s.scalar) ||
+                  s.vector == full_vector(s.scalar) / 2);
+        },
+    .legal =
+        [](const Gather::Problem& p, const GatherTunables& t) {
+          // Sums of a quad in static shared memory, beside lists and a word for each warp.
+          const std::int64_t bytes = p.statics.scalar == TORCHKILN_DOUBLE ? 8 : 4;
+          const std::int64_t sums = kQuad * p.statics.vector * t.packs * bytes;
+          return t.block_size * (sums + 24 + 9 * bytes) + t.block_size / 8 <= 48 * 1024;
+        },
+    .choose = [](const Gather::Problem& p) -> std::uint32_t {
+      const GatherStatics& s = p.statics;
+      const bool more = p.sizes.channels > 32 * s.vector;
+      return (more && s.vector < 8 && s.scalar != TORCHKILN_DOUBLE ? 1 : 0) +
+             (p.sizes.parts > 1 ? 2 : 0);
+    },
+    .geometry =
+        [](const Gather::Problem& p, const GatherTunables& t) {
+          const std::int64_t chunks = deformable_aggregation::chunk_count(
+              static_cast<i32>(p.sizes.channels), static_cast<i32>(p.sizes.groups),
+              static_cast<i32>(32 * p.statics.vector * t.packs));
+          const std::int64_t runs = quads(p.sizes) / (t.rows / kQuad);
+          return linear(ceil_div(runs, t.block_size / 32) * chunks, t.block_size);
+        },
+});
 
 // ---- launches ----
 
@@ -167,28 +142,23 @@ std::int64_t gather_vector(const AggregationGradient& g) {
   return vector > 1 && 16 * vector >= channels ? vector / 2 : vector;
 }
 
-// Where samples are counted by bins, and behind that what is counted of blocks of bins, and how many quads are crowded.
+// Where samples are counted by bins, and behind that what is counted of blocks of bins.
 struct Lists {
-  Tensor counts, samples, crowded;
+  Tensor counts, samples;
   std::int64_t blocks;
 
   Lists(const Tensor& like, Args& a) : blocks(blocks_of_bins(sizes_of(a))) {
     const std::int64_t bins = blocks * kBinsOfBlock;
-    counts = empty(like, ScalarType::Int, {bins + blocks + 1});
+    counts = empty(like, ScalarType::Int, {bins + blocks});
     samples = empty(like, ScalarType::Int, {a.batch * a.queries * a.points * a.cameras * a.levels});
-    crowded = empty(like, ScalarType::Int, {quads(sizes_of(a))});
     torch::stable::zero_(counts);
     a.ends = mutable_data<i32>(counts);
     a.sums = a.ends + bins;
-    a.crowds = a.sums + blocks;
     a.samples = mutable_data<i32>(samples);
-    a.crowded = mutable_data<i32>(crowded);
   }
   std::int64_t end_bytes() const { return blocks * kBinsOfBlock * std::int64_t{sizeof(i32)}; }
   std::int64_t sum_bytes() const { return blocks * std::int64_t{sizeof(i32)}; }
 };
-
-constexpr std::int64_t kCrowdsBytes = sizeof(i32);
 
 void list_samples(const CudaPlace& place, const AggregationPlan& p, const Lists& lists) {
   const bool wide = p.maps.front().scalar_type() == ScalarType::Double;
@@ -233,14 +203,7 @@ void launch_gather(const CudaPlace& place, AggregationGradient& g) {
   inputs.read(offsetof(Args, grad_output), g.grad_output)
       .read(offsetof(Args, samples), lists.samples)
       .set(reads(offsetof(Args, ends), lists.end_bytes()));
-  Buffers buffers = with_gradients(inputs, g, TORCHKILN_WRITE);
-  buffers.set(updates(offsetof(Args, crowds), kCrowdsBytes))
-      .set(scratch(offsetof(Args, crowded), lists.crowded))
-      .run(rows_kernel, place, statics, p.args);
-  buffers = with_gradients(inputs, g, TORCHKILN_READ_WRITE);
-  buffers.set(reads(offsetof(Args, crowds), kCrowdsBytes))
-      .read(offsetof(Args, crowded), lists.crowded)
-      .run(crowds_kernel, place, statics, p.args);
+  with_gradients(inputs, g, TORCHKILN_WRITE).run(gather_kernel, place, statics, p.args);
 }
 
 }  // namespace torchkiln::bindings::aggregation

@@ -65,9 +65,9 @@ __device__ __forceinline__ void put_in_order(i32* items, i32 low, i32 high) {
   items[high] = a;
 }
 
-// Bitonic sort by the whole block, rising, of fewer than 2^29 items in shared or global memory. All stages compare
-// upwards, so items that are missing from the last power of two are as good as infinite.
-template <int kBlockSize>
+// Bitonic sort by the whole block, or by a warp of it, rising, of fewer than 2^29 items in shared or global memory. All stages
+// compare upwards, so items that are missing from the last power of two are as good as infinite.
+template <int kThreads>
 __device__ __forceinline__ void sort_items(i32* items, i32 count) {
 #pragma unroll 1
   for (i32 size = 2; size / 2 < count; size *= 2) {
@@ -76,12 +76,16 @@ __device__ __forceinline__ void sort_items(i32* items, i32 count) {
     for (i32 stride = size / 2; stride > 0; stride /= 2) {
       const bool mirrored = stride == size / 2;
 #pragma unroll 1
-      for (i32 pair = threadIdx.x; pair < pairs; pair += kBlockSize) {
+      for (i32 pair = i32(threadIdx.x) % kThreads; pair < pairs; pair += kThreads) {
         const i32 inner = pair & (stride - 1), low = 2 * pair - inner;
         const i32 high = mirrored ? low + size - 1 - 2 * inner : low + stride;
         if (high < count) put_in_order(items, low, high);
       }
-      __syncthreads();
+      if constexpr (kThreads == kWarpSize) {
+        __syncwarp();
+      } else {
+        __syncthreads();
+      }
     }
   }
 }
@@ -183,13 +187,9 @@ __device__ __forceinline__ void order_bins(i32* items, i32 begin, i32 count) {
 #pragma unroll 1
     for (i32 i = lane; i < number; i += kWarpSize) copy[i] = from[i];
     __syncwarp();
+    sort_items<kWarpSize>(copy, number);
 #pragma unroll 1
-    for (i32 i = lane; i < number; i += kWarpSize) {
-      i32 rank = 0;
-#pragma unroll 4
-      for (i32 other = 0; other < number; ++other) rank += copy[other] < copy[i] ? 1 : 0;
-      from[rank] = copy[i];
-    }
+    for (i32 i = lane; i < number; i += kWarpSize) from[i] = copy[i];
     __syncwarp();
   }
   __syncthreads();

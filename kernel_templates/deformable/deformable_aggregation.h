@@ -30,8 +30,6 @@ struct Args {
   i32* ends;                    // how many samples there are up to the end of a bin
   i32* sums;                    // of those of neighbouring bins
   i32* samples;                 // ((query * P + point) * M + camera) * L + level, by bins
-  i32* crowds;                  // how many quads of rows `gather` leaves to `gather_crowds`
-  i32* crowded;                 // their numbers
   i32 h[kMostMaps], w[kMostMaps];                 // of levels that are given one by one
   i64 wide_indices;                               // shapes and starts are 64 bits wide, else 32
   i64 location_type, output_type, gradient_type;  // FloatType
@@ -210,7 +208,9 @@ constexpr i32 kBinsOfBlock = 4096;  // that a block of `sum` or `place` has
 constexpr i32 kQuad = 4;            // rows that are crowded together
 constexpr i32 kMostRows = 32;       // that a warp of `gather` owns
 constexpr i32 kMostGroups = 8;      // that a warp sums the channels of
-constexpr i32 kMostShares = 256;    // that these get of samples, else they are crowded
+
+// Shares that a warp of `gather` adds up for its run of rows; with more of them they are crowded.
+TORCHKILN_HD i32 most_shares(i32 rows) { return max_of(16 * rows, 128); }
 
 // Neighbouring rows of one source of an image: [first, first + rows), none behind the last. There are fewer than 2^31 rows
 // in all.
@@ -250,12 +250,18 @@ TORCHKILN_HD i32 chunk_count(i32 channels, i32 groups, i32 most) {
   return (channels + each - 1) / each;
 }
 
-// Up to `rows` rows from a quad on, whose number may be too large: its image is then beyond the last.
-TORCHKILN_HD Run run_at(const Args& args, i32 quad, i32 rows) {
-  const i32 sources = sources_of(args);
+TORCHKILN_HD i32 quads_of_image(const Args& args) {
   i32 quads = 0;
   TORCHKILN_ROLLED
-  for (i32 source = 0; source < sources; ++source) quads += i32(quads_of(rows_of(args, source)));
+  for (i32 source = 0; source < sources_of(args); ++source) {
+    quads += i32(quads_of(rows_of(args, source)));
+  }
+  return quads;
+}
+
+// Up to `rows` rows from a quad on, whose number may be too large: its image is then beyond the last.
+TORCHKILN_HD Run run_at(const Args& args, i32 quad, i32 rows) {
+  const i32 sources = sources_of(args), quads = quads_of_image(args);
   const u32 image = u32(quad) / u32(quads);
   Run run = {0, i32(image), quad - i32(image) * quads, 0};
   TORCHKILN_ROLLED

@@ -7,8 +7,7 @@
 //   order   sorts those of each pixel
 //   gather  a warp owns a run of rows of the maps, a lane finds the samples around each, the warp adds up what rows get of
 //           them, in order, 32 packs of channels in registers; what a query has there is made one before its gradient is
-//           read. No warp waits for another. Rows with too many are left to
-//   gather_crowds, where the warps of a block share the samples of a quad of rows
+//           read. Then the warps of a block share the samples of its quads of rows that have too many for one
 // spills: a few words of some variants, mostly on sm_75 and sm_80, outside of the loop that adds up
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -440,35 +439,17 @@ __device__ __forceinline__ void write_row(Scalar* rows, u32 bytes, i32 channels,
   }
 }
 
-// Leaves the quads that have rows of `crowded`, a bit each, to `gather_crowds`.
-__device__ __forceinline__ void leave(const Args& args, i32 quad, u32 crowded) {
-  if (lane_of() < kMostRows / kQuad && (crowded >> (kQuad * lane_of()) & ((1u << kQuad) - 1)) != 0)
-    args.crowded[atomicAdd(args.crowds, 1)] = quad + lane_of();
-}
-
-template <class Scalar, class Weight, class Grad, int kVector, int kPacks, int kRows, int kAtOnce,
-          int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize) gather(const Args args) {
-  using T = Acc<Scalar>;
-  constexpr i32 kWarps = kBlockSize / kWarpSize;
-  __shared__ List<T> lists[kWarps];
-  List<T>& list = lists[threadIdx.x / kWarpSize];
-  constexpr i32 kChannels = kWarpSize * kVector * kPacks;
-  const u32 chunks = u32(chunk_count(i32(args.channels), i32(args.groups), kChannels));
-  // The last rows first: those of small maps, which get more samples.
-  const u32 block = gridDim.x - 1 - blockIdx.x;
-  const Chunk chunk(args, block % chunks, kChannels);
-  const i64 number = i64(block / chunks) * kWarps + threadIdx.x / kWarpSize;
-  const i32 quad = i32(number) * (kRows / kQuad);
-  const Run run = run_at(args, quad, kRows);
-  if (run.image >= args.batch || run.rows <= 0) return;
-  const Packs<Grad, kVector, kPacks> packs(args, chunk);
+// Writes what a warp's run of rows gets, but for the rows whose bits it returns: those that get too much for one warp, or of
+// several maps, which are added up where sums are not yet rounded.
+template <class Scalar, class Weight, int kAtOnce, class Grad, class T, int kVector, int kPacks>
+__device__ __forceinline__ u32 gather_run(const Args& args, const Run& run, const Chunk& chunk,
+                                          const Packs<Grad, kVector, kPacks>& packs, i32 most,
+                                          List<T>& list) {
   Scalar* rows = rows_at<Scalar>(args, run, chunk.first);
   const u32 row_bytes = u32(args.channels) * u32(sizeof(Scalar));
   u32 seen = 0, written = 0, crowded = 0;  // a bit for each row
   each_map(args, run, [&](const Place& place, const Around& around) {
-    // Maps that overlap are added up where sums are not yet rounded.
-    if (around.count > kMostShares || (around.rows & seen) != 0) crowded |= around.rows;
+    if (around.count > most || (around.rows & seen) != 0) crowded |= around.rows;
     seen |= around.rows;
     if ((around.rows & crowded) != 0) return;
     Sums<T, kVector, kPacks> sums;
@@ -485,70 +466,107 @@ __global__ void __launch_bounds__(kBlockSize) gather(const Args args) {
     }
     write(sums);
   });
-  if (chunk.first == 0) leave(args, quad, crowded);
   Sums<T, kVector, kPacks> none;
 #pragma unroll 1
   for (none.row = 0; none.row < run.rows; ++none.row) {
     if (((written | crowded) >> none.row & 1) == 0)
       write_row(rows, row_bytes, chunk.channels, none);
   }
+  return crowded;
 }
 
-template <class Scalar, class Weight, class Grad, int kVector, int kPacks, int kAtOnce,
+// Writes what a quad of rows gets, by all warps of the block: each has a part of the samples, and sums of its own.
+template <class Scalar, class Weight, int kAtOnce, class Grad, class T, int kVector, int kPacks,
+          int kWarps>
+__device__ __forceinline__ void gather_quad(
+    const Args& args, const Run& run, const Chunk& chunk, const Packs<Grad, kVector, kPacks>& packs,
+    List<T>& list, T (&parts)[kWarps][kQuad][kWarpSize * kVector * kPacks]) {
+  constexpr i32 kChannels = kWarpSize * kVector * kPacks;
+  const i32 warp = i32(threadIdx.x) / kWarpSize;
+#pragma unroll 4
+  for (i32 i = lane_of(); i < kQuad * kChannels; i += kWarpSize) {
+    parts[warp][i / kChannels][i % kChannels] = T(0);
+  }
+  __syncwarp();
+  each_map(args, run, [&](const Place& place, const Around& around) {
+    Sums<T, kVector, kPacks> sums;
+    const auto add = [&](const Sums<T, kVector, kPacks>& row) {
+      if (row.row < 0) return;
+#pragma unroll
+      for (int i = 0; i < kPacks * kVector; ++i) {
+        parts[warp][row.row][packs.channel_of(i / kVector) + i % kVector] +=
+            row.at[i / kVector][i % kVector];
+      }
+    };
+    // What takes time is the number of lists, not their lengths.
+    const i32 lists = (around.count + kWarpSize - 1) / kWarpSize;
+    const i32 each = (lists + kWarps - 1) / kWarps * kWarpSize;
+    const i32 end = min_of((warp + 1) * each, around.count);
+#pragma unroll 1
+    for (i32 first = warp * each; first < end; first += kWarpSize) {
+      const i32 all = list_shares(args, run, place, around, first, end, list.shares);
+      const i32 count = merge_shares<Weight>(args, chunk, all, list);
+      add_shares<kAtOnce>(packs, list, count, sums, add);
+    }
+    add(sums);
+    __syncwarp();
+  });
+  __syncthreads();
+  Scalar* rows = rows_at<Scalar>(args, run, chunk.first);
+#pragma unroll 1
+  for (i32 i = threadIdx.x; i < run.rows * kChannels; i += kWarps * kWarpSize) {
+    const i32 row = i / kChannels, channel = i % kChannels;
+    if (channel >= chunk.channels) continue;
+    T sum = T(0);
+#pragma unroll
+    for (i32 part = 0; part < kWarps; ++part) sum += parts[part][row][channel];
+    store(row_at(rows, row, u32(args.channels) * u32(sizeof(Scalar)))[channel], sum);
+  }
+  __syncthreads();
+}
+
+// The run of a number, so that the last rows of each camera or image come first: those of small maps, which get more samples
+// and take longest.
+__device__ __forceinline__ i32 last_first(const Args& args, i32 number, i32 runs) {
+  const i32 pieces = i32(args.batch) * (args.shapes != nullptr ? i32(args.cameras) : 1);
+  const i32 each = runs / pieces, turn = number / pieces;
+  return turn < each ? (number - turn * pieces) * each + each - 1 - turn : number;
+}
+
+template <class Scalar, class Weight, class Grad, int kVector, int kPacks, int kRows, int kAtOnce,
           int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize, sizeof(Acc<Scalar>) == 8 ? 1 : 768 / kBlockSize)
-    gather_crowds(const Args args) {
+    gather(const Args args) {
   using T = Acc<Scalar>;
   constexpr i32 kWarps = kBlockSize / kWarpSize, kChannels = kWarpSize * kVector * kPacks;
+  constexpr i32 kQuads = kRows / kQuad;
   __shared__ List<T> lists[kWarps];
   __shared__ T parts[kWarps][kQuad][kChannels];
+  __shared__ u32 crowded[kWarps];
   const i32 warp = i32(threadIdx.x) / kWarpSize;
-  // All chunks of channels have as many blocks.
   const u32 chunks = u32(chunk_count(i32(args.channels), i32(args.groups), kChannels));
-  const u32 crowds = u32(*args.crowds);
   const Chunk chunk(args, blockIdx.x % chunks, kChannels);
   const Packs<Grad, kVector, kPacks> packs(args, chunk);
+  const i32 runs = i32(args.batch) * (quads_of_image(args) / kQuads);
+  // The warps of a block own runs far from each other: neighbours may all be crowded.
+  const auto quad_of = [&](i32 of_warp) {
+    const i32 number = of_warp * i32(gridDim.x / chunks) + i32(blockIdx.x / chunks);
+    return last_first(args, number, runs) * kQuads;
+  };
+  const Run run = run_at(args, quad_of(warp), kRows);
+  u32 left = 0;
+  if (run.image < args.batch && run.rows > 0) {
+    left = gather_run<Scalar, Weight, kAtOnce>(args, run, chunk, packs, most_shares(kRows),
+                                               lists[warp]);
+  }
+  if (lane_of() == 0) crowded[warp] = left;
+  __syncthreads();
 #pragma unroll 1
-  for (u32 crowd = blockIdx.x / chunks; crowd < crowds; crowd += gridDim.x / chunks) {
-    const Run run = run_at(args, args.crowded[crowd], kQuad);
-#pragma unroll 1
-    for (i32 i = lane_of(); i < kQuad * kChannels; i += kWarpSize) {
-      parts[warp][i / kChannels][i % kChannels] = T(0);
-    }
-    __syncwarp();
-    each_map(args, run, [&](const Place& place, const Around& around) {
-      Sums<T, kVector, kPacks> sums;
-      const auto add = [&](const Sums<T, kVector, kPacks>& row) {
-        if (row.row < 0) return;
-#pragma unroll
-        for (int i = 0; i < kPacks * kVector; ++i) {
-          parts[warp][row.row][packs.channel_of(i / kVector) + i % kVector] +=
-              row.at[i / kVector][i % kVector];
-        }
-      };
-      const i32 each = (around.count + kWarps - 1) / kWarps;
-      const i32 end = min_of((warp + 1) * each, around.count);
-#pragma unroll 1
-      for (i32 first = warp * each; first < end; first += kWarpSize) {
-        const i32 all = list_shares(args, run, place, around, first, end, lists[warp].shares);
-        const i32 count = merge_shares<Weight>(args, chunk, all, lists[warp]);
-        add_shares<kAtOnce>(packs, lists[warp], count, sums, add);
-      }
-      add(sums);
-      __syncwarp();
-    });
-    __syncthreads();
-    Scalar* rows = rows_at<Scalar>(args, run, chunk.first);
-#pragma unroll 1
-    for (i32 i = threadIdx.x; i < run.rows * kChannels; i += kBlockSize) {
-      const i32 row = i / kChannels, channel = i % kChannels;
-      if (channel >= chunk.channels) continue;
-      T sum = T(0);
-#pragma unroll
-      for (i32 part = 0; part < kWarps; ++part) sum += parts[part][row][channel];
-      store(row_at(rows, row, u32(args.channels) * u32(sizeof(Scalar)))[channel], sum);
-    }
-    __syncthreads();
+  for (i32 quad = 0; quad < kWarps * kQuads; ++quad) {
+    const i32 of_warp = quad / kQuads, inner = quad % kQuads;
+    if ((crowded[of_warp] >> (kQuad * inner) & ((1u << kQuad) - 1)) == 0) continue;
+    gather_quad<Scalar, Weight, kAtOnce>(args, run_at(args, quad_of(of_warp) + inner, kQuad), chunk,
+                                         packs, lists[warp], parts);
   }
 }
 
