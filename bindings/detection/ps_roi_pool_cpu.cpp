@@ -64,37 +64,128 @@ PsRoiPoolPlan run_cpu(PsRoiPoolPlan p) {
 
 // ---- backward ----
 
+// What one bin of every region takes of an axis: regions lie one behind the other, as a task reads them.
+template <class T>
+struct BinTaps {
+  std::vector<Tap<T>> taps;
+  std::vector<std::size_t> ends;  // of regions
+
+  std::span<const Tap<T>> of_region(std::int64_t region) const {
+    const auto at = static_cast<std::size_t>(region);
+    const std::size_t begin = at > 0 ? ends[at - 1] : 0;
+    return {taps.data() + begin, ends[at] - begin};
+  }
+};
+
+template <class T>
+struct BinTable {
+  std::vector<std::int64_t> images;
+  std::vector<BinTaps<T>> rows, columns;
+};
+
+template <class T>
+BinTaps<T> make_bin_taps(const Args& args, ps_roi_pool::Pooling pooling, bool columns,
+                         std::int64_t bin) {
+  const Regions& r = args.regions;
+  const std::int64_t size = columns ? r.w : r.h;
+  std::vector<Tap<T>> of_region(static_cast<std::size_t>(size + 3));
+  BinTaps<T> out;
+  for (std::int64_t region = 0; region < r.k; ++region) {
+    const auto make = [&](const auto& axis) {
+      const i32 n = make_taps(axis, bin, size, of_region.data());
+      out.taps.insert(out.taps.end(), of_region.data(), of_region.data() + n);
+    };
+    if (pooling == ps_roi_pool::kCells) {
+      make(ps_roi_pool::cells_at<T>(args, region, columns));
+    } else {
+      const auto window = roi_align::window_of<T>(r, region);
+      make(columns ? window.x : window.y);
+    }
+    out.ends.push_back(out.taps.size());
+  }
+  return out;
+}
+
+template <class T>
+BinTable<T> make_table(const Args& args, ps_roi_pool::Pooling pooling) {
+  const Regions& r = args.regions;
+  BinTable<T> table;
+  for (std::int64_t region = 0; region < r.k; ++region)
+    table.images.push_back(roi_align::image_of<T>(r, region));
+  table.rows.resize(static_cast<std::size_t>(r.pooled_h));
+  table.columns.resize(static_cast<std::size_t>(r.pooled_w));
+  parallel_for(r.pooled_h + r.pooled_w, 50 * r.k, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const bool columns = i >= r.pooled_h;
+      const std::int64_t bin = columns ? i - r.pooled_h : i;
+      (columns ? table.columns : table.rows)[static_cast<std::size_t>(bin)] =
+          make_bin_taps<T>(args, pooling, columns, bin);
+    }
+  });
+  return table;
+}
+
+// The sums of a pixel of a task whose channels belong to one bin: they share all but their gradients.
+template <class T>
+struct LanesOf {
+  typedef T Type __attribute__((vector_size(16), may_alias));
+};
+template <class T>
+using Lanes = typename LanesOf<T>::Type;
+
+// One bin of all regions of an image; `stride` apart are the sums of neighbouring pixels, a number or lanes each.
+// gradient(region) is of that type.
+template <class T, class Sum, class Gradient>
+void add_bin(const Regions& r, const BinTable<T>& table, std::int64_t bin, std::int64_t image,
+             Sum* sums, std::int64_t stride, const Gradient& gradient) {
+  const auto& rows = table.rows[static_cast<std::size_t>(bin / r.pooled_w)];
+  const auto& columns = table.columns[static_cast<std::size_t>(bin % r.pooled_w)];
+  for (std::int64_t region = 0; region < r.k; ++region) {
+    if (table.images[static_cast<std::size_t>(region)] != image) continue;
+    const Sum of_region = gradient(region);
+    const auto of_columns = columns.of_region(region);
+    for (const Tap<T>& row : rows.of_region(region)) {
+      const Sum of_row = row.weight * of_region;
+      Sum* at = sums + row.pixel * r.w * stride;
+      for (const Tap<T>& column : of_columns) at[column.pixel * stride] += column.weight * of_row;
+    }
+  }
+}
+
 template <class Scalar>
 void gradient_of_maps(const PsRoiPoolPlan& p) {
   using T = Acc<Scalar>;
   const Regions& r = p.args.regions;
   const std::int64_t n_bins = r.pooled_h * r.pooled_w;
-  // Channels of all regions side by side, as tasks read them.
-  const Tensor by_channel =
-      as_contiguous(torch::stable::transpose(torch::stable::view(p.bins, {r.k, r.c}), 0, 1));
-  const auto* bins = static_cast<const Scalar*>(by_channel.const_data_ptr());
-  const auto make = [&](std::int64_t region, RegionTaps<T>& taps) {
-    make_taps_of(p.args, p.kind.pooling, region, taps);
+  const auto* bins = static_cast<const Scalar*>(p.args.bins);
+  const BinTable<T> table = make_table<T>(p.args, p.kind.pooling);
+  const auto gradient_of = [&](std::int64_t region, std::int64_t channel) {
+    return T(load(bins[region * r.c + channel]));
   };
-  // Of each channel: to divide takes as long as to add a bin.
-  std::vector<std::pair<std::int64_t, std::int64_t>> row_and_column;
-  for (std::int64_t c = 0; c < r.c; ++c)
-    row_and_column.emplace_back(c % n_bins / r.pooled_w, c % n_bins % r.pooled_w);
-  const auto add = [&](std::int64_t region, const RegionTaps<T>& taps, GradientTask<T>& task) {
+  const auto add_neighbours = [&](GradientTask<T>& task) {
     for (std::int64_t c = 0; c < task.channels; ++c) {
       const std::int64_t channel = task.channel + c;
-      const auto [row_bin, column_bin] = row_and_column[static_cast<std::size_t>(channel)];
-      const auto columns = taps.columns.of_bin(column_bin);
-      const T gradient = load(bins[channel * r.k + region]);
-      for (const Tap<T>& row : taps.rows.of_bin(row_bin)) {
-        T* sums = task.pixel(r, row.pixel, 0) + c;
-        const T of_row = row.weight * gradient;
-        for (const Tap<T>& column : columns)
-          sums[column.pixel * task.channels] += column.weight * of_row;
-      }
+      add_bin(r, table, channel % n_bins, task.image, task.sums.data() + c, task.lanes,
+              [&](std::int64_t region) { return gradient_of(region, channel); });
     }
   };
-  sum_gradients(r, static_cast<Scalar*>(p.args.maps), p.channels_last, make, add);
+  const auto add_lanes = [&](GradientTask<T>& task) {
+    std::int64_t channels[kVectorLanes<T>];  // those beyond the last one repeat it
+    for (int c = 0; c < kVectorLanes<T>; ++c)
+      channels[c] = task.channel + std::min<std::int64_t>(c, task.channels - 1) * n_bins;
+    auto* sums = reinterpret_cast<Lanes<T>*>(task.sums.data());
+    add_bin(r, table, task.channel % n_bins, task.image, sums, 1, [&](std::int64_t region) {
+      Lanes<T> gradient;
+      for (int c = 0; c < kVectorLanes<T>; ++c) gradient[c] = gradient_of(region, channels[c]);
+      return gradient;
+    });
+  };
+  auto* maps = static_cast<Scalar*>(p.args.maps);
+  if (p.channels_last) {
+    run_gradient_tasks(r, maps, true, neighbouring_channels(true), add_neighbours);
+  } else {
+    run_gradient_tasks(r, maps, false, ChannelGroups{kVectorLanes<T>, n_bins}, add_lanes);
+  }
 }
 
 Tensor align_cpu(const Tensor& input, const Tensor& boxes, std::int64_t pooled_height,

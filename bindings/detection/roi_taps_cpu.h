@@ -192,14 +192,15 @@ inline BinStrides bin_strides(const Regions& r, bool channels_last) {
   return {1, r.h * r.w, 1, r.pooled_h * r.pooled_w};
 }
 
-// The channels that one task sums, and its buffer: (h, w, channels).
+// The channels that one task sums, `step` apart, and its buffer: (h, w, lanes); lanes beyond the channels count for
+// nothing.
 template <class T>
 struct GradientTask {
-  std::int64_t image, channel, channels;
+  std::int64_t image, channel, step, channels, lanes;
   std::vector<T> sums;
 
   T* pixel(const Regions& r, i32 row, i32 column) {
-    return sums.data() + (row * r.w + column) * channels;
+    return sums.data() + (row * r.w + column) * lanes;
   }
 };
 
@@ -220,11 +221,36 @@ void add_average(const Regions& r, const Scalar* all_bins, const BinStrides& str
   }
 }
 
+// Lanes that are one vector for the compiler.
+template <class T>
+constexpr int kVectorLanes = 16 / sizeof(T);
+
+// NCHW: maps lie `stride` apart. Lanes are turned into maps a block of pixels at a time.
+template <class Scalar, class T>
+void write_planes(const GradientTask<T>& task, std::int64_t pixels, Scalar* maps,
+                  std::int64_t stride) {
+  constexpr int kLanes = kVectorLanes<T>, kBlock = 64;
+  T planes[kLanes][kBlock];
+  for (std::int64_t first = 0; first < pixels; first += kBlock) {
+    const std::int64_t n = std::min<std::int64_t>(kBlock, pixels - first);
+    const T* sums = task.sums.data() + first * kLanes;
+    for (std::int64_t i = 0; i < n; ++i) {
+      for (int c = 0; c < kLanes; ++c) planes[c][i] = sums[i * kLanes + c];
+    }
+    for (std::int64_t c = 0; c < task.channels; ++c) {
+      for (std::int64_t i = 0; i < n; ++i) store(maps[c * stride + first + i], planes[c][i]);
+    }
+  }
+}
+
 template <class Scalar, class T>
 void write_sums(const Regions& r, Scalar* maps, const BinStrides& strides,
                 const GradientTask<T>& task) {
   maps += task.image * r.c * r.h * r.w + task.channel * strides.map_channel;
-  if (strides.map_pixel == 1) {  // NCHW, of which a task has one map: a vector at a time
+  if (strides.map_pixel == 1 && task.lanes == kVectorLanes<T>) {
+    return write_planes(task, r.h * r.w, maps, task.step * strides.map_channel);
+  }
+  if (strides.map_pixel == 1) {  // one map: a vector at a time
     for (std::size_t pixel = 0; pixel < task.sums.size(); ++pixel)
       store(maps[pixel], task.sums[pixel]);
     return;
@@ -232,40 +258,58 @@ void write_sums(const Regions& r, Scalar* maps, const BinStrides& strides,
   for (std::int64_t pixel = 0; pixel < r.h * r.w; ++pixel) {
     for (std::int64_t c = 0; c < task.channels; ++c) {
       store(maps[pixel * strides.map_pixel + c * strides.map_channel],
-            task.sums[static_cast<std::size_t>(pixel * task.channels + c)]);
+            task.sums[static_cast<std::size_t>(pixel * task.lanes + c)]);
     }
   }
 }
 
-// The gradient of all maps. make(region, taps) makes a region's taps, with the image -1 where it has none here;
+// Which channels a task sums: up to `lanes` of those that are `step` apart. NCHW: one, or a vector.
+struct ChannelGroups {
+  std::int64_t lanes, step = 1;
+};
+inline ChannelGroups neighbouring_channels(bool channels_last) { return {channels_last ? 16 : 1}; }
+
+// The gradient of all maps; add(task) adds all regions of a task's image to its sums.
+template <class Scalar, class Add>
+void run_gradient_tasks(const Regions& r, Scalar* maps, bool channels_last, ChannelGroups groups,
+                        const Add& add) {
+  const BinStrides strides = bin_strides(r, channels_last);
+  const std::int64_t per_step = r.c / groups.step;
+  const std::int64_t tasks = (per_step + groups.lanes - 1) / groups.lanes * groups.step;
+  const std::int64_t cost = groups.lanes * (r.h * r.w + r.k / r.n * r.pooled_h * r.pooled_w * 20);
+  parallel_for(r.n * tasks, cost, [&](std::int64_t begin, std::int64_t end) {
+    GradientTask<Acc<Scalar>> task;
+    task.step = groups.step;
+    task.lanes = groups.lanes;
+    for (std::int64_t item = begin; item < end; ++item) {
+      const std::int64_t group = item % tasks, first = group / groups.step * groups.lanes;
+      task.image = item / tasks;
+      task.channel = first * groups.step + group % groups.step;
+      task.channels = std::min(groups.lanes, per_step - first);
+      task.sums.assign(static_cast<std::size_t>(r.h * r.w * task.lanes), 0);
+      add(task);
+      write_sums(r, maps, strides, task);
+    }
+  });
+}
+
+// The same with tables of taps. make(region, taps) makes a region's taps, with the image -1 where it has none here;
 // add(region, taps, task) adds a region to the sums of a task of its image.
 template <class Scalar, class Make, class Add>
 void sum_gradients(const Regions& r, Scalar* maps, bool channels_last, const Make& make,
                    const Add& add) {
   using T = Acc<Scalar>;
-  constexpr std::int64_t kChannelGroup = 16;  // of channels_last
-  const BinStrides strides = bin_strides(r, channels_last);
-  const std::int64_t group = channels_last ? kChannelGroup : 1;
-  const std::int64_t groups = (r.c + group - 1) / group;
   std::vector<RegionTaps<T>> taps(static_cast<std::size_t>(r.k));
   parallel_for(r.k, 1000, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t k = begin; k < end; ++k) make(k, taps[static_cast<std::size_t>(k)]);
   });
-  const std::int64_t cost = group * (r.h * r.w + r.k / r.n * r.pooled_h * r.pooled_w * 20);
-  parallel_for(r.n * groups, cost, [&](std::int64_t begin, std::int64_t end) {
-    GradientTask<T> task;
-    for (std::int64_t item = begin; item < end; ++item) {
-      task.image = item / groups;
-      task.channel = item % groups * group;
-      task.channels = std::min<std::int64_t>(group, r.c - task.channel);
-      task.sums.assign(static_cast<std::size_t>(r.h * r.w * task.channels), T(0));
-      for (std::int64_t region = 0; region < r.k; ++region) {
-        const RegionTaps<T>& of_region = taps[static_cast<std::size_t>(region)];
-        if (of_region.image == task.image) add(region, of_region, task);
-      }
-      write_sums(r, maps, strides, task);
-    }
-  });
+  run_gradient_tasks(
+      r, maps, channels_last, neighbouring_channels(channels_last), [&](GradientTask<T>& task) {
+        for (std::int64_t region = 0; region < r.k; ++region) {
+          const RegionTaps<T>& of_region = taps[static_cast<std::size_t>(region)];
+          if (of_region.image == task.image) add(region, of_region, task);
+        }
+      });
 }
 
 }  // namespace torchkiln::bindings
