@@ -54,9 +54,6 @@ struct BlockTunables {
 struct PlaneTunables {
   std::int64_t planes, block_size;
 };
-struct TileTunables {
-  std::int64_t tile_h, tile_w, lane_channels, block_size;
-};
 
 const std::vector<const char*> kOperators = {kOp};
 const std::vector<std::int64_t> kIndexTypes = {TORCHKILN_I32, TORCHKILN_I64};
@@ -188,18 +185,12 @@ const Backward backward_kernel({
     .sizes = kBackwardSizes,
     .tunables = {ints("tile_h", {4, 8, 16}), ints("tile_w", {8, 16, 32}),
                  ints("lane_channels", {1, 2, 4}), ints("block_size", {128, 256, 512})},
-    .defaults =
-        {{16, 16, 1, 256}, {8, 16, 1, 256}, {8, 16, 2, 256}, {8, 8, 4, 256}, {8, 8, 2, 256}},
-    .legal =
-        [](const Backward::Problem& p, const TileTunables& t) {
-          const std::int64_t bytes = p.statics.scalar == TORCHKILN_DOUBLE ? 8 : 4;
-          return t.tile_h * t.tile_w * (32 * t.lane_channels + 1) * bytes <= 40 * 1024;
-        },
+    .defaults = {kManyChannels, kSomeChannels, kFewChannels},
+    .legal = [](const Backward::Problem& p,
+                const TileTunables& t) { return t.fits_averages(p.statics.scalar); },
     .choose = [](const Backward::Problem& p) -> std::uint32_t {
-      if (p.statics.scalar == TORCHKILN_DOUBLE) return 1;
-      if (p.sizes.c < 128) return p.sizes.c >= 64 ? 2 : 0;
-      // As in roi_align.
-      return tile_blocks(p.sizes, {8, 8, 4, 256}) < 4 * p.device.multiprocessors ? 4 : 3;
+      return choose_average_tile(p.device, p.statics.scalar, p.sizes.c,
+                                 tile_blocks(p.sizes, kManyChannels));
     },
     .geometry = [](const Backward::Problem& p,
                    const TileTunables& t) { return linear(tile_blocks(p.sizes, t), t.block_size); },

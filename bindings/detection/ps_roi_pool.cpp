@@ -40,9 +40,6 @@ struct BlockTunables {
 struct StagedTunables {
   std::int64_t maps, block_size;
 };
-struct TileTunables {
-  std::int64_t tile_h, tile_w, lane_channels, block_size;
-};
 
 const std::vector<const char*> kOperators = {"ps_roi_align", "ps_roi_pool"};
 const std::vector<std::int64_t> kIndexTypes = {TORCHKILN_I32, TORCHKILN_I64};
@@ -116,11 +113,8 @@ const Backward backward_kernel({
     .tunables = {ints("tile_h", {4, 8, 16}), ints("tile_w", {8, 16}), ints("lane_channels", {1, 2}),
                  ints("block_size", {32, 64, 128})},
     .defaults = {{8, 8, 1, 32}},
-    .legal =
-        [](const Backward::Problem& p, const TileTunables& t) {
-          return t.tile_h * t.tile_w * (32 * t.lane_channels + 1) * sum_bytes(p.statics.scalar) <=
-                 40 * 1024;
-        },
+    .legal = [](const Backward::Problem& p,
+                const TileTunables& t) { return t.fits(p.statics.scalar); },
     .geometry = [](const Backward::Problem& p,
                    const TileTunables& t) { return linear(tile_blocks(p.sizes, t), t.block_size); },
 });

@@ -57,9 +57,6 @@ struct BlockTunables {
 struct PlaneTunables {
   std::int64_t planes, block_size;
 };
-struct TileTunables {
-  std::int64_t tile_h, tile_w, lane_channels, block_size;
-};
 
 const std::vector<const char*> kForward = {"roi_align"};
 const std::vector<const char*> kByTable = {"roi_align", "prroi_pool"};
@@ -190,12 +187,6 @@ const Direct direct_kernel({
         },
 });
 
-// The sums of a tile must fit into static shared memory, which is 48 KB.
-bool tile_fits(const Backward::Problem& p, const TileTunables& t) {
-  const std::int64_t sum_bytes = p.statics.scalar == TORCHKILN_DOUBLE ? 8 : 4;
-  return t.tile_h * t.tile_w * (32 * t.lane_channels + 1) * sum_bytes <= 40 * 1024;
-}
-
 std::int64_t tile_blocks(const Sizes& s, const TileTunables& t) {
   return s.n * ceil_div(s.h, t.tile_h) * ceil_div(s.w, t.tile_w) *
          ceil_div(s.c, 32 * t.lane_channels);
@@ -210,14 +201,21 @@ const Backward backward_kernel({
     .sizes = kSizes,
     .tunables = {ints("tile_h", {4, 8, 16}), ints("tile_w", {8, 16, 32}),
                  ints("lane_channels", {1, 2, 4}), ints("block_size", {128, 256, 512})},
-    .defaults =
-        {{16, 16, 1, 256}, {8, 16, 1, 256}, {8, 16, 2, 256}, {8, 8, 4, 256}, {8, 8, 2, 256}},
-    .legal = [](const Backward::Problem& p, const TileTunables& t) { return tile_fits(p, t); },
+    .defaults = {kManyChannels, kSomeChannels, kFewChannels,
+                 // Maxima.
+                 {16, 16, 1, 256}, {8, 16, 2, 256}, {8, 16, 1, 256}},
+    .legal =
+        [](const Backward::Problem& p, const TileTunables& t) {
+          const std::int64_t scalar = p.statics.scalar;
+          return p.statics.pooling == roi_align::kMax ? t.fits(scalar) : t.fits_averages(scalar);
+        },
     .choose = [](const Backward::Problem& p) -> std::uint32_t {
-      if (p.statics.scalar == TORCHKILN_DOUBLE) return 1;
-      if (p.sizes.c < 128) return p.sizes.c >= 64 ? 2 : 0;
-      // Small maps have too few tiles to keep the GPU busy: fewer channels a block.
-      return tile_blocks(p.sizes, {8, 8, 4, 256}) < 4 * p.device.multiprocessors ? 4 : 3;
+      const std::int64_t scalar = p.statics.scalar, c = p.sizes.c;
+      if (p.statics.pooling == roi_align::kMax) {
+        if (scalar == TORCHKILN_DOUBLE) return 5;
+        if (c < 128) return c >= 64 ? 4 : 3;
+      }
+      return choose_average_tile(p.device, scalar, c, tile_blocks(p.sizes, kManyChannels));
     },
     .geometry = [](const Backward::Problem& p,
                    const TileTunables& t) { return linear(tile_blocks(p.sizes, t), t.block_size); },

@@ -42,6 +42,37 @@ void average_by_table(const CudaPlace& place, const RoiAlignPlan& p,
 void gather_by_table(const CudaPlace& place, const RoiAlignPlan& p,
                      const TapTable<roi_align::Args>& table);
 
+// The tiles of roi_align_backward.cuh.
+struct TileTunables {
+  std::int64_t tile_h, tile_w, lane_channels, block_size;
+
+  // The sums must fit into static shared memory, which is 48 KB.
+  static constexpr std::int64_t kMostBytes = 36 * 1024;
+  static std::int64_t sum_bytes(std::int64_t scalar) { return scalar == TORCHKILN_DOUBLE ? 8 : 4; }
+  bool fits(std::int64_t scalar) const {
+    return tile_h * tile_w * (32 * lane_channels + 1) * sum_bytes(scalar) <= kMostBytes;
+  }
+  // So must the weights of averages, of which each patch has a warp, or as many as the others.
+  bool fits_averages(std::int64_t scalar) const {
+    const std::int64_t warps = block_size / 32;
+    const std::int64_t patches = tile_h * tile_w / (roi_align::kPatchH * roi_align::kPatchW);
+    const std::int64_t weights = roi_align::kHeldBins * (tile_h + tile_w) + 4;
+    return fits(scalar) && warps % patches == 0 &&
+           warps * weights * sum_bytes(scalar) <= kMostBytes;
+  }
+};
+
+// Of averages, the first three defaults of their kernels.
+constexpr TileTunables kManyChannels = {8, 8, 4, 256}, kSomeChannels = {8, 8, 2, 256},
+                       kFewChannels = {8, 8, 1, 256};
+// `blocks`: of kManyChannels. Small maps have too few tiles to keep the GPU busy: fewer channels a block.
+inline std::uint32_t choose_average_tile(const Device& device, std::int64_t scalar,
+                                         std::int64_t channels, std::int64_t blocks) {
+  if (channels < 64) return 2;
+  const bool many = channels >= 128 && scalar != TORCHKILN_DOUBLE;
+  return many && blocks >= 4 * device.multiprocessors ? 0 : 1;
+}
+
 inline std::int64_t index_type(const Tensor& maps, const Tensor& bins) {
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
   return std::max(maps.numel(), bins.numel()) <= kMost ? TORCHKILN_I32 : TORCHKILN_I64;

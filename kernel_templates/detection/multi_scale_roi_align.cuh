@@ -12,7 +12,6 @@ namespace torchkiln::multi_scale_roi_align {
 
 using roi_align::AxisBin;
 using roi_align::Picture;
-using roi_align_backward::TileAt;
 
 // Where a region is pooled: its level, the number of its image among those of all levels (-1 for none), and all regions
 // as they lie on that level.
@@ -125,7 +124,7 @@ __global__ void __launch_bounds__(kBlockSize) staged(const StagedArgs args) {
 template <class Scalar, class Index, bool kLast, int kTileH, int kTileW, int kLaneChannels,
           int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) backward(const Args args) {
-  constexpr int kWarps = kBlockSize / kWarpSize, kChannels = kWarpSize * kLaneChannels;
+  constexpr int kChannels = kWarpSize * kLaneChannels;
   const Regions& r = args.regions;
   const u32 chunks = u32(r.n * ((r.c + kChannels - 1) / kChannels));
   // Many regions touch each of the few tiles of a coarse map: those blocks take longest.
@@ -134,12 +133,9 @@ __global__ void __launch_bounds__(kBlockSize) backward(const Args args) {
   });
   if (own.level >= args.pyramid.count) return;
   const Level& level = args.pyramid.levels[own.level];
-  const auto add = [&](i64 region, const TileAt& at, auto& tile) {
-    roi_align_backward::add_average<Scalar, Index, kTileH, kTileW, kLaneChannels, kWarps>(
-        args, region, at, tile);
-  };
-  roi_align_backward::gather_tile<Scalar, Index, kLast, kTileH, kTileW, kLaneChannels, kBlockSize>(
-      args, on_level(r, level), level.maps, own.block, own.level * i32(r.n), add);
+  roi_align_backward::gather_average<Scalar, Index, kLast, kTileH, kTileW, kLaneChannels,
+                                     kBlockSize>(args, on_level(r, level), level.maps, own.block,
+                                                 own.level * i32(r.n));
 }
 
 }  // namespace torchkiln::multi_scale_roi_align

@@ -492,7 +492,7 @@ __global__ void __launch_bounds__(kBlockSize) backward(const Args args) {
     add_region<Scalar, Index, kTileH, kTileW, kLaneChannels, kWarps>(args, region, at, tile);
   };
   roi_align_backward::gather_tile<Scalar, Index, true, kTileH, kTileW, kLaneChannels, kBlockSize>(
-      args, args.regions, args.maps, blockIdx.x, 0, add);
+      args.regions, args.spans, args.maps, blockIdx.x, add);
 }
 
 }  // namespace torchkiln::ps_roi_pool

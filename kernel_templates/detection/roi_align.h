@@ -36,6 +36,9 @@ struct Args {
   i64 row_capacity, column_capacity;
 };
 
+// Backward of averages: the pixels that a warp owns, and the bins of an axis whose weights are held at once: half a warp.
+constexpr int kPatchH = 2, kPatchW = 4, kHeldBins = 16;
+
 // For at most kQuadSamples samples per bin and axis, on maps of channels first: all taps of a bin have a fixed place.
 constexpr i64 kQuadSamples = 2;
 constexpr i64 kMostQuadPixels = 65534;

@@ -1,6 +1,12 @@
-// RoIAlign on the GPU, backward: one block owns one tile of the gradient for 32 (or 64, 128) channels in shared memory,
-// lanes on channels; it finds the regions that touch the tile, adds their taps in a fixed order and writes once. No
-// atomics, no zero fill, the same bits every time, float32 sums for half types.
+// RoIAlign on the GPU, backward: one block owns one tile of the gradient for 32 (or 64, 128) channels, lanes on channels;
+// it finds the regions that touch the tile, adds their taps in a fixed order and writes once. No atomics, no zero fill,
+// the same bits every time, float32 sums for half types.
+//
+// Averages have their sums in registers. A warp owns a patch of the tile. What bins of a region take of the tile's rows
+// and columns is laid out in shared memory once for all patches, a warp for each region of a batch; a patch reads each
+// gradient that it needs once, adds it to its rows, and these to its pixels. Where there are more warps than patches,
+// several share one, each with every second (third, ...) region: the longest lists are what the launch waits for.
+// Maxima, whose pixels differ from channel to channel, have theirs in shared memory.
 // spills: up to 32 bytes for wide types and indices, by ptxas' own choice: no kernel asks for a number of blocks.
 // compile time: above 250 ms for maxima, whose winners are found for several channels of a lane
 // SPDX-License-Identifier: Apache-2.0
@@ -14,16 +20,22 @@ namespace torchkiln::roi_align_backward {
 
 using namespace torchkiln::roi_align;
 
-constexpr int kMostThreads = 512;
+constexpr u32 kAllLanes = 0xffffffffu;
 
-// What a block holds. The sums have channels innermost and one place of padding, so that a row of pixels of
-// one channel can be read without bank conflicts.
+// The sums of a block. Channels are innermost, with one place of padding, so that a row of pixels of one channel can be
+// read without bank conflicts.
 template <class T, int kTileH, int kTileW, int kLaneChannels>
 struct Tile {
   static constexpr int kChannels = kWarpSize * kLaneChannels;
   static constexpr int kPitch = kChannels + 1;
   T sums[kTileH * kTileW * kPitch];
-  i32 list[kMostThreads];  // regions that touch the tile, of as many as the block has threads
+};
+
+// Regions that touch a tile, of so many as the block looks at together.
+constexpr int kPerThread = 4;
+template <int kBlockSize>
+struct List {
+  i32 regions[kBlockSize * kPerThread];
   int partial[kWarpSize];
 };
 
@@ -38,63 +50,174 @@ __device__ __forceinline__ bool touches(const Span& span, const TileAt& at, int 
          span.x_first < at.x + tile_w && span.x_last >= at.x;
 }
 
-// Adds the average of one region to the rows of the tile that this warp owns: every kWarps-th.
-template <class Scalar, class Index, int kTileH, int kTileW, int kLaneChannels, int kWarps,
-          class AnyArgs, class T = Acc<Scalar>>
-__device__ __forceinline__ void add_average(const AnyArgs& args, i64 region, const TileAt& at,
-                                            Tile<T, kTileH, kTileW, kLaneChannels>& tile) {
-  constexpr u32 kAll = 0xffffffffu;
-  const Regions& r = args.regions;  // sizes of maps apart, which are not asked for
-  const Table<T> table = table_of<T>(args, region);
-  const i32 n_rows = table.row_bins[r.pooled_h - 1].end;
-  const i32 n_columns = table.column_bins[r.pooled_w - 1].end;
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const Scalar* bins = static_cast<const Scalar*>(args.bins) +
-                       Index(region) * Index(r.pooled_h * r.pooled_w) * Index(r.c) + at.channel +
-                       lane;
+// Calls work(begin, total) with the lists of the regions that touch a tile, in order; they count from `begin`.
+template <int kBlockSize, class Work>
+__device__ __forceinline__ void for_each_list(const Span* spans, i64 count, const TileAt& at,
+                                              int tile_h, int tile_w, List<kBlockSize>& list,
+                                              const Work& work) {
+  const i32 own = i32(threadIdx.x) * kPerThread;
 #pragma unroll 1
-  for (i32 x_begin = 0; x_begin < n_columns; x_begin += kWarpSize) {
-    const bool has_column = x_begin + lane < n_columns;
-    const Tap<T> column = has_column ? table.columns[x_begin + lane] : Tap<T>{T(0), -1, 0};
-    const u32 columns = __ballot_sync(kAll, column.pixel >= at.x && column.pixel < at.x + kTileW);
-    if (columns == 0) continue;
-#pragma unroll 1
-    for (i32 y_begin = 0; y_begin < n_rows; y_begin += kWarpSize) {
-      const bool has_row = y_begin + lane < n_rows;
-      const Tap<T> row = has_row ? table.rows[y_begin + lane] : Tap<T>{T(0), -1, 0};
-      const i32 local = row.pixel - at.y;
-      u32 rows = __ballot_sync(
-          kAll, row.pixel >= 0 && local >= 0 && local < kTileH && local % kWarps == warp);
-#pragma unroll 1
-      for (; rows != 0; rows &= rows - 1) {
-        const int y = __ffs(rows) - 1;
-        const T row_weight = __shfl_sync(kAll, row.weight, y);
-        const i32 row_bin = __shfl_sync(kAll, row.bin, y);
-        T* sums = tile.sums + __shfl_sync(kAll, local, y) * kTileW * tile.kPitch + lane;
-        i32 loaded_bin = -1;
-        T gradient[kLaneChannels] = {};
-#pragma unroll 1
-        for (u32 rest = columns; rest != 0; rest &= rest - 1) {
-          const int x = __ffs(rest) - 1;
-          const T weight = __shfl_sync(kAll, column.weight, x);
-          const i32 bin = __shfl_sync(kAll, column.bin, x);
-          if (bin != loaded_bin) {
-            loaded_bin = bin;
-            const Index offset = Index(row_bin * i32(r.pooled_w) + bin) * Index(r.c);
+  for (i64 begin = 0; begin < count; begin += kBlockSize * kPerThread) {
+    u32 touching = 0;
 #pragma unroll
-            for (int i = 0; i < kLaneChannels; ++i) {
-              const bool exists = at.channel + lane + i * kWarpSize < r.c;
-              gradient[i] = exists ? row_weight * load(bins[offset + i * kWarpSize]) : T(0);
-            }
-          }
-          T* sum = sums + (__shfl_sync(kAll, column.pixel, x) - at.x) * tile.kPitch;
+    for (int i = 0; i < kPerThread; ++i) {
+      const i64 region = begin + own + i;
+      if (region < count && touches(spans[region], at, tile_h, tile_w)) touching |= 1u << i;
+    }
+    int total;
+    int slot = block_exclusive_sum<kBlockSize>(__popc(touching), list.partial, total);
+    for (; touching != 0; touching &= touching - 1) {
+      list.regions[slot++] = own + __ffs(touching) - 1;
+    }
+    __syncthreads();
+    work(begin, total);
+  }
+}
+
+// ---- averages ------------------------------------------------------------------------------------------------------
+
+static_assert(2 * kHeldBins == kWarpSize);  // lanes look at rows and columns at once
+
+// What bins of an axis of a region, from number `first` on, take of the pixels of a tile.
+template <class T, int kPixels>
+struct alignas(16) AxisWeights {
+  T at[kHeldBins][kPixels];
+  i32 first;
+};
+template <class T, int kTileH, int kTileW>
+struct Weights {
+  AxisWeights<T, kTileH> rows;
+  AxisWeights<T, kTileW> columns;
+};
+
+// Fills the weights of an axis with the bins that take any pixel of the tile, less the first `skip`; a warp calls it.
+// Whether there are more.
+template <class T, int kPixels>
+__device__ __forceinline__ bool hold_bins(const Tap<T>* taps, i32 count, i32 low, i32 skip,
+                                          AxisWeights<T, kPixels>& held) {
+  const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
-          for (int i = 0; i < kLaneChannels; ++i) sum[i * kWarpSize] += weight * gradient[i];
+  for (int i = lane; i < kHeldBins * kPixels; i += kWarpSize) {
+    held.at[i / kPixels][i % kPixels] = T(0);
+  }
+  __syncwarp();
+  i32 first = -1;
+  bool more = false;
+#pragma unroll 1
+  for (i32 begin = 0; begin < count; begin += kWarpSize) {
+    const Tap<T> tap = begin + lane < count ? taps[begin + lane] : Tap<T>{T(0), -1, 0};
+    const i32 pixel = tap.pixel - low;
+    const bool inside = pixel >= 0 && pixel < kPixels;
+    const u32 found = __ballot_sync(kAllLanes, inside);
+    if (found == 0) continue;
+    if (first < 0) first = __shfl_sync(kAllLanes, tap.bin, __ffs(found) - 1) + skip;
+    const i32 bin = tap.bin - first;
+    if (inside && bin >= 0 && bin < kHeldBins) held.at[bin][pixel] = tap.weight;
+    more = more || (inside && bin >= kHeldBins);
+  }
+  if (lane == 0) held.first = first;
+  return more;
+}
+
+template <int kCount, class T>
+__device__ __forceinline__ void read_weights(const T* from, T (&to)[kCount]) {
+  constexpr int kAtOnce = kCount < int(16 / sizeof(T)) ? kCount : int(16 / sizeof(T));
+#pragma unroll
+  for (int i = 0; i < kCount; i += kAtOnce) {
+    const Pack<T, kAtOnce> weights = read_pack<kAtOnce>(from + i);
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) to[i + j] = weights.at[j];
+  }
+}
+template <int kCount, class T>
+__device__ __forceinline__ bool has_any(const T* from) {
+  T weights[kCount];
+  read_weights<kCount>(from, weights);
+  bool any = false;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) any = any || weights[i] != T(0);
+  return any;
+}
+
+// The part of a tile that a warp owns, and a lane's channels there.
+struct Patch {
+  int y, x;
+  i32 channels;  // that exist from the lane's first on
+};
+
+// Adds a region's average to the sums of a patch. `bins`: the gradient of the region, from the lane's channel on. Only
+// what a bin takes is multiplied: gradients need not be finite. The next gradient is on its way while one is added.
+template <class Scalar, class Index, int kTileH, int kTileW, int kLaneChannels,
+          class T = Acc<Scalar>>
+__device__ __forceinline__ void add_average(const Regions& r, const Scalar* bins,
+                                            const Weights<T, kTileH, kTileW>& weights,
+                                            const Patch& patch,
+                                            T (&sums)[kPatchH][kPatchW][kLaneChannels]) {
+  const int lane = threadIdx.x % kWarpSize;
+  const u32 taken = __ballot_sync(
+      kAllLanes, lane < kHeldBins
+                     ? has_any<kPatchW>(weights.columns.at[lane] + patch.x)
+                     : has_any<kPatchH>(weights.rows.at[lane - kHeldBins] + patch.y));
+  const u32 rows = taken >> kHeldBins;
+  u32 columns = taken & ((1u << kHeldBins) - 1), rest = rows;
+  if (rows == 0 || columns == 0) return;
+  const i32 first = weights.rows.first * i32(r.pooled_w) + weights.columns.first;
+  Scalar next[kLaneChannels];
+  const auto ask = [&] {
+    const i32 bin = first + (__ffs(rest) - 1) * i32(r.pooled_w) + __ffs(columns) - 1;
+    const Scalar* from = bins + Index(bin) * Index(r.c);
+#pragma unroll
+    for (int i = 0; i < kLaneChannels; ++i) {
+      if (i * kWarpSize < patch.channels) next[i] = from[i * kWarpSize];
+    }
+  };
+  T of_rows[kPatchH][kLaneChannels] = {};
+  ask();
+#pragma unroll 1
+  while (columns != 0) {
+    const int row = __ffs(rest) - 1, column = __ffs(columns) - 1;
+    T gradient[kLaneChannels], row_weights[kPatchH];
+#pragma unroll
+    for (int i = 0; i < kLaneChannels; ++i) {
+      gradient[i] = i * kWarpSize < patch.channels ? load(next[i]) : T(0);
+    }
+    rest &= rest - 1;
+    const bool is_last = rest == 0;
+    if (is_last) {
+      rest = rows;
+      columns &= columns - 1;
+    }
+    if (columns != 0) ask();
+    read_weights(weights.rows.at[row] + patch.y, row_weights);
+#pragma unroll
+    for (int y = 0; y < kPatchH; ++y) {
+      if (row_weights[y] == T(0)) continue;
+#pragma unroll
+      for (int i = 0; i < kLaneChannels; ++i) of_rows[y][i] += row_weights[y] * gradient[i];
+    }
+    if (!is_last) continue;
+    T column_weights[kPatchW];
+    read_weights(weights.columns.at[column] + patch.x, column_weights);
+#pragma unroll
+    for (int x = 0; x < kPatchW; ++x) {
+      if (column_weights[x] == T(0)) continue;
+#pragma unroll
+      for (int y = 0; y < kPatchH; ++y) {
+#pragma unroll
+        for (int i = 0; i < kLaneChannels; ++i) {
+          sums[y][x][i] += column_weights[x] * of_rows[y][i];
         }
       }
     }
+#pragma unroll
+    for (int y = 0; y < kPatchH; ++y) {
+#pragma unroll
+      for (int i = 0; i < kLaneChannels; ++i) of_rows[y][i] = T(0);
+    }
   }
 }
+
+// ---- maxima --------------------------------------------------------------------------------------------------------
 
 // The pixels of an axis [low, high] that samples of a bin may touch, with one to spare for rounding.
 struct PixelRange {
@@ -158,81 +281,171 @@ __device__ __forceinline__ void add_maximum(const Args& args, i64 region, const 
   }
 }
 
+// ---- tiles ---------------------------------------------------------------------------------------------------------
+
+// A thread stays on a pixel (kLast: a channel), of which it writes every so many channels (pixels).
 template <class Scalar, class Index, bool kLast, int kTileH, int kTileW, int kLaneChannels,
           int kBlockSize, class T = Acc<Scalar>>
 __device__ __forceinline__ void write_tile(const Regions& r, void* to, i32 image, const TileAt& at,
                                            const Tile<T, kTileH, kTileW, kLaneChannels>& tile) {
-  constexpr int kChannels = kWarpSize * kLaneChannels;
+  constexpr int kPixels = kTileH * kTileW, kChannels = kWarpSize * kLaneChannels;
+  constexpr int kInner = kLast ? kChannels : kPixels, kOuter = kLast ? kPixels : kChannels;
+  constexpr int kAcross = kInner < kBlockSize ? kInner : kBlockSize;
   Scalar* maps = static_cast<Scalar*>(to);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < kTileH * kTileW * kChannels; i += kBlockSize) {
-    const int channel = kLast ? i % kChannels : i / (kTileH * kTileW);
-    const int pixel = kLast ? i / kChannels : i % (kTileH * kTileW);
-    const i64 y = at.y + pixel / kTileW, x = at.x + pixel % kTileW, c = at.channel + channel;
-    if (y >= r.h || x >= r.w || c >= r.c) continue;
-    const Index offset =
-        kLast ? ((Index(image) * Index(r.h) + Index(y)) * Index(r.w) + Index(x)) * Index(r.c) +
-                    Index(c)
-              : ((Index(image) * Index(r.c) + Index(c)) * Index(r.h) + Index(y)) * Index(r.w) +
-                    Index(x);
-    store(maps[offset], tile.sums[pixel * tile.kPitch + channel]);
+  for (int inner = threadIdx.x % kAcross; inner < kInner; inner += kAcross) {
+#pragma unroll 4
+    for (int outer = threadIdx.x / kAcross; outer < kOuter; outer += kBlockSize / kAcross) {
+      const int channel = kLast ? inner : outer, pixel = kLast ? outer : inner;
+      const i64 y = at.y + pixel / kTileW, x = at.x + pixel % kTileW, c = at.channel + channel;
+      if (y >= r.h || x >= r.w || c >= r.c) continue;
+      const Index offset =
+          kLast ? ((Index(image) * Index(r.h) + Index(y)) * Index(r.w) + Index(x)) * Index(r.c) +
+                      Index(c)
+                : ((Index(image) * Index(r.c) + Index(c)) * Index(r.h) + Index(y)) * Index(r.w) +
+                      Index(x);
+      store(maps[offset], tile.sums[pixel * tile.kPitch + channel]);
+    }
   }
 }
 
-// Block number `block` of those that own tiles of the gradient of r's maps; first_image as elsewhere. `add` is called by
-// all threads with each region that touches the tile, in order.
+// Block number `block` of those that own tiles of the gradient of r's maps. at.image counts from first_image.
+template <int kTileH, int kTileW, int kChannels>
+__device__ __forceinline__ TileAt own_tile(const Regions& r, u32 block, i32 first_image) {
+  const u32 tiles_x = u32((r.w + kTileW - 1) / kTileW), tiles_y = u32((r.h + kTileH - 1) / kTileH);
+  const u32 chunks = u32((r.c + kChannels - 1) / kChannels);
+  TileAt at;
+  at.channel = i64(block % chunks) * kChannels;
+  block /= chunks;
+  at.x = i32(block % tiles_x) * kTileW;
+  block /= tiles_x;
+  at.y = i32(block % tiles_y) * kTileH;
+  at.image = first_image + i32(block / tiles_y);
+  return at;
+}
+
+// Averages.
 template <class Scalar, class Index, bool kLast, int kTileH, int kTileW, int kLaneChannels,
-          int kBlockSize, class AnyArgs, class Add>
-__device__ __forceinline__ void gather_tile(const AnyArgs& args, const Regions& r, void* maps,
-                                            u32 block, i32 first_image, const Add& add) {
+          int kBlockSize, class AnyArgs>
+__device__ __forceinline__ void gather_average(const AnyArgs& args, const Regions& r, void* maps,
+                                               u32 block, i32 first_image) {
+  using T = Acc<Scalar>;
+  using Sums = Tile<T, kTileH, kTileW, kLaneChannels>;
+  constexpr int kWarps = kBlockSize / kWarpSize, kAcross = kTileW / kPatchW;
+  constexpr int kPatches = kAcross * (kTileH / kPatchH), kSharers = kWarps / kPatches;
+  static_assert(kWarps % kPatches == 0);
+  __shared__ List<kBlockSize> list;
+  __shared__ union {
+    Weights<T, kTileH, kTileW> weights[kWarps];
+    Sums tile;  // when all is added
+  } held;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const TileAt at = own_tile<kTileH, kTileW, Sums::kChannels>(r, block, first_image);
+  const int number = warp % kPatches, sharer = warp / kPatches;
+  const Patch patch = {number / kAcross * kPatchH, number % kAcross * kPatchW,
+                       i32(r.c - at.channel) - lane};
+  const Index region_size = Index(r.pooled_h * r.pooled_w) * Index(r.c);
+  const Scalar* bins = static_cast<const Scalar*>(args.bins) + at.channel + lane;
+  T sums[kPatchH][kPatchW][kLaneChannels] = {};
+
+  const auto hold = [&](i64 region, i32 skip_y, i32 skip_x, bool& more_x) {
+    const Table<T> table = table_of<T>(args, region);
+    Weights<T, kTileH, kTileW>& own = held.weights[warp];
+    more_x = hold_bins(table.columns, table.column_bins[r.pooled_w - 1].end, at.x, skip_x,
+                       own.columns);
+    return hold_bins(table.rows, table.row_bins[r.pooled_h - 1].end, at.y, skip_y, own.rows);
+  };
+  const auto add_batch = [&](i64 begin, const i32* regions, int count) {
+#pragma unroll 1
+    for (int i = sharer; i < count; i += kSharers) {
+      add_average<Scalar, Index, kTileH, kTileW, kLaneChannels>(
+          r, bins + Index(begin + regions[i]) * region_size, held.weights[i], patch, sums);
+    }
+  };
+  const auto add_list = [&](i64 begin, int total) {
+#pragma unroll 1
+    for (int first = 0; first < total; first += kWarps) {
+      const i32* regions = list.regions + first;
+      const int count = min_of(total - first, kWarps);
+      // All bins of most regions are held at once.
+      bool again_y = true, again_x = true;
+#pragma unroll 1
+      for (i32 skip_y = 0; again_y; skip_y += kHeldBins) {
+#pragma unroll 1
+        for (i32 skip_x = 0; again_x; skip_x += kHeldBins) {
+          bool more_y = false, more_x = false;
+          if (warp < count) more_y = hold(begin + regions[warp], skip_y, skip_x, more_x);
+          again_x = __syncthreads_or(more_x);
+          add_batch(begin, regions, count);
+          again_y = __syncthreads_or(more_y);
+        }
+        again_x = true;
+      }
+    }
+  };
+  for_each_list<kBlockSize>(static_cast<const Span*>(args.spans), r.k, at, kTileH, kTileW, list,
+                            add_list);
+#pragma unroll 1
+  for (int turn = 0; turn < kSharers; ++turn) {
+    if (turn > 0) __syncthreads();
+    if (turn != sharer) continue;
+#pragma unroll
+    for (int y = 0; y < kPatchH; ++y) {
+#pragma unroll
+      for (int x = 0; x < kPatchW; ++x) {
+        const int pixel = (patch.y + y) * kTileW + patch.x + x;
+        T* to = held.tile.sums + pixel * Sums::kPitch + lane;
+#pragma unroll
+        for (int i = 0; i < kLaneChannels; ++i) {
+          to[i * kWarpSize] = sums[y][x][i] + (turn > 0 ? to[i * kWarpSize] : T(0));
+        }
+      }
+    }
+  }
+  __syncthreads();
+  write_tile<Scalar, Index, kLast, kTileH, kTileW, kLaneChannels, kBlockSize>(
+      r, maps, at.image - first_image, at, held.tile);
+}
+
+// Sums in shared memory: `add` is called by all threads with each region that touches the tile, in order.
+template <class Scalar, class Index, bool kLast, int kTileH, int kTileW, int kLaneChannels,
+          int kBlockSize, class Add>
+__device__ __forceinline__ void gather_tile(const Regions& r, const void* spans, void* maps,
+                                            u32 block, const Add& add) {
   using T = Acc<Scalar>;
   using Sums = Tile<T, kTileH, kTileW, kLaneChannels>;
   __shared__ Sums tile;
-  const u32 tiles_x = u32((r.w + kTileW - 1) / kTileW), tiles_y = u32((r.h + kTileH - 1) / kTileH);
-  const u32 chunks = u32((r.c + Sums::kChannels - 1) / Sums::kChannels);
-  u32 rest = block;
-  TileAt at;
-  at.channel = i64(rest % chunks) * Sums::kChannels;
-  rest /= chunks;
-  at.x = i32(rest % tiles_x) * kTileW;
-  rest /= tiles_x;
-  at.y = i32(rest % tiles_y) * kTileH;
-  const i32 of_level = i32(rest / tiles_y);
-  at.image = first_image + of_level;
+  __shared__ List<kBlockSize> list;
+  const TileAt at = own_tile<kTileH, kTileW, Sums::kChannels>(r, block, 0);
 #pragma unroll 1
   for (int i = threadIdx.x; i < kTileH * kTileW * Sums::kPitch; i += kBlockSize) {
     tile.sums[i] = T(0);
   }
+  const auto add_list = [&](i64 begin, int total) {
 #pragma unroll 1
-  for (i64 begin = 0; begin < r.k; begin += kBlockSize) {
-    const i64 candidate = begin + threadIdx.x;
-    const bool listed = candidate < r.k && touches(static_cast<const Span*>(args.spans)[candidate],
-                                                   at, kTileH, kTileW);
-    int total;
-    const int slot = block_exclusive_sum<kBlockSize>(listed ? 1 : 0, tile.partial, total);
-    if (listed) tile.list[slot] = i32(candidate - begin);
-    __syncthreads();
-#pragma unroll 1
-    for (int i = 0; i < total; ++i) add(begin + tile.list[i], at, tile);
-  }
+    for (int i = 0; i < total; ++i) add(begin + list.regions[i], at, tile);
+  };
+  for_each_list<kBlockSize>(static_cast<const Span*>(spans), r.k, at, kTileH, kTileW, list,
+                            add_list);
   __syncthreads();
-  write_tile<Scalar, Index, kLast, kTileH, kTileW, kLaneChannels, kBlockSize>(r, maps, of_level, at,
+  write_tile<Scalar, Index, kLast, kTileH, kTileW, kLaneChannels, kBlockSize>(r, maps, at.image, at,
                                                                               tile);
 }
 
 template <class Scalar, class Index, int kPooling, bool kLast, int kTileH, int kTileW,
           int kLaneChannels, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) backward(const Args args) {
-  constexpr int kWarps = kBlockSize / kWarpSize;
-  const auto add = [&](i64 region, const TileAt& at, auto& tile) {
-    if constexpr (kPooling == kAverage) {
-      add_average<Scalar, Index, kTileH, kTileW, kLaneChannels, kWarps>(args, region, at, tile);
-    } else {
+  if constexpr (kPooling == kAverage) {
+    gather_average<Scalar, Index, kLast, kTileH, kTileW, kLaneChannels, kBlockSize>(
+        args, args.regions, args.maps, blockIdx.x, 0);
+  } else {
+    constexpr int kWarps = kBlockSize / kWarpSize;
+    const auto add = [&](i64 region, const TileAt& at, auto& tile) {
       add_maximum<Scalar, Index, kTileH, kTileW, kLaneChannels, kWarps>(args, region, at, tile);
-    }
-  };
-  gather_tile<Scalar, Index, kLast, kTileH, kTileW, kLaneChannels, kBlockSize>(
-      args, args.regions, args.maps, blockIdx.x, 0, add);
+    };
+    gather_tile<Scalar, Index, kLast, kTileH, kTileW, kLaneChannels, kBlockSize>(
+        args.regions, args.spans, args.maps, blockIdx.x, add);
+  }
 }
 
 }  // namespace torchkiln::roi_align_backward
