@@ -312,66 +312,74 @@ void check_rows(const Plan& p) {
   }
 }
 
-template <class Scalar, class State, class V, int kMethod>
-void update_channel(const Args& args, std::int64_t at) {
+// The state is of the type of sums, or of x's own; which one is told at run time, for code that is half as large.
+template <class Scalar, class V, int kMethod>
+void update_channel(const Args& args, bool is_own, std::int64_t at) {
+  using T = Acc<Scalar>;
+  using selective_state_update::load_number;
+  using selective_state_update::store_number;
   const i64 channels = args.heads * args.places, batch = at / channels;
   const Channel<Scalar, V, kMethod> channel(args, batch, at - batch * channels);
-  Acc<Scalar> sum = 0;
+  T sum = 0;
   if (channel.row >= 0) {
     for (i64 n = 0; n < args.states; ++n) {
       const i64 where = channel.state_at(n);
-      const V state = selective_state_update::load_number<V, State>(args.state, where);
-      selective_state_update::store_number<V, State>(args.state, where,
-                                                     channel.advance(state, n, sum));
+      const V before =
+          is_own ? load_number<V, Scalar>(args.state, where) : load_number<V, T>(args.state, where);
+      const V state = channel.advance(before, n, sum);
+      if (is_own) {
+        store_number<V, Scalar>(args.state, where, state);
+      } else {
+        store_number<V, T>(args.state, where, state);
+      }
     }
   }
   channel.finish(sum);
 }
 
-template <class Scalar, class State, class V, int kMethod>
-void update_all(const Args& args) {
+template <class Scalar, class V, int kMethod>
+void update_all(const Args& args, bool is_own) {
   parallel_for(args.batch * args.heads * args.places, 20 + 8 * args.states,
                [&](std::int64_t begin, std::int64_t end) {
                  for (std::int64_t i = begin; i < end; ++i)
-                   update_channel<Scalar, State, V, kMethod>(args, i);
+                   update_channel<Scalar, V, kMethod>(args, is_own, i);
                });
 }
 
-template <class Scalar, class State, class V>
-void with_method(const Args& args, std::int64_t method) {
+template <class Scalar, class V>
+void with_method(const Args& args, bool is_own, std::int64_t method) {
   using namespace selective_scan;
   switch (method) {
     case kMamba:
-      return update_all<Scalar, State, V, kMamba>(args);
+      return update_all<Scalar, V, kMamba>(args, is_own);
     case kZoh:
-      return update_all<Scalar, State, V, kZoh>(args);
+      return update_all<Scalar, V, kZoh>(args, is_own);
     case kFoh:
-      return update_all<Scalar, State, V, kFoh>(args);
+      return update_all<Scalar, V, kFoh>(args, is_own);
     case kBilinear:
-      return update_all<Scalar, State, V, kBilinear>(args);
+      return update_all<Scalar, V, kBilinear>(args, is_own);
     case kTustin:
-      return update_all<Scalar, State, V, kTustin>(args);
+      return update_all<Scalar, V, kTustin>(args, is_own);
     case kHighorder:
-      return update_all<Scalar, State, V, kHighorder>(args);
+      return update_all<Scalar, V, kHighorder>(args, is_own);
     case kRk4:
-      return update_all<Scalar, State, V, kRk4>(args);
+      return update_all<Scalar, V, kRk4>(args, is_own);
     case kRk4Constant:
-      return update_all<Scalar, State, V, kRk4Constant>(args);
+      return update_all<Scalar, V, kRk4Constant>(args, is_own);
     default:
-      return update_all<Scalar, State, V, kHighorderTrueTime>(args);
+      return update_all<Scalar, V, kHighorderTrueTime>(args, is_own);
   }
 }
 
 void run_cpu(const Plan& p, const Inputs& in) {
   check_rows(p);
+  const bool is_own = p.state.scalar_type() == p.x.scalar_type();
   with_float(p.x.scalar_type(), [&]<class Scalar>() {
     using T = Acc<Scalar>;
     if (in.is_complex) {
-      with_method<Scalar, T, Complex<T>>(p.args, in.method);
-    } else if (p.state.scalar_type() == p.x.scalar_type()) {
-      with_method<Scalar, Scalar, T>(p.args, in.method);
+      with_method<Scalar, Complex<T>>(p.args, false, in.method);
     } else {
-      with_method<Scalar, T, T>(p.args, in.method);
+      with_method<Scalar, T>(p.args, is_own, in.method);
     }
   });
 }
