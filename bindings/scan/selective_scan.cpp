@@ -94,8 +94,9 @@ std::int64_t shared_bytes(const Forward::Problem& p, const Tunables& t) {
   const std::int64_t matrix =
       selective_scan::matrix_numbers(static_cast<int>(t.warps * kWarp), static_cast<int>(t.lanes),
                                      static_cast<int>(t.states), tile, number);
-  const std::int64_t rows =
-      channels_of(t) * selective_scan::step_arrays(static_cast<int>(p.statics.method));
+  const auto method = static_cast<int>(p.statics.method);
+  const std::int64_t rows = channels_of(t) * selective_scan::step_arrays(method) +
+                            (selective_scan::keeps_parts(method) ? t.warps * kWarp : 0);
   const std::int64_t row_numbers =
       rows * selective_scan::pitch_of(tile, real) + t.warps * selective_scan::kBehind;
   return 2 * matrix * number + row_numbers * real;

@@ -172,8 +172,28 @@ struct Nearness {
   }
 };
 
+// Numbers of a warp's memory: rows of what Steps writes, then those of the lanes' parts of outputs.
+template <class Of, class OfSteps, int kMethod>
+constexpr int warp_numbers =
+    OfSteps::kNumbers + (keeps_parts(kMethod) ? kWarpSize * Of::kRowPitch : 0);
+
+// A four of a tile's outputs, once it has been scanned.
+template <class Of, int kMethod, class T>
+__device__ __forceinline__ void read_sums(const T* sums, const RowItem<Of>& item, T* y) {
+  if constexpr (!keeps_parts(kMethod)) return read_quad(sums + item.slot(), y);
+  const T* from = sums + item.row * Of::kLanes * Of::kRowPitch + item.four * 4;
+  read_quad(from, y);
+#pragma unroll
+  for (int part = 1; part < Of::kLanes; ++part) {
+    T more[4];
+    read_quad(from + part * Of::kRowPitch, more);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y[i] += more[i];
+  }
+}
+
 // Skip connection and gate, on the way out of shared memory.
-template <class Of, bool kComplex, class Scalar>
+template <class Of, int kMethod, bool kComplex, class Scalar>
 __device__ __forceinline__ void write_outputs(const Args& args, const Place& place, int first,
                                               const RowSources<Of, Scalar>& out,
                                               const Acc<Scalar>* sums,
@@ -188,7 +208,7 @@ __device__ __forceinline__ void write_outputs(const Args& args, const Place& pla
     const RowItem<Of> item(k);
     if (!item.exists() || !place.has(item.row)) continue;
     T y[4], value[4];
-    read_quad(sums + item.slot(), y);
+    read_sums<Of, kMethod>(sums, item, y);
     numbers_of(u.at[k], p, value);
 #pragma unroll
     for (int i = 0; i < 4; ++i) y[i] = (kComplex ? T(2) : T(1)) * y[i] + skip.at[k] * value[i];
@@ -242,18 +262,21 @@ __device__ __forceinline__ void give(const Lane<Of>& lane, bool exists, T* y, T*
   for (int i = 0; i < kKeptSums<Of::kLanes>; ++i) to[i] = y[i];
 }
 
-// Scans the tile that lies in shared memory; leaves the sums over states where the inputs were. A four is summed while the
-// next one is scanned, so that nobody waits for the shuffles.
+// Scans the tile that lies in shared memory; leaves the outputs in `sums`. A four is summed while the next one is scanned, so
+// that nobody waits for the shuffles.
 template <bool kSummarises, bool kIsNear, class Of, int kMethod, int kMatrix, class V>
 __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane, int first,
-                                          const V* matrices, Real<V>* rows, MatrixReader of_B,
-                                          MatrixReader of_C, Channel<Of, kMethod, V>& channel,
-                                          Kept<V>& kept) {
+                                          const V* matrices, const Real<V>* rows, Real<V>* sums,
+                                          MatrixReader of_B, MatrixReader of_C,
+                                          Channel<Of, kMethod, V>& channel, Kept<V>& kept) {
   using T = Real<V>;
   const Problem& p = args.problem;
   const int end = min_of(first + Of::kTile, int(p.length));
+  constexpr bool kParts = keeps_parts(kMethod);
+  constexpr int kUnrolled = kIsNear ? 2 : 1;
+  sums += kParts ? int(threadIdx.x) % kWarpSize * Of::kRowPitch
+                 : lane.row * Of::kRowPitch + sums_first<Of::kLanes>(lane.part);
   rows += lane.row * Of::kRowPitch;
-  T* sums = rows + Of::kRows * Of::kRowPitch + sums_first<Of::kLanes>(lane.part);
   Readings<Of, kMethod, V> in;
   in.template read<kSummarises>(rows, matrices, matrices + kMatrix, of_B, of_C);
   T before[4] = {T(0), T(0), T(0), T(0)};
@@ -267,7 +290,7 @@ __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane
       kept.states += p.states;
     }
     const int stop = min_of(start + kCheckpoint, end);
-#pragma unroll 1
+#pragma unroll kUnrolled
     for (int position = start; position < stop; position += 4) {
       T y[4];
       scan_four<kSummarises, kIsNear>(in, channel, y);
@@ -277,13 +300,17 @@ __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane
       // What lies behind the tile is read and not used: a branch here costs a tenth of the time.
       in.template read<kSummarises>(rows, matrices, matrices + kMatrix, of_B, of_C);
       if constexpr (kSummarises) continue;
-      give(lane, position > first, before, sums - 4);
+      if constexpr (kParts) {
+        write_quad(sums, y);
+      } else {
+        give(lane, position > first, before, sums - 4);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) before[i] = y[i];
+        for (int i = 0; i < 4; ++i) before[i] = y[i];
+      }
       sums += 4;
     }
   }
-  if constexpr (!kSummarises) give(lane, true, before, sums - 4);
+  if constexpr (!kSummarises && !kParts) give(lane, true, before, sums - 4);
 }
 
 // Blocks that a multiprocessor should hold: 16 warps with 128 registers a lane, or 12 with 168 where a lane has more states.
@@ -310,8 +337,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
   extern __shared__ uint4 memory[];
   const Problem& p = args.problem;
   V* matrices = reinterpret_cast<V*>(memory);
-  T* rows =
-      reinterpret_cast<T*>(matrices + 2 * kMatrix) + threadIdx.x / kWarpSize * OfSteps::kNumbers;
+  T* rows = reinterpret_cast<T*>(matrices + 2 * kMatrix) +
+            threadIdx.x / kWarpSize * warp_numbers<Of, OfSteps, kMethod>;
+  T* sums = rows + (keeps_parts(kMethod) ? OfSteps::kNumbers : OfSteps::kArray);
 
   const u32 panels = panels_of<Of>(p), blocks = u32(p.batch) * u32(p.groups) * panels;
   const int split = int(blockIdx.x / blocks);
@@ -354,12 +382,12 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
     if (first >= begin) {
       if (p.z.data != nullptr && !kSummarises) z.load(of_z, p, first);
       near_or_far<kMethod, V>(is_near, [&](auto near) {
-        scan_tile<kSummarises, near.value, Of, kMethod, kMatrix>(args, lane, first, matrices, rows,
-                                                                 of_B, of_C, channel, kept);
+        scan_tile<kSummarises, near.value, Of, kMethod, kMatrix>(
+            args, lane, first, matrices, rows, sums, of_B, of_C, channel, kept);
       });
       __syncwarp();
       if constexpr (!kSummarises) {
-        write_outputs<Of, kComplex>(args, place, first, out, rows + OfSteps::kArray, skip, u, z);
+        write_outputs<Of, kMethod, kComplex>(args, place, first, out, sums, skip, u, z);
       }
     }
     // Of two tiles of B and C nobody reads the one that is written now: all have passed the barrier after it.
