@@ -49,7 +49,7 @@ template <class Of, int kMethod, class V>
 struct Readings {
   using T = Real<V>;
   static constexpr int kMore = ahead_of(kMethod);
-  T d[4], x[4 + kMore], ratio[4];
+  T d[4], x[4 + kMore], inverse[4], part[4];
   V B[Of::kStates][4 + kMore], C[Of::kStates][4];
 
   // `rows`: where the channel's four lies in the rows of steps.
@@ -60,7 +60,10 @@ struct Readings {
     read_quad(rows, d);
     read_quad(rows + kArray, x);
     if constexpr (kMore > 0) x[4] = rows[kArray + 4];
-    if constexpr (neighbour_of(kMethod) != 0) read_quad(rows + 2 * kArray, ratio);
+    if constexpr (neighbour_of(kMethod) != 0) {
+      read_quad(rows + 2 * kArray, inverse);
+      read_quad(rows + 3 * kArray, part);
+    }
 #pragma unroll
     for (int s = 0; s < Of::kStates; ++s) {
       of_B.template read<Of>(B_memory, s, B[s], kMore > 0);
@@ -78,16 +81,19 @@ __device__ __forceinline__ void scan_four(const Readings<Of, kMethod, V>& in,
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     y[i] = T(0);
-    const T ratio = neighbour_of(kMethod) != 0 ? in.ratio[i] : T(1);
+    Uneven<T> uneven = {T(1), T(1), T(1)};
+    if constexpr (neighbour_of(kMethod) != 0) {
+      uneven = {reciprocal_of(in.inverse[i]), in.inverse[i], in.part[i]};
+    }
 #pragma unroll
     for (int s = 0; s < Of::kStates; ++s) {
       const int at = i + ahead_of(kMethod);
       channel.window[s].push(in.x[at] * in.B[s][at]);
       const auto& rate = channel.rate[s];
       V& state = channel.state[s];
-      state = stepped<kIsNear>(state, in.d[i], rate, ratio, channel.window[s].at);
+      state = stepped<kIsNear>(state, in.d[i], rate, uneven, channel.window[s].at);
       if constexpr (kSummarises && !has_exponential_alpha(kMethod)) {
-        channel.product[s] = coefficients(in.d[i], rate, ratio).alpha * channel.product[s];
+        channel.product[s] = coefficients(in.d[i], rate, T(1)).alpha * channel.product[s];
       }
       if constexpr (!kSummarises) y[i] += inner(in.C[s][i], conjugate(state));
     }

@@ -19,6 +19,33 @@ struct Sums {
   T u[4], d[4], y[4], ratio[4];
 };
 
+// A step, and its derivatives by z and by the ratio.
+template <int kMethod, class V>
+struct Walked {
+  Coefficients<kMethod, V> c;
+  V held, state, by_z, by_ratio;
+};
+template <bool kIsNear, int kMethod, class V>
+__device__ __forceinline__ Walked<kMethod, V> walked(V state, Real<V> d, Rate<kMethod, V> rate,
+                                                     Real<V> ratio, const V* v) {
+  Walked<kMethod, V> w = {};
+  if constexpr (kIsNear && neighbour_of(kMethod) == 0) {
+    V lag[taps_of(kMethod)];
+    w.c = coefficients_and_lag<kMethod>(d * rate.a, lag);
+    w.held = held_of<kMethod>(w.c.weight, v);
+    w.state = w.c.alpha * state + d * w.held;
+    w.by_z = w.state - d * held_of<kMethod>(lag, v);
+  } else {
+    const auto s = slopes(d, rate, ratio);
+    w.c = s.value;
+    w.held = held_of<kMethod>(w.c.weight, v);
+    w.state = w.c.alpha * state + d * w.held;
+    w.by_z = s.by_z.alpha * state + d * held_of<kMethod>(s.by_z.weight, v);
+    if constexpr (neighbour_of(kMethod) != 0) w.by_ratio = held_of<kMethod>(s.by_ratio, v);
+  }
+  return w;
+}
+
 // Four positions of one state, from the adjoint state behind them: adds to the sums and to the gradient of A, and leaves
 // the gradients of B and C in `shared`.
 template <bool kIsNear, int kMethod, class V>
@@ -45,16 +72,14 @@ __device__ __forceinline__ void walk_state(const RowFour<kMethod, Real<V>>& in, 
       of_z[i] = before;
       before = alpha[i] * before + (in.d[i] * in.u[i]) * B[i];
     } else {
-      const auto s = slopes_at<kIsNear>(in.d[i], rate, in.ratio[i]);
-      alpha[i] = s.value.alpha;
-      held[i] = held_of<kMethod>(s.value.weight, v + i);
-      of_z[i] = s.by_z.alpha * before + in.d[i] * held_of<kMethod>(s.by_z.weight, v + i);
-      if constexpr (neighbour_of(kMethod) != 0) {
-        of_ratio[i] = held_of<kMethod>(s.by_ratio, v + i);
-      }
+      const auto step = walked<kIsNear>(before, in.d[i], rate, in.ratio[i], v + i);
+      alpha[i] = step.c.alpha;
+      held[i] = step.held;
+      of_z[i] = step.by_z;
+      of_ratio[i] = step.by_ratio;
 #pragma unroll
-      for (int j = 0; j < kTaps; ++j) weight[i][j] = s.value.weight[j];
-      before = alpha[i] * before + in.d[i] * held[i];
+      for (int j = 0; j < kTaps; ++j) weight[i][j] = step.c.weight[j];
+      before = step.state;
     }
     sums.y[i] += inner(C[kAhead + i], conjugate(before));
     shared[4 + i] = (kFactor * in.g[i]) * conjugate(before);
@@ -211,7 +236,7 @@ struct Walk {
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          state[s] = stepped<kIsNear>(state[s], in.d[i], rate, in.ratio[i], v + i);
+          state[s] = stepped<kIsNear>(state[s], in.d[i], rate, uneven_of(in.ratio[i]), v + i);
         }
       }
     }
@@ -490,7 +515,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
       const Walk<Of, Scalar, kMethod, kVariable, V> walk = {
           args, place, lane, rows, own.B + part, own.C + part, own.kept, n0, fours, first};
       bool is_near = false;
-      if constexpr (has_near<kMethod, V>) is_near = walk.is_near(carried);
+      if constexpr (is_flat<kMethod, V>) is_near = walk.is_near(carried);
       near_or_far<kMethod, V>(is_near, [&](auto near) {
         walk.template advance<near.value>(carried);
         walk.template go_back<near.value>(carried);
