@@ -268,21 +268,21 @@ __device__ __forceinline__ void give(const Lane<Of>& lane, bool exists, T* y, T*
   for (int i = 0; i < kKeptSums<Of::kLanes>; ++i) to[i] = y[i];
 }
 
-// Scans the tile that lies in shared memory; leaves the outputs in `sums`. A four is summed while the next one is scanned, so
+// Scans the tile that lies in shared memory; leaves the outputs kSums behind the rows. A four is summed while the next one is scanned, so
 // that nobody waits for the shuffles.
-template <bool kSummarises, bool kIsNear, class Of, int kMethod, int kMatrix, class V>
+template <bool kSummarises, bool kIsNear, class Of, int kMethod, int kMatrix, int kSums, class V>
 __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane, int first,
-                                          const V* matrices, const Real<V>* rows, Real<V>* sums,
-                                          MatrixReader of_B, MatrixReader of_C,
-                                          Channel<Of, kMethod, V>& channel, Kept<V>& kept) {
+                                          const V* matrices, Real<V>* rows, MatrixReader of_B,
+                                          MatrixReader of_C, Channel<Of, kMethod, V>& channel,
+                                          Kept<V>& kept) {
   using T = Real<V>;
   const Problem& p = args.problem;
   const int end = min_of(first + Of::kTile, int(p.length));
   constexpr bool kParts = keeps_parts(kMethod);
   constexpr int kUnrolled = kIsNear ? 2 : 1;
-  sums += kParts ? int(threadIdx.x) % kWarpSize * Of::kRowPitch
-                 : lane.row * Of::kRowPitch + sums_first<Of::kLanes>(lane.part);
+  T* parts = rows + kSums + int(threadIdx.x) % kWarpSize * Of::kRowPitch;
   rows += lane.row * Of::kRowPitch;
+  T* sums = kParts ? parts : rows + kSums + sums_first<Of::kLanes>(lane.part);
   Readings<Of, kMethod, V> in;
   in.template read<kSummarises>(rows, matrices, matrices + kMatrix, of_B, of_C);
   T before[4] = {T(0), T(0), T(0), T(0)};
@@ -319,18 +319,21 @@ __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane
   if constexpr (!kSummarises && !kParts) give(lane, true, before, sums - 4);
 }
 
-// Blocks that a multiprocessor should hold: 16 warps with 128 registers a lane, or 12 with 168 where a lane has more states.
-template <class T, bool kComplex, int kWarps, int kStates>
+// Blocks that a multiprocessor should hold: 16 warps with 128 registers a lane, or 12 with 168 where a lane has more states or
+// where parts of long tiles leave no shared memory for more.
+template <class T, int kMethod, bool kComplex, int kWarps, int kStates, int kRowBytes>
 __device__ constexpr int resident_blocks() {
   if (sizeof(T) == 8 || kComplex || kStates > 4) return 1;
-  return (kStates > 2 ? 12 : 16) / kWarps;
+  const bool is_wide = kStates > 2 || (keeps_parts(kMethod) && kRowBytes > 128);
+  return (is_wide ? 12 : 16) / kWarps;
 }
 
 // Grid: one-dimensional; for each split, batch and group the panels of channels.
 template <class Scalar, int kMethod, bool kComplex, bool kSummarises, int kWarps, int kLanes,
           int kStates, int kRowBytes>
-__global__ void __launch_bounds__(kWarps* kWarpSize,
-                                  resident_blocks<Acc<Scalar>, kComplex, kWarps, kStates>())
+__global__ void __launch_bounds__(
+    kWarps* kWarpSize,
+    resident_blocks<Acc<Scalar>, kMethod, kComplex, kWarps, kStates, kRowBytes>())
     forward(const Args args) {
   using T = Acc<Scalar>;
   using V = State<Scalar, kComplex>;
@@ -339,13 +342,13 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
   using OfB = MatrixFours<Of, Scalar, V, (ahead_of(kMethod) > 0)>;
   using OfC = MatrixFours<Of, Scalar, V, false>;
   constexpr int kTile = Of::kTile, kTiles = matrix_tiles(Of::kPadded);
+  constexpr int kSums = keeps_parts(kMethod) ? OfSteps::kNumbers : OfSteps::kArray;
   constexpr int kMatrix = matrix_numbers(Of::kThreads, kLanes, kStates, kTile, sizeof(V));
   extern __shared__ uint4 memory[];
   const Problem& p = args.problem;
   V* matrices = reinterpret_cast<V*>(memory);
   T* rows = reinterpret_cast<T*>(matrices + 2 * kMatrix) +
             threadIdx.x / kWarpSize * warp_numbers<Of, OfSteps, kMethod>;
-  T* sums = rows + (keeps_parts(kMethod) ? OfSteps::kNumbers : OfSteps::kArray);
 
   const u32 panels = panels_of<Of>(p), blocks = u32(p.batch) * u32(p.groups) * panels;
   const int split = int(blockIdx.x / blocks);
@@ -388,12 +391,12 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
     if (first >= begin) {
       if (p.z.data != nullptr && !kSummarises) z.load(of_z, p, first);
       near_or_far<kMethod, V>(is_near, [&](auto near) {
-        scan_tile<kSummarises, near.value, Of, kMethod, kMatrix>(
-            args, lane, first, matrices, rows, sums, of_B, of_C, channel, kept);
+        scan_tile<kSummarises, near.value, Of, kMethod, kMatrix, kSums>(
+            args, lane, first, matrices, rows, of_B, of_C, channel, kept);
       });
       __syncwarp();
       if constexpr (!kSummarises) {
-        write_outputs<Of, kMethod, kComplex>(args, place, first, out, sums, skip, u, z);
+        write_outputs<Of, kMethod, kComplex>(args, place, first, out, rows + kSums, skip, u, z);
       }
     }
     // Of two tiles of B and C nobody reads the one that is written now: all have passed the barrier after it.

@@ -338,17 +338,23 @@ struct RowSums {
   T D, bias, waiting, slope;
 };
 
-// conj(alpha) lambda of the position behind a split: out of that behind the last one and the summaries of the splits
-// behind.
+// conj(alpha) lambda of the position behind the last one.
+template <class V>
+__device__ __forceinline__ V last_adjoint(const BackwardArgs& args, i64 at) {
+  return args.grad_last_state != nullptr ? static_cast<const V*>(args.grad_last_state)[at]
+                                         : number<V>(0);
+}
+
+// That behind a split, out of the summaries of the splits behind.
 template <class V>
 __device__ __forceinline__ V entering_adjoint(const BackwardArgs& args, i64 row, int split, int n) {
   const Problem& p = args.problem;
   const i64 at = row * p.states + n, all = p.batch * p.dim * p.states;
-  V adjoint = number<V>(0);
-  if (args.grad_last_state != nullptr) adjoint = static_cast<const V*>(args.grad_last_state)[at];
+  if (split == args.splits - 1) return last_adjoint<V>(args, at);
+  V adjoint = static_cast<const V*>(args.behind_last)[at];
   const V* maps = static_cast<const V*>(args.summaries) + 2 * at;
 #pragma unroll 1
-  for (i64 s = args.splits - 1; s > split; --s) {
+  for (i64 s = args.splits - 3; s >= split; --s) {
     adjoint = maps[2 * s * all] * adjoint + maps[2 * s * all + 1];
   }
   return adjoint;
@@ -550,14 +556,19 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
     if (!is_row || n >= p.states) continue;
     const Carry<V>& c = carry[i / kStates][i % kStates];
     const i64 at = row * p.states + n, of_split = share.split * p.batch * p.dim * p.states + at;
-    static_cast<V*>(args.grad_A)[of_split] = c.of_A;
+    if (args.adds_A) {
+      add_number(static_cast<V*>(args.grad_A) + weights + n, c.of_A);
+    } else {
+      static_cast<V*>(args.grad_A)[of_split] = c.of_A;
+    }
     if (!kVariable && p.constant_B) static_cast<V*>(args.grad_B)[of_split] = c.of_B;
     if (!kVariable && p.constant_C) static_cast<V*>(args.grad_C)[of_split] = c.of_C;
     if (share.split == 0) static_cast<V*>(args.grad_initial_state)[at] = c.adjoint;
   }
 }
 
-// What each split but the first makes of the adjoint state behind it, one map for each state. A split's positions are
+// What each split but the first makes of the adjoint state behind it: one map for each state, or what the last one makes of
+// the state that is behind it. A split's positions are
 // those that `backward` goes through after the ones that are not its own.
 template <class Scalar, int kMethod, bool kComplex, bool kVariable, int kWarps, int kLanes,
           int kStates>
@@ -575,9 +586,11 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
   const Place& place = share.place;
   const Lane<Of> lane;
   const i64 weights = place.channel_of(lane.row) * p.states;
+  const i64 states = place.row_of(p, lane.row) * p.states;
   V* C = reinterpret_cast<V*>(memory);
   T* rows = reinterpret_cast<T*>(C + Of::kMatrix) + lane.row * Of::kPitch +
             threadIdx.x / kWarpSize * backward_arrays(kMethod, 1) * Of::kArray;
+  const bool is_last = share.split == args.splits - 1;
   const int begin = share.begin * Of::kTile + kBack;
   const int end = min_of(int(p.length), share.end * Of::kTile + kBack);
 #pragma unroll 1
@@ -586,8 +599,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
 #pragma unroll
     for (int s = 0; s < kStates; ++s) {
       const int n = n0 + lane.state(s);
-      a[s] = n < p.states ? static_cast<const V*>(p.A)[weights + n] : number<V>(0);
-      sum[s] = number<V>(0);
+      const bool is_state = n < p.states;
+      a[s] = is_state ? static_cast<const V*>(p.A)[weights + n] : number<V>(0);
+      sum[s] = is_last && is_state ? last_adjoint<V>(args, states + n) : number<V>(0);
       product[s] = number<V>(1);
     }
 #pragma unroll 1
@@ -624,8 +638,12 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
     for (int s = 0; s < kStates; ++s) {
       const int n = n0 + lane.state(s);
       if (!place.has(lane.row) || n >= p.states) continue;
-      const i64 at = (share.split * p.batch * p.dim + place.row_of(p, lane.row)) * p.states + n;
-      V* map = static_cast<V*>(args.summaries) + 2 * at;
+      if (is_last) {
+        static_cast<V*>(args.behind_last)[states + n] = sum[s];
+        continue;
+      }
+      const i64 of_split = i64(share.split - 1) * p.batch * p.dim * p.states;
+      V* map = static_cast<V*>(args.summaries) + 2 * (of_split + states + n);
       map[0] = product[s];
       map[1] = sum[s];
     }

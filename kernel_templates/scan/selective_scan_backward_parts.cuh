@@ -310,6 +310,16 @@ __device__ __forceinline__ void write_shared(V* row, int first, const Problem& p
   }
 }
 
+template <class V>
+__device__ __forceinline__ void add_number(V* to, V value) {
+  using T = Real<V>;
+  const T* numbers = reinterpret_cast<const T*>(&value);
+#pragma unroll
+  for (int i = 0; i < int(sizeof(V) / sizeof(T)); ++i) {
+    atomicAdd(reinterpret_cast<T*>(to) + i, numbers[i]);
+  }
+}
+
 // Sums what the warps have left of the gradients of B and C of states n0 ... and sends it to memory. Every thread of the
 // block must call, after a barrier.
 template <class Of, class V>
