@@ -94,8 +94,9 @@ std::int64_t shared_bytes(const Forward::Problem& p, const Tunables& t) {
   const std::int64_t matrix =
       selective_scan::matrix_numbers(static_cast<int>(t.warps * kWarp), static_cast<int>(t.lanes),
                                      static_cast<int>(t.states), tile, number);
-  const std::int64_t rows =
-      channels_of(t) * selective_scan::step_arrays(static_cast<int>(p.statics.method));
+  const auto method = static_cast<int>(p.statics.method);
+  const std::int64_t rows = channels_of(t) * selective_scan::step_arrays(method) +
+                            (selective_scan::keeps_parts(method) ? t.warps * kWarp : 0);
   const std::int64_t row_numbers =
       rows * selective_scan::pitch_of(tile, real) + t.warps * selective_scan::kBehind;
   return 2 * matrix * number + row_numbers * real;
@@ -500,20 +501,28 @@ Tensor split_states(const ScanBackwardPlan& p) {
   return empty(p.inputs.u, p.inputs.wide(), {p.args.splits, numbers});
 }
 
-// Where a matrix's gradient is summed: that of each split and batch for a constant one, otherwise of each part.
-Tensor matrix_sums(const ScanBackwardPlan& p, const Tensor& result, bool constant,
-                   std::int64_t parts) {
-  if (constant) return split_states(p);
-  if (parts == 0) {
-    if (p.inputs.dtype() == p.inputs.wide()) {
-      Tensor sums = result;
-      torch::stable::zero_(sums);
-      return sums;
-    }
-    return zeros(result, p.inputs.wide(), shape_of(result));
-  }
-  return zeros(result, p.inputs.wide(), {parts, result.numel()});
+// Where the gradient of a variable matrix is summed: it itself where `parts` is 0.
+Tensor matrix_sums(const ScanBackwardPlan& p, const Tensor& result, std::int64_t parts) {
+  if (parts > 0) return zeros(result, p.inputs.wide(), {parts, result.numel()});
+  Tensor sums = result;
+  torch::stable::zero_(sums);
+  return sums;
 }
+
+// Sums that blocks add to in a half type, in one tensor, which one launch clears.
+class Cleared {
+ public:
+  Cleared(const Tensor& like, std::int64_t numbers)
+      : all_(zeros(like, ScalarType::Float, {numbers})) {}
+  Tensor part(const Tensor& result) {
+    const std::int64_t first = std::exchange(used_, used_ + result.numel());
+    return torch::stable::narrow(all_, 0, first, result.numel());
+  }
+
+ private:
+  Tensor all_;
+  std::int64_t used_ = 0;
+};
 
 }  // namespace
 
@@ -523,18 +532,28 @@ ScanSums make_sums(ScanBackwardPlan& p, std::int64_t parts) {
     return empty(p.inputs.u, p.inputs.wide(),
                  {weight ? p.args.splits * problem.batch : 0, problem.dim});
   };
-  ScanSums sums{.A = split_states(p),
-                .B = matrix_sums(p, p.gradients.B, problem.constant_B, parts),
-                .C = matrix_sums(p, p.gradients.C, problem.constant_C, parts),
+  const ScanGradients& g = p.gradients;
+  const bool is_half = p.inputs.dtype() != p.inputs.wide(), adds = parts == 0;
+  Cleared cleared(p.inputs.u, adds && is_half ? g.A.numel() + g.B.numel() + g.C.numel() : 0);
+  const auto matrix = [&](const Tensor& result, bool constant) {
+    if (constant) return split_states(p);
+    return adds && is_half ? cleared.part(result) : matrix_sums(p, result, parts);
+  };
+  // Packs of B and C come first, so that they are aligned.
+  ScanSums sums{.B = matrix(g.B, problem.constant_B),
+                .C = matrix(g.C, problem.constant_C),
+                .A = adds && is_half ? cleared.part(g.A) : split_states(p),
                 .D = of_batches(p.inputs.D),
                 .delta_bias = of_batches(p.inputs.delta_bias),
-                .direct = parts == 0 && p.inputs.dtype() == p.inputs.wide()};
+                .direct = adds && !is_half,
+                .adds_A = adds && is_half};
   p.args.grad_A = sums.A.mutable_data_ptr();
   p.args.grad_B = sums.B.mutable_data_ptr();
   p.args.grad_C = sums.C.mutable_data_ptr();
   p.args.grad_D = p.inputs.D ? sums.D.mutable_data_ptr() : nullptr;
   p.args.grad_delta_bias = p.inputs.delta_bias ? sums.delta_bias.mutable_data_ptr() : nullptr;
-  p.args.adds = parts == 0;
+  p.args.adds = adds;
+  p.args.adds_A = sums.adds_A;
   return sums;
 }
 
@@ -551,7 +570,7 @@ SumArgs sums_of(const ScanBackwardPlan& p, const ScanSums& sums, std::int64_t pa
                           .parts = count,
                           .narrow = narrow};
   };
-  add(sums.A, p.gradients.A, rows, false);
+  add(sums.A, p.gradients.A, sums.adds_A ? 1 : rows, false);
   add(sums.D, p.gradients.D, rows, false);
   add(sums.delta_bias, p.gradients.delta_bias, rows, false);
   const std::int64_t variable = std::max<std::int64_t>(parts, 1);
@@ -760,16 +779,23 @@ void launch_backward(const CudaPlace& place, ScanBackwardPlan& p, const ScanSums
   const auto matrix = [&](std::size_t offset, const Tensor& tensor, bool constant) {
     return constant ? writes(offset, tensor) : updates(offset, tensor);
   };
-  constexpr std::size_t kSummaries = offsetof(BackwardArgs, summaries);
-  const std::int64_t maps = p.args.splits > 1 ? p.args.splits : 0;
+  constexpr std::size_t kSummaries = offsetof(BackwardArgs, summaries),
+                        kBehindLast = offsetof(BackwardArgs, behind_last);
+  const std::int64_t maps = std::max<std::int64_t>(p.args.splits - 2, 0);
   const Tensor summaries = empty(in.u, in.wide(), {maps, 2 * p.gradients.initial_state.numel()});
+  const Tensor behind_last = maps > 0 ? empty_states(in) : p.gradients.initial_state;
   p.args.summaries = summaries.mutable_data_ptr();
-  if (maps > 0) {
+  p.args.behind_last = behind_last.mutable_data_ptr();
+  const bool is_split = p.args.splits > 1;
+  if (is_split) {
     summarise_kernel.run(
         place, backward_statics_of(in), sizes, p.args,
         {reads(kOffsetU, in.u), reads(kOffsetDelta, in.delta), reads_if(kOffsetZ, in.z),
          reads(kOffsetA, in.A), reads(kOffsetC, in.C), reads_if(kOffsetBias, in.delta_bias),
-         reads(offsetof(BackwardArgs, grad_out), p.grad_out), scratch(kSummaries, summaries)});
+         reads(offsetof(BackwardArgs, grad_out), p.grad_out),
+         reads_if(offsetof(BackwardArgs, grad_last_state), p.grad_last_state),
+         scratch(kBehindLast, behind_last),
+         maps > 0 ? scratch(kSummaries, summaries) : unused(kSummaries)});
   }
   backward_kernel.run(
       place, backward_statics_of(in), sizes, p.args,
@@ -784,12 +810,13 @@ void launch_backward(const CudaPlace& place, ScanBackwardPlan& p, const ScanSums
        reads(offsetof(BackwardArgs, grad_out), p.grad_out),
        reads_if(offsetof(BackwardArgs, grad_last_state), p.grad_last_state),
        reads(offsetof(BackwardArgs, checkpoints), p.checkpoints),
+       is_split ? reads(kBehindLast, behind_last) : unused(kBehindLast),
        maps > 0 ? reads(kSummaries, summaries) : unused(kSummaries),
        writes(offsetof(BackwardArgs, grad_u), p.gradients.u),
        writes(offsetof(BackwardArgs, grad_delta), p.gradients.delta),
        output(offsetof(BackwardArgs, grad_z), p.gradients.z),
        writes(offsetof(BackwardArgs, grad_initial_state), p.gradients.initial_state),
-       writes(offsetof(BackwardArgs, grad_A), sums.A),
+       matrix(offsetof(BackwardArgs, grad_A), sums.A, !sums.adds_A),
        output(offsetof(BackwardArgs, grad_D), sums.D),
        output(offsetof(BackwardArgs, grad_delta_bias), sums.delta_bias),
        matrix(offsetof(BackwardArgs, grad_B), sums.B, in.problem.constant_B),

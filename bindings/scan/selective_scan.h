@@ -54,8 +54,9 @@ struct ScanBackwardPlan {
 
 // `parts`: how many tensors take the gradients of variable B and C; 0: the blocks of a launch add to one.
 struct ScanSums {
-  Tensor A, B, C, D, delta_bias;
+  Tensor B, C, A, D, delta_bias;
   bool direct;  // whether B and C are the results already
+  bool adds_A;  // whether A is one sum
 };
 ScanSums make_sums(ScanBackwardPlan& plan, std::int64_t parts);
 

@@ -334,7 +334,7 @@ TORCHKILN_HD Coefficients<kMethod, V> coefficients(Real<V> d, Rate<kMethod, V> r
 
 // Whether a rule has cheaper coefficients where z is near 0.
 template <int kMethod, class V>
-constexpr bool has_near = is_float<V> && top_of(kMethod) > 0 && neighbour_of(kMethod) == 0;
+constexpr bool has_near = is_float<V> && top_of(kMethod) > 0;
 
 // kIsNear: d * a is in [kNear, 0].
 template <bool kIsNear, int kMethod, class V>
@@ -357,10 +357,30 @@ TORCHKILN_HD V held_of(const V* weight, const V* v) {
   return sum;
 }
 
+// The ratio of a step's neighbour to the step, 1 / ratio and 2 / (1 + ratio): all are 1 where steps are equal.
+template <class T>
+struct Uneven {
+  T ratio, inverse, part;
+};
+template <class T>
+TORCHKILN_HD Uneven<T> uneven_of(T ratio) {
+  return {ratio, reciprocal_of(ratio), T(2) * reciprocal_of(T(1) + ratio)};
+}
+
+// The second derivative of the parabola through three samples, in units of the step.
+template <int kMethod, class T>
+TORCHKILN_HD T bend_of(const T* v, Uneven<T> uneven) {
+  const T before = v[1] - v[0], behind = v[2] - v[1];
+  if constexpr (neighbour_of(kMethod) > 0) return uneven.part * (uneven.inverse * behind - before);
+  if constexpr (neighbour_of(kMethod) < 0) return uneven.part * (behind - uneven.inverse * before);
+  return behind - before;
+}
+
 // The state behind a step by its increment, without alpha or weights: the terms of Taylor's series that precede the last phi,
 // and what remains.
 template <int kMethod>
-TORCHKILN_HD float stepped_near(float state, float d, float a, const float* v) {
+TORCHKILN_HD float stepped_near(float state, float d, float a, Uneven<float> uneven,
+                                const float* v) {
   const float z = d * a;
   const float phi = phi_near<top_of(kMethod)>(z).at[top_of(kMethod)];
   if constexpr (kMethod == kZoh) {
@@ -369,7 +389,7 @@ TORCHKILN_HD float stepped_near(float state, float d, float a, const float* v) {
     constexpr int kBegin = back_of(kMethod) - 1;
     const float slope = a * state + v[kBegin], rise = v[kBegin + 1] - v[kBegin];
     if constexpr (taps_of(kMethod) == 2) return state + d * (slope + phi * (z * slope + rise));
-    const float bend = (v[2] - v[1]) - (v[1] - v[0]);
+    const float bend = bend_of<kMethod>(v, uneven);
     const float change = z * slope + (rise - 0.5f * bend);
     return state + d * ((slope + 0.5f * change) + phi * (z * change + bend));
   }
@@ -377,11 +397,12 @@ TORCHKILN_HD float stepped_near(float state, float d, float a, const float* v) {
 
 // The state behind a step. The one sample of rules with one is multiplied by d. kIsNear: d * a is in [kNear, 0].
 template <bool kIsNear, int kMethod, class V>
-TORCHKILN_HD V stepped(V state, Real<V> d, Rate<kMethod, V> rate, Real<V> ratio, const V* v) {
+TORCHKILN_HD V stepped(V state, Real<V> d, Rate<kMethod, V> rate, Uneven<Real<V>> uneven,
+                       const V* v) {
   if constexpr (kIsNear) {
-    return stepped_near<kMethod>(state, d, rate.a, v);
+    return stepped_near<kMethod>(state, d, rate.a, uneven, v);
   } else {
-    const auto c = coefficients(d, rate, ratio);
+    const auto c = coefficients(d, rate, uneven.ratio);
     const V held = held_of<kMethod>(c.weight, v);
     return c.alpha * state + (taps_of(kMethod) == 1 ? held : d * held);
   }
@@ -458,14 +479,30 @@ TORCHKILN_HD Slopes<kMethod, V> slopes(Real<V> d, Rate<kMethod, V> rate, Real<V>
   }
 }
 
-// kIsNear: d * a is in [kNear, 0].
-template <bool kIsNear, int kMethod, class V>
-TORCHKILN_HD Slopes<kMethod, V> slopes_at(Real<V> d, Rate<kMethod, V> rate, Real<V> ratio) {
-  if constexpr (kIsNear) {
-    return slopes_of_phi<kMethod>(phi_near<top_of(kMethod) + 1>(d * rate.a), ratio);
-  } else {
-    return slopes(d, rate, ratio);
+// alpha and the weights where z is in [kNear, 0], and the weights of what the derivative of a step by z has less than the step:
+// sum_j w_j' v_{k+j} = sum_j (w_j - lag_j) v_{k+j}, as phi_j' = phi_j - j phi_{j+1}.
+template <int kMethod>
+TORCHKILN_HD Coefficients<kMethod, float> coefficients_and_lag(float z, float* lag) {
+  constexpr int kTop = top_of(kMethod);
+  const Phi<kTop + 1, float> phi = phi_near<kTop + 1>(z);
+  if constexpr (kMethod == kZoh) {
+    lag[0] = phi.at[2];
+  } else if constexpr (kMethod == kFoh) {
+    lag[1] = 2.0f * phi.at[3];
+    lag[0] = phi.at[2] - lag[1];
+  } else if constexpr (kMethod == kPoly) {
+    lag[2] = add_times(-phi.at[3], 3.0f, phi.at[4]);
+    lag[1] = 2.0f * (phi.at[3] - lag[2]);
+    lag[0] = add_times(phi.at[2], -2.0f, phi.at[3]) + lag[2];
+  } else if constexpr (kMethod == kHighorder) {
+    lag[0] = add_times(-phi.at[3], 3.0f, phi.at[4]);
+    lag[1] = add_times(phi.at[2], -6.0f, phi.at[4]);
+    lag[2] = add_times(phi.at[3], 3.0f, phi.at[4]);
   }
+  Coefficients<kMethod, float> c;
+  c.alpha = phi.at[0];
+  weights_of_phi<kMethod>(phi.at, 1.0f, c.weight);
+  return c;
 }
 
 // With alpha known already.

@@ -49,7 +49,7 @@ template <class Of, int kMethod, class V>
 struct Readings {
   using T = Real<V>;
   static constexpr int kMore = ahead_of(kMethod);
-  T d[4], x[4 + kMore], ratio[4];
+  T d[4], x[4 + kMore], inverse[4], part[4];
   V B[Of::kStates][4 + kMore], C[Of::kStates][4];
 
   // `rows`: where the channel's four lies in the rows of steps.
@@ -60,7 +60,10 @@ struct Readings {
     read_quad(rows, d);
     read_quad(rows + kArray, x);
     if constexpr (kMore > 0) x[4] = rows[kArray + 4];
-    if constexpr (neighbour_of(kMethod) != 0) read_quad(rows + 2 * kArray, ratio);
+    if constexpr (neighbour_of(kMethod) != 0) {
+      read_quad(rows + 2 * kArray, inverse);
+      read_quad(rows + 3 * kArray, part);
+    }
 #pragma unroll
     for (int s = 0; s < Of::kStates; ++s) {
       of_B.template read<Of>(B_memory, s, B[s], kMore > 0);
@@ -78,16 +81,19 @@ __device__ __forceinline__ void scan_four(const Readings<Of, kMethod, V>& in,
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     y[i] = T(0);
-    const T ratio = neighbour_of(kMethod) != 0 ? in.ratio[i] : T(1);
+    Uneven<T> uneven = {T(1), T(1), T(1)};
+    if constexpr (neighbour_of(kMethod) != 0) {
+      uneven = {reciprocal_of(in.inverse[i]), in.inverse[i], in.part[i]};
+    }
 #pragma unroll
     for (int s = 0; s < Of::kStates; ++s) {
       const int at = i + ahead_of(kMethod);
       channel.window[s].push(in.x[at] * in.B[s][at]);
       const auto& rate = channel.rate[s];
       V& state = channel.state[s];
-      state = stepped<kIsNear>(state, in.d[i], rate, ratio, channel.window[s].at);
+      state = stepped<kIsNear>(state, in.d[i], rate, uneven, channel.window[s].at);
       if constexpr (kSummarises && !has_exponential_alpha(kMethod)) {
-        channel.product[s] = coefficients(in.d[i], rate, ratio).alpha * channel.product[s];
+        channel.product[s] = coefficients(in.d[i], rate, T(1)).alpha * channel.product[s];
       }
       if constexpr (!kSummarises) y[i] += inner(in.C[s][i], conjugate(state));
     }
@@ -172,8 +178,28 @@ struct Nearness {
   }
 };
 
+// Numbers of a warp's memory: rows of what Steps writes, then those of the lanes' parts of outputs.
+template <class Of, class OfSteps, int kMethod>
+constexpr int warp_numbers =
+    OfSteps::kNumbers + (keeps_parts(kMethod) ? kWarpSize * Of::kRowPitch : 0);
+
+// A four of a tile's outputs, once it has been scanned.
+template <class Of, int kMethod, class T>
+__device__ __forceinline__ void read_sums(const T* sums, const RowItem<Of>& item, T* y) {
+  if constexpr (!keeps_parts(kMethod)) return read_quad(sums + item.slot(), y);
+  const T* from = sums + item.row * Of::kLanes * Of::kRowPitch + item.four * 4;
+  read_quad(from, y);
+#pragma unroll
+  for (int part = 1; part < Of::kLanes; ++part) {
+    T more[4];
+    read_quad(from + part * Of::kRowPitch, more);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y[i] += more[i];
+  }
+}
+
 // Skip connection and gate, on the way out of shared memory.
-template <class Of, bool kComplex, class Scalar>
+template <class Of, int kMethod, bool kComplex, class Scalar>
 __device__ __forceinline__ void write_outputs(const Args& args, const Place& place, int first,
                                               const RowSources<Of, Scalar>& out,
                                               const Acc<Scalar>* sums,
@@ -188,7 +214,7 @@ __device__ __forceinline__ void write_outputs(const Args& args, const Place& pla
     const RowItem<Of> item(k);
     if (!item.exists() || !place.has(item.row)) continue;
     T y[4], value[4];
-    read_quad(sums + item.slot(), y);
+    read_sums<Of, kMethod>(sums, item, y);
     numbers_of(u.at[k], p, value);
 #pragma unroll
     for (int i = 0; i < 4; ++i) y[i] = (kComplex ? T(2) : T(1)) * y[i] + skip.at[k] * value[i];
@@ -242,9 +268,9 @@ __device__ __forceinline__ void give(const Lane<Of>& lane, bool exists, T* y, T*
   for (int i = 0; i < kKeptSums<Of::kLanes>; ++i) to[i] = y[i];
 }
 
-// Scans the tile that lies in shared memory; leaves the sums over states where the inputs were. A four is summed while the
-// next one is scanned, so that nobody waits for the shuffles.
-template <bool kSummarises, bool kIsNear, class Of, int kMethod, int kMatrix, class V>
+// Scans the tile that lies in shared memory; leaves the outputs kSums behind the rows. A four is summed while the next one is scanned, so
+// that nobody waits for the shuffles.
+template <bool kSummarises, bool kIsNear, class Of, int kMethod, int kMatrix, int kSums, class V>
 __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane, int first,
                                           const V* matrices, Real<V>* rows, MatrixReader of_B,
                                           MatrixReader of_C, Channel<Of, kMethod, V>& channel,
@@ -252,8 +278,11 @@ __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane
   using T = Real<V>;
   const Problem& p = args.problem;
   const int end = min_of(first + Of::kTile, int(p.length));
+  constexpr bool kParts = keeps_parts(kMethod);
+  constexpr int kUnrolled = kIsNear ? 2 : 1;
+  T* parts = rows + kSums + int(threadIdx.x) % kWarpSize * Of::kRowPitch;
   rows += lane.row * Of::kRowPitch;
-  T* sums = rows + Of::kRows * Of::kRowPitch + sums_first<Of::kLanes>(lane.part);
+  T* sums = kParts ? parts : rows + kSums + sums_first<Of::kLanes>(lane.part);
   Readings<Of, kMethod, V> in;
   in.template read<kSummarises>(rows, matrices, matrices + kMatrix, of_B, of_C);
   T before[4] = {T(0), T(0), T(0), T(0)};
@@ -267,7 +296,7 @@ __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane
       kept.states += p.states;
     }
     const int stop = min_of(start + kCheckpoint, end);
-#pragma unroll 1
+#pragma unroll kUnrolled
     for (int position = start; position < stop; position += 4) {
       T y[4];
       scan_four<kSummarises, kIsNear>(in, channel, y);
@@ -277,27 +306,34 @@ __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane
       // What lies behind the tile is read and not used: a branch here costs a tenth of the time.
       in.template read<kSummarises>(rows, matrices, matrices + kMatrix, of_B, of_C);
       if constexpr (kSummarises) continue;
-      give(lane, position > first, before, sums - 4);
+      if constexpr (kParts) {
+        write_quad(sums, y);
+      } else {
+        give(lane, position > first, before, sums - 4);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) before[i] = y[i];
+        for (int i = 0; i < 4; ++i) before[i] = y[i];
+      }
       sums += 4;
     }
   }
-  if constexpr (!kSummarises) give(lane, true, before, sums - 4);
+  if constexpr (!kSummarises && !kParts) give(lane, true, before, sums - 4);
 }
 
-// Blocks that a multiprocessor should hold: 16 warps with 128 registers a lane, or 12 with 168 where a lane has more states.
-template <class T, bool kComplex, int kWarps, int kStates>
+// Blocks that a multiprocessor should hold: 16 warps with 128 registers a lane, or 12 with 168 where a lane has more states or
+// where parts of long tiles leave no shared memory for more.
+template <class T, int kMethod, bool kComplex, int kWarps, int kStates, int kRowBytes>
 __device__ constexpr int resident_blocks() {
   if (sizeof(T) == 8 || kComplex || kStates > 4) return 1;
-  return (kStates > 2 ? 12 : 16) / kWarps;
+  const bool is_wide = kStates > 2 || (keeps_parts(kMethod) && kRowBytes > 128);
+  return (is_wide ? 12 : 16) / kWarps;
 }
 
 // Grid: one-dimensional; for each split, batch and group the panels of channels.
 template <class Scalar, int kMethod, bool kComplex, bool kSummarises, int kWarps, int kLanes,
           int kStates, int kRowBytes>
-__global__ void __launch_bounds__(kWarps* kWarpSize,
-                                  resident_blocks<Acc<Scalar>, kComplex, kWarps, kStates>())
+__global__ void __launch_bounds__(
+    kWarps* kWarpSize,
+    resident_blocks<Acc<Scalar>, kMethod, kComplex, kWarps, kStates, kRowBytes>())
     forward(const Args args) {
   using T = Acc<Scalar>;
   using V = State<Scalar, kComplex>;
@@ -306,12 +342,13 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
   using OfB = MatrixFours<Of, Scalar, V, (ahead_of(kMethod) > 0)>;
   using OfC = MatrixFours<Of, Scalar, V, false>;
   constexpr int kTile = Of::kTile, kTiles = matrix_tiles(Of::kPadded);
+  constexpr int kSums = keeps_parts(kMethod) ? OfSteps::kNumbers : OfSteps::kArray;
   constexpr int kMatrix = matrix_numbers(Of::kThreads, kLanes, kStates, kTile, sizeof(V));
   extern __shared__ uint4 memory[];
   const Problem& p = args.problem;
   V* matrices = reinterpret_cast<V*>(memory);
-  T* rows =
-      reinterpret_cast<T*>(matrices + 2 * kMatrix) + threadIdx.x / kWarpSize * OfSteps::kNumbers;
+  T* rows = reinterpret_cast<T*>(matrices + 2 * kMatrix) +
+            threadIdx.x / kWarpSize * warp_numbers<Of, OfSteps, kMethod>;
 
   const u32 panels = panels_of<Of>(p), blocks = u32(p.batch) * u32(p.groups) * panels;
   const int split = int(blockIdx.x / blocks);
@@ -354,12 +391,12 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
     if (first >= begin) {
       if (p.z.data != nullptr && !kSummarises) z.load(of_z, p, first);
       near_or_far<kMethod, V>(is_near, [&](auto near) {
-        scan_tile<kSummarises, near.value, Of, kMethod, kMatrix>(args, lane, first, matrices, rows,
-                                                                 of_B, of_C, channel, kept);
+        scan_tile<kSummarises, near.value, Of, kMethod, kMatrix, kSums>(
+            args, lane, first, matrices, rows, of_B, of_C, channel, kept);
       });
       __syncwarp();
       if constexpr (!kSummarises) {
-        write_outputs<Of, kComplex>(args, place, first, out, rows + OfSteps::kArray, skip, u, z);
+        write_outputs<Of, kMethod, kComplex>(args, place, first, out, rows + kSums, skip, u, z);
       }
     }
     // Of two tiles of B and C nobody reads the one that is written now: all have passed the barrier after it.

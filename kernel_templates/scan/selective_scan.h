@@ -53,7 +53,7 @@ struct BackwardArgs {
   void* grad_delta;
   void* grad_z;              // or null
   void* grad_initial_state;  // (batch, dim, states)
-  // In the accumulator type; of each batch, to be summed: (batch, dim, states) or (batch, dim).
+  // In the accumulator type; of each split and batch, to be summed: (batch, dim, states) or (batch, dim).
   void* grad_A;
   void* grad_D;           // or null
   void* grad_delta_bias;  // or null
@@ -61,10 +61,13 @@ struct BackwardArgs {
   void* grad_B;
   void* grad_C;
   i64 grad_stride;  // of grad_out: from one position to the next
-  void*
-      summaries;  // (splits, batch, dim, states) pairs: what a split makes of the adjoint state behind it
+  // What splits make of the adjoint state behind them. The last one knows it: (batch, dim, states), in the place of
+  // grad_initial_state where only the first split reads it. Those between it and the first: (splits - 2, batch, dim, states)
+  // pairs.
+  void *behind_last, *summaries;
   i32 splits;  // of the positions, among blocks; each is whole tiles, and none is empty
   i32 adds;    // whether blocks add to one part of variable gradients; otherwise each has its own
+  i32 adds_A;  // whether they add to the gradient of A, too
 };
 
 // Sums of parts: element i of segment s is the sum of from[i + part * count].

@@ -19,6 +19,33 @@ struct Sums {
   T u[4], d[4], y[4], ratio[4];
 };
 
+// A step, and its derivatives by z and by the ratio.
+template <int kMethod, class V>
+struct Walked {
+  Coefficients<kMethod, V> c;
+  V held, state, by_z, by_ratio;
+};
+template <bool kIsNear, int kMethod, class V>
+__device__ __forceinline__ Walked<kMethod, V> walked(V state, Real<V> d, Rate<kMethod, V> rate,
+                                                     Real<V> ratio, const V* v) {
+  Walked<kMethod, V> w = {};
+  if constexpr (kIsNear && neighbour_of(kMethod) == 0) {
+    V lag[taps_of(kMethod)];
+    w.c = coefficients_and_lag<kMethod>(d * rate.a, lag);
+    w.held = held_of<kMethod>(w.c.weight, v);
+    w.state = w.c.alpha * state + d * w.held;
+    w.by_z = w.state - d * held_of<kMethod>(lag, v);
+  } else {
+    const auto s = slopes(d, rate, ratio);
+    w.c = s.value;
+    w.held = held_of<kMethod>(w.c.weight, v);
+    w.state = w.c.alpha * state + d * w.held;
+    w.by_z = s.by_z.alpha * state + d * held_of<kMethod>(s.by_z.weight, v);
+    if constexpr (neighbour_of(kMethod) != 0) w.by_ratio = held_of<kMethod>(s.by_ratio, v);
+  }
+  return w;
+}
+
 // Four positions of one state, from the adjoint state behind them: adds to the sums and to the gradient of A, and leaves
 // the gradients of B and C in `shared`.
 template <bool kIsNear, int kMethod, class V>
@@ -45,16 +72,14 @@ __device__ __forceinline__ void walk_state(const RowFour<kMethod, Real<V>>& in, 
       of_z[i] = before;
       before = alpha[i] * before + (in.d[i] * in.u[i]) * B[i];
     } else {
-      const auto s = slopes_at<kIsNear>(in.d[i], rate, in.ratio[i]);
-      alpha[i] = s.value.alpha;
-      held[i] = held_of<kMethod>(s.value.weight, v + i);
-      of_z[i] = s.by_z.alpha * before + in.d[i] * held_of<kMethod>(s.by_z.weight, v + i);
-      if constexpr (neighbour_of(kMethod) != 0) {
-        of_ratio[i] = held_of<kMethod>(s.by_ratio, v + i);
-      }
+      const auto step = walked<kIsNear>(before, in.d[i], rate, in.ratio[i], v + i);
+      alpha[i] = step.c.alpha;
+      held[i] = step.held;
+      of_z[i] = step.by_z;
+      of_ratio[i] = step.by_ratio;
 #pragma unroll
-      for (int j = 0; j < kTaps; ++j) weight[i][j] = s.value.weight[j];
-      before = alpha[i] * before + in.d[i] * held[i];
+      for (int j = 0; j < kTaps; ++j) weight[i][j] = step.c.weight[j];
+      before = step.state;
     }
     sums.y[i] += inner(C[kAhead + i], conjugate(before));
     shared[4 + i] = (kFactor * in.g[i]) * conjugate(before);
@@ -211,7 +236,7 @@ struct Walk {
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          state[s] = stepped<kIsNear>(state[s], in.d[i], rate, in.ratio[i], v + i);
+          state[s] = stepped<kIsNear>(state[s], in.d[i], rate, uneven_of(in.ratio[i]), v + i);
         }
       }
     }
@@ -313,17 +338,23 @@ struct RowSums {
   T D, bias, waiting, slope;
 };
 
-// conj(alpha) lambda of the position behind a split: out of that behind the last one and the summaries of the splits
-// behind.
+// conj(alpha) lambda of the position behind the last one.
+template <class V>
+__device__ __forceinline__ V last_adjoint(const BackwardArgs& args, i64 at) {
+  return args.grad_last_state != nullptr ? static_cast<const V*>(args.grad_last_state)[at]
+                                         : number<V>(0);
+}
+
+// That behind a split, out of the summaries of the splits behind.
 template <class V>
 __device__ __forceinline__ V entering_adjoint(const BackwardArgs& args, i64 row, int split, int n) {
   const Problem& p = args.problem;
   const i64 at = row * p.states + n, all = p.batch * p.dim * p.states;
-  V adjoint = number<V>(0);
-  if (args.grad_last_state != nullptr) adjoint = static_cast<const V*>(args.grad_last_state)[at];
+  if (split == args.splits - 1) return last_adjoint<V>(args, at);
+  V adjoint = static_cast<const V*>(args.behind_last)[at];
   const V* maps = static_cast<const V*>(args.summaries) + 2 * at;
 #pragma unroll 1
-  for (i64 s = args.splits - 1; s > split; --s) {
+  for (i64 s = args.splits - 3; s >= split; --s) {
     adjoint = maps[2 * s * all] * adjoint + maps[2 * s * all + 1];
   }
   return adjoint;
@@ -490,7 +521,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
       const Walk<Of, Scalar, kMethod, kVariable, V> walk = {
           args, place, lane, rows, own.B + part, own.C + part, own.kept, n0, fours, first};
       bool is_near = false;
-      if constexpr (has_near<kMethod, V>) is_near = walk.is_near(carried);
+      if constexpr (is_flat<kMethod, V>) is_near = walk.is_near(carried);
       near_or_far<kMethod, V>(is_near, [&](auto near) {
         walk.template advance<near.value>(carried);
         walk.template go_back<near.value>(carried);
@@ -525,14 +556,19 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
     if (!is_row || n >= p.states) continue;
     const Carry<V>& c = carry[i / kStates][i % kStates];
     const i64 at = row * p.states + n, of_split = share.split * p.batch * p.dim * p.states + at;
-    static_cast<V*>(args.grad_A)[of_split] = c.of_A;
+    if (args.adds_A) {
+      add_number(static_cast<V*>(args.grad_A) + weights + n, c.of_A);
+    } else {
+      static_cast<V*>(args.grad_A)[of_split] = c.of_A;
+    }
     if (!kVariable && p.constant_B) static_cast<V*>(args.grad_B)[of_split] = c.of_B;
     if (!kVariable && p.constant_C) static_cast<V*>(args.grad_C)[of_split] = c.of_C;
     if (share.split == 0) static_cast<V*>(args.grad_initial_state)[at] = c.adjoint;
   }
 }
 
-// What each split but the first makes of the adjoint state behind it, one map for each state. A split's positions are
+// What each split but the first makes of the adjoint state behind it: one map for each state, or what the last one makes of
+// the state that is behind it. A split's positions are
 // those that `backward` goes through after the ones that are not its own.
 template <class Scalar, int kMethod, bool kComplex, bool kVariable, int kWarps, int kLanes,
           int kStates>
@@ -550,9 +586,11 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
   const Place& place = share.place;
   const Lane<Of> lane;
   const i64 weights = place.channel_of(lane.row) * p.states;
+  const i64 states = place.row_of(p, lane.row) * p.states;
   V* C = reinterpret_cast<V*>(memory);
   T* rows = reinterpret_cast<T*>(C + Of::kMatrix) + lane.row * Of::kPitch +
             threadIdx.x / kWarpSize * backward_arrays(kMethod, 1) * Of::kArray;
+  const bool is_last = share.split == args.splits - 1;
   const int begin = share.begin * Of::kTile + kBack;
   const int end = min_of(int(p.length), share.end * Of::kTile + kBack);
 #pragma unroll 1
@@ -561,8 +599,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
 #pragma unroll
     for (int s = 0; s < kStates; ++s) {
       const int n = n0 + lane.state(s);
-      a[s] = n < p.states ? static_cast<const V*>(p.A)[weights + n] : number<V>(0);
-      sum[s] = number<V>(0);
+      const bool is_state = n < p.states;
+      a[s] = is_state ? static_cast<const V*>(p.A)[weights + n] : number<V>(0);
+      sum[s] = is_last && is_state ? last_adjoint<V>(args, states + n) : number<V>(0);
       product[s] = number<V>(1);
     }
 #pragma unroll 1
@@ -599,8 +638,12 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
     for (int s = 0; s < kStates; ++s) {
       const int n = n0 + lane.state(s);
       if (!place.has(lane.row) || n >= p.states) continue;
-      const i64 at = (share.split * p.batch * p.dim + place.row_of(p, lane.row)) * p.states + n;
-      V* map = static_cast<V*>(args.summaries) + 2 * at;
+      if (is_last) {
+        static_cast<V*>(args.behind_last)[states + n] = sum[s];
+        continue;
+      }
+      const i64 of_split = i64(share.split - 1) * p.batch * p.dim * p.states;
+      V* map = static_cast<V*>(args.summaries) + 2 * (of_split + states + n);
       map[0] = product[s];
       map[1] = sum[s];
     }

@@ -34,11 +34,11 @@ __device__ __forceinline__ constexpr int slot_of(int at) { return at < 0 ? kTile
 // Arrays of rows in a warp's memory. With one panel the results take the places of what has been read.
 template <int kMethod, int kPanels>
 struct Arrays {
-  static constexpr int kSteps = 0, kInputs = 1, kRatios = 2;  // as Steps writes them
-  static constexpr int kGradients = step_arrays(kMethod), kSlopes = kGradients + 1,
+  static constexpr int kSteps = 0, kInputs = 1, kRatios = 2;
+  static constexpr int kGradients = input_arrays(kMethod), kSlopes = kGradients + 1,
                        kGates = kGradients + 2, kOut = kPanels > 1 ? kGradients + 3 : 0;
   static constexpr int kOfSteps = kOut, kOfInputs = kOut + 1, kOfRatios = kOut + 2,
-                       kOutputs = kPanels > 1 ? kOut + step_arrays(kMethod) : kGradients;
+                       kOutputs = kPanels > 1 ? kOut + input_arrays(kMethod) : kGradients;
 };
 
 // ---- sums over lanes ----
@@ -307,6 +307,16 @@ __device__ __forceinline__ void write_shared(V* row, int first, const Problem& p
     } else {
       to[i] = numbers[i];
     }
+  }
+}
+
+template <class V>
+__device__ __forceinline__ void add_number(V* to, V value) {
+  using T = Real<V>;
+  const T* numbers = reinterpret_cast<const T*>(&value);
+#pragma unroll
+  for (int i = 0; i < int(sizeof(V) / sizeof(T)); ++i) {
+    atomicAdd(reinterpret_cast<T*>(to) + i, numbers[i]);
   }
 }
 

@@ -314,8 +314,8 @@ __device__ __forceinline__ void steps_of(T* d, T bias, bool softplus) {
   for (int i = 0; i < 4; ++i) d[i] = softplus_of(d[i]);
 }
 
-// What the recurrence of a warp's channels takes from u and delta: rows of d, of u (or d * u where kScaled), and of the
-// ratios that true-time rules need.
+// What the recurrence of a warp's channels takes from u and delta: rows of d, of u (or d * u where kScaled), and where
+// steps are not equal of 1 / ratio and 2 / (1 + ratio).
 template <class Of, class Scalar, int kMethod, bool kScaled>
 struct Steps {
   using T = Acc<Scalar>;
@@ -351,13 +351,16 @@ struct Steps {
       steps_of(d, bias.at[k], p.softplus);
       if constexpr (kNeighbour != 0) {
         const T other = step_of(T(torchkiln::load(beside.at[k])), bias.at[k], p.softplus);
-        T ratio[4];
+        T inverse[4], part[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int j = i + kNeighbour;
-          ratio[i] = (j < 0 || j == 4 ? other : d[j & 3]) / d[i];
+          const T neighbour = j < 0 || j == 4 ? other : d[j & 3];
+          inverse[i] = d[i] / neighbour;
+          part[i] = T(2) * d[i] / (d[i] + neighbour);
         }
-        write_quad(rows + 2 * kArray + item.slot(), ratio);
+        write_quad(rows + 2 * kArray + item.slot(), inverse);
+        write_quad(rows + 3 * kArray + item.slot(), part);
       }
       const int steps = place.has(item.row) ? int(p.length) - first - item.four * 4 : 0;
 #pragma unroll

@@ -13,8 +13,12 @@ TORCHKILN_HD constexpr int pitch_of(int tile, int number_bytes) { return tile + 
 // Numbers behind the last row that are read and not used: the four behind a tile, and the position behind that.
 constexpr int kBehind = 8;
 
-// Rows that each channel has: steps, inputs, and ratios of steps.
-TORCHKILN_HD constexpr int step_arrays(int method) { return neighbour_of(method) != 0 ? 3 : 2; }
+// Rows that each channel has: steps, inputs, and two that say how long a step's neighbour is.
+TORCHKILN_HD constexpr int step_arrays(int method) { return neighbour_of(method) != 0 ? 4 : 2; }
+
+// Whether lanes leave their parts of a channel's outputs in rows of their own, to be summed on the way out: of the quadratic
+// rules, whose arithmetic takes the time that shuffles would need. Otherwise sums take the places of inputs.
+TORCHKILN_HD constexpr bool keeps_parts(int method) { return taps_of(method) > 2; }
 
 // Tiles that B and C each have: one is written while the other one is still read. So many states need all the room.
 TORCHKILN_HD constexpr int matrix_tiles(int padded_states) { return padded_states > 64 ? 1 : 2; }
@@ -49,10 +53,11 @@ TORCHKILN_HD constexpr int resident_warps(int method, int state_bytes) {
   return method == kMamba ? 16 : 12;
 }
 
-// Rows that each channel has: those of the forward, three of gradients and slopes, and results where these cannot take
-// the places of what they come from.
+// Rows that each channel has: steps, inputs and ratios of steps, three of gradients and slopes, and results where these cannot
+// take the places of what they come from.
+TORCHKILN_HD constexpr int input_arrays(int method) { return neighbour_of(method) != 0 ? 3 : 2; }
 TORCHKILN_HD constexpr int backward_arrays(int method, int panels) {
-  return step_arrays(method) + 3 + (panels > 1 ? step_arrays(method) + 1 : 0);
+  return input_arrays(method) + 3 + (panels > 1 ? input_arrays(method) + 1 : 0);
 }
 
 }  // namespace torchkiln::selective_scan

@@ -246,8 +246,9 @@ def selective_scan(
     Differentiable: u, delta, A, B, C, D, z, delta_bias, initial_state; through both results. A, D,
     delta_bias, initial_state and constant B and C may have any real dtype and are computed with in
     float32 (float64 for float64). Deterministic: forward yes; backward on CUDA adds the gradients
-    of variable B and C by atomics unless `deterministic`, which takes more memory. Autocast:
-    nothing is cast; where u, delta, z and variable B and C differ they get their common dtype.
+    of variable B and C, and in the half types that of A, by atomics unless `deterministic`, which
+    takes more memory. Autocast: nothing is cast; where u, delta, z and variable B and C differ they
+    get their common dtype.
 
     Note:
         Real sums are float32 for the half types. For the gradient a state is kept for every 32

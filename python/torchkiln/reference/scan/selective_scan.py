@@ -299,6 +299,13 @@ def parity() -> Parity:
                 Case(f"trained_{name}", functools.partial(_trained, method=name))
                 for name in ("zoh", "foh", "poly", "highorder")
             ),
+            *(
+                Case(
+                    f"trained_{name}_true_time",
+                    functools.partial(_trained, method=name, true_time=True),
+                )
+                for name in ("poly", "highorder")
+            ),
             *(_reversed(rule, parts) for rule in golden.GOLDEN for parts in (1, 2)),
             *(_golden(rule, parts) for rule in golden.GOLDEN for parts in (1, 2)),
             Case("steep", lambda new: _steep(new)),
@@ -428,15 +435,20 @@ def _example(new: Inputs, rule: tuple[str, bool], parts: int) -> dict[str, objec
     }
 
 
-def _trained(new: Inputs, method: str) -> dict[str, object]:
-    """Steps and A as trained models have them: z from -1.6 to 0."""
+def _trained(new: Inputs, method: str, true_time: bool = False) -> dict[str, object]:
+    """Steps and A as trained models have them: z from -1.6 to 0.
+
+    In true time neighbouring steps differ less, as the weights grow with their ratio.
+    """
     states = 16
+    delta = 0.001 * 100 ** new.uniform(1, 2, 70)
     return {
         **_scan_of(new, 1, 2, 70, states, groups=1),
-        "delta": 0.001 * 100 ** new.uniform(1, 2, 70),
+        "delta": new.uniform(1, 2, 70, low=0.02, high=0.1) if true_time else delta,
         "A": -torch.arange(1.0, states + 1, dtype=torch.float64).repeat(2, 1),
         "delta_softplus": False,
         "discretization": method,
+        "true_time": true_time,
         "without": ("delta_bias",),
     }
 
