@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kSegments* kWarpSize) columns(const Args args)
   const int lane = threadIdx.x % kWarpSize, segment = threadIdx.x / kWarpSize;
   const Index per_outer = Index(args.inner / kVector);
   const Index column = Index(blockIdx.x) * kWarpSize + lane;
-  const Index outer = column / per_outer;
+  const Index outer = divided(column, per_outer);
   const bool is_column = outer < Index(args.outer);  // the others only take part in the barriers
   const i64 begin =
       i64(outer) * args.length * args.inner + i64(column - outer * per_outer) * kVector;

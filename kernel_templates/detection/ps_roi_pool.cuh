@@ -139,20 +139,29 @@ __device__ __forceinline__ void average_cells(const Args& args, i64 region, cons
   }
 }
 
-// Copies maps that lie `step` apart to shared memory, kWidth elements at once, those of all maps in flight together. Those
-// that are not there are zeros: they are read all the same.
+// Copies maps that lie `step` apart to shared memory, kWidth elements at once, those of all maps in flight together. In the
+// place of those that are not there stands the last one: they are read all the same.
 template <int kWidth, int kMaps, int kBlockSize, class Scalar, class Index>
 __device__ __forceinline__ void copy_maps(const Scalar* from, Index step, i32 count, i32 size,
                                           Scalar* to, i32 pitch) {
-#pragma unroll 4
-  for (i32 i = threadIdx.x * kWidth; i < size; i += kBlockSize * kWidth) {
+  struct Cells {
+    Pack<Scalar, kWidth> of_map[kMaps];
+  };
+  const auto load_cells = [&](i32 i) {
+    Cells cells;
 #pragma unroll
     for (int m = 0; m < kMaps; ++m) {
-      Pack<Scalar, kWidth> cells = {};
-      if (m < count) cells = load_pack<kWidth>(from + m * step + i);
-      store_pack<kWidth>(to + m * pitch + i, cells);
+      cells.of_map[m] = load_pack<kWidth>(from + min_of(m, count - 1) * step + i * kWidth);
     }
-  }
+    return cells;
+  };
+  const auto store_cells = [&](i32 i, const Cells& cells) {
+#pragma unroll
+    for (int m = 0; m < kMaps; ++m) {
+      store_pack<kWidth>(to + m * pitch + i * kWidth, cells.of_map[m]);
+    }
+  };
+  at_once<4, kBlockSize>(size / kWidth, load_cells, store_cells);
 }
 
 // Grid: x over groups of kMaps maps, y over groups of regions. Dynamic shared memory: the maps.
@@ -365,7 +374,7 @@ __global__ void __launch_bounds__(kBlockSize) staged_backward(const Args args) {
     const bool listed =
         find_pixels<Scalar, Index, kMaps>(args, own, tile, begin + threadIdx.x, found);
     int total;
-    const int slot = block_exclusive_sum<kBlockSize>(listed ? 1 : 0, partial, total);
+    const int slot = block_exclusive_count<kBlockSize>(listed, partial, total);
     if (listed) fill_entry<Scalar, Index, kMaps>(args, own, found, entries[slot]);
     __syncthreads();
     mark(entries, total, tile, cover);

@@ -137,11 +137,19 @@ __device__ __forceinline__ void add_maximum(const Args& args, i64 region, const 
         gradient[i] =
             exists ? load(static_cast<const Scalar*>(args.bins)[offset + i * kWarpSize]) : T(0);
       }
-#pragma unroll
+#pragma unroll 1
       for (int i = 0; i < kLaneChannels; ++i) {
-        if (winner[i] < 0) continue;
-        const Taps<T> y = sample_taps(window.y, bin_y, winner[i] / window.x.count, r.h);
-        const Taps<T> x = sample_taps(window.x, bin_x, winner[i] % window.x.count, r.w);
+        const i32 sample = winner[0];
+        const T own = gradient[0];
+#pragma unroll
+        for (int k = 1; k < kLaneChannels; ++k) {  // on to the next one; registers have no index
+          winner[k - 1] = winner[k];
+          gradient[k - 1] = gradient[k];
+        }
+        if (sample < 0) continue;
+        const i32 row = sample / window.x.count;
+        const Taps<T> y = sample_taps(window.y, bin_y, row, r.h);
+        const Taps<T> x = sample_taps(window.x, bin_x, sample - row * window.x.count, r.w);
         if (!y.inside || !x.inside) continue;
 #pragma unroll 1
         for (int corner = 0; corner < 4; ++corner) {
@@ -150,7 +158,7 @@ __device__ __forceinline__ void add_maximum(const Args& args, i64 region, const 
           if (local_y < 0 || local_y >= kTileH || local_x < 0 || local_x >= kTileW) continue;
           if (local_y % kWarps != warp) continue;
           tile.sums[(local_y * kTileW + local_x) * tile.kPitch + i * kWarpSize + lane] +=
-              gradient[i] * (corner < 2 ? y.weight_low : y.weight_high) *
+              own * (corner < 2 ? y.weight_low : y.weight_high) *
               (corner % 2 == 0 ? x.weight_low : x.weight_high);
         }
       }
@@ -209,7 +217,7 @@ __device__ __forceinline__ void gather_tile(const AnyArgs& args, const Regions& 
     const bool listed = candidate < r.k && touches(static_cast<const Span*>(args.spans)[candidate],
                                                    at, kTileH, kTileW);
     int total;
-    const int slot = block_exclusive_sum<kBlockSize>(listed ? 1 : 0, tile.partial, total);
+    const int slot = block_exclusive_count<kBlockSize>(listed, tile.partial, total);
     if (listed) tile.list[slot] = i32(candidate - begin);
     __syncthreads();
 #pragma unroll 1

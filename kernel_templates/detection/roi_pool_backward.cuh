@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kBlockSize) scatter(const BackwardArgs args) {
   const i32 width = min_of(kColumns, i32(s.width) - left);
   T* sums = reinterpret_cast<T*>(memory);
   u32* owners = reinterpret_cast<u32*>(sums + bands.height * min_of(kColumns, i32(s.width)));
-#pragma unroll 4
+#pragma unroll 1
   for (i32 i = threadIdx.x; i < height * width; i += kBlockSize) {
     sums[i] = T(0);
     if (kDeterministic) owners[i] = kNobody;
@@ -124,8 +124,9 @@ __global__ void __launch_bounds__(kBlockSize) scatter(const BackwardArgs args) {
   Scalar* grad_input = static_cast<Scalar*>(args.grad_input) +
                        input_offset<Index, false>(s, image, channel, top, left);
   if (width == s.width) {  // the band is one piece
-#pragma unroll 4
-    for (i32 i = threadIdx.x; i < height * width; i += kBlockSize) store(grad_input[i], sums[i]);
+    at_once<4, kBlockSize>(
+        height * width, [&](i32 i) { return sums[i]; },
+        [&](i32 i, T sum) { store(grad_input[i], sum); });
     return;
   }
 #pragma unroll 1
@@ -191,7 +192,7 @@ __device__ __forceinline__ int collect(const BackwardArgs& args, const Tile& til
   }
   const bool touches = !found.rows.is_empty() && !found.columns.is_empty();
   int total;
-  const int place = block_exclusive_sum<kBlockSize>(touches, shared, total);
+  const int place = block_exclusive_count<kBlockSize>(touches, shared, total);
   if (touches) list[place] = found;
   __syncthreads();
   return total;

@@ -156,14 +156,25 @@ __device__ __forceinline__ void exchange(const Args& args, const Patch<T>& patch
 #pragma unroll
   for (int i = 0; i < kVector; ++i) own[i] = value[i];
   __syncwarp();
-  const i32 orientations = i32(args.orientations), at = i32(u32(channel) % u32(orientations));
-  const T* block = own - at;
+  if (active) {
+    const i32 orientations = i32(args.orientations), at = i32(u32(channel) % u32(orientations));
+    // An orientation, and the one that stands there turned; they go on together, each round its circle.
+    i32 place = at, turned = turned_channel(at, patch.turn, orientations);
+    const T* block = own - at;
+    const auto next = [&](i32 orientation) {
+      return orientation + 1 == orientations ? 0 : orientation + 1;
+    };
+    T first = block[turned];
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    if (!active) break;
-    const i32 first = turned_channel(at + i, patch.turn, orientations);
-    const i32 second = turned_channel(at + i, patch.turn - 1, orientations);
-    value[i] = (T(1) - patch.blend) * block[first] + patch.blend * block[second];
+    for (int i = 0; i < kVector; ++i) {
+      const i32 after = next(turned);
+      const T second = block[after];
+      value[i] = (T(1) - patch.blend) * first + patch.blend * second;
+      place = next(place);
+      if (place == 0) block += orientations;
+      turned = after;
+      first = place == 0 ? block[turned] : second;
+    }
   }
   __syncwarp();
 }
@@ -219,7 +230,7 @@ __device__ __forceinline__ void forward(const Args& args) {
         __syncthreads();
       }
       if (!active) continue;
-#pragma unroll 2
+#pragma unroll 1
       for (i32 sample = 0; sample < count; ++sample) {
         const Pixels pixels = table.pixels[u32(sample) * bins + bin];
         const Weights<T>& weights = table.weights[u32(sample) * bins + bin];
@@ -484,7 +495,7 @@ __device__ __forceinline__ void gather(const Args& args) {
     int total;
     if (threadIdx.x == 0) tile.most = 0;
     // Its barriers are also those between the readers of a table and the writers of the next one.
-    const int slot = block_exclusive_sum<kBlockSize>(listed ? 1 : 0, tile.partial, total);
+    const int slot = block_exclusive_count<kBlockSize>(listed, tile.partial, total);
     if (listed) {
       tile.patches[slot] = patch;
       tile.listed[slot] = i32(threadIdx.x);
