@@ -134,16 +134,15 @@ __device__ __forceinline__ void merge_boxes(const Args& args) {
   using Key = SortKey<kKeyWords<Scalar, kClasses>>;
   const int order = kClasses ? blockIdx.y : 0;
   const Key* keys = static_cast<const Key*>(args.keys) + order * args.n;
-  const i64 item = (i64(blockIdx.x) * kBlockSize + threadIdx.x) / kLanes;
-  const i64 at = min_of(item, args.n - 1);  // no early return: the sums below need every lane
+  const u32 n = u32(args.n), item = blockIdx.x * (kBlockSize / kLanes) + threadIdx.x / kLanes;
+  const u32 at = min_of(item, n - 1);  // no early return: the sums below need every lane
   const Key key = keys[at];
   u32 place = 0, first = 0;
 #pragma unroll 1
-  for (i64 tile = threadIdx.x % kLanes; tile * kTile < args.n; tile += kLanes) {
-    const i64 begin = tile * kTile;
-    const int count = int(min_of(args.n - begin, i64(kTile)));
-    const bool own = tile == at / kTile;
-    place += own ? u32(at - begin) : u32(count_less(keys + begin, count, key));
+  for (u32 tile = threadIdx.x % kLanes; tile <= (n - 1) / kTile; tile += kLanes) {
+    const u32 begin = tile * kTile;
+    const int count = int(min_of(n - begin, u32(kTile)));
+    place += tile == at / kTile ? at - begin : u32(count_less(keys + begin, count, key));
     if (kClasses && order == 1) first += count_less(keys + begin, count, class_begin(key));
   }
 #pragma unroll
@@ -151,7 +150,7 @@ __device__ __forceinline__ void merge_boxes(const Args& args) {
     place += __shfl_xor_sync(0xffffffffu, place, offset);
     if (kClasses) first += __shfl_xor_sync(0xffffffffu, first, offset);
   }
-  if (item < args.n && threadIdx.x % kLanes == 0) {
+  if (item < n && threadIdx.x % kLanes == 0) {
     put<Kind, kClasses>(args, key, order, place, first);
   }
 }

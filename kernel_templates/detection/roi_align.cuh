@@ -224,8 +224,9 @@ __device__ __forceinline__ void average_staged(const StagedTable& table_of_all, 
   extern __shared__ uint4 memory[];
   Scalar* cells = reinterpret_cast<Scalar*>(memory);
   const BandList& list = table_of_all.list;
-  const i32 band = i32(block) % bands.count, plane = i32(block) / bands.count * kMaps;
-  const i32 image = first_image + plane / i32(r.c), channel = plane % i32(r.c);
+  const i32 group = divided(i32(block), bands.count), band = i32(block) - group * bands.count;
+  const i32 plane = group * kMaps, of_level = divided(plane, i32(r.c));
+  const i32 image = first_image + of_level, channel = plane - of_level * i32(r.c);
   const Range part = list.parts[image * list.bands.count + band];
   if (part.is_empty()) return;
   const i32 width = i32(r.w), top = band * bands.step;
@@ -243,7 +244,7 @@ __device__ __forceinline__ void average_staged(const StagedTable& table_of_all, 
   const Index bins = Index(r.pooled_h) * pooled_w, region_size = Index(r.c) * bins;
   Scalar* out = static_cast<Scalar*>(all_bins) + channel * bins;
   const i32 across = min_of(pooled_w, kBlockSize);
-  const i32 first = threadIdx.x / across, step = kBlockSize / across;
+  const i32 first = threadIdx.x / across, step = divided(kBlockSize, across);
   if (first >= step) return;
   const auto* all_weights = static_cast<const QuadWeights<T>*>(table_of_all.weights);
   const QuadPixels* all_pixels = table_of_all.pixels;

@@ -2,7 +2,6 @@
 // lanes on channels; it finds the regions that touch the tile, adds their taps in a fixed order and writes once. No
 // atomics, no zero fill, the same bits every time, float32 sums for half types.
 // spills: up to 32 bytes for wide types and indices, by ptxas' own choice: no kernel asks for a number of blocks.
-// compile time: above 250 ms for maxima, whose winners are found for several channels of a lane
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -196,8 +195,8 @@ __device__ __forceinline__ void gather_tile(const AnyArgs& args, const Regions& 
   using T = Acc<Scalar>;
   using Sums = Tile<T, kTileH, kTileW, kLaneChannels>;
   __shared__ Sums tile;
-  const u32 tiles_x = u32((r.w + kTileW - 1) / kTileW), tiles_y = u32((r.h + kTileH - 1) / kTileH);
-  const u32 chunks = u32((r.c + Sums::kChannels - 1) / Sums::kChannels);
+  const u32 tiles_x = (u32(r.w) + kTileW - 1) / kTileW, tiles_y = (u32(r.h) + kTileH - 1) / kTileH;
+  const u32 chunks = (u32(r.c) + Sums::kChannels - 1) / Sums::kChannels;
   u32 rest = block;
   TileAt at;
   at.channel = i64(rest % chunks) * Sums::kChannels;

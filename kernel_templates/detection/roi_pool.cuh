@@ -359,9 +359,9 @@ __global__ void __launch_bounds__(kBlockSize) staged(const Args args) {
   Table* table = reinterpret_cast<Table*>(memory);
   const Shape& s = args.shape;
   const Bands& bands = args.list.bands;
-  const i32 band = blockIdx.x % bands.count, group = blockIdx.x / bands.count;
-  const i32 groups = i32(s.channels) / kMaps;
-  const i32 image = group / groups, channel = group % groups * kMaps;
+  const i32 group = divided(i32(blockIdx.x), bands.count);
+  const i32 band = i32(blockIdx.x) - group * bands.count, groups = i32(s.channels) / kMaps;
+  const i32 image = divided(group, groups), channel = (group - image * groups) * kMaps;
   const i32 width = i32(s.width), top = band * bands.step;
   const i32 height = min_of(bands.height, i32(s.height) - top);
   const Range part = args.list.parts[image * bands.count + band];
@@ -382,7 +382,7 @@ __global__ void __launch_bounds__(kBlockSize) staged(const Args args) {
   const i32 pooled_width = i32(s.pooled_width), axes = i32(s.pooled_height) + pooled_width;
   const i64 bins = s.pooled_height * pooled_width;
   const i32 across = min_of(pooled_width, kBlockSize);
-  const i32 first = threadIdx.x / across, step = kBlockSize / across;
+  const i32 first = threadIdx.x / across, step = divided(kBlockSize, across);
   if (first >= step) return;
 #pragma unroll 1
   for (i32 i = part.begin + first; i < part.end; i += step) {

@@ -73,8 +73,9 @@ __global__ void __launch_bounds__(kBlockSize) scatter(const BackwardArgs args) {
   extern __shared__ uint4 memory[];
   const Shape& s = args.shape;
   const Bands& bands = args.list.bands;
-  const i32 band = blockIdx.x % bands.count, plane = blockIdx.x / bands.count;
-  const i32 image = plane / i32(s.channels), channel = plane % i32(s.channels);
+  const i32 plane = divided(i32(blockIdx.x), bands.count), channels = i32(s.channels);
+  const i32 band = i32(blockIdx.x) - plane * bands.count;
+  const i32 image = divided(plane, channels), channel = plane - image * channels;
   const i32 top = band * bands.step, left = i32(blockIdx.y) * kColumns;
   const i32 height = min_of(bands.height, i32(s.height) - top);
   const i32 width = min_of(kColumns, i32(s.width) - left);
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(kBlockSize) scatter(const BackwardArgs args) {
 
   const Range part = args.list.parts[image * bands.count + band];
   const i32 pooled_width = i32(s.pooled_width), across = min_of(pooled_width, kBlockSize);
-  const i32 first = threadIdx.x / across, step = kBlockSize / across;
+  const i32 first = threadIdx.x / across, step = divided(kBlockSize, across);
   const Index bins = Index(s.pooled_height) * pooled_width, region_size = Index(s.channels) * bins;
   const Scalar* grad_output = static_cast<const Scalar*>(args.grad_output) + channel * bins;
   const auto* argmax = static_cast<const Code<kCodeBytes>*>(args.argmax) + channel * bins;
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(kBlockSize) scatter(const BackwardArgs args) {
   }
 #pragma unroll 1
   for (i32 i = threadIdx.x; i < height * width; i += kBlockSize) {
-    const i32 y = i / width;
+    const i32 y = divided(i, width);
     store(grad_input[Index(y) * Index(s.width) + (i - y * width)], sums[i]);
   }
 }
@@ -272,9 +273,9 @@ __global__ void __launch_bounds__(kBlockSize) gather(const BackwardArgs args) {
 
   const i32 across = i32((s.width + kTileWidth - 1) / kTileWidth);
   const i32 down = i32((s.height + kTileHeight - 1) / kTileHeight);
-  const i32 row_of_tiles = i32(blockIdx.x) / across;
-  const Tile tile = {row_of_tiles / down, row_of_tiles % down * kTileHeight,
-                     i32(blockIdx.x) % across * kTileWidth};
+  const i32 row_of_tiles = divided(i32(blockIdx.x), across), image = divided(row_of_tiles, down);
+  const Tile tile = {image, (row_of_tiles - image * down) * kTileHeight,
+                     (i32(blockIdx.x) - row_of_tiles * across) * kTileWidth};
   const i64 channel = i64(blockIdx.y) * kBlockSize + warp * kWarpSize + lane;
 #pragma unroll 1
   for (i64 first = 0; first < s.rois; first += kBlockSize) {

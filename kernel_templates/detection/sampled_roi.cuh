@@ -205,7 +205,8 @@ __device__ __forceinline__ void forward(const Args& args) {
   __shared__ T exchanged[kExchanged<Op, kVector> ? kBlockSize * kVector : 1];
   const Part part = part_of<kEntries, kChannels>(args);
   lay_out<Op, kBlockSize>(table, args, part);
-  const i32 h = i32(args.h), w = i32(args.w), most = table.most, chunk = kEntries / part.bins;
+  const i32 h = i32(args.h), w = i32(args.w), most = table.most,
+            chunk = divided(kEntries, part.bins);
   const u32 vectors = u32(part.channels / kVector), bins = u32(part.bins);
 #pragma unroll 1
   for (u32 first = 0; first < bins * vectors; first += kBlockSize) {
@@ -331,7 +332,8 @@ __device__ __forceinline__ void scatter(const Args& args) {
   __shared__ Table<T, kEntries, kMostBins> table;
   const Part part = part_of<kEntries, kChannels>(args);
   lay_out<Op, kBlockSize>(table, args, part);
-  const i32 h = i32(args.h), w = i32(args.w), most = table.most, chunk = kEntries / part.bins;
+  const i32 h = i32(args.h), w = i32(args.w), most = table.most,
+            chunk = divided(kEntries, part.bins);
   const u32 vectors = u32(part.channels / kVector), bins = u32(part.bins);
   const Index stride = Index(args.c);
 #pragma unroll 1
@@ -420,7 +422,7 @@ template <class Op, class Scalar, class Index, int kEntries, int kBlockSize, cla
 __device__ __forceinline__ void add_listed(const Args& args, Tile& tile, Place first, i32 total,
                                            i32 tile_y, i32 tile_x, i64 channel) {
   using T = Acc<Scalar>;
-  const i32 h = i32(args.h), w = i32(args.w), most = tile.most, chunk = kEntries / total;
+  const i32 h = i32(args.h), w = i32(args.w), most = tile.most, chunk = divided(kEntries, total);
   const auto in_tile = [&](i32 y, i32 x) {
     y -= tile_y;
     x -= tile_x;
@@ -469,9 +471,9 @@ template <class Op, class Scalar, class Index, bool kLast, int kEntries, int kBl
 __device__ __forceinline__ void gather(const Args& args) {
   using T = Acc<Scalar>;
   __shared__ TileTable<T, kEntries, kBlockSize> tile;
-  const u32 tiles_x = u32((args.w + kTileSide - 1) / kTileSide);
-  const u32 tiles_y = u32((args.h + kTileSide - 1) / kTileSide);
-  const u32 chunks = u32((args.c + kBlockSize - 1) / kBlockSize);
+  const u32 tiles_x = (u32(args.w) + kTileSide - 1) / kTileSide;
+  const u32 tiles_y = (u32(args.h) + kTileSide - 1) / kTileSide;
+  const u32 chunks = (u32(args.c) + kBlockSize - 1) / kBlockSize;
   u32 rest = blockIdx.x;
   const i64 channel = i64(rest % chunks) * kBlockSize + threadIdx.x;
   rest /= chunks;
