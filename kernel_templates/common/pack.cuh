@@ -80,6 +80,25 @@ __device__ __forceinline__ Pack<Scalar, kCount> read_pack(const Scalar* from) {
   return result;
 }
 
+// For i from the thread's number on, in steps of a block, up to `count`: use(i, load(i)), kTurns loads in flight. The last
+// of them may load again what another one has; a loop for the rest would be as much code once more, and nothing in flight.
+template <int kTurns, int kBlockSize, class Load, class Use>
+__device__ __forceinline__ void at_once(i32 count, const Load& load, const Use& use) {
+#pragma unroll 1
+  for (i32 first = threadIdx.x; first < count; first += kTurns * kBlockSize) {
+    decltype(load(first)) values[kTurns];
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      values[turn] = load(min_of(first + turn * kBlockSize, count - 1));
+    }
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const i32 i = first + turn * kBlockSize;
+      if (i < count) use(i, values[turn]);
+    }
+  }
+}
+
 // Has memory brought into the second cache, where a later load finds it.
 __device__ __forceinline__ void prefetch(const void* from) {
 #if defined(__CUDACC_RTC__)

@@ -31,11 +31,10 @@ struct Axis {
 template <class T>
 TORCHKILN_HD_CALLED Axis<T> axis_of(const void* boxes, i64 type, i64 at, T scale, bool aligned, T u,
                                     T v, T pooled) {
-  const i32 origin = origin_of(rounded_product(load_as_called<T>(boxes, type, at), scale));
+  const auto points = sampled_roi::numbers<T, 8>(boxes, type, at, 2);
+  const i32 origin = origin_of(rounded_product(points.at[0], scale));
   T p[8];
-  for (int i = 0; i < 8; ++i) {
-    p[i] = fused(load_as_called<T>(boxes, type, at + 2 * i), scale, T(-origin));
-  }
+  for (int i = 0; i < 8; ++i) p[i] = fused(points.at[i], scale, T(-origin));
   const T upper = curve(p[0], p[1], p[2], p[3], u);
   const T lower = curve(p[7], p[6], p[5], p[4], u);
   T size = max_of(abs_of(p[0] - p[3]), abs_of(p[7] - p[4]));

@@ -17,8 +17,8 @@ struct Pooled : sampled_roi::Operator {
   TORCHKILN_HD static sampled_roi::Patch<T> patch(const Args& args, i64 group, i64 bin) {
     const i64 row = group * args.bins + bin / 4 * 4;  // four bins and four columns a box
     const int border = int(bin % 4);
-    const T x1 = sampled_roi::number<T>(args, row), y1 = sampled_roi::number<T>(args, row + 1);
-    const T x2 = sampled_roi::number<T>(args, row + 2), y2 = sampled_roi::number<T>(args, row + 3);
+    const auto box = sampled_roi::numbers<T, 4>(args.boxes, args.box_type, row);
+    const T x1 = box.at[0], y1 = box.at[1], x2 = box.at[2], y2 = box.at[3];
     const T across = (x2 - x1) / T(args.samples), down = (y2 - y1) / T(args.samples);
     sampled_roi::Patch<T> p = {};
     p.image = i32(group);

@@ -21,9 +21,10 @@ __global__ void __launch_bounds__(kBlockSize) pairs(const Args args) {
   // A pair is its row and column in the tile; less than a warp of them is left when the next ones come.
   __shared__ u16 queues[kBlockSize / kWarpSize][2 * kWarpSize];
 
-  const i64 tiles = (args.m + kBlockSize - 1) / kBlockSize;
-  const i64 tile = blockIdx.x / tiles;
-  const i64 first_row = tile * kRows, first_column = (blockIdx.x - tile * tiles) * kBlockSize;
+  const u32 tiles = u32((args.m + kBlockSize - 1) / kBlockSize);
+  const u32 tile = blockIdx.x / tiles;
+  const i64 first_row = i64(tile) * kRows;
+  const i64 first_column = i64(blockIdx.x - tile * tiles) * kBlockSize;
   const int height = int(min_of(args.n - first_row, i64(kRows)));
   const int thread = int(threadIdx.x), lane = thread % kWarpSize;
   const bool inside = first_column + thread < args.m;

@@ -27,20 +27,26 @@ __device__ __forceinline__ Pending<T> shuffle_last(const Pending<T>& carry, int 
   return {shuffle_last(carry.sum, width), shuffle_last(int(carry.found), width) != 0};
 }
 
-// kVector neighbouring elements at `offset`, as items.
+// The address `bytes` behind another one: in loops that are unrolled an index would be multiplied anew each time.
+template <class Value>
+__device__ __forceinline__ const Value* at_bytes(const void* from, i64 bytes) {
+  return reinterpret_cast<const Value*>(static_cast<const char*>(from) + bytes);
+}
+
+// kVector neighbouring elements, `bytes` behind the first one, as items.
 template <int kVector, class Scalar, class T>
-__device__ __forceinline__ void load_items(const Args& args, i64 offset,
+__device__ __forceinline__ void load_items(const Args& args, i64 bytes,
                                            typename Forward<T>::Item* items) {
-  const auto x = load_pack<kVector>(static_cast<const Scalar*>(args.input) + offset);
+  const auto x = load_pack<kVector>(at_bytes<Scalar>(args.input, bytes));
 #pragma unroll
   for (int i = 0; i < kVector; ++i) items[i] = {load(x.at[i])};
 }
 template <int kVector, class Scalar, class T>
-__device__ __forceinline__ void load_items(const Args& args, i64 offset,
+__device__ __forceinline__ void load_items(const Args& args, i64 bytes,
                                            typename Backward<T>::Item* items) {
-  const auto x = load_pack<kVector>(static_cast<const Scalar*>(args.input) + offset);
-  const auto pooled = load_pack<kVector>(static_cast<const Scalar*>(args.pooled) + offset);
-  const auto grad = load_pack<kVector>(static_cast<const Scalar*>(args.grad_output) + offset);
+  const auto x = load_pack<kVector>(at_bytes<Scalar>(args.input, bytes));
+  const auto pooled = load_pack<kVector>(at_bytes<Scalar>(args.pooled, bytes));
+  const auto grad = load_pack<kVector>(at_bytes<Scalar>(args.grad_output, bytes));
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     items[i] = {load(grad.at[i]), Backward<T>::is_maximum(load(x.at[i]), load(pooled.at[i]))};
@@ -74,7 +80,7 @@ __global__ void __launch_bounds__(kBlockSize) rows(const Args args) {
     const i64 offset = begin + (kReverse ? args.length - first - kVector : first);
     typename Pass::Item items[kVector];
     for (int i = 0; i < kVector; ++i) items[i] = Pass::no_item();
-    if (is_item) load_items<kVector, Scalar, T>(args, offset, items);
+    if (is_item) load_items<kVector, Scalar, T>(args, offset * i64(sizeof(Scalar)), items);
 
     auto folded = Pass::none();
 #pragma unroll
@@ -110,11 +116,11 @@ __global__ void __launch_bounds__(kSegments* kWarpSize) columns(const Args args)
   const int lane = threadIdx.x % kWarpSize, segment = threadIdx.x / kWarpSize;
   const Index per_outer = Index(args.inner / kVector);
   const Index column = Index(blockIdx.x) * kWarpSize + lane;
-  const Index outer = column / per_outer;
+  const Index outer = divided(column, per_outer);
   const bool is_column = outer < Index(args.outer);  // the others only take part in the barriers
   const i64 begin =
       i64(outer) * args.length * args.inner + i64(column - outer * per_outer) * kVector;
-  const i64 step = kReverse ? -args.inner : args.inner;
+  const i64 step = (kReverse ? -args.inner : args.inner) * i64(sizeof(Scalar));
   Carry carry[kVector];
 #pragma unroll
   for (int i = 0; i < kVector; ++i) carry[i] = Pass::none();
@@ -122,12 +128,15 @@ __global__ void __launch_bounds__(kSegments* kWarpSize) columns(const Args args)
   for (i64 base = 0; base < args.length; base += kSegments * kSteps) {
     const i64 first = base + segment * kSteps;
     const int count = is_column ? int(min_of(args.length - first, i64(kSteps))) : 0;
-    const i64 start = begin + (kReverse ? args.length - 1 - first : first) * args.inner;
+    const i64 place = begin + (kReverse ? args.length - 1 - first : first) * args.inner;
+    const i64 start = place * i64(sizeof(Scalar));
+    i64 bytes = start;
     typename Pass::Item items[kSteps][kVector];
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       for (int i = 0; i < kVector; ++i) items[k][i] = Pass::no_item();
-      if (k < count) load_items<kVector, Scalar, T>(args, start + k * step, items[k]);
+      if (k < count) load_items<kVector, Scalar, T>(args, bytes, items[k]);
+      bytes += step;
     }
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -159,14 +168,14 @@ __global__ void __launch_bounds__(kSegments* kWarpSize) columns(const Args args)
       for (int i = 0; i < kVector; ++i) carry[i] = before[i];
       __syncthreads();  // the next round writes `folded`
     }
+    char* out = static_cast<char*>(args.out) + start;
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       Pack<Scalar, kVector> result;
 #pragma unroll
       for (int i = 0; i < kVector; ++i) store(result.at[i], Pass::step(running[i], items[k][i]));
-      if (k < count) {
-        store_pack<kVector>(static_cast<Scalar*>(args.out) + start + k * step, result);
-      }
+      if (k < count) store_pack<kVector>(reinterpret_cast<Scalar*>(out), result);
+      out += step;
     }
   }
 }

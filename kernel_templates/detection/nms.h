@@ -50,7 +50,7 @@ TORCHKILN_HD bool left_out(const Args& args, i64 row) {
 //   Shape          what the tests need of a box, made once
 //   load           the shape of a row of the input
 //   absent         a shape that suppresses and is suppressed never
-//   area, exceeds  do two shapes overlap by more than the threshold?
+//   area, exceeds  do two shapes overlap by more than the threshold? kCalled: what is long is called
 //   kIsCheap       whether a test is so short that code of several may stand beside each other
 
 template <class Type>
@@ -77,6 +77,7 @@ struct Boxes {
     return {nan, nan, nan, nan};
   }
   static TORCHKILN_HD T area(const Shape& box) { return guarded_area(box); }
+  template <bool kCalled = false>
   static TORCHKILN_HD bool exceeds(const Shape& a, T area_a, const Shape& b, T area_b,
                                    T threshold) {
     return torchkiln::exceeds(a, area_a, b, area_b, threshold);

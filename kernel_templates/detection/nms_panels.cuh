@@ -134,16 +134,15 @@ __device__ __forceinline__ void merge_boxes(const Args& args) {
   using Key = SortKey<kKeyWords<Scalar, kClasses>>;
   const int order = kClasses ? blockIdx.y : 0;
   const Key* keys = static_cast<const Key*>(args.keys) + order * args.n;
-  const i64 item = (i64(blockIdx.x) * kBlockSize + threadIdx.x) / kLanes;
-  const i64 at = min_of(item, args.n - 1);  // no early return: the sums below need every lane
+  const u32 n = u32(args.n), item = blockIdx.x * (kBlockSize / kLanes) + threadIdx.x / kLanes;
+  const u32 at = min_of(item, n - 1);  // no early return: the sums below need every lane
   const Key key = keys[at];
   u32 place = 0, first = 0;
 #pragma unroll 1
-  for (i64 tile = threadIdx.x % kLanes; tile * kTile < args.n; tile += kLanes) {
-    const i64 begin = tile * kTile;
-    const int count = int(min_of(args.n - begin, i64(kTile)));
-    const bool own = tile == at / kTile;
-    place += own ? u32(at - begin) : u32(count_less(keys + begin, count, key));
+  for (u32 tile = threadIdx.x % kLanes; tile <= (n - 1) / kTile; tile += kLanes) {
+    const u32 begin = tile * kTile;
+    const int count = int(min_of(n - begin, u32(kTile)));
+    place += tile == at / kTile ? at - begin : u32(count_less(keys + begin, count, key));
     if (kClasses && order == 1) first += count_less(keys + begin, count, class_begin(key));
   }
 #pragma unroll
@@ -151,15 +150,14 @@ __device__ __forceinline__ void merge_boxes(const Args& args) {
     place += __shfl_xor_sync(0xffffffffu, place, offset);
     if (kClasses) first += __shfl_xor_sync(0xffffffffu, first, offset);
   }
-  if (item < args.n && threadIdx.x % kLanes == 0) {
+  if (item < n && threadIdx.x % kLanes == 0) {
     put<Kind, kClasses>(args, key, order, place, first);
   }
 }
 
 // ---- suppress ------------------------------------------------------------------------------------------------------
 
-constexpr int kNear = 2;     // panels before a panel that are tested ahead of their decision
-constexpr int kChunk = 128;  // kept boxes staged in shared memory at a time
+constexpr int kNear = 2;  // panels before a panel that are tested ahead of their decision
 constexpr u32 kAllLanes = ~u32(0);
 
 // What a block holds. Row i of a mask has bit j set when box j of the other panel would suppress own box i.
@@ -168,13 +166,13 @@ struct Panel {
   using T = typename Kind::T;
   using Shape = typename Kind::Shape;
   static constexpr int kWords = kPanel / kWarpSize;
-  Shape box[kPanel];
-  T area[kPanel];
+  static constexpr int kOthers = kNear * kPanel;  // kept boxes in shared memory at a time
+  // Those of the panels before, oldest first, and then of kept boxes; behind them the own ones.
+  Shape box[kOthers + kPanel];
+  T area[kOthers + kPanel];
   u32 first[kPanel];                    // place where the box's class begins
   u32 mask[1 + kNear][kPanel][kWords];  // against itself, the panel before, the one before that
-  u32 dead[kWords];         // left out for their scores, or suppressed by earlier panels
-  Shape other_box[kChunk];  // staged kept boxes
-  T other_area[kChunk];
+  u32 dead[kWords];                 // left out for their scores, or suppressed by earlier panels
   u32 list[kWarpSize * kWarpSize];  // places of newly decided kept boxes
   int n_list;
   int n_panels;  // how many panels they come from
@@ -193,19 +191,21 @@ __device__ __forceinline__ typename Kind::Shape load_sorted(const Args& args, i6
 
 // Tests own boxes against those of the panel `back` panels before: a warp has 32 of them in its lanes.
 template <int kPanel, int kBlockSize, class Kind>
-__device__ __forceinline__ void test_panel(const Args& args, Panel<Kind, kPanel>& panel, i64 begin,
-                                           int back, typename Kind::T threshold) {
+__device__ __forceinline__ void test_panel(Panel<Kind, kPanel>& panel, i64 begin, int back,
+                                           typename Kind::T threshold) {
   constexpr int kWords = Panel<Kind, kPanel>::kWords;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int word = warp % kWords;
-  const i64 place = begin - i64(back) * kPanel + word * kWarpSize + lane;
-  const auto other = load_sorted<Kind>(args, place);
-  const auto other_area = Kind::area(other);
+  constexpr int kOthers = Panel<Kind, kPanel>::kOthers;
+  const int word = warp % kWords, at = word * kWarpSize + lane - back * kPanel;
+  const i64 place = begin + at;
+  const auto other = panel.box[kOthers + at];
+  const auto other_area = panel.area[kOthers + at];
 #pragma unroll 1
   for (int i = warp / kWords; i < kPanel; i += kBlockSize / kWarpSize / kWords) {
     const bool earlier = place < begin + i && place >= i64(panel.first[i]);
     const bool hit =
-        earlier && Kind::exceeds(other, other_area, panel.box[i], panel.area[i], threshold);
+        earlier && Kind::template exceeds<true>(other, other_area, panel.box[kOthers + i],
+                                                panel.area[kOthers + i], threshold);
     const u32 bits = __ballot_sync(kAllLanes, hit);
     if (lane == 0) panel.mask[back][i][word] = bits;
   }
@@ -255,26 +255,26 @@ __device__ __forceinline__ int collect(const Args& args, Panel<Kind, kPanel>& pa
 template <int kPanel, int kBlockSize, class Kind>
 __device__ __forceinline__ void apply_list(const Args& args, Panel<Kind, kPanel>& panel,
                                            typename Kind::T threshold) {
-  constexpr int kParts = kBlockSize / kPanel;
+  constexpr int kParts = kBlockSize / kPanel, kOthers = Panel<Kind, kPanel>::kOthers;
   constexpr int kUnroll = Kind::kIsCheap ? 2 : 1;
   const int own = threadIdx.x % kPanel, part = threadIdx.x / kPanel;
-  const auto box = panel.box[own];
-  const auto area = panel.area[own];
+  const auto box = panel.box[kOthers + own];
+  const auto area = panel.area[kOthers + own];
   const int n_list = panel.n_list;
   bool hit = panel.dead[own / kWarpSize] >> own % kWarpSize & 1;
 #pragma unroll 1
-  for (int begin = 0; begin < n_list; begin += kChunk) {
-    const int count = min_of(n_list - begin, kChunk);
+  for (int begin = 0; begin < n_list; begin += kOthers) {
+    const int count = min_of(n_list - begin, kOthers);
 #pragma unroll 1
     for (int k = threadIdx.x; k < count; k += kBlockSize) {
-      panel.other_box[k] = load_sorted<Kind>(args, panel.list[begin + k]);
-      panel.other_area[k] = Kind::area(panel.other_box[k]);
+      panel.box[k] = load_sorted<Kind>(args, panel.list[begin + k]);
+      panel.area[k] = Kind::area(panel.box[k]);
     }
     __syncthreads();
     if (!hit) {
 #pragma unroll kUnroll
       for (int k = part; k < count; k += kParts) {
-        hit |= Kind::exceeds(panel.other_box[k], panel.other_area[k], box, area, threshold);
+        hit |= Kind::template exceeds<true>(panel.box[k], panel.area[k], box, area, threshold);
       }
     }
     __syncthreads();
@@ -410,7 +410,7 @@ __device__ __forceinline__ void settle(const Args& args, const Panel<Kind, kPane
 template <class Kind, bool kClasses, int kPanel, int kBlockSize>
 __device__ __forceinline__ void suppress_boxes(const Args& args) {
   using T = typename Kind::T;
-  constexpr int kWords = kPanel / kWarpSize;
+  constexpr int kWords = kPanel / kWarpSize, kOthers = Panel<Kind, kPanel>::kOthers;
   __shared__ Panel<Kind, kPanel> panel;
   const int lane = threadIdx.x % kWarpSize;
   const bool leader = threadIdx.x < kWarpSize;
@@ -421,9 +421,11 @@ __device__ __forceinline__ void suppress_boxes(const Args& args) {
   __syncthreads();
   const i64 index = panel.ticket, begin = index * kPanel;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < kPanel; i += kBlockSize) {
-    panel.box[i] = load_sorted<Kind>(args, begin + i);
-    panel.area[i] = Kind::area(panel.box[i]);
+  for (int at = threadIdx.x; at < kOthers + kPanel; at += kBlockSize) {
+    const int i = at - kOthers;
+    panel.box[at] = load_sorted<Kind>(args, begin + i);
+    panel.area[at] = Kind::area(panel.box[at]);
+    if (i < 0) continue;
     panel.first[i] = kClasses && begin + i < args.n ? args.first[begin + i] : 0;
     if (begin + i < args.n && left_out<typename Kind::Scalar>(args, args.sorted_rows[begin + i])) {
       atomicOr(&panel.dead[i / kWarpSize], u32(1) << i % kWarpSize);
@@ -432,7 +434,7 @@ __device__ __forceinline__ void suppress_boxes(const Args& args) {
   __syncthreads();
 #pragma unroll 1
   for (int back = 0; back <= kNear; ++back) {
-    test_panel<kPanel, kBlockSize>(args, panel, begin, back, threshold);
+    test_panel<kPanel, kBlockSize>(panel, begin, back, threshold);
   }
   __syncthreads();
 

@@ -63,7 +63,7 @@ template <int kMaps>
 __device__ __forceinline__ OwnMaps own_maps(const Regions& r, u32& block) {
   OwnMaps own;
   own.bins = i32(r.pooled_h * r.pooled_w);
-  const i32 outputs = i32(r.c) / own.bins;
+  const i32 outputs = divided(i32(r.c), own.bins);
   const u32 groups = u32(outputs + kMaps - 1) / kMaps;
   own.bin = i32(block % u32(own.bins));
   block /= u32(own.bins);
@@ -71,7 +71,7 @@ __device__ __forceinline__ OwnMaps own_maps(const Regions& r, u32& block) {
   block /= groups;
   own.image = i32(block % u32(r.n));
   block /= u32(r.n);
-  own.row_bin = own.bin / i32(r.pooled_w);
+  own.row_bin = divided(own.bin, i32(r.pooled_w));
   own.column_bin = own.bin - own.row_bin * i32(r.pooled_w);
   own.count = min_of(outputs - own.output, kMaps);
   return own;
@@ -139,20 +139,29 @@ __device__ __forceinline__ void average_cells(const Args& args, i64 region, cons
   }
 }
 
-// Copies maps that lie `step` apart to shared memory, kWidth elements at once, those of all maps in flight together. Those
-// that are not there are zeros: they are read all the same.
+// Copies maps that lie `step` apart to shared memory, kWidth elements at once, those of all maps in flight together. In the
+// place of those that are not there stands the last one: they are read all the same.
 template <int kWidth, int kMaps, int kBlockSize, class Scalar, class Index>
 __device__ __forceinline__ void copy_maps(const Scalar* from, Index step, i32 count, i32 size,
                                           Scalar* to, i32 pitch) {
-#pragma unroll 4
-  for (i32 i = threadIdx.x * kWidth; i < size; i += kBlockSize * kWidth) {
+  struct Cells {
+    Pack<Scalar, kWidth> of_map[kMaps];
+  };
+  const auto load_cells = [&](i32 i) {
+    Cells cells;
 #pragma unroll
     for (int m = 0; m < kMaps; ++m) {
-      Pack<Scalar, kWidth> cells = {};
-      if (m < count) cells = load_pack<kWidth>(from + m * step + i);
-      store_pack<kWidth>(to + m * pitch + i, cells);
+      cells.of_map[m] = load_pack<kWidth>(from + min_of(m, count - 1) * step + i * kWidth);
     }
-  }
+    return cells;
+  };
+  const auto store_cells = [&](i32 i, const Cells& cells) {
+#pragma unroll
+    for (int m = 0; m < kMaps; ++m) {
+      store_pack<kWidth>(to + m * pitch + i * kWidth, cells.of_map[m]);
+    }
+  };
+  at_once<4, kBlockSize>(size / kWidth, load_cells, store_cells);
 }
 
 // Grid: x over groups of kMaps maps, y over groups of regions. Dynamic shared memory: the maps.
@@ -333,8 +342,9 @@ __device__ __forceinline__ void add_entries(const Args& args, const OwnMaps& own
 
 __device__ __forceinline__ OwnTile own_tile(const Regions& r, u32 block) {
   const TileSize size = tile_size(r.h, r.w);
-  const u32 across = u32((r.w + size.width - 1) / size.width);
-  const i32 y = i32(block / across) * size.height, x = i32(block % across) * size.width;
+  const i32 across = divided(i32(r.w) + size.width - 1, size.width);
+  const i32 row = divided(i32(block), across), y = row * size.height;
+  const i32 x = (i32(block) - row * across) * size.width;
   return {y, x, min_of(size.height, i32(r.h) - y), min_of(size.width, i32(r.w) - x)};
 }
 
@@ -365,7 +375,7 @@ __global__ void __launch_bounds__(kBlockSize) staged_backward(const Args args) {
     const bool listed =
         find_pixels<Scalar, Index, kMaps>(args, own, tile, begin + threadIdx.x, found);
     int total;
-    const int slot = block_exclusive_sum<kBlockSize>(listed ? 1 : 0, partial, total);
+    const int slot = block_exclusive_count<kBlockSize>(listed, partial, total);
     if (listed) fill_entry<Scalar, Index, kMaps>(args, own, found, entries[slot]);
     __syncthreads();
     mark(entries, total, tile, cover);
@@ -375,8 +385,8 @@ __global__ void __launch_bounds__(kBlockSize) staged_backward(const Args args) {
     // Neighbouring patches, which are crowded together, go to different warps.
 #pragma unroll 1
     for (i32 patch = warp; patch < patches; patch += kWarps) {
-      const i32 y = patch / across * kPatchH + lane / kPatchW;
-      const i32 x = (patch - patch / across * across) * kPatchW + lane % kPatchW;
+      const i32 row = divided(patch, across), y = row * kPatchH + lane / kPatchW;
+      const i32 x = (patch - row * across) * kPatchW + lane % kPatchW;
       if (y >= tile.height || x >= tile.width) continue;
       T* sums_before = kept + (y * tile.width + x) * kMaps;
       T sums[kMaps];
@@ -404,12 +414,13 @@ __global__ void __launch_bounds__(kBlockSize) forward(const Args args) {
   using T = Acc<Scalar>;
   const Regions& r = args.regions;
   const i32 pooled_h = i32(r.pooled_h), pooled_w = i32(r.pooled_w);
-  const i32 rows_of_bins = i32(r.c) / pooled_w, outputs = rows_of_bins / pooled_h;
-  const i32 image = blockIdx.x / rows_of_bins, row_of_bins = blockIdx.x % rows_of_bins;
-  const i32 output = row_of_bins / pooled_h, row_bin = row_of_bins % pooled_h;
+  const i32 rows_of_bins = divided(i32(r.c), pooled_w), outputs = divided(rows_of_bins, pooled_h);
+  const i32 image = divided(i32(blockIdx.x), rows_of_bins);
+  const i32 row_of_bins = i32(blockIdx.x) - image * rows_of_bins;
+  const i32 output = divided(row_of_bins, pooled_h), row_bin = row_of_bins - output * pooled_h;
   const Index map_size = Index(r.h) * Index(r.w), stride = kLast ? Index(r.c) : 1;
   const Scalar* maps = static_cast<const Scalar*>(args.maps) + Index(image) * Index(r.c) * map_size;
-  const i32 across = min_of(pooled_w, kBlockSize), step = kBlockSize / across;
+  const i32 across = min_of(pooled_w, kBlockSize), step = divided(kBlockSize, across);
   const i32 first = threadIdx.x / across, first_bin = threadIdx.x % across;
   if (first >= step) return;
 #pragma unroll 1

@@ -33,8 +33,8 @@ struct TileSize {
   i32 height, width;
 };
 TORCHKILN_HD i32 even_part(i64 size, i64 most) {
-  const i64 parts = (size + most - 1) / most;
-  return i32((size + parts - 1) / parts);
+  const u32 parts = u32((size + most - 1) / most);
+  return i32((u32(size) + parts - 1) / parts);
 }
 TORCHKILN_HD TileSize tile_size(i64 h, i64 w) {
   return {even_part(h, kMostTileHeight), even_part(w, kMostTileWidth)};

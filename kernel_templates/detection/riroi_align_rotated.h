@@ -14,9 +14,10 @@ struct Pooled : roi_align_rotated::Pooled {
 
   template <class T>
   TORCHKILN_HD static sampled_roi::Patch<T> patch(const Args& args, i64 group, i64 bin) {
-    sampled_roi::Patch<T> p = roi_align_rotated::Pooled::patch<T>(args, group, bin);
+    const auto box = sampled_roi::numbers<T, 6>(args.boxes, args.box_type, group * 6);
+    sampled_roi::Patch<T> p = roi_align_rotated::Pooled::patch_of(args, box, bin);
     // Before an angle is taken the other way round.
-    const T angle = sampled_roi::number<T>(args, group * 6 + 5);
+    const T angle = box.at[5];
     const T per_radian = T(double(args.orientations) / 6.283185307179586);
     const T steps = rounded_product(angle, per_radian);
     const T whole = floor_of(steps), turns = floor_of(whole / T(args.orientations));

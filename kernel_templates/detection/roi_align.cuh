@@ -183,13 +183,13 @@ __device__ __forceinline__ void stage(const Scalar* from, i32 count, Scalar* to)
   i32 done = 0;
   if (reinterpret_cast<u64>(from) % 16 == 0) {
     done = count / kVector * kVector;
-#pragma unroll 4
-    for (i32 i = threadIdx.x; i < count / kVector; i += kBlockSize) {
-      store_pack<kVector>(to + i * kVector, load_pack<kVector>(from + i * kVector));
-    }
+    at_once<4, kBlockSize>(
+        count / kVector, [&](i32 i) { return load_pack<kVector>(from + i * kVector); },
+        [&](i32 i, const Pack<Scalar, kVector>& cells) { store_pack(to + i * kVector, cells); });
   }
-#pragma unroll 4
-  for (i32 i = done + threadIdx.x; i < count; i += kBlockSize) to[i] = from[i];
+  at_once<4, kBlockSize>(
+      count - done, [&](i32 i) { return from[done + i]; },
+      [&](i32 i, Scalar cell) { to[done + i] = cell; });
 }
 
 // A bin that ends below the band, which is rare: out of the whole map.
@@ -224,8 +224,9 @@ __device__ __forceinline__ void average_staged(const StagedTable& table_of_all, 
   extern __shared__ uint4 memory[];
   Scalar* cells = reinterpret_cast<Scalar*>(memory);
   const BandList& list = table_of_all.list;
-  const i32 band = i32(block) % bands.count, plane = i32(block) / bands.count * kMaps;
-  const i32 image = first_image + plane / i32(r.c), channel = plane % i32(r.c);
+  const i32 group = divided(i32(block), bands.count), band = i32(block) - group * bands.count;
+  const i32 plane = group * kMaps, of_level = divided(plane, i32(r.c));
+  const i32 image = first_image + of_level, channel = plane - of_level * i32(r.c);
   const Range part = list.parts[image * list.bands.count + band];
   if (part.is_empty()) return;
   const i32 width = i32(r.w), top = band * bands.step;
@@ -233,7 +234,7 @@ __device__ __forceinline__ void average_staged(const StagedTable& table_of_all, 
   const i32 height = min_of(bands.height, i32(r.h) - top);
   const Index map_size = Index(r.h) * width;
   const Scalar* map = static_cast<const Scalar*>(maps) + plane * map_size;
-#pragma unroll
+#pragma unroll 1
   for (int m = 0; m < kMaps; ++m) {
     stage<kBlockSize>(map + m * map_size + Index(top) * width, height * width, cells + m * pitch);
   }
@@ -243,7 +244,7 @@ __device__ __forceinline__ void average_staged(const StagedTable& table_of_all, 
   const Index bins = Index(r.pooled_h) * pooled_w, region_size = Index(r.c) * bins;
   Scalar* out = static_cast<Scalar*>(all_bins) + channel * bins;
   const i32 across = min_of(pooled_w, kBlockSize);
-  const i32 first = threadIdx.x / across, step = kBlockSize / across;
+  const i32 first = threadIdx.x / across, step = divided(kBlockSize, across);
   if (first >= step) return;
   const auto* all_weights = static_cast<const QuadWeights<T>*>(table_of_all.weights);
   const QuadPixels* all_pixels = table_of_all.pixels;
@@ -324,9 +325,9 @@ __device__ __forceinline__ void average_last(const AnyArgs& args) {
   const u32 vectors = u32(r.c / kVector), pooled_h = u32(r.pooled_h), pooled_w = u32(r.pooled_w);
   const i64 item = i64(blockIdx.x) * kBlockSize + threadIdx.x;
   if (item >= r.k * pooled_h * vectors) return;
-  const Index channel = Index(item % vectors) * kVector;
-  const u32 row_bin = u32(item / vectors % pooled_h);
-  const i64 region = item / vectors / pooled_h;
+  const i64 row = divided(item, i64(vectors)), region = divided(row, i64(pooled_h));
+  const Index channel = Index(item - row * vectors) * kVector;
+  const u32 row_bin = u32(row - region * pooled_h);
   const Table<T> table = table_of<T>(args, region);
   const i32 image = static_cast<const Span*>(args.spans)[region].image;
   const Picture<Scalar> picture = picture_of<Scalar, Index>(args, max_of(image, 0));
@@ -384,9 +385,9 @@ __global__ void __launch_bounds__(kBlockSize) direct(const Args args) {
   if (item >= r.k * r.c * pooled_h * pooled_w) return;
   Index rest = Index(item);
   const auto next = [&](i64 size) {
-    const Index digit = rest % Index(size);
-    rest /= Index(size);
-    return digit;
+    const Index number = rest, of_size = Index(size);
+    rest = divided(number, of_size);
+    return number - rest * of_size;
   };
   const Index inner = kLast ? next(r.c) : 0;
   const Index column_bin = next(pooled_w), row_bin = next(pooled_h);

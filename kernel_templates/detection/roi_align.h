@@ -116,8 +116,12 @@ TORCHKILN_HD i32 pixel_below(const Axis<T>& axis, T position, i64 size) {
 TORCHKILN_HD i32 clamp_count(double value, i32 count) {
   return value > 0 ? (value < double(count) ? i32(value) : count) : 0;
 }
-TORCHKILN_HD_CALLED i32 samples_before(double position, double begin, double step, i32 count) {
-  return clamp_count((position - begin) / step, count);
+struct SampleRange {
+  i32 first, last;
+};
+TORCHKILN_HD_CALLED SampleRange samples_inside(double begin, double step, i64 size, i32 count) {
+  return {clamp_count((-1.0 - 2.0 * step - begin) / step, count),
+          clamp_count((double(size) + 2.0 * step - begin) / step, count)};
 }
 template <class T>
 TORCHKILN_HD void sample_range(const Axis<T>& axis, i64 bin, i64 size, i32& first, i32& last,
@@ -127,9 +131,9 @@ TORCHKILN_HD void sample_range(const Axis<T>& axis, i64 bin, i64 size, i32& firs
   if (axis.count <= 8 || !(axis.step > T(0))) return;
   const double step = double(axis.step);
   const double begin = double(axis.origin) + double(axis.start) + double(bin) * double(axis.bin);
-  first = max_of(samples_before(-1.0 - 2.0 * step, begin, step, axis.count) - spare, 0);
-  last = samples_before(double(size) + 2.0 * step, begin, step, axis.count);
-  last = min_of(last + spare, axis.count);
+  const SampleRange inside = samples_inside(begin, step, size, axis.count);
+  first = max_of(inside.first - spare, 0);
+  last = min_of(inside.last + spare, axis.count);
 }
 
 template <class T>

@@ -8,7 +8,6 @@
 // several share one, each with every second (third, ...) region: the longest lists are what the launch waits for.
 // Maxima, whose pixels differ from channel to channel, have theirs in shared memory.
 // spills: up to 32 bytes for wide types and indices, by ptxas' own choice: no kernel asks for a number of blocks.
-// compile time: above 250 ms for maxima, whose winners are found for several channels of a lane
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -260,11 +259,19 @@ __device__ __forceinline__ void add_maximum(const Args& args, i64 region, const 
         gradient[i] =
             exists ? load(static_cast<const Scalar*>(args.bins)[offset + i * kWarpSize]) : T(0);
       }
-#pragma unroll
+#pragma unroll 1
       for (int i = 0; i < kLaneChannels; ++i) {
-        if (winner[i] < 0) continue;
-        const Taps<T> y = sample_taps(window.y, bin_y, winner[i] / window.x.count, r.h);
-        const Taps<T> x = sample_taps(window.x, bin_x, winner[i] % window.x.count, r.w);
+        const i32 sample = winner[0];
+        const T own = gradient[0];
+#pragma unroll
+        for (int k = 1; k < kLaneChannels; ++k) {  // on to the next one; registers have no index
+          winner[k - 1] = winner[k];
+          gradient[k - 1] = gradient[k];
+        }
+        if (sample < 0) continue;
+        const i32 row = sample / window.x.count;
+        const Taps<T> y = sample_taps(window.y, bin_y, row, r.h);
+        const Taps<T> x = sample_taps(window.x, bin_x, sample - row * window.x.count, r.w);
         if (!y.inside || !x.inside) continue;
 #pragma unroll 1
         for (int corner = 0; corner < 4; ++corner) {
@@ -273,7 +280,7 @@ __device__ __forceinline__ void add_maximum(const Args& args, i64 region, const 
           if (local_y < 0 || local_y >= kTileH || local_x < 0 || local_x >= kTileW) continue;
           if (local_y % kWarps != warp) continue;
           tile.sums[(local_y * kTileW + local_x) * tile.kPitch + i * kWarpSize + lane] +=
-              gradient[i] * (corner < 2 ? y.weight_low : y.weight_high) *
+              own * (corner < 2 ? y.weight_low : y.weight_high) *
               (corner % 2 == 0 ? x.weight_low : x.weight_high);
         }
       }

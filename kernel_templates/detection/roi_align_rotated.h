@@ -12,20 +12,25 @@ using sampled_roi::Args;
 struct Pooled : sampled_roi::Operator {
   template <class T>
   TORCHKILN_HD static sampled_roi::Patch<T> patch(const Args& args, i64 group, i64 bin) {
-    const i64 row = group * 6;
-    const auto at = [&](int column) { return sampled_roi::number<T>(args, row + column); };
+    return patch_of(args, sampled_roi::numbers<T, 6>(args.boxes, args.box_type, group * 6), bin);
+  }
+
+  template <class T>
+  TORCHKILN_HD static sampled_roi::Patch<T> patch_of(const Args& args,
+                                                     const sampled_roi::Numbers<T, 6>& box,
+                                                     i64 bin) {
     const T scale = T(args.spatial_scale), offset = args.aligned ? T(0.5) : T(0);
-    const sampled_roi::Coordinate<T> center_x = sampled_roi::coordinate(at(1), scale, offset);
-    const sampled_roi::Coordinate<T> center_y = sampled_roi::coordinate(at(2), scale, offset);
-    T width = rounded_product(at(3), scale), height = rounded_product(at(4), scale);
+    const sampled_roi::Coordinate<T> center_x = sampled_roi::coordinate(box.at[1], scale, offset);
+    const sampled_roi::Coordinate<T> center_y = sampled_roi::coordinate(box.at[2], scale, offset);
+    T width = rounded_product(box.at[3], scale), height = rounded_product(box.at[4], scale);
     if (!args.aligned) {
       width = width < T(1) ? T(1) : width;
       height = height < T(1) ? T(1) : height;
     }
-    const T angle = args.clockwise ? -at(5) : at(5);
+    const T angle = args.clockwise ? -box.at[5] : box.at[5];
     const T bin_h = height / T(args.pooled_h), bin_w = width / T(args.pooled_w);
     sampled_roi::Patch<T> p = {};
-    p.image = sampled_roi::image_of<T>(args, row);
+    p.image = sampled_roi::image_named(args, box.at[0]);
     p.rows = sampled_roi::sample_count(args, bin_h);
     p.columns = sampled_roi::sample_count(args, bin_w);
     const T step_h = bin_h / T(max_of(p.rows, 1)), step_w = bin_w / T(max_of(p.columns, 1));

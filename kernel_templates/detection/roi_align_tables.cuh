@@ -16,7 +16,8 @@ struct AxisBin {
 template <int kBlockSize>
 __device__ __forceinline__ AxisBin own_bin(const Regions& r, u32 block) {
   const i64 item = i64(block) * kBlockSize + threadIdx.x;
-  const i64 axes = r.pooled_h + r.pooled_w, region = item / axes, bin = item - region * axes;
+  const i64 axes = r.pooled_h + r.pooled_w, region = divided(item, axes),
+            bin = item - region * axes;
   const bool columns = bin >= r.pooled_h;
   return {region, columns ? bin - r.pooled_h : bin, columns};
 }

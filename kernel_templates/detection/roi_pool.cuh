@@ -51,7 +51,8 @@ __global__ void __launch_bounds__(kBlockSize) list(const ListArgs args) {
     return;
   }
   const i32 bins = rows + i32(s.pooled_width);
-  const i64 item = i64(blockIdx.x - lists) * kBlockSize + threadIdx.x, roi = item / bins;
+  const i64 item = i64(blockIdx.x - lists) * kBlockSize + threadIdx.x,
+            roi = divided(item, i64(bins));
   if (roi >= s.rois) return;
   const i32 bin = i32(item - roi * bins);
   const Region<T> region = load_region(boxes, roi, s);
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(kBlockSize) direct(const Args args) {
   const i32 pooled_width = i32(s.pooled_width), bins = i32(s.pooled_height) * pooled_width;
   const i64 item = i64(blockIdx.x) * kBlockSize + threadIdx.x;
   if (item >= s.rois * s.channels * bins) return;
-  const i64 plane = item / bins, roi = plane / s.channels;
+  const i64 plane = divided(item, i64(bins)), roi = divided(plane, s.channels);
   const i32 bin = i32(item - plane * bins), row = quotient(bin, s.inverse_pooled_width);
   const Region<T> region = load_region(static_cast<const T*>(args.boxes), roi, s);
   const Range rows = region.y.bin_of(row), columns = region.x.bin_of(bin - row * pooled_width);
@@ -245,6 +246,7 @@ __device__ __forceinline__ void build_windows(const Scalar* band, i32 height, i3
                                               Key* table) {
   constexpr u32 kAll = 0xffffffffu;
   constexpr i32 kParts = 8, kOwned = kWarpSize - (kWindowSize - 1);
+  constexpr i32 kRows = 4;  // in flight
   const i32 lane = threadIdx.x % kWarpSize, groups = (width + kOwned - 1) / kOwned;
 #pragma unroll 1
   for (i32 unit = threadIdx.x / kWarpSize; unit < groups * kParts; unit += kBlockSize / kWarpSize) {
@@ -259,15 +261,18 @@ __device__ __forceinline__ void build_windows(const Scalar* band, i32 height, i3
       return max_of(key, __shfl_down_sync(kAll, key, 2));
     };
     Key above = across(begin), pairs[2] = {0, 0};
-#pragma unroll 4
-    for (i32 y = begin + 1; y < end + kWindowSize - 1; ++y) {
-      const Key below = across(min_of(y, height - 1));
-      const Key pair = max_of(above, below);
-      const i32 row = y - (kWindowSize - 1);
-      if (owns && row >= begin) table[row * width + x] = max_of(pairs[1], pair);
-      pairs[1] = pairs[0];
-      pairs[0] = pair;
-      above = below;
+#pragma unroll 1
+    for (i32 next = begin + 1; next < end + kWindowSize - 1; next += kRows) {
+#pragma unroll
+      for (i32 y = next; y < next + kRows; ++y) {  // the last ones may lie behind the part
+        const Key below = across(min_of(y, height - 1));
+        const Key pair = max_of(above, below);
+        const i32 row = y - (kWindowSize - 1);
+        if (owns && row >= begin && row < end) table[row * width + x] = max_of(pairs[1], pair);
+        pairs[1] = pairs[0];
+        pairs[0] = pair;
+        above = below;
+      }
     }
   }
 }
@@ -354,9 +359,9 @@ __global__ void __launch_bounds__(kBlockSize) staged(const Args args) {
   Table* table = reinterpret_cast<Table*>(memory);
   const Shape& s = args.shape;
   const Bands& bands = args.list.bands;
-  const i32 band = blockIdx.x % bands.count, group = blockIdx.x / bands.count;
-  const i32 groups = i32(s.channels) / kMaps;
-  const i32 image = group / groups, channel = group % groups * kMaps;
+  const i32 group = divided(i32(blockIdx.x), bands.count);
+  const i32 band = i32(blockIdx.x) - group * bands.count, groups = i32(s.channels) / kMaps;
+  const i32 image = divided(group, groups), channel = (group - image * groups) * kMaps;
   const i32 width = i32(s.width), top = band * bands.step;
   const i32 height = min_of(bands.height, i32(s.height) - top);
   const Range part = args.list.parts[image * bands.count + band];
@@ -377,7 +382,7 @@ __global__ void __launch_bounds__(kBlockSize) staged(const Args args) {
   const i32 pooled_width = i32(s.pooled_width), axes = i32(s.pooled_height) + pooled_width;
   const i64 bins = s.pooled_height * pooled_width;
   const i32 across = min_of(pooled_width, kBlockSize);
-  const i32 first = threadIdx.x / across, step = kBlockSize / across;
+  const i32 first = threadIdx.x / across, step = divided(kBlockSize, across);
   if (first >= step) return;
 #pragma unroll 1
   for (i32 i = part.begin + first; i < part.end; i += step) {

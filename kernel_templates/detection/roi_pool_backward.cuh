@@ -73,14 +73,15 @@ __global__ void __launch_bounds__(kBlockSize) scatter(const BackwardArgs args) {
   extern __shared__ uint4 memory[];
   const Shape& s = args.shape;
   const Bands& bands = args.list.bands;
-  const i32 band = blockIdx.x % bands.count, plane = blockIdx.x / bands.count;
-  const i32 image = plane / i32(s.channels), channel = plane % i32(s.channels);
+  const i32 plane = divided(i32(blockIdx.x), bands.count), channels = i32(s.channels);
+  const i32 band = i32(blockIdx.x) - plane * bands.count;
+  const i32 image = divided(plane, channels), channel = plane - image * channels;
   const i32 top = band * bands.step, left = i32(blockIdx.y) * kColumns;
   const i32 height = min_of(bands.height, i32(s.height) - top);
   const i32 width = min_of(kColumns, i32(s.width) - left);
   T* sums = reinterpret_cast<T*>(memory);
   u32* owners = reinterpret_cast<u32*>(sums + bands.height * min_of(kColumns, i32(s.width)));
-#pragma unroll 4
+#pragma unroll 1
   for (i32 i = threadIdx.x; i < height * width; i += kBlockSize) {
     sums[i] = T(0);
     if (kDeterministic) owners[i] = kNobody;
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(kBlockSize) scatter(const BackwardArgs args) {
 
   const Range part = args.list.parts[image * bands.count + band];
   const i32 pooled_width = i32(s.pooled_width), across = min_of(pooled_width, kBlockSize);
-  const i32 first = threadIdx.x / across, step = kBlockSize / across;
+  const i32 first = threadIdx.x / across, step = divided(kBlockSize, across);
   const Index bins = Index(s.pooled_height) * pooled_width, region_size = Index(s.channels) * bins;
   const Scalar* grad_output = static_cast<const Scalar*>(args.grad_output) + channel * bins;
   const auto* argmax = static_cast<const Code<kCodeBytes>*>(args.argmax) + channel * bins;
@@ -124,13 +125,14 @@ __global__ void __launch_bounds__(kBlockSize) scatter(const BackwardArgs args) {
   Scalar* grad_input = static_cast<Scalar*>(args.grad_input) +
                        input_offset<Index, false>(s, image, channel, top, left);
   if (width == s.width) {  // the band is one piece
-#pragma unroll 4
-    for (i32 i = threadIdx.x; i < height * width; i += kBlockSize) store(grad_input[i], sums[i]);
+    at_once<4, kBlockSize>(
+        height * width, [&](i32 i) { return sums[i]; },
+        [&](i32 i, T sum) { store(grad_input[i], sum); });
     return;
   }
 #pragma unroll 1
   for (i32 i = threadIdx.x; i < height * width; i += kBlockSize) {
-    const i32 y = i / width;
+    const i32 y = divided(i, width);
     store(grad_input[Index(y) * Index(s.width) + (i - y * width)], sums[i]);
   }
 }
@@ -191,7 +193,7 @@ __device__ __forceinline__ int collect(const BackwardArgs& args, const Tile& til
   }
   const bool touches = !found.rows.is_empty() && !found.columns.is_empty();
   int total;
-  const int place = block_exclusive_sum<kBlockSize>(touches, shared, total);
+  const int place = block_exclusive_count<kBlockSize>(touches, shared, total);
   if (touches) list[place] = found;
   __syncthreads();
   return total;
@@ -271,9 +273,9 @@ __global__ void __launch_bounds__(kBlockSize) gather(const BackwardArgs args) {
 
   const i32 across = i32((s.width + kTileWidth - 1) / kTileWidth);
   const i32 down = i32((s.height + kTileHeight - 1) / kTileHeight);
-  const i32 row_of_tiles = i32(blockIdx.x) / across;
-  const Tile tile = {row_of_tiles / down, row_of_tiles % down * kTileHeight,
-                     i32(blockIdx.x) % across * kTileWidth};
+  const i32 row_of_tiles = divided(i32(blockIdx.x), across), image = divided(row_of_tiles, down);
+  const Tile tile = {image, (row_of_tiles - image * down) * kTileHeight,
+                     (i32(blockIdx.x) - row_of_tiles * across) * kTileWidth};
   const i64 channel = i64(blockIdx.y) * kBlockSize + warp * kWarpSize + lane;
 #pragma unroll 1
   for (i64 first = 0; first < s.rois; first += kBlockSize) {

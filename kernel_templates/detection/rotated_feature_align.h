@@ -17,23 +17,23 @@ struct Pooled : sampled_roi::Operator {
   template <class T>
   TORCHKILN_HD static sampled_roi::Patch<T> patch(const Args& args, i64 group, i64 bin) {
     const i64 row = (group * args.bins + bin) * 5;
-    const auto at = [&](int column) { return sampled_roi::number<T>(args, row + column); };
+    const auto box = sampled_roi::numbers<T, 5>(args.boxes, args.box_type, row);
     const T scale = T(args.spatial_scale);
     sampled_roi::Patch<T> p = {};
     p.image = i32(group);
     p.rows = 1;
     p.columns = i32(args.samples);
-    const auto y = sampled_roi::coordinate(at(0), scale, T(0));
-    const auto x = sampled_roi::coordinate(at(1), scale, T(0));
+    const auto y = sampled_roi::coordinate(box.at[0], scale, T(0));
+    const auto x = sampled_roi::coordinate(box.at[1], scale, T(0));
     p.origin_y = y.origin;
     p.origin_x = x.origin;
     p.y = y.rest;
     p.x = x.rest;
     p.share = T(1);
     if (args.samples == 1) return p;
-    const T half_w = at(2) * scale / T(2), half_h = at(3) * scale / T(2);
+    const T half_w = box.at[2] * scale / T(2), half_h = box.at[3] * scale / T(2);
     T sine, cosine;
-    sin_cos_of(at(4), sine, cosine);
+    sin_cos_of(box.at[4], sine, cosine);
     p.column_x = rounded_product(half_w, cosine);
     p.column_y = rounded_product(half_w, sine);
     p.row_x = rounded_product(-half_h, sine);

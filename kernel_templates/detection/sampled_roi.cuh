@@ -156,14 +156,25 @@ __device__ __forceinline__ void exchange(const Args& args, const Patch<T>& patch
 #pragma unroll
   for (int i = 0; i < kVector; ++i) own[i] = value[i];
   __syncwarp();
-  const i32 orientations = i32(args.orientations), at = i32(u32(channel) % u32(orientations));
-  const T* block = own - at;
+  if (active) {
+    const i32 orientations = i32(args.orientations), at = i32(u32(channel) % u32(orientations));
+    // An orientation, and the one that stands there turned; they go on together, each round its circle.
+    i32 place = at, turned = turned_channel(at, patch.turn, orientations);
+    const T* block = own - at;
+    const auto next = [&](i32 orientation) {
+      return orientation + 1 == orientations ? 0 : orientation + 1;
+    };
+    T first = block[turned];
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    if (!active) break;
-    const i32 first = turned_channel(at + i, patch.turn, orientations);
-    const i32 second = turned_channel(at + i, patch.turn - 1, orientations);
-    value[i] = (T(1) - patch.blend) * block[first] + patch.blend * block[second];
+    for (int i = 0; i < kVector; ++i) {
+      const i32 after = next(turned);
+      const T second = block[after];
+      value[i] = (T(1) - patch.blend) * first + patch.blend * second;
+      place = next(place);
+      if (place == 0) block += orientations;
+      turned = after;
+      first = place == 0 ? block[turned] : second;
+    }
   }
   __syncwarp();
 }
@@ -194,7 +205,8 @@ __device__ __forceinline__ void forward(const Args& args) {
   __shared__ T exchanged[kExchanged<Op, kVector> ? kBlockSize * kVector : 1];
   const Part part = part_of<kEntries, kChannels>(args);
   lay_out<Op, kBlockSize>(table, args, part);
-  const i32 h = i32(args.h), w = i32(args.w), most = table.most, chunk = kEntries / part.bins;
+  const i32 h = i32(args.h), w = i32(args.w), most = table.most,
+            chunk = divided(kEntries, part.bins);
   const u32 vectors = u32(part.channels / kVector), bins = u32(part.bins);
 #pragma unroll 1
   for (u32 first = 0; first < bins * vectors; first += kBlockSize) {
@@ -219,7 +231,7 @@ __device__ __forceinline__ void forward(const Args& args) {
         __syncthreads();
       }
       if (!active) continue;
-#pragma unroll 2
+#pragma unroll 1
       for (i32 sample = 0; sample < count; ++sample) {
         const Pixels pixels = table.pixels[u32(sample) * bins + bin];
         const Weights<T>& weights = table.weights[u32(sample) * bins + bin];
@@ -320,7 +332,8 @@ __device__ __forceinline__ void scatter(const Args& args) {
   __shared__ Table<T, kEntries, kMostBins> table;
   const Part part = part_of<kEntries, kChannels>(args);
   lay_out<Op, kBlockSize>(table, args, part);
-  const i32 h = i32(args.h), w = i32(args.w), most = table.most, chunk = kEntries / part.bins;
+  const i32 h = i32(args.h), w = i32(args.w), most = table.most,
+            chunk = divided(kEntries, part.bins);
   const u32 vectors = u32(part.channels / kVector), bins = u32(part.bins);
   const Index stride = Index(args.c);
 #pragma unroll 1
@@ -409,7 +422,7 @@ template <class Op, class Scalar, class Index, int kEntries, int kBlockSize, cla
 __device__ __forceinline__ void add_listed(const Args& args, Tile& tile, Place first, i32 total,
                                            i32 tile_y, i32 tile_x, i64 channel) {
   using T = Acc<Scalar>;
-  const i32 h = i32(args.h), w = i32(args.w), most = tile.most, chunk = kEntries / total;
+  const i32 h = i32(args.h), w = i32(args.w), most = tile.most, chunk = divided(kEntries, total);
   const auto in_tile = [&](i32 y, i32 x) {
     y -= tile_y;
     x -= tile_x;
@@ -458,9 +471,9 @@ template <class Op, class Scalar, class Index, bool kLast, int kEntries, int kBl
 __device__ __forceinline__ void gather(const Args& args) {
   using T = Acc<Scalar>;
   __shared__ TileTable<T, kEntries, kBlockSize> tile;
-  const u32 tiles_x = u32((args.w + kTileSide - 1) / kTileSide);
-  const u32 tiles_y = u32((args.h + kTileSide - 1) / kTileSide);
-  const u32 chunks = u32((args.c + kBlockSize - 1) / kBlockSize);
+  const u32 tiles_x = (u32(args.w) + kTileSide - 1) / kTileSide;
+  const u32 tiles_y = (u32(args.h) + kTileSide - 1) / kTileSide;
+  const u32 chunks = (u32(args.c) + kBlockSize - 1) / kBlockSize;
   u32 rest = blockIdx.x;
   const i64 channel = i64(rest % chunks) * kBlockSize + threadIdx.x;
   rest /= chunks;
@@ -484,7 +497,7 @@ __device__ __forceinline__ void gather(const Args& args) {
     int total;
     if (threadIdx.x == 0) tile.most = 0;
     // Its barriers are also those between the readers of a table and the writers of the next one.
-    const int slot = block_exclusive_sum<kBlockSize>(listed ? 1 : 0, tile.partial, total);
+    const int slot = block_exclusive_count<kBlockSize>(listed, tile.partial, total);
     if (listed) {
       tile.patches[slot] = patch;
       tile.listed[slot] = i32(threadIdx.x);

@@ -59,11 +59,30 @@ TORCHKILN_HD T number(const Args& args, i64 at) {
   return load_as_called<T>(args.boxes, args.box_type, at);
 }
 
-// The image that a region names, -1 for none.
+// kCount of them, `step` apart. They move on as they come, for registers have no index: so the code is there once.
+template <class T, int kCount>
+struct Numbers {
+  T at[kCount];
+};
+template <class T, int kCount>
+TORCHKILN_HD Numbers<T, kCount> numbers(const void* boxes, i64 box_type, i64 at, i64 step = 1) {
+  Numbers<T, kCount> row = {};
+  TORCHKILN_ROLLED
+  for (int i = 0; i < kCount; ++i) {
+    for (int k = 1; k < kCount; ++k) row.at[k - 1] = row.at[k];
+    row.at[kCount - 1] = load_as<T>(boxes, box_type, at + i * step);
+  }
+  return row;
+}
+
+// The image that a region names by a number, -1 for none.
+template <class T>
+TORCHKILN_HD i32 image_named(const Args& args, T image) {
+  return image > T(-1) && image < T(args.n) ? i32(image) : -1;
+}
 template <class T>
 TORCHKILN_HD i32 image_of(const Args& args, i64 at) {
-  const T image = number<T>(args, at);
-  return image > T(-1) && image < T(args.n) ? i32(image) : -1;
+  return image_named(args, number<T>(args, at));
 }
 
 // value * scale - offset, as a pixel and the rest, which is rounded once.

@@ -47,7 +47,7 @@ TORCHKILN_HD Quad<T> quad(const T at[8]) {
     squared = max_of(q.px[i] * q.px[i] + q.py[i] * q.py[i], squared);
   }
   q.x += bad;
-  q.radius = sqrt_of(squared);
+  q.radius = radius_of(squared);
   const T twice =
       close_cross(q.px[2] - q.px[0], q.py[2] - q.py[0], q.px[3] - q.px[1], q.py[3] - q.py[1]);
   q.area = abs_of(twice) / T(2);

@@ -28,6 +28,18 @@ TORCHKILN_HD T not_finite(T x) {
   return x * T(0);
 }
 
+// A root within two units in the last place: of a circle that only tells what is far away. Exact, it is forty instructions.
+TORCHKILN_HD float radius_of(float squared) {
+#if defined(__CUDACC_RTC__)
+  float result;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(squared));
+  return result;
+#else
+  return sqrt_of(squared);
+#endif
+}
+TORCHKILN_HD double radius_of(double squared) { return sqrt_of(squared); }
+
 // A rectangle with everything that its pairs need. One with a side of 0 or less is empty; one with a number that is not
 // finite has NaN for its centre, and so have all its overlaps.
 template <class T>
@@ -47,7 +59,7 @@ TORCHKILN_HD Rotated<T> rotated(T x, T y, T w, T h, T angle) {
   box.half_w = positive_part(w) / T(2);
   box.half_h = positive_part(h) / T(2);
   sin_cos_of(angle, box.sin, box.cos);
-  box.radius = sqrt_of(box.half_w * box.half_w + box.half_h * box.half_h);
+  box.radius = radius_of(box.half_w * box.half_w + box.half_h * box.half_h);
   box.area = T(4) * box.half_w * box.half_h;
   return box;
 }
