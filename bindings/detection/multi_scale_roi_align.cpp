@@ -187,7 +187,7 @@ const Backward backward_kernel({
                  ints("lane_channels", {1, 2, 4}), ints("block_size", {128, 256, 512})},
     .defaults = {kManyChannels, kSomeChannels, kFewChannels},
     .legal = [](const Backward::Problem& p,
-                const TileTunables& t) { return t.fits_averages(p.statics.scalar); },
+                const TileTunables& t) { return t.fits_averages(p.statics.scalar, p.sizes.c); },
     .choose = [](const Backward::Problem& p) -> std::uint32_t {
       return choose_average_tile(p.device, p.statics.scalar, p.sizes.c,
                                  tile_blocks(p.sizes, kManyChannels));

@@ -52,12 +52,14 @@ struct TileTunables {
   bool fits(std::int64_t scalar) const {
     return tile_h * tile_w * (32 * lane_channels + 1) * sum_bytes(scalar) <= kMostBytes;
   }
-  // So must the weights of averages, of which each patch has a warp, or as many as the others.
-  bool fits_averages(std::int64_t scalar) const {
+  // So must the weights of averages, of which each patch has a warp, or as many as the others. Several channels of a
+  // lane all exist.
+  bool fits_averages(std::int64_t scalar, std::int64_t channels) const {
     const std::int64_t warps = block_size / 32;
     const std::int64_t patches = tile_h * tile_w / (roi_align::kPatchH * roi_align::kPatchW);
-    const std::int64_t weights = roi_align::kHeldBins * (tile_h + tile_w) + 4;
+    const std::int64_t weights = (roi_align::kHeldBins + 1) * (tile_h + tile_w) + 8;
     return fits(scalar) && warps % patches == 0 &&
+           (lane_channels == 1 || 32 * lane_channels <= channels) &&
            warps * weights * sum_bytes(scalar) <= kMostBytes;
   }
 };
