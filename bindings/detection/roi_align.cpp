@@ -204,6 +204,7 @@ const Backward backward_kernel({
     .defaults = {kManyChannels,
                  kSomeChannels,
                  kFewChannels,
+                 kShared,
                  // Maxima.
                  {16, 16, 1, 256},
                  {8, 16, 2, 256},
@@ -216,11 +217,13 @@ const Backward backward_kernel({
         },
     .choose = [](const Backward::Problem& p) -> std::uint32_t {
       const std::int64_t scalar = p.statics.scalar, c = p.sizes.c;
-      if (p.statics.pooling == roi_align::kMax) {
-        if (scalar == TORCHKILN_DOUBLE) return 5;
-        if (c < 128) return c >= 64 ? 4 : 3;
+      const std::int64_t blocks = tile_blocks(p.sizes, kManyChannels);
+      if (p.statics.pooling == roi_align::kAverage) {
+        return choose_average_tile(p.device, scalar, c, blocks);
       }
-      return choose_average_tile(p.device, scalar, c, tile_blocks(p.sizes, kManyChannels));
+      if (scalar == TORCHKILN_DOUBLE) return 6;
+      if (c < 128) return c >= 64 ? 5 : 4;
+      return blocks < 4 * p.device.multiprocessors ? 1 : 0;
     },
     .geometry = [](const Backward::Problem& p,
                    const TileTunables& t) { return linear(tile_blocks(p.sizes, t), t.block_size); },

@@ -64,15 +64,17 @@ struct TileTunables {
   }
 };
 
-// Of averages, the first three defaults of their kernels.
+// Of averages, the first defaults of their kernels.
 constexpr TileTunables kManyChannels = {8, 8, 4, 256}, kSomeChannels = {8, 8, 2, 256},
-                       kFewChannels = {8, 8, 1, 256};
-// `blocks`: of kManyChannels. Small maps have too few tiles to keep the GPU busy: fewer channels a block.
+                       kFewChannels = {8, 8, 1, 256}, kShared = {4, 8, 4, 256};
+// `blocks`: of kManyChannels. Small maps have too few tiles to keep the GPU busy: fewer channels a block. Where each
+// multiprocessor has few, the launch waits for the tile of most regions: two warps share a patch.
 inline std::uint32_t choose_average_tile(const Device& device, std::int64_t scalar,
                                          std::int64_t channels, std::int64_t blocks) {
   if (channels < 64) return 2;
   const bool many = channels >= 128 && scalar != TORCHKILN_DOUBLE;
-  return many && blocks >= 4 * device.multiprocessors ? 0 : 1;
+  if (!many || blocks < 4 * device.multiprocessors) return 1;
+  return blocks < 24 * device.multiprocessors ? 3 : 0;
 }
 
 inline std::int64_t index_type(const Tensor& maps, const Tensor& bins) {
