@@ -40,6 +40,9 @@ struct BlockTunables {
 struct StagedTunables {
   std::int64_t maps, block_size;
 };
+struct RowTunables {
+  std::int64_t rows, outputs, block_size;
+};
 
 const std::vector<const char*> kOperators = {"ps_roi_align", "ps_roi_pool"};
 const std::vector<std::int64_t> kIndexTypes = {TORCHKILN_I32, TORCHKILN_I64};
@@ -54,7 +57,7 @@ using Tables = Kernel<Args, TableStatics, Sizes, BlockTunables>;
 using Forward = Kernel<Args, MapStatics, Sizes, BlockTunables>;
 using Backward = Kernel<Args, TileStatics, Sizes, TileTunables>;
 using Staged = Kernel<Args, StagedStatics, Sizes, StagedTunables>;
-using StagedBackward = Kernel<Args, TileStatics, Sizes, StagedTunables>;
+using StagedBackward = Kernel<Args, StagedStatics, Sizes, RowTunables>;
 
 std::int64_t sum_bytes(std::int64_t scalar) { return scalar == TORCHKILN_DOUBLE ? 8 : 4; }
 std::int64_t element_bytes(std::int64_t scalar) {
@@ -175,42 +178,46 @@ const Staged staged_kernel({
         },
 });
 
-// The sums of a tile wait there for the next regions.
-std::int64_t kept_bytes(const Sizes& s, std::int64_t scalar, const StagedTunables& t) {
-  const ps_roi_pool::TileSize tile = ps_roi_pool::tile_size(s.h, s.w);
-  return s.k <= t.block_size ? 0 : t.maps * tile.height * tile.width * sum_bytes(scalar);
+// The sums of a tile.
+std::int64_t row_bytes(const Sizes& s, std::int64_t scalar, const RowTunables& t) {
+  const ps_roi_pool::TileSize tile = ps_roi_pool::tile_size(s.h, s.w, t.rows);
+  const auto outputs = static_cast<i32>(std::min(s.outputs(), t.outputs));
+  return std::int64_t{tile.height} * tile.width * ps_roi_pool::sum_pitch(outputs) *
+         sum_bytes(scalar);
 }
 
-// Entries of regions, and the bits of rows and columns: static, so at most 48 KB.
-bool entries_fit(const StagedBackward::Problem& p, const StagedTunables& t) {
-  const std::int64_t entry = 24 + (t.maps + 16) * sum_bytes(p.statics.scalar);
-  const std::int64_t bits = (ps_roi_pool::kMostTileHeight + ps_roi_pool::kMostTileWidth) / 8;
-  const std::int64_t fixed = t.block_size * (entry + bits) + 256;
-  return fixed <= 48 * 1024 &&
-         fixed + kept_bytes(p.sizes, p.statics.scalar, t) <= p.device.shared_bytes_per_block - 1024;
+// A batch of entries and their gradients is static.
+bool rows_fit(const StagedBackward::Problem& p, const RowTunables& t) {
+  constexpr std::int64_t kStatic = 47 * 1024;
+  return t.block_size / 32 % t.rows == 0 &&
+         kStatic + row_bytes(p.sizes, p.statics.scalar, t) <= p.device.shared_bytes_per_block;
 }
+
+const std::vector<RowTunables> kRowDefaults = {
+    {8, 32, 512}, {8, 16, 512}, {8, 8, 512}, {1, 8, 128}};
 
 const StagedBackward staged_backward_kernel({
     .path = "detection/ps_roi_pool.cuh",
     .entry = "staged_backward",
     .operators = kOperators,
-    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes)},
+    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes), ints("pooling", {0, 1})},
     .sizes = kSizes,
-    .tunables = {ints("maps", kStagedMaps), ints("block_size", kStagedBlocks)},
-    .defaults = {{3, 128}, {3, 320}, {1, 128}, {1, 256}},
-    .legal = &entries_fit,
+    .tunables = {ints("rows", {1, 4, 8, 16}), ints("outputs", {8, 16, 32}),
+                 ints("block_size", {128, 256, 512})},
+    .defaults = kRowDefaults,
+    .legal = &rows_fit,
     .choose = [](const StagedBackward::Problem& p) -> std::uint32_t {
-      const bool many = p.sizes.k > 128;
-      const bool several = p.sizes.outputs() >= 3 && entries_fit(p, {3, many ? 320 : 128});
-      return (several ? 0u : 2u) + (many ? 1u : 0u);
+      const std::int64_t outputs = p.sizes.outputs();
+      const std::uint32_t wanted = outputs > 16 ? 0 : (outputs > 8 ? 1 : 2);
+      return rows_fit(p, kRowDefaults[wanted]) ? wanted : 3;
     },
     .geometry =
-        [](const StagedBackward::Problem& p, const StagedTunables& t) {
-          const ps_roi_pool::TileSize tile = ps_roi_pool::tile_size(p.sizes.h, p.sizes.w);
+        [](const StagedBackward::Problem& p, const RowTunables& t) {
+          const ps_roi_pool::TileSize tile = ps_roi_pool::tile_size(p.sizes.h, p.sizes.w, t.rows);
           const std::int64_t tiles =
               ceil_div(p.sizes.h, tile.height) * ceil_div(p.sizes.w, tile.width);
-          return linear(map_groups(p.sizes, t.maps) * tiles, t.block_size,
-                        static_cast<std::uint32_t>(kept_bytes(p.sizes, p.statics.scalar, t)));
+          return linear(map_groups(p.sizes, t.outputs) * tiles, t.block_size,
+                        static_cast<std::uint32_t>(row_bytes(p.sizes, p.statics.scalar, t)));
         },
 });
 
@@ -320,21 +327,22 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes, std::int64_
   const CudaPlace place(p.maps);
   p.bins = as_contiguous(p.bins);
   p.args.bins = const_cast<void*>(p.bins.const_data_ptr());
+  const std::int64_t scalar = kernel_type(p.maps.scalar_type());
+  const std::int64_t index = index_type(p.maps, p.bins);
+  const Buffer bins = reads(offsetof(Args, bins), p.bins);
+  const Buffer maps = writes(offsetof(Args, maps), p.maps);
+  const Buffer channels = unused(offsetof(Args, channels));
+  if (!channels_last) {
+    staged_backward_kernel.run(place, {scalar, index, pooling}, sizes_of(p), p.args,
+                               {reads(offsetof(Args, regions), p.boxes), bins, maps, channels,
+                                unused(offsetof(Args, taps)), unused(offsetof(Args, ranges)),
+                                unused(offsetof(Args, spans))});
+    return p.maps;
+  }
   const TapTable<Args> table = make_table(place, p);
   const auto [taps, ranges, spans] = table.read();
-  const TileStatics statics = {kernel_type(p.maps.scalar_type()), index_type(p.maps, p.bins)};
-  const std::initializer_list<Buffer> buffers = {reads(offsetof(Args, bins), p.bins),
-                                                 taps,
-                                                 ranges,
-                                                 spans,
-                                                 writes(offsetof(Args, maps), p.maps),
-                                                 unused(offsetof(Args, regions)),
-                                                 unused(offsetof(Args, channels))};
-  if (channels_last) {
-    backward_kernel.run(place, statics, sizes_of(p), p.args, buffers);
-  } else {
-    staged_backward_kernel.run(place, statics, sizes_of(p), p.args, buffers);
-  }
+  backward_kernel.run(place, {scalar, index}, sizes_of(p), p.args,
+                      {bins, taps, ranges, spans, maps, unused(offsetof(Args, regions)), channels});
   return p.maps;
 }
 

@@ -201,21 +201,29 @@ const Backward backward_kernel({
     .sizes = kSizes,
     .tunables = {ints("tile_h", {4, 8, 16}), ints("tile_w", {8, 16, 32}),
                  ints("lane_channels", {1, 2, 4}), ints("block_size", {128, 256, 512})},
-    .defaults = {kManyChannels, kSomeChannels, kFewChannels,
+    .defaults = {kManyChannels,
+                 kSomeChannels,
+                 kFewChannels,
+                 kShared,
                  // Maxima.
-                 {16, 16, 1, 256}, {8, 16, 2, 256}, {8, 16, 1, 256}},
+                 {16, 16, 1, 256},
+                 {8, 16, 2, 256},
+                 {8, 16, 1, 256}},
     .legal =
         [](const Backward::Problem& p, const TileTunables& t) {
           const std::int64_t scalar = p.statics.scalar;
-          return p.statics.pooling == roi_align::kMax ? t.fits(scalar) : t.fits_averages(scalar);
+          return p.statics.pooling == roi_align::kMax ? t.fits(scalar)
+                                                      : t.fits_averages(scalar, p.sizes.c);
         },
     .choose = [](const Backward::Problem& p) -> std::uint32_t {
       const std::int64_t scalar = p.statics.scalar, c = p.sizes.c;
-      if (p.statics.pooling == roi_align::kMax) {
-        if (scalar == TORCHKILN_DOUBLE) return 5;
-        if (c < 128) return c >= 64 ? 4 : 3;
+      const std::int64_t blocks = tile_blocks(p.sizes, kManyChannels);
+      if (p.statics.pooling == roi_align::kAverage) {
+        return choose_average_tile(p.device, scalar, c, blocks);
       }
-      return choose_average_tile(p.device, scalar, c, tile_blocks(p.sizes, kManyChannels));
+      if (scalar == TORCHKILN_DOUBLE) return 6;
+      if (c < 128) return c >= 64 ? 5 : 4;
+      return blocks < 4 * p.device.multiprocessors ? 1 : 0;
     },
     .geometry = [](const Backward::Problem& p,
                    const TileTunables& t) { return linear(tile_blocks(p.sizes, t), t.block_size); },

@@ -52,25 +52,29 @@ struct TileTunables {
   bool fits(std::int64_t scalar) const {
     return tile_h * tile_w * (32 * lane_channels + 1) * sum_bytes(scalar) <= kMostBytes;
   }
-  // So must the weights of averages, of which each patch has a warp, or as many as the others.
-  bool fits_averages(std::int64_t scalar) const {
+  // So must the weights of averages, of which each patch has a warp, or as many as the others. Several channels of a
+  // lane all exist.
+  bool fits_averages(std::int64_t scalar, std::int64_t channels) const {
     const std::int64_t warps = block_size / 32;
     const std::int64_t patches = tile_h * tile_w / (roi_align::kPatchH * roi_align::kPatchW);
-    const std::int64_t weights = roi_align::kHeldBins * (tile_h + tile_w) + 4;
+    const std::int64_t weights = (roi_align::kHeldBins + 1) * (tile_h + tile_w) + 8;
     return fits(scalar) && warps % patches == 0 &&
+           (lane_channels == 1 || 32 * lane_channels <= channels) &&
            warps * weights * sum_bytes(scalar) <= kMostBytes;
   }
 };
 
-// Of averages, the first three defaults of their kernels.
+// Of averages, the first defaults of their kernels.
 constexpr TileTunables kManyChannels = {8, 8, 4, 256}, kSomeChannels = {8, 8, 2, 256},
-                       kFewChannels = {8, 8, 1, 256};
-// `blocks`: of kManyChannels. Small maps have too few tiles to keep the GPU busy: fewer channels a block.
+                       kFewChannels = {8, 8, 1, 256}, kShared = {4, 8, 4, 256};
+// `blocks`: of kManyChannels. Small maps have too few tiles to keep the GPU busy: fewer channels a block. Where each
+// multiprocessor has few, the launch waits for the tile of most regions: two warps share a patch.
 inline std::uint32_t choose_average_tile(const Device& device, std::int64_t scalar,
                                          std::int64_t channels, std::int64_t blocks) {
   if (channels < 64) return 2;
   const bool many = channels >= 128 && scalar != TORCHKILN_DOUBLE;
-  return many && blocks >= 4 * device.multiprocessors ? 0 : 1;
+  if (!many || blocks < 4 * device.multiprocessors) return 1;
+  return blocks < 24 * device.multiprocessors ? 3 : 0;
 }
 
 inline std::int64_t index_type(const Tensor& maps, const Tensor& bins) {

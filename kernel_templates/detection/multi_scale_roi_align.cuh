@@ -1,6 +1,6 @@
 // roi_align over a pyramid on the GPU: all levels in one launch. A block, or a thread, looks up its level and then does
 // what its namesake in roi_align*.cuh does; tables and quads assign the levels.
-// spills: up to 36 bytes for half types and wide indices, by ptxas' own choice: no kernel asks for a number of blocks.
+// spills: up to 36 bytes for half types and wide indices, by ptxas' own choice.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -123,7 +123,8 @@ __global__ void __launch_bounds__(kBlockSize) staged(const StagedArgs args) {
 
 template <class Scalar, class Index, bool kLast, int kTileH, int kTileW, int kLaneChannels,
           int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize) backward(const Args args) {
+__global__ void __launch_bounds__(kBlockSize, roi_align_backward::kLeastBlocks<Scalar, kBlockSize>)
+    backward(const Args args) {
   constexpr int kChannels = kWarpSize * kLaneChannels;
   const Regions& r = args.regions;
   const u32 chunks = u32(r.n * ((r.c + kChannels - 1) / kChannels));

@@ -3,18 +3,18 @@
 //
 //   staged    NCHW, maps that fit into shared memory: a block keeps those of kMaps outputs of one bin and walks all
 //             regions; one thread, one region, its geometry included
-//   staged_backward  NCHW: the same for the gradient of these maps, or of a tile of them. A thread owns pixels, and finds
-//             the regions of each by two words of bits, those on its row and those on its column: proposals crowd on
-//             objects, so that many share a pixel. No atomics, no zero fill, the same bits every time
+//   staged_backward  NCHW: a block owns rows of the gradient of one bin's maps, as many outputs as a warp has lanes, with
+//             the output innermost in shared memory. Outputs share the geometry of a bin: a warp owns a row, or a part of
+//             it, and adds the regions that touch it one by one, lanes on outputs. No atomics, no zero fill, the same
+//             bits every time
 //
-// The others go by the tables of roi_align, what a bin takes of rows and of columns, as staged_backward does too:
+// The others go by the tables of roi_align, what a bin takes of rows and of columns:
 //
 //   tables    one thread per bin of an axis of a region: merged samples, or whole cells
 //   forward   a block stays on the maps of a row of bins (channels that are neighbours) and walks all regions of their
 //             image, so that these maps are fetched from L2 once and then hit L1; one thread, one bin
 //   backward  channels_last: roi_align's tiles of the gradient, lanes on channels. A lane's bin is that of its channel, so
 //             it adds its own taps; gradients of bins lie as channels do, and are read as one piece
-// spills: up to 28 bytes in staged_backward, by ptxas' own choice: no kernel asks for a number of blocks.
 // compile time: staged takes above 250 ms for samples of three maps, which are unrolled
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kBlockSize) tables(const Args args) {
   }
 }
 
-// ---- maps in shared memory -----------------------------------------------------------------------------------------
+// ---- forward: maps in shared memory -----------------------------------------------------------------------------------------
 
 // The maps of a block: `count` outputs from `output` on of one bin of an image.
 struct OwnMaps {
@@ -207,202 +207,253 @@ __global__ void __launch_bounds__(kBlockSize) staged(const Args args) {
   }
 }
 
-constexpr int kEntrySide = 8;  // pixels of an axis whose weights an entry holds
+// ---- backward: rows of gradients in shared memory ------------------------------------------------------------------
 
-// One region's bin on the maps of a block.
-template <class T, int kMaps>
-struct Entry {
-  i32 region, y_first, y_last, x_first, x_last;
-  T gradients[kMaps];
-  T rows[kEntrySide], columns[kEntrySide];  // weights from the first pixel on
-};
+constexpr int kEntries = 64;  // regions of a batch
 
 // The tile of a block.
 struct OwnTile {
   i32 y, x, height, width;
 };
-
-// What a bin takes of a pixel, out of its taps, which ascend.
-template <class T>
-__device__ __noinline__ T find_weight(const Tap<T>* taps, const Range* range, i32 pixel) {
-  i32 i = min_of(range->begin + pixel - taps[range->begin].pixel, range->end - 1);
-  while (i > range->begin && taps[i].pixel > pixel) --i;
-  return taps[i].pixel == pixel ? taps[i].weight : T(0);
-}
-
-// The first weights of a bin, with 0 where it has none.
-template <class T>
-__device__ __forceinline__ void copy_weights(const Tap<T>* taps, Range range, i32 first,
-                                             T* weights) {
-#pragma unroll
-  for (int i = 0; i < kEntrySide; ++i) weights[i] = T(0);
-#pragma unroll 1
-  for (i32 i = range.begin; i < range.end; ++i) {
-    const Tap<T> tap = taps[i];
-    if (tap.pixel >= first + kEntrySide) break;
-    weights[tap.pixel - first] = tap.weight;
-  }
-}
-
-// Whether a region has pixels of the tile, and where.
-template <class Scalar, class Index, int kMaps, class T = Acc<Scalar>>
-__device__ __forceinline__ bool find_pixels(const Args& args, const OwnMaps& own,
-                                            const OwnTile& tile, i64 region,
-                                            Entry<T, kMaps>& entry) {
-  const Regions& r = args.regions;
-  if (region >= r.k || static_cast<const Span*>(args.spans)[region].image != own.image)
-    return false;
-  const Table<T> table = roi_align::table_of<T>(args, region);
-  const Range rows = table.row_bins[own.row_bin], columns = table.column_bins[own.column_bin];
-  if (rows.is_empty() || columns.is_empty()) return false;
-  entry.region = i32(region);
-  entry.y_first = table.rows[rows.begin].pixel;
-  entry.y_last = table.rows[rows.end - 1].pixel;
-  entry.x_first = table.columns[columns.begin].pixel;
-  entry.x_last = table.columns[columns.end - 1].pixel;
-  return entry.y_first < tile.y + tile.height && entry.y_last >= tile.y &&
-         entry.x_first < tile.x + tile.width && entry.x_last >= tile.x;
-}
-template <class Scalar, class Index, int kMaps, class T = Acc<Scalar>>
-__device__ __forceinline__ void fill_entry(const Args& args, const OwnMaps& own,
-                                           const Entry<T, kMaps>& found, Entry<T, kMaps>& entry) {
-  const Regions& r = args.regions;
-  const Table<T> table = roi_align::table_of<T>(args, found.region);
-  const Scalar* gradients =
-      static_cast<const Scalar*>(args.bins) + Index(found.region) * Index(r.c);
-  entry.region = found.region;
-  entry.y_first = found.y_first;
-  entry.y_last = found.y_last;
-  entry.x_first = found.x_first;
-  entry.x_last = found.x_last;
-#pragma unroll
-  for (int m = 0; m < kMaps; ++m) {
-    entry.gradients[m] = m < own.count ? load(gradients[own.channel(m)]) : T(0);
-  }
-  copy_weights(table.rows, table.row_bins[own.row_bin], found.y_first, entry.rows);
-  copy_weights(table.columns, table.column_bins[own.column_bin], found.x_first, entry.columns);
-}
-
-// One bit for each entry that covers a row, or a column, of the tile.
-template <int kWords>
-struct Cover {
-  u32 rows[kMostTileHeight][kWords], columns[kMostTileWidth][kWords];
-};
-// Each warp does it for its 32 entries.
-template <class T, int kMaps, int kWords>
-__device__ __forceinline__ void mark(const Entry<T, kMaps>* entries, int total, const OwnTile& tile,
-                                     Cover<kWords>& cover) {
-  const int word = threadIdx.x / kWarpSize;
-  const bool exists = int(threadIdx.x) < total;
-  const Entry<T, kMaps>& entry = entries[exists ? threadIdx.x : 0];
-  const i32 y_first = exists ? entry.y_first - tile.y : 0,
-            y_last = exists ? entry.y_last - tile.y : -1;
-  const i32 x_first = exists ? entry.x_first - tile.x : 0,
-            x_last = exists ? entry.x_last - tile.x : -1;
-#pragma unroll 1
-  for (i32 y = 0; y < tile.height; ++y) {
-    const u32 bits = __ballot_sync(0xffffffffu, y_first <= y && y <= y_last);
-    if (threadIdx.x % kWarpSize == 0) cover.rows[y][word] = bits;
-  }
-#pragma unroll 1
-  for (i32 x = 0; x < tile.width; ++x) {
-    const u32 bits = __ballot_sync(0xffffffffu, x_first <= x && x <= x_last);
-    if (threadIdx.x % kWarpSize == 0) cover.columns[x][word] = bits;
-  }
-}
-
-// Adds to a pixel what it gives to the entries, in order.
-template <int kWords, class T, int kMaps>
-__device__ __forceinline__ void add_entries(const Args& args, const OwnMaps& own,
-                                            const Entry<T, kMaps>* entries,
-                                            const Cover<kWords>& cover, int words, i32 y, i32 x,
-                                            const OwnTile& tile, T (&sums)[kMaps]) {
-#pragma unroll 1
-  for (int word = 0; word < words; ++word) {
-#pragma unroll 1
-    for (u32 bits = cover.rows[y][word] & cover.columns[x][word]; bits != 0; bits &= bits - 1) {
-      const Entry<T, kMaps>& entry = entries[word * kWarpSize + __ffs(bits) - 1];
-      const i32 row = tile.y + y - entry.y_first, column = tile.x + x - entry.x_first;
-      T of_row, of_column;
-      if (row < kEntrySide && column < kEntrySide) {
-        of_row = entry.rows[row];
-        of_column = entry.columns[column];
-      } else {
-        const Table<T> table = roi_align::table_of<T>(args, entry.region);
-        of_row = find_weight(table.rows, table.row_bins + own.row_bin, tile.y + y);
-        of_column = find_weight(table.columns, table.column_bins + own.column_bin, tile.x + x);
-      }
-      const T weight = of_row * of_column;
-      if (weight == T(0)) continue;  // a pixel between those that samples touch
-#pragma unroll
-      for (int m = 0; m < kMaps; ++m) sums[m] += weight * entry.gradients[m];
-    }
-  }
-}
-
-__device__ __forceinline__ OwnTile own_tile(const Regions& r, u32 block) {
-  const TileSize size = tile_size(r.h, r.w);
+__device__ __forceinline__ OwnTile own_tile(const Regions& r, i64 most_rows, u32 block) {
+  const TileSize size = tile_size(r.h, r.w, most_rows);
   const i32 across = divided(i32(r.w) + size.width - 1, size.width);
   const i32 row = divided(i32(block), across), y = row * size.height;
   const i32 x = (i32(block) - row * across) * size.width;
   return {y, x, min_of(size.height, i32(r.h) - y), min_of(size.width, i32(r.w) - x)};
 }
 
-// Grid: one-dimensional, groups of kMaps maps for each tile. Dynamic shared memory: the sums of a tile, where there are
-// more regions than threads.
-template <class Scalar, class Index, int kMaps, int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize) staged_backward(const Args args) {
-  using T = Acc<Scalar>;
-  constexpr int kWarps = kBlockSize / kWarpSize, kPatchW = 8, kPatchH = kWarpSize / kPatchW;
-  extern __shared__ uint4 memory[];
-  __shared__ Entry<T, kMaps> entries[kBlockSize];
-  __shared__ Cover<kWarps> cover;
-  __shared__ int partial[kWarps];
-  const Regions& r = args.regions;
-  u32 block = blockIdx.x;
-  const OwnMaps own = own_maps<kMaps>(r, block);
-  const OwnTile tile = own_tile(r, block);
-  const i32 lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const i32 across = (tile.width + kPatchW - 1) / kPatchW;
-  const i32 patches = across * ((tile.height + kPatchH - 1) / kPatchH);
-  const Index size = Index(r.h) * Index(r.w), step = Index(own.bins) * size;
-  Scalar* maps =
-      static_cast<Scalar*>(args.maps) + (Index(own.image) * Index(r.c) + own.channel(0)) * size;
-  T* kept = reinterpret_cast<T*>(memory);
-#pragma unroll 1
-  for (i64 begin = 0; begin < r.k; begin += kBlockSize) {
-    Entry<T, kMaps> found;
-    const bool listed =
-        find_pixels<Scalar, Index, kMaps>(args, own, tile, begin + threadIdx.x, found);
-    int total;
-    const int slot = block_exclusive_count<kBlockSize>(listed, partial, total);
-    if (listed) fill_entry<Scalar, Index, kMaps>(args, own, found, entries[slot]);
-    __syncthreads();
-    mark(entries, total, tile, cover);
-    __syncthreads();
-    const bool is_first = begin == 0, is_last = begin + kBlockSize >= r.k;
-    const int words = (total + kWarpSize - 1) / kWarpSize;
-    // Neighbouring patches, which are crowded together, go to different warps.
-#pragma unroll 1
-    for (i32 patch = warp; patch < patches; patch += kWarps) {
-      const i32 row = divided(patch, across), y = row * kPatchH + lane / kPatchW;
-      const i32 x = (patch - row * across) * kPatchW + lane % kPatchW;
-      if (y >= tile.height || x >= tile.width) continue;
-      T* sums_before = kept + (y * tile.width + x) * kMaps;
-      T sums[kMaps];
+// One region's bin in a tile; pixels count from the tile's first one. Cells need no weights.
+template <class T, int kPixels>
+struct Side {
+  Range pixels;
+  T weights[kPixels];
+};
+template <class T, int kRows>
+struct Entry {
+  i64 region;
+  i32 size;  // of a bin of cells
+  Side<T, kRows> rows;
+  Side<T, kMostTileWidth> columns;
+};
+
+__device__ __forceinline__ bool overlap(const Range& a, i32 begin, i32 end) {
+  return a.begin < end && a.end > begin;
+}
+
+// Those that a bin takes, or a few more.
+template <int kPooling, class T>
+__device__ __forceinline__ Range pixels_around(const Args& args, i64 region, bool columns,
+                                               i32 bin) {
+  if constexpr (kPooling == kCells) {
+    return cells_at<T>(args, region, columns).bins.bin_of(bin);
+  } else {
+    const Regions& r = args.regions;
+    const roi_align::Axis<T> axis = roi_align::axis_at<T>(r, region, columns);
+    if (is_empty(axis)) return {0, 0};
+    const auto pixels = roi_align_backward::pixels_of(axis, bin, i32(columns ? r.w : r.h));
+    return {pixels.low, pixels.high + 1};
+  }
+}
+template <int kPooling, class T>
+__device__ __forceinline__ bool touches(const Args& args, const OwnMaps& own, const OwnTile& tile,
+                                        i64 region) {
+  if (region >= args.regions.k || roi_align::image_of<T>(args.regions, region) != own.image) {
+    return false;
+  }
+  const Range rows = pixels_around<kPooling, T>(args, region, false, own.row_bin);
+  const Range columns = pixels_around<kPooling, T>(args, region, true, own.column_bin);
+  return overlap(rows, tile.y, tile.y + tile.height) && !rows.is_empty() &&
+         overlap(columns, tile.x, tile.x + tile.width) && !columns.is_empty();
+}
+
+// The number of all pixels of a bin of cells.
+template <int kPooling, class T, int kPixels>
+__device__ __forceinline__ i32 fill_side(const Args& args, i64 region, bool columns, i32 bin,
+                                         i32 low, i32 count, Side<T, kPixels>& side) {
+  if constexpr (kPooling == kCells) {
+    const Range cells = pixels_around<kPooling, T>(args, region, columns, bin);
+    side.pixels = {max_of(cells.begin - low, 0), min_of(cells.end - low, count)};
+    return cells.end - cells.begin;
+  } else {
 #pragma unroll
-      for (int m = 0; m < kMaps; ++m) sums[m] = is_first ? T(0) : sums_before[m];
-      add_entries(args, own, entries, cover, words, y, x, tile, sums);
-      Scalar* pixel = maps + Index(tile.y + y) * Index(r.w) + (tile.x + x);
+    for (T& weight : side.weights) weight = T(0);
+    const Regions& r = args.regions;
+    const i64 size = columns ? r.w : r.h;
+    const roi_align::Axis<T> axis = roi_align::axis_at<T>(r, region, columns);
+    const T share = axis.count > 0 ? T(1) / T(axis.count) : T(0);
+    side.pixels = {count, 0};
+    const auto add = [&](i32 pixel, T weight) {
+      const i32 i = pixel - low;
+      if (i < 0 || i >= count) return;
+      side.pixels = {min_of(side.pixels.begin, i), i + 1};
+      side.weights[i] += weight;
+    };
+    i32 first, last;
+    sample_range(axis, bin, size, first, last);
+#pragma unroll 1
+    for (i32 i = first; i < last; ++i) {
+      const Taps<T> taps = sample_taps(axis, bin, i, size);
+      if (!taps.inside) continue;
+      add(taps.low, taps.weight_low * share);
+      if (taps.high != taps.low) add(taps.high, taps.weight_high * share);
+    }
+    return 0;
+  }
+}
+
+// Two lanes an entry.
+template <int kPooling, int kRows, int kBlockSize, class T>
+__device__ __forceinline__ void fill_entries(const Args& args, const OwnMaps& own,
+                                             const OwnTile& tile, i64 begin, const i32* regions,
+                                             int count, Entry<T, kRows>* entries) {
+  constexpr int kOfWarp = kWarpSize / 2;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const bool columns = lane % 2 != 0;
+#pragma unroll 1
+  for (int first = warp * kOfWarp; first < count; first += kBlockSize / 2) {
+    const int i = first + lane / 2;
+    const i64 region = begin + regions[min_of(i, count - 1)];
+    Entry<T, kRows>& entry = entries[i];
+    i32 size = 0;
+    if (i < count && columns) {
+      size = fill_side<kPooling>(args, region, true, own.column_bin, tile.x, tile.width,
+                                 entry.columns);
+    } else if (i < count) {
+      size = fill_side<kPooling>(args, region, false, own.row_bin, tile.y, tile.height, entry.rows);
+    }
+    size *= __shfl_xor_sync(0xffffffffu, size, 1);
+    if (i >= count || columns) continue;
+    entry.region = region;
+    entry.size = size;
+  }
+}
+
+// The gradients of a batch, output innermost; those of cells are divided by their number.
+template <class Scalar, class Index, int kPooling, int kRows, int kOutputs, int kBlockSize,
+          class T = Acc<Scalar>>
+__device__ __forceinline__ void load_gradients(const Args& args, const OwnMaps& own,
+                                               const Entry<T, kRows>* entries, int count,
+                                               T* gradients) {
+#pragma unroll 4
+  for (int i = threadIdx.x; i < count * kOutputs; i += kBlockSize) {
+    const Entry<T, kRows>& entry = entries[i / kOutputs];
+    const int output = i % kOutputs;
+    T gradient = T(0);
+    if (output < own.count) {
+      gradient = load(static_cast<const Scalar*>(
+          args.bins)[Index(entry.region) * Index(args.regions.c) + own.channel(output)]);
+    }
+    gradients[i] = kPooling == kCells ? gradient / T(entry.size) : gradient;
+  }
+}
+
+// Adds a batch, in order, to the row, or the part of it, that the warp owns.
+template <int kPooling, int kRows, int kOutputs, int kBlockSize, class T>
+__device__ __forceinline__ void add_batch(const OwnMaps& own, const OwnTile& tile,
+                                          const Entry<T, kRows>* entries, int count,
+                                          const T* gradients, T* sums, int pitch) {
+  constexpr int kWarps = kBlockSize / kWarpSize, kParts = kWarps / kRows;
+  constexpr int kAcross = kWarpSize / kOutputs, kAtOnce = 4;  // pixels: of a warp, and of a lane
+  static_assert(kWarps % kRows == 0 && kWarpSize % kOutputs == 0);
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int output = lane % kOutputs, first_pixel = lane / kOutputs;
+  const i32 y = warp % kRows, part = (tile.width + kParts - 1) / kParts;
+  const i32 begin = warp / kRows * part, end = min_of(begin + part, tile.width);
+  T* row = sums + y * tile.width * pitch + output;
+#pragma unroll 1
+  for (int first = 0; first < count; first += kWarpSize) {
+    const bool exists = first + lane < count;
+    const Entry<T, kRows>& own_entry = entries[exists ? first + lane : 0];
+    u32 hits = __ballot_sync(0xffffffffu, exists && overlap(own_entry.rows.pixels, y, y + 1) &&
+                                              overlap(own_entry.columns.pixels, begin, end));
+#pragma unroll 1
+    for (; hits != 0; hits &= hits - 1) {
+      const int i = first + __ffs(hits) - 1;
+      const Entry<T, kRows>& entry = entries[i];
+      T gradient = gradients[i * kOutputs + output];
+      if constexpr (kPooling == kSamples) {
+        const T weight = entry.rows.weights[y];
+        if (weight == T(0)) continue;  // between those that samples touch
+        gradient *= weight;
+      }
+      const i32 last = output < own.count ? min_of(entry.columns.pixels.end, end) : 0;
+#pragma unroll 1
+      for (i32 x = max_of(entry.columns.pixels.begin, begin) + first_pixel; x < last;
+           x += kAcross * kAtOnce) {
+        T sum[kAtOnce];
+        bool takes[kAtOnce];
 #pragma unroll
-      for (int m = 0; m < kMaps; ++m) {
-        if (!is_last) {
-          sums_before[m] = sums[m];
-        } else if (m < own.count) {
-          store(pixel[Index(m) * step], sums[m]);
+        for (int j = 0; j < kAtOnce; ++j) {
+          const i32 at = x + j * kAcross;
+          takes[j] = at < last;
+          T share = gradient;
+          if constexpr (kPooling == kSamples) {
+            const T weight = takes[j] ? entry.columns.weights[at] : T(0);
+            takes[j] = weight != T(0);
+            share *= weight;
+          }
+          if (takes[j]) sum[j] = row[at * pitch] + share;
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          if (takes[j]) row[(x + j * kAcross) * pitch] = sum[j];
         }
       }
     }
+  }
+}
+
+// Grid: one-dimensional, groups of kOutputs maps for each tile. Dynamic shared memory: the sums of a tile.
+template <class Scalar, class Index, int kPooling, int kRows, int kOutputs, int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) staged_backward(const Args args) {
+  using T = Acc<Scalar>;
+  constexpr int kWarps = kBlockSize / kWarpSize;
+  extern __shared__ uint4 memory[];
+  __shared__ Entry<T, kRows> entries[kEntries];
+  __shared__ T gradients[kEntries * kOutputs];
+  __shared__ i32 list[kBlockSize];
+  __shared__ int partial[kWarps];
+  const Regions& r = args.regions;
+  u32 block = blockIdx.x;
+  const OwnMaps own = own_maps<kOutputs>(r, block);
+  const OwnTile tile = own_tile(r, kRows, block);
+  const int pitch = sum_pitch(own.count);
+  T* sums = reinterpret_cast<T*>(memory);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < tile.height * tile.width * pitch; i += kBlockSize) sums[i] = T(0);
+#pragma unroll 1
+  for (i64 begin = 0; begin < r.k; begin += kBlockSize) {
+    const bool listed = touches<kPooling, T>(args, own, tile, begin + threadIdx.x);
+    int total;
+    const int slot = block_exclusive_count<kBlockSize>(listed, partial, total);
+    if (listed) list[slot] = i32(threadIdx.x);
+    __syncthreads();
+#pragma unroll 1
+    for (int first = 0; first < total; first += kEntries) {
+      const int count = min_of(total - first, kEntries);
+      fill_entries<kPooling, kRows, kBlockSize>(args, own, tile, begin, list + first, count,
+                                                entries);
+      __syncthreads();
+      load_gradients<Scalar, Index, kPooling, kRows, kOutputs, kBlockSize>(args, own, entries,
+                                                                           count, gradients);
+      __syncthreads();
+      add_batch<kPooling, kRows, kOutputs, kBlockSize>(own, tile, entries, count, gradients, sums,
+                                                       pitch);
+      __syncthreads();
+    }
+  }
+  const Index size = Index(r.h) * Index(r.w), step = Index(own.bins) * size;
+  Scalar* maps =
+      static_cast<Scalar*>(args.maps) + (Index(own.image) * Index(r.c) + own.channel(0)) * size;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+#pragma unroll 1
+  for (int item = warp; item < own.count * tile.height; item += kWarps) {
+    const int m = item / tile.height, y = item - m * tile.height;
+    Scalar* to = maps + Index(m) * step + Index(tile.y + y) * Index(r.w) + tile.x;
+    const T* from = sums + y * tile.width * pitch + m;
+#pragma unroll 1
+    for (int x = lane; x < tile.width; x += kWarpSize) store(to[x], from[x * pitch]);
   }
 }
 

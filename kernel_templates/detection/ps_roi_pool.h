@@ -27,8 +27,8 @@ struct Args {
   float of_none;  // kSamples: the bins of a region without samples
 };
 
-// The tiles that staged_backward cuts maps into: whole maps if they are small.
-constexpr i32 kMostTileHeight = 64, kMostTileWidth = 64;
+// The tiles that staged_backward cuts maps into: a few rows.
+constexpr i32 kMostTileWidth = 32;
 struct TileSize {
   i32 height, width;
 };
@@ -36,9 +36,11 @@ TORCHKILN_HD i32 even_part(i64 size, i64 most) {
   const u32 parts = u32((size + most - 1) / most);
   return i32((u32(size) + parts - 1) / parts);
 }
-TORCHKILN_HD TileSize tile_size(i64 h, i64 w) {
-  return {even_part(h, kMostTileHeight), even_part(w, kMostTileWidth)};
+TORCHKILN_HD TileSize tile_size(i64 h, i64 w, i64 most_rows) {
+  return {even_part(h, most_rows), even_part(w, kMostTileWidth)};
 }
+// Sums from one pixel to the next: odd, so that neither outputs nor pixels meet in a bank.
+TORCHKILN_HD i32 sum_pitch(i32 outputs) { return outputs | 1; }
 
 // The cells of a region on one axis, with the functions of roi_align::Axis.
 template <class T>

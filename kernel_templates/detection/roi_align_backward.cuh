@@ -7,7 +7,7 @@
 // gradient that it needs once, adds it to its rows, and these to its pixels. Where there are more warps than patches,
 // several share one, each with every second (third, ...) region: the longest lists are what the launch waits for.
 // Maxima, whose pixels differ from channel to channel, have theirs in shared memory.
-// spills: up to 32 bytes for wide types and indices, by ptxas' own choice: no kernel asks for a number of blocks.
+// spills: up to 32 bytes for wide types and indices, by ptxas' own choice.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -41,6 +41,7 @@ struct List {
 struct TileAt {
   i32 image, y, x;
   i64 channel;
+  i32 repeated;  // of the first channels: written by another block
 };
 
 __device__ __forceinline__ bool touches(const Span& span, const TileAt& at, int tile_h,
@@ -77,46 +78,18 @@ __device__ __forceinline__ void for_each_list(const Span* spans, i64 count, cons
 
 static_assert(2 * kHeldBins == kWarpSize);  // lanes look at rows and columns at once
 
-// What bins of an axis of a region, from number `first` on, take of the pixels of a tile.
-template <class T, int kPixels>
+// What bins of an axis of a region, from number `first` on, take of the pixels of a tile, which has patches of kPatch.
+template <class T, int kPixels, int kPatch>
 struct alignas(16) AxisWeights {
   T at[kHeldBins][kPixels];
-  i32 first;
+  Range bins[kPixels / kPatch];  // of `at`, that take any of a patch
 };
 template <class T, int kTileH, int kTileW>
 struct Weights {
-  AxisWeights<T, kTileH> rows;
-  AxisWeights<T, kTileW> columns;
+  AxisWeights<T, kTileH, kPatchH> rows;
+  AxisWeights<T, kTileW, kPatchW> columns;
+  i64 bin;  // the number of the first bin on both axes, among those of all regions
 };
-
-// Fills the weights of an axis with the bins that take any pixel of the tile, less the first `skip`; a warp calls it.
-// Whether there are more.
-template <class T, int kPixels>
-__device__ __forceinline__ bool hold_bins(const Tap<T>* taps, i32 count, i32 low, i32 skip,
-                                          AxisWeights<T, kPixels>& held) {
-  const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int i = lane; i < kHeldBins * kPixels; i += kWarpSize) {
-    held.at[i / kPixels][i % kPixels] = T(0);
-  }
-  __syncwarp();
-  i32 first = -1;
-  bool more = false;
-#pragma unroll 1
-  for (i32 begin = 0; begin < count; begin += kWarpSize) {
-    const Tap<T> tap = begin + lane < count ? taps[begin + lane] : Tap<T>{T(0), -1, 0};
-    const i32 pixel = tap.pixel - low;
-    const bool inside = pixel >= 0 && pixel < kPixels;
-    const u32 found = __ballot_sync(kAllLanes, inside);
-    if (found == 0) continue;
-    if (first < 0) first = __shfl_sync(kAllLanes, tap.bin, __ffs(found) - 1) + skip;
-    const i32 bin = tap.bin - first;
-    if (inside && bin >= 0 && bin < kHeldBins) held.at[bin][pixel] = tap.weight;
-    more = more || (inside && bin >= kHeldBins);
-  }
-  if (lane == 0) held.first = first;
-  return more;
-}
 
 template <int kCount, class T>
 __device__ __forceinline__ void read_weights(const T* from, T (&to)[kCount]) {
@@ -128,73 +101,91 @@ __device__ __forceinline__ void read_weights(const T* from, T (&to)[kCount]) {
     for (int j = 0; j < kAtOnce; ++j) to[i + j] = weights.at[j];
   }
 }
-template <int kCount, class T>
-__device__ __forceinline__ bool has_any(const T* from) {
-  T weights[kCount];
-  read_weights<kCount>(from, weights);
-  bool any = false;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) any = any || weights[i] != T(0);
-  return any;
-}
 
-// The part of a tile that a warp owns, and a lane's channels there.
-struct Patch {
-  int y, x;
-  i32 channels;  // that exist from the lane's first on
+// Where the bins of an axis lie that take any pixel of a tile: the first of those held, and whether there are more.
+struct HeldBins {
+  i32 first;
+  bool has_more;
 };
 
-// Adds a region's average to the sums of a patch. `bins`: the gradient of the region, from the lane's channel on. Only
-// what a bin takes is multiplied: gradients need not be finite. The next gradient is on its way while one is added.
+// Holds the bins of an axis that take any pixel of the tile, less the first `skip`; a warp calls it.
+template <class T, int kPixels, int kPatch>
+__device__ __forceinline__ HeldBins hold_bins(const Tap<T>* taps, i32 count, i32 low, i32 skip,
+                                              AxisWeights<T, kPixels, kPatch>& held) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int i = lane; i < kHeldBins * kPixels; i += kWarpSize) {
+    held.at[i / kPixels][i % kPixels] = T(0);
+  }
+  __syncwarp();
+  HeldBins result = {-1, false};
+#pragma unroll 1
+  for (i32 begin = 0; begin < count; begin += kWarpSize) {
+    const Tap<T> tap = begin + lane < count ? taps[begin + lane] : Tap<T>{T(0), -1, 0};
+    const i32 pixel = tap.pixel - low;
+    const bool inside = pixel >= 0 && pixel < kPixels;
+    const u32 found = __ballot_sync(kAllLanes, inside);
+    if (found == 0) continue;
+    if (result.first < 0) {
+      result.first = __shfl_sync(kAllLanes, tap.bin, __ffs(found) - 1) + skip;
+    }
+    const i32 bin = tap.bin - result.first;
+    if (inside && bin >= 0 && bin < kHeldBins) held.at[bin][pixel] = tap.weight;
+    result.has_more = result.has_more || (inside && bin >= kHeldBins);
+  }
+  __syncwarp();
+#pragma unroll 1
+  for (int patch = 0; patch < kPixels / kPatch; ++patch) {
+    T weights[kPatch];
+    read_weights(held.at[lane % kHeldBins] + patch * kPatch, weights);
+    bool takes_any = false;
+#pragma unroll
+    for (int i = 0; i < kPatch; ++i) takes_any = takes_any || weights[i] != T(0);
+    const u32 bins = __ballot_sync(kAllLanes, takes_any && lane < kHeldBins);
+    if (lane == 0) held.bins[patch] = {bins != 0 ? __ffs(bins) - 1 : 0, kWarpSize - __clz(bins)};
+  }
+  return result;
+}
+
+// Where the part of a tile lies that a warp owns.
+struct Patch {
+  int y, x;
+};
+
+// Adds a region's average to the sums of a patch. `gradients`: of the bins of all regions, from the lane's channel on.
+// Only what a bin takes is multiplied: gradients need not be finite.
 template <class Scalar, class Index, int kTileH, int kTileW, int kLaneChannels,
           class T = Acc<Scalar>>
-__device__ __forceinline__ void add_average(const Regions& r, const Scalar* bins,
+__device__ __forceinline__ void add_average(const Regions& r, const Scalar* gradients,
                                             const Weights<T, kTileH, kTileW>& weights,
                                             const Patch& patch,
                                             T (&sums)[kPatchH][kPatchW][kLaneChannels]) {
-  const int lane = threadIdx.x % kWarpSize;
-  const u32 taken = __ballot_sync(
-      kAllLanes, lane < kHeldBins
-                     ? has_any<kPatchW>(weights.columns.at[lane] + patch.x)
-                     : has_any<kPatchH>(weights.rows.at[lane - kHeldBins] + patch.y));
-  const u32 rows = taken >> kHeldBins;
-  u32 columns = taken & ((1u << kHeldBins) - 1), rest = rows;
-  if (rows == 0 || columns == 0) return;
-  const i32 first = weights.rows.first * i32(r.pooled_w) + weights.columns.first;
-  Scalar next[kLaneChannels];
-  const auto ask = [&] {
-    const i32 bin = first + (__ffs(rest) - 1) * i32(r.pooled_w) + __ffs(columns) - 1;
-    const Scalar* from = bins + Index(bin) * Index(r.c);
-#pragma unroll
-    for (int i = 0; i < kLaneChannels; ++i) {
-      if (i * kWarpSize < patch.channels) next[i] = from[i * kWarpSize];
-    }
-  };
-  T of_rows[kPatchH][kLaneChannels] = {};
-  ask();
+  const Range rows = weights.rows.bins[patch.y / kPatchH];
+  const Range columns = weights.columns.bins[patch.x / kPatchW];
+  if (rows.is_empty() || columns.is_empty()) return;
+  const i32 bins_x = i32(r.pooled_w);
+  const Index to_row = Index(bins_x) * Index(r.c);
+  const Scalar* of_bin =
+      gradients + Index(weights.bin + rows.begin * bins_x + columns.begin) * Index(r.c);
 #pragma unroll 1
-  while (columns != 0) {
-    const int row = __ffs(rest) - 1, column = __ffs(columns) - 1;
-    T gradient[kLaneChannels], row_weights[kPatchH];
+  for (i32 column = columns.begin; column < columns.end; ++column, of_bin += Index(r.c)) {
+    T of_rows[kPatchH][kLaneChannels] = {};
+    const Scalar* from = of_bin;
+#pragma unroll 1
+    for (i32 row = rows.begin; row < rows.end; ++row, from += to_row) {
+      T gradient[kLaneChannels], row_weights[kPatchH];
 #pragma unroll
-    for (int i = 0; i < kLaneChannels; ++i) {
-      gradient[i] = i * kWarpSize < patch.channels ? load(next[i]) : T(0);
-    }
-    rest &= rest - 1;
-    const bool is_last = rest == 0;
-    if (is_last) {
-      rest = rows;
-      columns &= columns - 1;
-    }
-    if (columns != 0) ask();
-    read_weights(weights.rows.at[row] + patch.y, row_weights);
+      for (int i = 0; i < kLaneChannels; ++i) {
+        gradient[i] = load(from[i * kWarpSize]);
+      }
+      read_weights(weights.rows.at[row] + patch.y, row_weights);
 #pragma unroll
-    for (int y = 0; y < kPatchH; ++y) {
-      if (row_weights[y] == T(0)) continue;
+      for (int y = 0; y < kPatchH; ++y) {
+        if (row_weights[y] == T(0)) continue;
 #pragma unroll
-      for (int i = 0; i < kLaneChannels; ++i) of_rows[y][i] += row_weights[y] * gradient[i];
+        for (int i = 0; i < kLaneChannels; ++i) of_rows[y][i] += row_weights[y] * gradient[i];
+      }
     }
-    if (!is_last) continue;
     T column_weights[kPatchW];
     read_weights(weights.columns.at[column] + patch.x, column_weights);
 #pragma unroll
@@ -207,11 +198,6 @@ __device__ __forceinline__ void add_average(const Regions& r, const Scalar* bins
           sums[y][x][i] += column_weights[x] * of_rows[y][i];
         }
       }
-    }
-#pragma unroll
-    for (int y = 0; y < kPatchH; ++y) {
-#pragma unroll
-      for (int i = 0; i < kLaneChannels; ++i) of_rows[y][i] = T(0);
     }
   }
 }
@@ -305,7 +291,7 @@ __device__ __forceinline__ void write_tile(const Regions& r, void* to, i32 image
     for (int outer = threadIdx.x / kAcross; outer < kOuter; outer += kBlockSize / kAcross) {
       const int channel = kLast ? inner : outer, pixel = kLast ? outer : inner;
       const i64 y = at.y + pixel / kTileW, x = at.x + pixel % kTileW, c = at.channel + channel;
-      if (y >= r.h || x >= r.w || c >= r.c) continue;
+      if (y >= r.h || x >= r.w || c >= r.c || channel < at.repeated) continue;
       const Index offset =
           kLast ? ((Index(image) * Index(r.h) + Index(y)) * Index(r.w) + Index(x)) * Index(r.c) +
                       Index(c)
@@ -319,8 +305,8 @@ __device__ __forceinline__ void write_tile(const Regions& r, void* to, i32 image
 // Block number `block` of those that own tiles of the gradient of r's maps. at.image counts from first_image.
 template <int kTileH, int kTileW, int kChannels>
 __device__ __forceinline__ TileAt own_tile(const Regions& r, u32 block, i32 first_image) {
-  const u32 tiles_x = u32((r.w + kTileW - 1) / kTileW), tiles_y = u32((r.h + kTileH - 1) / kTileH);
-  const u32 chunks = u32((r.c + kChannels - 1) / kChannels);
+  const u32 tiles_x = (u32(r.w) + kTileW - 1) / kTileW, tiles_y = (u32(r.h) + kTileH - 1) / kTileH;
+  const u32 chunks = (u32(r.c) + kChannels - 1) / kChannels;
   TileAt at;
   at.channel = i64(block % chunks) * kChannels;
   block /= chunks;
@@ -328,8 +314,14 @@ __device__ __forceinline__ TileAt own_tile(const Regions& r, u32 block, i32 firs
   block /= tiles_x;
   at.y = i32(block % tiles_y) * kTileH;
   at.image = first_image + i32(block / tiles_y);
+  at.repeated = 0;
   return at;
 }
+
+// Blocks of averages that share a multiprocessor: as many as the loads of others can hide behind. Unasked, registers that
+// only the search for regions needs leave room for two thirds of them.
+template <class Scalar, int kBlockSize>
+constexpr int kLeastBlocks = sizeof(Acc<Scalar>) == 8 ? 1 : 768 / kBlockSize;
 
 // Averages.
 template <class Scalar, class Index, bool kLast, int kTileH, int kTileW, int kLaneChannels,
@@ -347,32 +339,33 @@ __device__ __forceinline__ void gather_average(const AnyArgs& args, const Region
     Sums tile;  // when all is added
   } held;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const TileAt at = own_tile<kTileH, kTileW, Sums::kChannels>(r, block, first_image);
+  TileAt at = own_tile<kTileH, kTileW, Sums::kChannels>(r, block, first_image);
+  // All channels of a block exist, so that no load asks; few ones have a lane for each, and the last for lanes too many.
+  at.repeated = i32(max_of(min_of(at.channel, at.channel + Sums::kChannels - r.c), i64(0)));
+  at.channel -= at.repeated;
+  const i32 own_channel = kLaneChannels > 1 ? lane : min_of(lane, i32(r.c - at.channel) - 1);
   const int number = warp % kPatches, sharer = warp / kPatches;
-  const Patch patch = {number / kAcross * kPatchH, number % kAcross * kPatchW,
-                       i32(r.c - at.channel) - lane};
-  const Index region_size = Index(r.pooled_h * r.pooled_w) * Index(r.c);
-  const Scalar* bins = static_cast<const Scalar*>(args.bins) + at.channel + lane;
+  const Patch patch = {number / kAcross * kPatchH, number % kAcross * kPatchW};
+  const Scalar* gradients = static_cast<const Scalar*>(args.bins) + at.channel + own_channel;
   T sums[kPatchH][kPatchW][kLaneChannels] = {};
 
-  const auto hold = [&](i64 region, i32 skip_y, i32 skip_x, bool& more_x) {
+  // Whether bins of rows, or of columns, are left over.
+  struct More {
+    bool rows, columns;
+  };
+  const auto hold = [&](i64 region, i32 skip_y, i32 skip_x) -> More {
     const Table<T> table = table_of<T>(args, region);
     Weights<T, kTileH, kTileW>& own = held.weights[warp];
-    more_x = hold_bins(table.columns, table.column_bins[r.pooled_w - 1].end, at.x, skip_x,
-                       own.columns);
-    return hold_bins(table.rows, table.row_bins[r.pooled_h - 1].end, at.y, skip_y, own.rows);
-  };
-  const auto add_batch = [&](i64 begin, const i32* regions, int count) {
-#pragma unroll 1
-    for (int i = sharer; i < count; i += kSharers) {
-      add_average<Scalar, Index, kTileH, kTileW, kLaneChannels>(
-          r, bins + Index(begin + regions[i]) * region_size, held.weights[i], patch, sums);
-    }
+    const HeldBins rows =
+        hold_bins(table.rows, table.row_bins[r.pooled_h - 1].end, at.y, skip_y, own.rows);
+    const HeldBins columns =
+        hold_bins(table.columns, table.column_bins[r.pooled_w - 1].end, at.x, skip_x, own.columns);
+    if (lane == 0) own.bin = (region * r.pooled_h + rows.first) * r.pooled_w + columns.first;
+    return {rows.has_more, columns.has_more};
   };
   const auto add_list = [&](i64 begin, int total) {
 #pragma unroll 1
     for (int first = 0; first < total; first += kWarps) {
-      const i32* regions = list.regions + first;
       const int count = min_of(total - first, kWarps);
       // All bins of most regions are held at once.
       bool again_y = true, again_x = true;
@@ -380,11 +373,15 @@ __device__ __forceinline__ void gather_average(const AnyArgs& args, const Region
       for (i32 skip_y = 0; again_y; skip_y += kHeldBins) {
 #pragma unroll 1
         for (i32 skip_x = 0; again_x; skip_x += kHeldBins) {
-          bool more_y = false, more_x = false;
-          if (warp < count) more_y = hold(begin + regions[warp], skip_y, skip_x, more_x);
-          again_x = __syncthreads_or(more_x);
-          add_batch(begin, regions, count);
-          again_y = __syncthreads_or(more_y);
+          More more = {};
+          if (warp < count) more = hold(begin + list.regions[first + warp], skip_y, skip_x);
+          again_x = __syncthreads_or(more.columns);
+#pragma unroll 1
+          for (int i = sharer; i < count; i += kSharers) {
+            add_average<Scalar, Index, kTileH, kTileW, kLaneChannels>(r, gradients, held.weights[i],
+                                                                      patch, sums);
+          }
+          again_y = __syncthreads_or(more.rows);
         }
         again_x = true;
       }
@@ -441,7 +438,9 @@ __device__ __forceinline__ void gather_tile(const Regions& r, const void* spans,
 
 template <class Scalar, class Index, int kPooling, bool kLast, int kTileH, int kTileW,
           int kLaneChannels, int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize) backward(const Args args) {
+__global__ void __launch_bounds__(kBlockSize,
+                                  kPooling == kAverage ? kLeastBlocks<Scalar, kBlockSize> : 1)
+    backward(const Args args) {
   if constexpr (kPooling == kAverage) {
     gather_average<Scalar, Index, kLast, kTileH, kTileW, kLaneChannels, kBlockSize>(
         args, args.regions, args.maps, blockIdx.x, 0);

@@ -127,6 +127,10 @@ def _parity(op: str, typical: dict[str, Any]) -> Parity:
             Case("channels_last", lambda new: _channels_last(_arguments(new, 7, **typical))),
             # More channels than a warp, regions over many tiles.
             Case("wide", lambda new: _arguments(new, 20, (2, 54, 19, 35), (2, 3), **typical)),
+            # More outputs than a warp has lanes, and fewer; more regions than a block looks at.
+            Case("many_outputs", lambda new: _arguments(new, 9, (1, 80, 9, 11), (2, 1), **typical)),
+            Case("some_outputs", lambda new: _arguments(new, 9, (1, 44, 9, 11), 2, **typical)),
+            Case("crowded", lambda new: _arguments(new, 530, (1, 2, 5, 37), (2, 1), **typical)),
             Case("adaptive", lambda new: _arguments(new, 6, output_size=(3, 2))),
             Case("degenerate", _degenerate),
         ),

@@ -139,6 +139,12 @@ def parity() -> Parity:
                 "wide_channels_last",
                 lambda new: _channels_last(_arguments(new, 30, shape=(2, 48, 19, 35))),
             ),
+            # Several channels of a lane, not a multiple of them; more bins in a tile, and more
+            # regions, than the gradient looks at together.
+            Case("many_channels", lambda new: _arguments(new, 9, (1, 140, 9, 11))),
+            Case("some_channels", lambda new: _arguments(new, 9, (1, 70, 9, 11))),
+            Case("many_bins", lambda new: _arguments(new, 4, (1, 2, 9, 11), (19, 36))),
+            Case("crowded", lambda new: _arguments(new, 1030, (1, 2, 5, 6), 2, sampling_ratio=1)),
             Case("border", _border),
             Case("degenerate", _degenerate),
         ),
