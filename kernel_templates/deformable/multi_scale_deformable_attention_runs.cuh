@@ -56,7 +56,7 @@ struct Run {
       Pack<T, kVector> pack;
 #pragma unroll
       for (int i = 0; i < kVector; ++i) pack.at[i] = rows[row][i];
-      store_pack<kVector>(to + row * left.channels, pack);
+      store_whole<kVector>(to + row * left.channels, pack);
     }
   }
   __device__ __forceinline__ void write_cell() const {
