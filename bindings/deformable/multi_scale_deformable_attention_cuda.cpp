@@ -486,8 +486,8 @@ Tensor run_msda_backward_cuda(const MsdaPlan& p, const MsdaGradients& g, bool de
     const Lists lists(p, args);
     const bool counts = !is_dense(args);
     args.ranks = counts ? mutable_data<i32>(lists.ranks) : nullptr;
-    const Buffer ranks = counts ? scratch(offsetof(Args, ranks), lists.ranks)
-                                : unused(offsetof(Args, ranks));
+    const Buffer ranks =
+        counts ? scratch(offsetof(Args, ranks), lists.ranks) : unused(offsetof(Args, ranks));
     run_queries(place, p, g, args, false,
                 {scratch(offsetof(Args, placed), lists.placed),
                  updates(offsetof(Args, ends), lists.ends), ranks});

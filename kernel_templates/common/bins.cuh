@@ -65,9 +65,9 @@ __device__ __forceinline__ void put_in_order(i32* items, i32 low, i32 high) {
   items[high] = a;
 }
 
-// Bitonic sort by the whole block, or by a warp of it, rising, of fewer than 2^29 items in shared or global memory. All stages
-// compare upwards, so items that are missing from the last power of two are as good as infinite.
-template <int kThreads>
+// Bitonic sort by the whole block, rising, of fewer than 2^29 items in shared or global memory. All stages compare
+// upwards, so items that are missing from the last power of two are as good as infinite.
+template <int kBlockSize>
 __device__ __forceinline__ void sort_items(i32* items, i32 count) {
 #pragma unroll 1
   for (i32 size = 2; size / 2 < count; size *= 2) {
@@ -76,16 +76,12 @@ __device__ __forceinline__ void sort_items(i32* items, i32 count) {
     for (i32 stride = size / 2; stride > 0; stride /= 2) {
       const bool mirrored = stride == size / 2;
 #pragma unroll 1
-      for (i32 pair = i32(threadIdx.x) % kThreads; pair < pairs; pair += kThreads) {
+      for (i32 pair = threadIdx.x; pair < pairs; pair += kBlockSize) {
         const i32 inner = pair & (stride - 1), low = 2 * pair - inner;
         const i32 high = mirrored ? low + size - 1 - 2 * inner : low + stride;
         if (high < count) put_in_order(items, low, high);
       }
-      if constexpr (kThreads == kWarpSize) {
-        __syncwarp();
-      } else {
-        __syncthreads();
-      }
+      __syncthreads();
     }
   }
 }
@@ -158,16 +154,70 @@ __device__ __forceinline__ void sort_by_lanes(i32* items, i32 begin, i32 count, 
   }
 }
 
+// One stage of a bitonic sort of kOwn items in each lane of a warp, the ones of a lane neighbours, that compares upwards:
+// with the mirror image within so many, or with what is half as far on.
+template <int kOwn, bool kMirrored>
+__device__ __forceinline__ void compare_in_warp(i32 (&own)[kOwn], i32 size) {
+  const i32 span = size / kOwn;  // lanes
+  if (span >= 2) {
+    const bool upper = (i32(threadIdx.x) & span / 2) != 0;
+    i32 others[kOwn];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      others[i] = __shfl_xor_sync(0xffffffffu, own[kMirrored ? kOwn - 1 - i : i],
+                                  kMirrored ? span - 1 : span / 2);
+    }
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      own[i] = upper ? max_of(own[i], others[i]) : min_of(own[i], others[i]);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const i32 inner = i % size, other = kMirrored ? i - inner + size - 1 - inner : i + size / 2;
+    if (inner >= size / 2) continue;
+    const i32 low = own[i], high = own[other];
+    own[i] = min_of(low, high);
+    own[other] = max_of(low, high);
+  }
+}
+
+// Sorts at most kOwn items for each lane in the registers of a warp; every lane must call, with the same bin.
+template <int kOwn>
+__device__ __forceinline__ void sort_in_warp(i32* items, i32 count) {
+  const i32 lane = i32(threadIdx.x) % kWarpSize;
+  i32 own[kOwn];
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const i32 at = i * kWarpSize + lane;
+    own[i] = at < count ? items[at] : kNoItem;
+  }
+#pragma unroll
+  for (i32 size = 2; size <= kOwn * kWarpSize; size *= 2) {
+    compare_in_warp<kOwn, true>(own, size);
+#pragma unroll
+    for (i32 inner = size / 2; inner >= 2; inner /= 2) compare_in_warp<kOwn, false>(own, inner);
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const i32 at = lane * kOwn + i;
+    if (at < count) items[at] = own[i];
+  }
+  __syncwarp();
+}
+
 // Sorts a bin of each thread of the block, `count` items from `begin` on; every thread must call. Bins of few items are sorted
-// by their thread, others by its warp, in registers or in shared memory, those of very many by the block.
+// by their thread, others by its warp, in registers, those of very many by the block, in shared memory if they fit.
 template <int kBlockSize>
 __device__ __forceinline__ void order_bins(i32* items, i32 begin, i32 count) {
-  constexpr i32 kFew = 8, kMany = 256, kWarps = kBlockSize / kWarpSize;
-  __shared__ i32 copies[kWarps * kMany];
+  constexpr i32 kFew = 8, kOfWarp = 16 * kWarpSize, kOfBlock = 2048;
+  __shared__ i32 copies[kOfBlock];
   __shared__ i32 begins[kBlockSize], counts[kBlockSize], waiting;
   if (threadIdx.x == 0) waiting = 0;
   __syncthreads();
-  if (count > kMany) {
+  if (count > kOfWarp) {
     const i32 at = atomicAdd(&waiting, 1);
     begins[at] = begin;
     counts[at] = count;
@@ -177,27 +227,27 @@ __device__ __forceinline__ void order_bins(i32* items, i32 begin, i32 count) {
   __syncwarp();
   sort_by_lanes(items, begin, count,
                 __ballot_sync(0xffffffffu, count > kFew && count <= kWarpSize));
-  const i32 lane = i32(threadIdx.x) % kWarpSize;
-  i32* copy = copies + i32(threadIdx.x) / kWarpSize * kMany;
-  u32 left = __ballot_sync(0xffffffffu, count > kWarpSize && count <= kMany);
+  u32 left = __ballot_sync(0xffffffffu, count > kWarpSize && count <= kOfWarp);
 #pragma unroll 1
   for (; left != 0; left &= left - 1) {
     const i32 bin = __ffs(i32(left)) - 1, number = __shfl_sync(0xffffffffu, count, bin);
     i32* from = items + __shfl_sync(0xffffffffu, begin, bin);
-#pragma unroll 1
-    for (i32 i = lane; i < number; i += kWarpSize) copy[i] = from[i];
-    __syncwarp();
-    sort_items<kWarpSize>(copy, number);
-#pragma unroll 1
-    for (i32 i = lane; i < number; i += kWarpSize) from[i] = copy[i];
-    __syncwarp();
+    if (number <= 2 * kWarpSize) {
+      sort_in_warp<2>(from, number);
+    } else if (number <= 4 * kWarpSize) {
+      sort_in_warp<4>(from, number);
+    } else if (number <= 8 * kWarpSize) {
+      sort_in_warp<8>(from, number);
+    } else {
+      sort_in_warp<16>(from, number);
+    }
   }
   __syncthreads();
 #pragma unroll 1
   for (i32 bin = 0; bin < waiting; ++bin) {
     i32* from = items + begins[bin];
     const i32 own = counts[bin];
-    const bool fits = own <= kWarps * kMany;
+    const bool fits = own <= kOfBlock;
 #pragma unroll 1
     for (i32 i = threadIdx.x; fits && i < own; i += kBlockSize) copies[i] = from[i];
     __syncthreads();

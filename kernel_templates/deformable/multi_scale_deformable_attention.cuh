@@ -278,8 +278,7 @@ __device__ __forceinline__ void leave(const Args& args, const Item& item, i32 sa
   const i64 own = (item.of_head * args.q + item.row) * args.l * args.p + sample;
   static_cast<Placed<T>*>(args.placed)[own] = placed;
   if (placed.cell == kOutside || args.ranks == nullptr) return;
-  args.ranks[own] =
-      atomicAdd(args.ends + item.of_head * cells_of(args) + placed.cell, 1);
+  args.ranks[own] = atomicAdd(args.ends + item.of_head * cells_of(args) + placed.cell, 1);
 }
 
 // Turns the products of samples [begin, begin + count) into gradients; returns this lane's part of the sum of their

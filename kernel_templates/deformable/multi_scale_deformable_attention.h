@@ -37,8 +37,9 @@ struct Args {
   void* grad_places;       // as places; `positions` says of what
   void* grad_weights;      // as weights
   void* placed;            // (b, m, q, l, p) of Placed
-  i32* ends;  // (b, m, cells_of), then 1: how many samples a cell has, and then where they end in
-              // the list of their image and head; whether levels share pixels
+  // (b, m, cells_of), then 1: how many samples a cell has, and then where they end in the list of their image and head;
+  // whether levels share pixels
+  i32* ends;
   i32* ranks;    // (b, m, q, l, p): which one of its cell's a sample is, in any order
   i32* samples;  // (b, m, q * l * p): those that are inside, by cell
   void* sums;    // (b, m, cells_of, 2, d): what a pixel gets, and what the one below it

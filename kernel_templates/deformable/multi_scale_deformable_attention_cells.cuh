@@ -143,8 +143,7 @@ __global__ void __launch_bounds__(kBlockSize) count(const Args args) {
     const u32 number = turn.block * kItems + i * kBlockSize + threadIdx.x;
     const u32 place = number / of_query;
     const bool exists = number < samples;
-    const i32 query =
-        exists ? in_patches<kRowsOfCount>(args, levels, args.q, i32(place)) : 0;
+    const i32 query = exists ? in_patches<kRowsOfCount>(args, levels, args.q, i32(place)) : 0;
     own[i] = i32(u32(query) * of_query + number - place * of_query);
     cells[i] = exists ? static_cast<const Placed<T>*>(args.placed)[first + own[i]].cell : kOutside;
   }

@@ -18,13 +18,14 @@ using namespace torchkiln::multi_scale_deformable_attention;
 using namespace torchkiln::multi_scale_deformable_attention_cells;
 
 // What `add` leaves: of each cell in `sums`, where its first samples are added, and of each run in `seams`. A part of these
-// is what the row of a pixel gets, and then what the row below gets.
-enum Seam { kHead, kTail };  // left pixels of a cell that an earlier run began; right pixels of the last cell
+// is what the row of a pixel gets, and then what the row below gets. The head of a run: the left pixels of a cell that an
+// earlier one began. Its tail: the right pixels of its last cell.
+enum Seam { kHead, kTail };
 
 // Where the channels of a lane stand.
 template <class T>
 struct Left {
-  T* sums;   // of the image and head
+  T* sums;  // of the image and head
   T* seams;
   i64 channels;
 
@@ -32,7 +33,7 @@ struct Left {
       : sums(static_cast<T*>(args.sums) + of_head * cells_of(args) * 2 * args.d + channel),
         seams(static_cast<T*>(args.seams) + of_head * runs_of(args) * 4 * args.d + channel),
         channels(args.d) {}
-  __device__ __forceinline__ T* of_cell(i32 cell) const { return sums + cell * 2 * channels; }
+  __device__ __forceinline__ T* of_cell(i32 cell) const { return sums + cell * i64(2) * channels; }
   __device__ __forceinline__ T* of_run(i32 run, Seam seam) const {
     return seams + (run * i64(2) + seam) * 2 * channels;
   }
@@ -56,7 +57,7 @@ struct Run {
       Pack<T, kVector> pack;
 #pragma unroll
       for (int i = 0; i < kVector; ++i) pack.at[i] = rows[row][i];
-      store_pack<kVector>(to + row * left.channels, pack);
+      store_whole<kVector>(to + row * left.channels, pack);
     }
   }
   __device__ __forceinline__ void write_cell() const {
@@ -100,11 +101,11 @@ __device__ __forceinline__ Given<T> given_by(const Placed<T>& at, i32 sample, u3
   if (sample < 0) return {-1, -1, {}};
   const bool below = at.y >= T(0), beside = at.x >= T(0);
   const T upper = T(1) - abs_of(at.y), left = T(1) - abs_of(at.x);
-  return {at.cell,
-          i32(u32(sample) / of_query),
-          {{upper * left * at.weight, beside ? upper * at.x * at.weight : T(0),
-            below ? at.y * left * at.weight : T(0),
-            below && beside ? at.y * at.x * at.weight : T(0)}}};
+  return {
+      at.cell,
+      i32(u32(sample) / of_query),
+      {{upper * left * at.weight, beside ? upper * at.x * at.weight : T(0),
+        below ? at.y * left * at.weight : T(0), below && beside ? at.y * at.x * at.weight : T(0)}}};
 }
 
 template <class T>

@@ -129,7 +129,7 @@ struct Sample {
 template <class T>
 struct alignas(16) Placed {
   i32 cell;  // kOutside for no sample
-  T y, x;    // how far from the cell's pixel; less than 0 where the level has no other row or column there
+  T y, x;    // from the cell's pixel on; less than 0 where there is no row or column further on
   T weight;
 };
 

@@ -25,6 +25,7 @@ LEVELS = ((4, 4, 0), (5, 5, 0), (3, 0, 0), (0, 3, 0), (-1, -1, 0), (2, 2, PIXELS
 SHARING = ((4, 4, 0), (3, 5, 2), (1, 7, 13), (5, 1, 15))
 # Few samples for so many pixels, and very many on one.
 CROWDED = ((30, 30, 0), (1, 1, 900))
+COLUMNS = 5
 # More pixels than 16 bits count, and than a block sums at once.
 LARGE = ((259, 255, 0),)
 # Odd, for accesses before a buffer; even, for those behind it.
@@ -144,9 +145,31 @@ def test_levels_that_share_pixels(
     gpu.submit(compare, attend, queries, deterministic, float32, SHARING, SHARING).result()
 
 
-def test_a_level_of_one_pixel(gpu: ProcessPoolExecutor) -> None:
-    args = (attend, 100, True, torch.float64, CROWDED, CROWDED, 901)
+# With few queries, pixels gather their samples; with many, these are added up in runs.
+@pytest.mark.parametrize("queries", [100, 320])
+def test_a_level_of_one_pixel(gpu: ProcessPoolExecutor, queries: int) -> None:
+    args = (attend, queries, True, torch.float64, CROWDED, CROWDED, 901)
     gpu.submit(compare, *args).result()
+
+
+def attend_in_columns(
+    tensors: list[Tensor], sizes: Tensor, starts: Tensor, deterministic: bool
+) -> Tensor:
+    """With a third of the queries in each of three cells; beside the second one is an empty one."""
+    value, places, weights = tensors
+    queries = places.shape[1]
+    cells = torch.tensor([0.2, 1.4, 3.7], dtype=places.dtype).repeat_interleave(queries // 3)
+    there = torch.stack([(cells + 0.5) / COLUMNS, torch.full_like(cells, 0.6)], -1)
+    places = 0 * places + there[:, None, None, None].to(places.device)
+    return attend([value, places, weights], sizes, starts, deterministic)
+
+
+# Three samples each: runs of 128 end where cells do, just before or behind that, and elsewhere.
+@pytest.mark.parametrize("queries_of_cell", [128, 127, 129, 20])
+def test_runs_and_cells(gpu: ProcessPoolExecutor, queries_of_cell: int) -> None:
+    levels: Levels = ((2, COLUMNS, 0),)
+    args = (3 * queries_of_cell, True, torch.float64, levels, levels, 2 * COLUMNS)
+    gpu.submit(compare, attend_in_columns, *args).result()
 
 
 def test_levels_of_many_pixels(gpu: ProcessPoolExecutor) -> None:
