@@ -124,13 +124,15 @@ const Points points_kernel({
           return is_own_or_sum(s.scalar, s.weight) && !(s.scatter != 0 && is_half(s.scalar)) &&
                  (s.vector == 1 || s.vector == full_vector(s.scalar));
         },
-    .legal = [](const Points::Problem& p,
-                const PointTunables& t) {
-      return !(p.statics.scatter != 0 && t.taps > 1) && points_fit(p.statics.scalar, p.sizes, t);
-    },
+    .legal =
+        [](const Points::Problem& p, const PointTunables& t) {
+          return !(p.statics.scatter != 0 && t.taps > 1) &&
+                 points_fit(p.statics.scalar, p.sizes, t);
+        },
     .choose = [](const Points::Problem& p) -> std::uint32_t {
       const std::int64_t scalar = p.statics.scalar;
-      return (p.sizes.pairs > 128 && scalar != TORCHKILN_DOUBLE ? 1 : 0) + (is_half(scalar) ? 2 : 0);
+      return (p.sizes.pairs > 128 && scalar != TORCHKILN_DOUBLE ? 1 : 0) +
+             (is_half(scalar) ? 2 : 0);
     },
     .geometry =
         [](const Points::Problem& p, const PointTunables& t) {

@@ -159,10 +159,11 @@ __device__ __forceinline__ void sort_by_lanes(i32* items, i32 begin, i32 count, 
 }
 
 // Sorts a bin of each thread of the block, `count` items from `begin` on; every thread must call. Bins of few items are sorted
-// by their thread, others by its warp, in registers or in shared memory, those of very many by the block.
+// by their thread, others by its warp, in registers or in shared memory, by ranks or by stages, those of very many by the
+// block.
 template <int kBlockSize>
 __device__ __forceinline__ void order_bins(i32* items, i32 begin, i32 count) {
-  constexpr i32 kFew = 8, kMany = 256, kWarps = kBlockSize / kWarpSize;
+  constexpr i32 kFew = 8, kRanked = 64, kMany = 256, kWarps = kBlockSize / kWarpSize;
   __shared__ i32 copies[kWarps * kMany];
   __shared__ i32 begins[kBlockSize], counts[kBlockSize], waiting;
   if (threadIdx.x == 0) waiting = 0;
@@ -187,9 +188,15 @@ __device__ __forceinline__ void order_bins(i32* items, i32 begin, i32 count) {
 #pragma unroll 1
     for (i32 i = lane; i < number; i += kWarpSize) copy[i] = from[i];
     __syncwarp();
-    sort_items<kWarpSize>(copy, number);
+    const i32 ranked = number <= kRanked ? number : 0;
+    if (ranked == 0) sort_items<kWarpSize>(copy, number);
 #pragma unroll 1
-    for (i32 i = lane; i < number; i += kWarpSize) from[i] = copy[i];
+    for (i32 i = lane; i < number; i += kWarpSize) {
+      i32 rank = ranked == 0 ? i : 0;
+#pragma unroll 4
+      for (i32 other = 0; other < ranked; ++other) rank += copy[other] < copy[i] ? 1 : 0;
+      from[rank] = copy[i];
+    }
     __syncwarp();
   }
   __syncthreads();

@@ -8,7 +8,7 @@
 //   points     one block, kBlockSize points of a query in their cameras; a warp for each that is seen: the gradients of
 //              its place and weights, summed in the warp; with kScatter that of the maps, by vector atomics on floats
 // (without atomics: deformable_aggregation_gather.cuh)
-// spills: up to 16 bytes of a few variants, which ptxas trades for one more block on a multiprocessor
+// spills: some words where loads of two taps are in flight, for one more block on a multiprocessor
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

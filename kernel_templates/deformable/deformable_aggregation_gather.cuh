@@ -8,7 +8,7 @@
 //   gather  a warp owns a run of rows of the maps, a lane finds the samples around each, the warp adds up what rows get of
 //           them, in order, 32 packs of channels in registers; what a query has there is made one before its gradient is
 //           read. Then the warps of a block share the samples of its quads of rows that have too many for one
-// spills: a few words of some variants, mostly on sm_75 and sm_80, outside of the loop that adds up
+// spills: up to 200 bytes, for one more block on a multiprocessor
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -125,18 +125,20 @@ struct Around {
   i32 first;     // how many are those of rows before
   i32 above;     // how many of its own come from above
   i32 bases[2];  // what leads from numbers to places in the list: of these, of others
+  i32 y;         // of its pixel
   i32 count;     // of all rows
   u32 rows;      // a bit for each that the map has
 
   // The whole warp must call.
   __device__ __forceinline__ Around(const Args& args, const Run& run, const Place& place)
-      : above(0), bases{} {
+      : above(0), bases{}, y(0) {
     const bool inside = lane_of() < run.rows && place.has(lane_of());
     rows = __ballot_sync(0xffffffffu, inside);
     i32 beside = 0;
     if (inside) {
       const i32 pixel = place.before + lane_of();
-      const i32 left = u32(pixel) % u32(place.w) != 0 ? 1 : 0;
+      y = i32(u32(pixel) / u32(place.w));
+      const i32 left = pixel != y * place.w ? 1 : 0;
       const i64 bin = first_bin(args, run.source) + i64(run.image) * rows_of(args, run.source) +
                       run.first + lane_of();
       if (pixel >= place.w) {
@@ -177,19 +179,18 @@ struct alignas(sizeof(T) == 8 ? 8 : 16) Share {
 
 template <class T>
 __device__ __forceinline__ Share<T> share_of(const Args& args, const Run& run, const Place& place,
-                                             i32 row, i32 listed) {
-  const i32 maps = maps_of(args), points = i32(args.points), levels = i32(args.levels);
-  // Numbers that are never negative: without their sign, divisions are shorter.
-  const i32 sample = i32(u32(listed) / u32(maps)), query = i32(u32(sample) / u32(points));
+                                             i32 row, i32 y, i32 listed) {
+  const i32 points = i32(args.points), levels = i32(args.levels);
+  const i32 sample = args.maps_of_image.quotient(listed);
+  const i32 query = args.points_of_query.quotient(sample);
   const i32 camera = i32(u32(place.number) / u32(levels));
   Share<T> share = {0, 0, -1, T(0)};
-  if (listed - sample * maps != place.number) return share;  // maps overlap
+  if (listed - sample * maps_of(args) != place.number) return share;  // maps overlap
   T right, down;
   location_at(args, (run.image * args.queries * points + sample) * args.cameras + camera, right,
               down);
   const Touch<T> touch = touch_of(place.h, place.w, right, down);
-  const i32 pixel = place.before + row, y = i32(u32(pixel) / u32(place.w));
-  const i32 x = pixel - y * place.w;
+  const i32 x = place.before + row - y * place.w;
   const i32 below = y - touch.top, beside = x - touch.left;
   if (u32(below) > 1u || u32(beside) > 1u) return share;
   share.query = run.image * i32(args.queries) + query;
@@ -233,10 +234,11 @@ __device__ __forceinline__ i32 list_shares(const Args& args, const Run& run, con
   const i32 number = min_of(first + lane_of(), end - 1), row = around.row(number);
   const i32 beside = number - of_lane(around.first, row) < of_lane(around.above, row) ? 0 : 1;
   const i32 above_base = of_lane(around.bases[0], row), base = of_lane(around.bases[1], row);
+  const i32 y = of_lane(around.y, row);
   Share<T> own = {0, 0, -1, T(0)};
   if (first + lane_of() < end) {
     const i32 listed = args.samples[number + (beside != 0 ? base : above_base)];
-    own = share_of<T>(args, run, place, row, listed);
+    own = share_of<T>(args, run, place, row, y, listed);
   }
   const u32 all = __ballot_sync(0xffffffffu, own.row >= 0), before = (1u << lane_of()) - 1;
   __syncwarp();
