@@ -180,6 +180,9 @@ void set_sizes(AggregationPlan& p, const AggregationInputs& in, std::int64_t cam
   constexpr std::int64_t kMost = deformable_aggregation::kPairsOfPart;
   const std::int64_t parts = (pairs + kMost - 1) / kMost;
   a.part = (pairs + parts - 1) / parts;
+  using deformable_aggregation::Divisor;
+  a.maps_of_image = Divisor(std::max<std::int64_t>(1, cameras * levels));
+  a.points_of_query = Divisor(std::max<std::int64_t>(1, a.points));
   for (std::size_t i = 0; p.one_by_one && i < in.maps.size(); ++i) {
     a.h[i] = static_cast<i32>(in.maps[i].size(3));
     a.w[i] = static_cast<i32>(in.maps[i].size(4));

@@ -19,13 +19,16 @@ struct PointStatics {
 struct ForwardTunables {
   std::int64_t channels, taps, block_size;
 };
+struct PointTunables {
+  std::int64_t taps, block_size;
+};
 struct PartStatics {
   std::int64_t sum;
 };
 using Normalize = Kernel<Args, NormalizeStatics, Sizes, BlockTunables>;
 using Forward = Kernel<Args, ForwardStatics, Sizes, ForwardTunables>;
 using AddParts = Kernel<Args, PartStatics, Sizes, BlockTunables>;
-using Points = Kernel<Args, PointStatics, Sizes, BlockTunables>;
+using Points = Kernel<Args, PointStatics, Sizes, PointTunables>;
 
 constexpr const char* kPath = "deformable/deformable_aggregation.cuh";
 
@@ -96,7 +99,7 @@ const AddParts add_parts_kernel({
 });
 
 // Static and dynamic shared memory together stay within the 48 KB that every device gives unasked.
-bool points_fit(std::int64_t scalar, const Sizes& s, const BlockTunables& t) {
+bool points_fit(std::int64_t scalar, const Sizes& s, const PointTunables& t) {
   const bool wide = scalar == TORCHKILN_DOUBLE;
   // For a thread: place and number of a pair, a tap, the sides of its map.
   const std::int64_t each = wide ? 4 * 8 + 4 + sizeof(deformable_aggregation::Tap<double>)
@@ -111,8 +114,9 @@ const Points points_kernel({
     .statics = {types("scalar", kFloatTypes), types("weight", kFloatTypes),
                 ints("vector", {1, 2, 4, 8}), bools("scatter")},
     .sizes = kSizes,
-    .tunables = {ints("block_size", {64, 128, 256, 512})},
-    .defaults = {{128}, {256}},
+    .tunables = {ints("taps", {1, 2}), ints("block_size", {64, 128, 256, 512})},
+    // Loads of two taps are in flight where two levels of half values are as many bytes as one of floats.
+    .defaults = {{1, 128}, {1, 256}, {2, 128}, {2, 256}},
     // The order of atomics is free.
     .tolerance = 1e-4,
     .valid =
@@ -120,14 +124,18 @@ const Points points_kernel({
           return is_own_or_sum(s.scalar, s.weight) && !(s.scatter != 0 && is_half(s.scalar)) &&
                  (s.vector == 1 || s.vector == full_vector(s.scalar));
         },
-    .legal = [](const Points::Problem& p,
-                const BlockTunables& t) { return points_fit(p.statics.scalar, p.sizes, t); },
-    .choose =
-        [](const Points::Problem& p) {
-          return p.sizes.pairs > 128 && p.statics.scalar != TORCHKILN_DOUBLE ? 1u : 0u;
+    .legal =
+        [](const Points::Problem& p, const PointTunables& t) {
+          return !(p.statics.scatter != 0 && t.taps > 1) &&
+                 points_fit(p.statics.scalar, p.sizes, t);
         },
+    .choose = [](const Points::Problem& p) -> std::uint32_t {
+      const std::int64_t scalar = p.statics.scalar;
+      return (p.sizes.pairs > 128 && scalar != TORCHKILN_DOUBLE ? 1 : 0) +
+             (is_half(scalar) ? 2 : 0);
+    },
     .geometry =
-        [](const Points::Problem& p, const BlockTunables& t) {
+        [](const Points::Problem& p, const PointTunables& t) {
           const Sizes& s = p.sizes;
           const std::int64_t bytes = p.statics.scalar == TORCHKILN_DOUBLE ? 8 : 4;
           return linear(s.batch * s.queries * ceil_div(s.pairs, t.block_size), t.block_size,

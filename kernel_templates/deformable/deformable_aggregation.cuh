@@ -8,7 +8,7 @@
 //   points     one block, kBlockSize points of a query in their cameras; a warp for each that is seen: the gradients of
 //              its place and weights, summed in the warp; with kScatter that of the maps, by vector atomics on floats
 // (without atomics: deformable_aggregation_gather.cuh)
-// spills: up to 16 bytes of a few variants, which ptxas trades for one more block on a multiprocessor
+// spills: some words where loads of two taps are in flight, for one more block on a multiprocessor
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -113,23 +113,29 @@ __global__ void __launch_bounds__(kBlockSize) normalize(const Args args) {
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
-// A sample of kVector channels, times its weight; maps have `bytes` bytes a row.
-template <int kVector, class Scalar, class T>
-__device__ __forceinline__ void add_sample(const Scalar* map, u32 bytes, const Tap<T>& tap,
-                                           T weight, T* sum) {
+// What is read for a tap: its weight and kVector channels of its pixels, as they are. To convert is to wait.
+template <class Scalar, class Weight, int kVector>
+struct Sample {
+  Weight weight;
+  Pack<Scalar, kVector> pixels[4];
+
+  // `maps` have `bytes` bytes a row, and weights begin at those of the query.
+  template <class T>
+  __device__ __forceinline__ void read(const Scalar* map, u32 bytes, const Weight* weights,
+                                       const Tap<T>& tap) {
+    weight = weights[tap.weight];
 #pragma unroll
-  for (int corner = 0; corner < 4; ++corner) {
-    const i32 pixel = tap.pixels[corner];
-    Pack<Scalar, kVector> values = {};
-    if (pixel >= 0) values = load_pack<kVector>(row_at(map, pixel, bytes));
-    const T factor = weight * tap.share(corner);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) sum[i] += factor * load(values.at[i]);
+    for (int corner = 0; corner < 4; ++corner) {
+      pixels[corner] = zero_pack<kVector, Scalar>();
+      const i32 pixel = tap.pixels[corner];
+      if (pixel >= 0) pixels[corner] = load_pack<kVector>(row_at(map, pixel, bytes));
+    }
   }
-}
+};
 
 template <class Scalar, class Weight, int kVector, int kChannels, int kTapsAtOnce, int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize) forward(const Args args) {
+__global__ void __launch_bounds__(kBlockSize, (kTapsAtOnce == 1 ? 1280 : 1024) / kBlockSize)
+    forward(const Args args) {
   using T = Acc<Scalar>;
   constexpr int kLanes = kChannels / kVector, kSlices = kBlockSize / kLanes;
   static_assert(kSlices >= 1 && kSlices * kLanes == kBlockSize);
@@ -143,6 +149,7 @@ __global__ void __launch_bounds__(kBlockSize) forward(const Args args) {
   const i32 first_channel = i32(rest % chunks) * kChannels, channels = i32(args.channels);
   const i32 lane = i32(threadIdx.x) % kLanes, slice = i32(threadIdx.x) / kLanes;
   const i32 channel = first_channel + lane * kVector;
+  const u32 row_bytes = u32(channels) * u32(sizeof(Scalar));
   const bool active = channel < channels;
   const i32 group = active ? channel / (channels / i32(args.groups)) : 0;
   const Normalizer<T> normalized = normalizer_of<T>(args, query, group);
@@ -159,13 +166,30 @@ __global__ void __launch_bounds__(kBlockSize) forward(const Args args) {
     for (i32 begin = 0; begin < total; begin += at_once) {
       const i32 count = min_of(at_once, total - begin);
       fill_taps<kBlockSize>(args, list, image, begin, count, [](i32, const Map&) {});
-      if (active) {
-#pragma unroll(kTapsAtOnce)
-        for (i32 i = slice; i < count * levels; i += kSlices) {
-          const Tap<T> tap = list.taps[i];
-          const Scalar* map = static_cast<const Scalar*>(args.maps[tap.source]) + channel;
-          const T weight = normalized(T(load(weights[tap.weight])));
-          add_sample<kVector>(map, u32(channels) * u32(sizeof(Scalar)), tap, weight, sum);
+      const i32 taps = active ? count * levels : 0;
+#pragma unroll 1
+      for (i32 i = slice; i < taps; i += kSlices * kTapsAtOnce) {
+        Sample<Scalar, Weight, kVector> samples[kTapsAtOnce];
+#pragma unroll
+        for (int t = 0; t < kTapsAtOnce; ++t) {
+          if (i + t * kSlices >= taps) break;
+          const Tap<T>& tap = list.taps[i + t * kSlices];
+          samples[t].read(static_cast<const Scalar*>(args.maps[tap.source]) + channel, row_bytes,
+                          weights, tap);
+        }
+#pragma unroll
+        for (int t = 0; t < kTapsAtOnce; ++t) {
+          if (i + t * kSlices >= taps) break;
+          const Tap<T>& tap = list.taps[i + t * kSlices];
+          const T weight = normalized(T(load(samples[t].weight)));
+#pragma unroll
+          for (int corner = 0; corner < 4; ++corner) {
+            const T factor = weight * tap.share(corner);
+#pragma unroll
+            for (int c = 0; c < kVector; ++c) {
+              sum[c] += factor * load(samples[t].pixels[corner].at[c]);
+            }
+          }
         }
       }
       __syncthreads();
@@ -251,6 +275,12 @@ struct Lanes {
   }
 };
 
+// The sides of the maps of neighbouring taps.
+template <class T>
+struct Sides {
+  const T *w, *h;
+};
+
 // A query's gradient, and what softmax takes off each of its group's.
 template <class T>
 struct Query {
@@ -278,56 +308,66 @@ __device__ __forceinline__ void add_taps(const Args& args, const Tap<T>& tap, T 
   }
 }
 
-// One level of a pair: stores the gradients of its weights, and adds to (dx, dy) in pixels, of which each lane has a
-// part. The whole warp must call.
-template <class Scalar, class Weight, int kVector, bool kScatter, class T>
-__device__ __forceinline__ void differentiate(const Args& args, const Tap<T>& tap,
-                                              const Query<T>& query, const Lanes& lanes, T& dx,
-                                              T& dy) {
+// `count` levels of a pair, kTaps at most, whose loads are in flight together: stores the gradients of their weights, and adds to
+// (dx, dy), of which each lane has a part. `sides` are the w and h of their maps. The whole warp must call.
+template <class Scalar, class Weight, int kVector, bool kScatter, int kTaps, class T>
+__device__ __forceinline__ void differentiate(const Args& args, const Tap<T>* taps, i32 count,
+                                              const Sides<T>& sides, const Query<T>& query,
+                                              const Lanes& lanes, T& dx, T& dy) {
   const i32 channels = i32(args.channels), groups = i32(args.groups);
   const i32 channels_per_group = lanes.per_group * kVector;
   const u32 row_bytes = u32(channels) * u32(sizeof(Scalar));
-  const i64 row = query.weights + tap.weight;
-  const Scalar* map = static_cast<const Scalar*>(args.maps[tap.source]);
 #pragma unroll 1
   for (i32 first = 0; first < groups; first += lanes.at_once) {
     const i32 group = first + lanes.group;
     const bool active = lanes.group < lanes.at_once && group < groups;
-    T weight = T(0), dots[4] = {};
+    Sample<Scalar, Weight, kVector> samples[kTaps];
+    T dots[kTaps][4] = {};
     if (active) {
-      weight = normalizer_of<T>(args, query.number, group)(
-          T(load(static_cast<const Weight*>(args.weights)[row + group])));
+      const Weight* weights = static_cast<const Weight*>(args.weights) + query.weights + group;
 #pragma unroll 1
       for (i32 pack = lanes.inner; pack < lanes.per_group; pack += kWarpSize) {
         const i32 channel = group * channels_per_group + pack * kVector;
+#pragma unroll
+        for (int t = 0; t < kTaps; ++t) {
+          if (t >= count) break;
+          samples[t].read(static_cast<const Scalar*>(args.maps[taps[t].source]) + channel,
+                          row_bytes, weights, taps[t]);
+        }
         T gradient[kVector];
         load_shared<kVector>(query.gradient + channel, gradient);
-        Pack<Scalar, kVector> values[4] = {};
 #pragma unroll
-        for (int corner = 0; corner < 4; ++corner) {
-          const i32 pixel = tap.pixels[corner];
-          if (pixel >= 0) {
-            values[corner] = load_pack<kVector>(row_at(map + channel, pixel, row_bytes));
+        for (int t = 0; t < kTaps; ++t) {
+#pragma unroll
+          for (int corner = 0; corner < 4; ++corner) {
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) {
+              dots[t][corner] += gradient[i] * T(load(samples[t].pixels[corner].at[i]));
+            }
           }
         }
-#pragma unroll
-        for (int corner = 0; corner < 4; ++corner) {
-#pragma unroll
-          for (int i = 0; i < kVector; ++i) {
-            dots[corner] += gradient[i] * T(load(values[corner].at[i]));
-          }
+        if constexpr (kScatter) {
+          static_assert(kTaps == 1);
+          const T weight = normalizer_of<T>(args, query.number, group)(T(load(samples[0].weight)));
+          add_taps<kVector>(args, taps[0], weight, channel, gradient);
         }
-        if constexpr (kScatter) add_taps<kVector>(args, tap, weight, channel, gradient);
       }
     }
-    const T top = dots[1] - dots[0], bottom = dots[3] - dots[2];
-    const T upper = dots[0] + tap.right * top, lower = dots[2] + tap.right * bottom;
-    dx += weight * (top + tap.down * (bottom - top));
-    dy += weight * (lower - upper);
-    T value = lanes.sum(upper + tap.down * (lower - upper));
-    if (!active || lanes.inner != 0) continue;
-    if (args.normalizer != nullptr) value = weight * (value - query.mean[group]);
-    store(static_cast<Weight*>(args.grad_weights)[row + group], value);
+    const Normalizer<T> normalized = normalizer_of<T>(args, query.number, active ? group : 0);
+#pragma unroll
+    for (int t = 0; t < kTaps; ++t) {
+      if (t >= count) break;
+      const T right = taps[t].right, down = taps[t].down;
+      const T weight = active ? normalized(T(load(samples[t].weight))) : T(0);
+      const T top = dots[t][1] - dots[t][0], bottom = dots[t][3] - dots[t][2];
+      const T upper = dots[t][0] + right * top, lower = dots[t][2] + right * bottom;
+      dx += weight * sides.w[t] * (top + down * (bottom - top));
+      dy += weight * sides.h[t] * (lower - upper);
+      T value = lanes.sum(upper + down * (lower - upper));
+      if (!active || lanes.inner != 0) continue;
+      if (normalized.used) value = weight * (value - query.mean[group]);
+      store(static_cast<Weight*>(args.grad_weights)[query.weights + taps[t].weight + group], value);
+    }
   }
 }
 
@@ -370,7 +410,7 @@ __device__ __forceinline__ void fill_unseen(const Args& args, const Query<T>& qu
 }
 
 // Dynamic shared memory: a number for each channel and group.
-template <class Scalar, class Weight, int kVector, bool kScatter, int kBlockSize>
+template <class Scalar, class Weight, int kVector, bool kScatter, int kTapsAtOnce, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize, 768 / kBlockSize) points(const Args args) {
   using T = Acc<Scalar>;
   constexpr int kWarps = kBlockSize / kWarpSize;
@@ -424,11 +464,11 @@ __global__ void __launch_bounds__(kBlockSize, 768 / kBlockSize) points(const Arg
       const i32 pair = list.pair[begin + i];
       T dx = T(0), dy = T(0);
 #pragma unroll 1
-      for (i32 tap = i * levels; tap < (i + 1) * levels; ++tap) {
-        T x = T(0), y = T(0);
-        differentiate<Scalar, Weight, kVector, kScatter>(args, list.taps[tap], query, lanes, x, y);
-        dx += x * list.w[tap];
-        dy += y * list.h[tap];
+      for (i32 level = 0; level < levels; level += kTapsAtOnce) {
+        const i32 tap = i * levels + level;
+        const Sides<T> sides = {list.w + tap, list.h + tap};
+        differentiate<Scalar, Weight, kVector, kScatter, kTapsAtOnce>(
+            args, list.taps + tap, levels - level, sides, query, lanes, dx, dy);
       }
       dx = warp_sum(dx);
       dy = warp_sum(dy);

@@ -14,6 +14,18 @@ constexpr i32 kMostLevels = 32;  // levels in one tensor
 constexpr i64 kMostChannels = 2048;
 constexpr i64 kPairsOfPart = 256;  // points in cameras that a block of `forward` takes at most
 
+// Divides numbers from 0 to 2^31 - 1 by the same number, with a product.
+struct Divisor {
+  u32 factor, shift;
+
+  Divisor() = default;
+  TORCHKILN_HD explicit Divisor(i64 by) : factor(0), shift(31) {
+    while (i64(1) << (shift - 31) < by) ++shift;
+    factor = u32(((u64(1) << shift) + u64(by) - 1) / u64(by));
+  }
+  TORCHKILN_HD i32 quotient(i32 of) const { return i32(u64(u32(of)) * factor >> shift); }
+};
+
 struct Args {
   const void* maps[kMostMaps];  // (bs, rows, C) in maps[0]; or (bs, M, h, w, C) of each level
   void* gradients[kMostMaps];   // as maps; sums of floats for `points`
@@ -36,7 +48,9 @@ struct Args {
   i64 rows;                                       // of an image in maps[0]
   i64 batch, queries, points, cameras, levels, channels, groups;
   i64 point_stride, camera_stride, level_stride;  // of weights, inside of a query
-  i64 part;  // points in cameras that a block of `forward` takes
+  i64 part;               // points in cameras that a block of `forward` takes
+  Divisor maps_of_image;  // cameras * levels
+  Divisor points_of_query;
 };
 
 // One level of one camera of one image: `first` is a row of maps[source]. Without pixels, h is 0.

@@ -8,7 +8,7 @@
 //   gather  a warp owns a run of rows of the maps, a lane finds the samples around each, the warp adds up what rows get of
 //           them, in order, 32 packs of channels in registers; what a query has there is made one before its gradient is
 //           read. Then the warps of a block share the samples of its quads of rows that have too many for one
-// spills: a few words of some variants, mostly on sm_75 and sm_80, outside of the loop that adds up
+// spills: up to 200 bytes, for one more block on a multiprocessor
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -125,18 +125,20 @@ struct Around {
   i32 first;     // how many are those of rows before
   i32 above;     // how many of its own come from above
   i32 bases[2];  // what leads from numbers to places in the list: of these, of others
+  i32 y;         // of its pixel
   i32 count;     // of all rows
   u32 rows;      // a bit for each that the map has
 
   // The whole warp must call.
   __device__ __forceinline__ Around(const Args& args, const Run& run, const Place& place)
-      : above(0), bases{} {
+      : above(0), bases{}, y(0) {
     const bool inside = lane_of() < run.rows && place.has(lane_of());
     rows = __ballot_sync(0xffffffffu, inside);
     i32 beside = 0;
     if (inside) {
       const i32 pixel = place.before + lane_of();
-      const i32 left = u32(pixel) % u32(place.w) != 0 ? 1 : 0;
+      y = i32(u32(pixel) / u32(place.w));
+      const i32 left = pixel != y * place.w ? 1 : 0;
       const i64 bin = first_bin(args, run.source) + i64(run.image) * rows_of(args, run.source) +
                       run.first + lane_of();
       if (pixel >= place.w) {
@@ -177,19 +179,18 @@ struct alignas(sizeof(T) == 8 ? 8 : 16) Share {
 
 template <class T>
 __device__ __forceinline__ Share<T> share_of(const Args& args, const Run& run, const Place& place,
-                                             i32 row, i32 listed) {
-  const i32 maps = maps_of(args), points = i32(args.points), levels = i32(args.levels);
-  // Numbers that are never negative: without their sign, divisions are shorter.
-  const i32 sample = i32(u32(listed) / u32(maps)), query = i32(u32(sample) / u32(points));
+                                             i32 row, i32 y, i32 listed) {
+  const i32 points = i32(args.points), levels = i32(args.levels);
+  const i32 sample = args.maps_of_image.quotient(listed);
+  const i32 query = args.points_of_query.quotient(sample);
   const i32 camera = i32(u32(place.number) / u32(levels));
   Share<T> share = {0, 0, -1, T(0)};
-  if (listed - sample * maps != place.number) return share;  // maps overlap
+  if (listed - sample * maps_of(args) != place.number) return share;  // maps overlap
   T right, down;
   location_at(args, (run.image * args.queries * points + sample) * args.cameras + camera, right,
               down);
   const Touch<T> touch = touch_of(place.h, place.w, right, down);
-  const i32 pixel = place.before + row, y = i32(u32(pixel) / u32(place.w));
-  const i32 x = pixel - y * place.w;
+  const i32 x = place.before + row - y * place.w;
   const i32 below = y - touch.top, beside = x - touch.left;
   if (u32(below) > 1u || u32(beside) > 1u) return share;
   share.query = run.image * i32(args.queries) + query;
@@ -233,10 +234,11 @@ __device__ __forceinline__ i32 list_shares(const Args& args, const Run& run, con
   const i32 number = min_of(first + lane_of(), end - 1), row = around.row(number);
   const i32 beside = number - of_lane(around.first, row) < of_lane(around.above, row) ? 0 : 1;
   const i32 above_base = of_lane(around.bases[0], row), base = of_lane(around.bases[1], row);
+  const i32 y = of_lane(around.y, row);
   Share<T> own = {0, 0, -1, T(0)};
   if (first + lane_of() < end) {
     const i32 listed = args.samples[number + (beside != 0 ? base : above_base)];
-    own = share_of<T>(args, run, place, row, listed);
+    own = share_of<T>(args, run, place, row, y, listed);
   }
   const u32 all = __ballot_sync(0xffffffffu, own.row >= 0), before = (1u << lane_of()) - 1;
   __syncwarp();
@@ -270,16 +272,18 @@ __device__ __forceinline__ void read_weights(const Args& args, const Chunk& chun
   static_assert(kMostGroups == 8);  // four shares of a warp at a time
   const i32 beside = lane_of() / kMostGroups, group = lane_of() % kMostGroups;
   const i64 of_query = weights_of_query(args, 1);
-  const Weight* weights = static_cast<const Weight*>(args.weights) + chunk.first_group + group;
-  T values[kMostGroups];
+  const Weight* weights = static_cast<const Weight*>(args.weights) + chunk.first_group +
+                          min_of(group, chunk.groups - 1);
+  // Of all, read as they are: what is behind the last is not used, and to convert is to wait.
+  Weight read[kMostGroups];
 #pragma unroll
   for (int i = 0; i < kMostGroups; ++i) {
     const Share<T>& share = list.shares[4 * i + beside];
-    values[i] = T(0);
-    if (4 * i + beside < count && group < chunk.groups) {
-      values[i] = T(load(weights[share.query * of_query + share.weight]));
-    }
+    read[i] = weights[share.query * of_query + share.weight];
   }
+  T values[kMostGroups];
+#pragma unroll
+  for (int i = 0; i < kMostGroups; ++i) values[i] = T(load(read[i]));
   if (args.normalizer != nullptr) {
 #pragma unroll 2
     for (int i = 0; i < kMostGroups; ++i) {
@@ -439,91 +443,72 @@ __device__ __forceinline__ void write_row(Scalar* rows, u32 bytes, i32 channels,
   }
 }
 
-// Writes what a warp's run of rows gets, but for the rows whose bits it returns: those that get too much for one warp, or of
-// several maps, which are added up where sums are not yet rounded.
-template <class Scalar, class Weight, int kAtOnce, class Grad, class T, int kVector, int kPacks>
+// Adds up what rows of a run get; `tell(sums)` of each row and map. Alone, the warp takes all samples, but those of rows whose
+// bits it returns: rows that get too many, or of several maps, which are added up where sums are not yet rounded. Else it takes
+// its part of them, one of `parts`.
+template <class Weight, int kAtOnce, class Grad, class T, int kVector, int kPacks, class Tell>
 __device__ __forceinline__ u32 gather_run(const Args& args, const Run& run, const Chunk& chunk,
                                           const Packs<Grad, kVector, kPacks>& packs, i32 most,
-                                          List<T>& list) {
-  Scalar* rows = rows_at<Scalar>(args, run, chunk.first);
-  const u32 row_bytes = u32(args.channels) * u32(sizeof(Scalar));
-  u32 seen = 0, written = 0, crowded = 0;  // a bit for each row
+                                          i32 part, i32 parts, List<T>& list, const Tell& tell) {
+  u32 seen = 0, crowded = 0;  // a bit for each row
   each_map(args, run, [&](const Place& place, const Around& around) {
-    if (around.count > most || (around.rows & seen) != 0) crowded |= around.rows;
-    seen |= around.rows;
-    if ((around.rows & crowded) != 0) return;
-    Sums<T, kVector, kPacks> sums;
-    const auto write = [&](const Sums<T, kVector, kPacks>& row) {
-      if (row.row < 0) return;
-      written |= 1u << row.row;
-      write_row(rows, row_bytes, chunk.channels, row);
-    };
-#pragma unroll 1
-    for (i32 first = 0; first < around.count; first += kWarpSize) {
-      const i32 all = list_shares(args, run, place, around, first, around.count, list.shares);
-      const i32 count = merge_shares<Weight>(args, chunk, all, list);
-      add_shares<kAtOnce>(packs, list, count, sums, write);
+    if (parts == 1) {
+      if (around.count > most || (around.rows & seen) != 0) crowded |= around.rows;
+      seen |= around.rows;
+      if ((around.rows & crowded) != 0) return;
     }
-    write(sums);
-  });
-  Sums<T, kVector, kPacks> none;
+    // What takes time is the number of lists, not their lengths.
+    const i32 lists = i32(u32(around.count + kWarpSize - 1) / kWarpSize);
+    const i32 each = (lists + parts - 1) / parts * kWarpSize;
+    const i32 end = min_of((part + 1) * each, around.count);
+    Sums<T, kVector, kPacks> sums;
 #pragma unroll 1
-  for (none.row = 0; none.row < run.rows; ++none.row) {
-    if (((written | crowded) >> none.row & 1) == 0)
-      write_row(rows, row_bytes, chunk.channels, none);
-  }
+    for (i32 first = part * each; first < end; first += kWarpSize) {
+      const i32 all = list_shares(args, run, place, around, first, end, list.shares);
+      const i32 count = merge_shares<Weight>(args, chunk, all, list);
+      add_shares<kAtOnce>(packs, list, count, sums, tell);
+    }
+    tell(sums);
+    __syncwarp();
+  });
   return crowded;
 }
 
-// Writes what a quad of rows gets, by all warps of the block: each has a part of the samples, and sums of its own.
-template <class Scalar, class Weight, int kAtOnce, class Grad, class T, int kVector, int kPacks,
-          int kWarps>
-__device__ __forceinline__ void gather_quad(
-    const Args& args, const Run& run, const Chunk& chunk, const Packs<Grad, kVector, kPacks>& packs,
-    List<T>& list, T (&parts)[kWarps][kQuad][kWarpSize * kVector * kPacks]) {
-  constexpr i32 kChannels = kWarpSize * kVector * kPacks;
-  const i32 warp = i32(threadIdx.x) / kWarpSize;
+// What the warps of a block make of a quad of rows; each has sums of its own.
+template <class T, int kWarps, int kChannels>
+struct Parts {
+  T at[kWarps][kQuad][kChannels];
+
+  // By a warp, of its own.
+  __device__ __forceinline__ void clear(i32 warp) {
 #pragma unroll 4
-  for (i32 i = lane_of(); i < kQuad * kChannels; i += kWarpSize) {
-    parts[warp][i / kChannels][i % kChannels] = T(0);
-  }
-  __syncwarp();
-  each_map(args, run, [&](const Place& place, const Around& around) {
-    Sums<T, kVector, kPacks> sums;
-    const auto add = [&](const Sums<T, kVector, kPacks>& row) {
-      if (row.row < 0) return;
-#pragma unroll
-      for (int i = 0; i < kPacks * kVector; ++i) {
-        parts[warp][row.row][packs.channel_of(i / kVector) + i % kVector] +=
-            row.at[i / kVector][i % kVector];
-      }
-    };
-    // What takes time is the number of lists, not their lengths.
-    const i32 lists = (around.count + kWarpSize - 1) / kWarpSize;
-    const i32 each = (lists + kWarps - 1) / kWarps * kWarpSize;
-    const i32 end = min_of((warp + 1) * each, around.count);
-#pragma unroll 1
-    for (i32 first = warp * each; first < end; first += kWarpSize) {
-      const i32 all = list_shares(args, run, place, around, first, end, list.shares);
-      const i32 count = merge_shares<Weight>(args, chunk, all, list);
-      add_shares<kAtOnce>(packs, list, count, sums, add);
+    for (i32 i = lane_of(); i < kQuad * kChannels; i += kWarpSize) {
+      at[warp][i / kChannels][i % kChannels] = T(0);
     }
-    add(sums);
     __syncwarp();
-  });
-  __syncthreads();
-  Scalar* rows = rows_at<Scalar>(args, run, chunk.first);
-#pragma unroll 1
-  for (i32 i = threadIdx.x; i < run.rows * kChannels; i += kWarps * kWarpSize) {
-    const i32 row = i / kChannels, channel = i % kChannels;
-    if (channel >= chunk.channels) continue;
-    T sum = T(0);
-#pragma unroll
-    for (i32 part = 0; part < kWarps; ++part) sum += parts[part][row][channel];
-    store(row_at(rows, row, u32(args.channels) * u32(sizeof(Scalar)))[channel], sum);
   }
-  __syncthreads();
-}
+  template <int kVector, int kPacks>
+  __device__ __forceinline__ void add(i32 warp, const Sums<T, kVector, kPacks>& sums) {
+#pragma unroll
+    for (int i = 0; i < kPacks * kVector; ++i) {
+      at[warp][sums.row][(i / kVector * kWarpSize + lane_of()) * kVector + i % kVector] +=
+          sums.at[i / kVector][i % kVector];
+    }
+  }
+  // By the block, in the order of warps.
+  template <class Scalar>
+  __device__ __forceinline__ void write(Scalar* rows, i32 count, u32 bytes, i32 channels) const {
+#pragma unroll 1
+    for (i32 i = threadIdx.x; i < count * kChannels; i += kWarps * kWarpSize) {
+      const i32 row = i / kChannels, channel = i % kChannels;
+      if (channel >= channels) continue;
+      T sum = T(0);
+#pragma unroll
+      for (i32 warp = 0; warp < kWarps; ++warp) sum += at[warp][row][channel];
+      store(row_at(rows, row, bytes)[channel], sum);
+    }
+  }
+};
 
 // The run of a number, so that the last rows of each camera or image come first: those of small maps, which get more samples
 // and take longest.
@@ -541,32 +526,51 @@ __global__ void __launch_bounds__(kBlockSize, sizeof(Acc<Scalar>) == 8 ? 1 : 768
   constexpr i32 kWarps = kBlockSize / kWarpSize, kChannels = kWarpSize * kVector * kPacks;
   constexpr i32 kQuads = kRows / kQuad;
   __shared__ List<T> lists[kWarps];
-  __shared__ T parts[kWarps][kQuad][kChannels];
-  __shared__ u32 crowded[kWarps];
+  __shared__ Parts<T, kWarps, kChannels> parts;
+  __shared__ u32 crowded[kWarps];  // rows of the run of a warp
   const i32 warp = i32(threadIdx.x) / kWarpSize;
   const u32 chunks = u32(chunk_count(i32(args.channels), i32(args.groups), kChannels));
   const Chunk chunk(args, blockIdx.x % chunks, kChannels);
   const Packs<Grad, kVector, kPacks> packs(args, chunk);
+  const u32 row_bytes = u32(args.channels) * u32(sizeof(Scalar));
   const i32 runs = i32(args.batch) * (quads_of_image(args) / kQuads);
-  // The warps of a block own runs far from each other: neighbours may all be crowded.
-  const auto quad_of = [&](i32 of_warp) {
-    const i32 number = of_warp * i32(gridDim.x / chunks) + i32(blockIdx.x / chunks);
-    return last_first(args, number, runs) * kQuads;
-  };
-  const Run run = run_at(args, quad_of(warp), kRows);
-  u32 left = 0;
-  if (run.image < args.batch && run.rows > 0) {
-    left = gather_run<Scalar, Weight, kAtOnce>(args, run, chunk, packs, most_shares(kRows),
-                                               lists[warp]);
-  }
-  if (lane_of() == 0) crowded[warp] = left;
-  __syncthreads();
+  // First each warp by itself, then all of them for each crowded quad. One loop: what it adds up is compiled once.
 #pragma unroll 1
-  for (i32 quad = 0; quad < kWarps * kQuads; ++quad) {
-    const i32 of_warp = quad / kQuads, inner = quad % kQuads;
-    if ((crowded[of_warp] >> (kQuad * inner) & ((1u << kQuad) - 1)) == 0) continue;
-    gather_quad<Scalar, Weight, kAtOnce>(args, run_at(args, quad_of(of_warp) + inner, kQuad), chunk,
-                                         packs, lists[warp], parts);
+  for (i32 turn = -1; turn < kWarps * kQuads; ++turn) {
+    const bool alone = turn < 0;
+    const i32 of_warp = alone ? warp : turn / kQuads, inner = alone ? 0 : turn % kQuads;
+    if (!alone && (crowded[of_warp] >> (kQuad * inner) & ((1u << kQuad) - 1)) == 0) continue;
+    // The warps of a block own runs far from each other: neighbours may all be crowded.
+    const i32 number = of_warp * i32(gridDim.x / chunks) + i32(blockIdx.x / chunks);
+    const i32 quad = last_first(args, number, runs) * kQuads + inner;
+    Run run = run_at(args, quad, alone ? kRows : kQuad);
+    if (run.image >= args.batch) run.rows = 0;
+    Scalar* rows = rows_at<Scalar>(args, run, chunk.first);
+    u32 written = 0, left = 0;
+    if (!alone) parts.clear(warp);
+    if (run.rows > 0) {
+      left = gather_run<Weight, kAtOnce>(args, run, chunk, packs, most_shares(kRows),
+                                         alone ? 0 : warp, alone ? 1 : kWarps, lists[warp],
+                                         [&](const Sums<T, kVector, kPacks>& sums) {
+                                           if (sums.row < 0) return;
+                                           if (!alone) return parts.add(warp, sums);
+                                           written |= 1u << sums.row;
+                                           write_row(rows, row_bytes, chunk.channels, sums);
+                                         });
+    }
+    if (alone) {
+      Sums<T, kVector, kPacks> none;
+#pragma unroll 1
+      for (none.row = 0; none.row < run.rows; ++none.row) {
+        if (((written | left) >> none.row & 1) == 0)
+          write_row(rows, row_bytes, chunk.channels, none);
+      }
+      if (lane_of() == 0) crowded[warp] = left;
+    }
+    __syncthreads();
+    if (alone) continue;
+    parts.write(rows, run.rows, row_bytes, chunk.channels);
+    __syncthreads();
   }
 }
 

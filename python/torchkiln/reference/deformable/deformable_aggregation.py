@@ -231,6 +231,11 @@ def parity() -> Parity:
             ),
             # More samples around a pixel than a block of the maps' gradient keeps for itself.
             Case("crowded", lambda new: _arguments(new, 8, 200, 2, 8, 1, sizes=[(3, 4), (2, 3)])),
+            # The same of many queries with few points each.
+            Case(
+                "crowded_queries",
+                lambda new: _arguments(new, 120, 4, 2, 8, 1, sizes=[(3, 4), (2, 3)]),
+            ),
             Case("one_place", _one_place),
             Case("shared_maps", lambda new: _arguments(new, form="shared")),
             Case("wide", lambda new: _arguments(new, 3, 4, 2, 264, 3, form="channels_last")),
