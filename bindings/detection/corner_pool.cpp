@@ -186,17 +186,16 @@ Plan plan_backward(const Tensor& grad_output, const Tensor& input, const Tensor&
 // Neighbouring columns that one loop carries along, in the first cache. Rows become columns, a tile at a time.
 constexpr std::int64_t kSpan = 256, kTile = 16;
 
-// Neighbouring lines from `begin` on, all along the length; `running` is what they carry. A Count that the compiler
-// knows keeps that in registers.
-template <class Scalar, class Pass, class Count>
-void scan_lines(const Args& args, bool reverse, std::int64_t begin, const Count count,
+// Neighbouring lines from `begin` on, all along the length; `running` is what they carry.
+template <class Scalar, class Pass>
+void scan_lines(const Args& args, bool reverse, std::int64_t begin, std::int64_t count,
                 Acc<Scalar>* __restrict__ running) {
   auto* out = static_cast<Scalar*>(args.out) + begin;
   for (std::int64_t k = 0; k < args.length; ++k) {
     const std::int64_t at = (reverse ? args.length - 1 - k : k) * args.inner;
+#pragma GCC unroll 1  // or it is unrolled whole where the count is known, and there is no vector
     for (std::int64_t i = 0; i < count; ++i) {
-      store(out[at + i],
-            Pass::step(running[i], Pass::template item<Scalar>(args, begin + at + i)));
+      store(out[at + i], Pass::step(running[i], Pass::template item<Scalar>(args, begin + at + i)));
     }
   }
 }
@@ -266,7 +265,7 @@ void scan_tiles(const Plan& p, std::int64_t first) {
       read_tile<Scalar>(p.args.grad_output, place, grad_output);
     }
     const Args args = {&input, &pooled, &grad_output, &out, 1, place.columns, kTile};
-    scan_lines<T, Pass>(args, p.reverse, 0, std::integral_constant<std::int64_t, kTile>(), running);
+    scan_lines<T, Pass>(args, p.reverse, 0, kTile, running);
     write_tile<Scalar>(out, place, p.args.out);
   }
 }

@@ -63,8 +63,8 @@ inline void soft_loop(Span<T>& s, std::int64_t n, const Factors<T>& f) {
   }
 }
 
-__attribute__((TORCHKILN_CLONES)) void negative_squared(Span<float>& s, std::int64_t n,
-                                                        float gamma, bool with_gradient) {
+__attribute__((TORCHKILN_CLONES)) void negative_squared(Span<float>& s, std::int64_t n, float gamma,
+                                                        bool with_gradient) {
   negative_loop<2>(s, n, gamma, with_gradient);
 }
 __attribute__((TORCHKILN_CLONES)) void negative_any(Span<float>& s, std::int64_t n, float gamma) {
@@ -107,8 +107,8 @@ void set_classes(const Args& args, const Factors<Acc<Scalar>>& f, std::int64_t o
     const bool is_class = label >= 0 && label < args.columns;
     const bool weighs = args.weight != nullptr && is_class;
     const T weight = weighs ? load(static_cast<const Scalar*>(args.weight)[label]) : T(1);
-    std::fill(s.t + std::max<std::int64_t>(first, 0), s.t + std::min<std::int64_t>(first + args.columns, n),
-              f.negative * weight);
+    std::fill(s.t + std::max<std::int64_t>(first, 0),
+              s.t + std::min<std::int64_t>(first + args.columns, n), f.negative * weight);
     if (!is_class || at < 0 || at >= n) continue;
     s.x[at] = -s.x[at];
     s.t[at] = f.positive * weight;

@@ -506,14 +506,14 @@ void load_rows(const Problem& p, const Panel& panel, const Rows& rows, std::int6
                std::int64_t ahead, int begin, int end, Sheet<T>& out) {
   const Inside inside = inside_of(p, first, begin, end);
   if (panel.lanes < kLanes) zero_steps(out);
-  const Scalar* first_row =
-      static_cast<const Scalar*>(rows.data) + panel.batch * rows.batch + panel.channel * rows.channel;
+  const Scalar* first_row = static_cast<const Scalar*>(rows.data) + panel.batch * rows.batch +
+                            panel.channel * rows.channel;
   for (int l = 0; l < panel.lanes; ++l) prefetch_row(p, first_row + l * rows.channel, ahead);
   const Scalar* start = start_of(p, first_row, first);
   const std::ptrdiff_t to_stride = p.reverse ? -kLanes : kLanes;
   const int turned = turn_steps<Scalar, T>(p, panel, inside.end, [&](int l, int at, int to) {
     turn_four(reinterpret_cast<const float*>(start + l * rows.channel + at), rows.channel,
-         reinterpret_cast<float*>(&out(to, l)), to_stride);
+              reinterpret_cast<float*>(&out(to, l)), to_stride);
   });
   for (int l = 0; l < panel.lanes; ++l) {
     const Scalar* from = start + l * rows.channel;
@@ -537,7 +537,7 @@ void store_rows(const Problem& p, const Panel& panel, std::int64_t first, std::i
   const std::ptrdiff_t stride = p.reverse ? -kLanes : kLanes;
   const int turned = turn_steps<Scalar, T>(p, panel, steps, [&](int l, int at, int from) {
     turn_four(reinterpret_cast<const float*>(&values(from, l)), stride,
-         reinterpret_cast<float*>(start + l * p.length + at), p.length);
+              reinterpret_cast<float*>(start + l * p.length + at), p.length);
   });
   for (int l = 0; l < panel.lanes; ++l) {
     Scalar* to = start + l * p.length;
