@@ -19,6 +19,7 @@
 #include "bindings/support/layout.h"
 #include "bindings/support/parallel.h"
 #include "bindings/support/tensor.h"
+#include "bindings/support/turn.h"
 
 namespace torchkiln::bindings {
 namespace {
@@ -182,38 +183,98 @@ Plan plan_backward(const Tensor& grad_output, const Tensor& input, const Tensor&
 
 // ---- CPU ----
 
-// Neighbouring columns that one loop carries along, in the first cache; and rows, one alone would wait for itself.
-constexpr std::int64_t kSpan = 256, kRows = 8;
+// Neighbouring columns that one loop carries along, in the first cache. Rows become columns, a tile at a time.
+constexpr std::int64_t kSpan = 256, kTile = 16;
 
-// The lines that begin at `begin`, `begin + stride`, ..., all along the length. A Count that the compiler knows keeps
-// the running values in registers.
-template <class Scalar, class Pass, class Count>
-void scan_lines(const Plan& p, std::int64_t begin, std::int64_t stride, const Count count) {
-  const Args args = p.args;
-  auto* out = static_cast<Scalar*>(args.out);
-  Acc<Scalar> running[kSpan];
-  std::fill_n(running, count, Pass::start());
+// Neighbouring lines from `begin` on, all along the length; `running` is what they carry.
+template <class Scalar, class Pass>
+void scan_lines(const Args& args, bool reverse, std::int64_t begin, std::int64_t count,
+                Acc<Scalar>* __restrict__ running) {
+  auto* out = static_cast<Scalar*>(args.out) + begin;
   for (std::int64_t k = 0; k < args.length; ++k) {
-    const std::int64_t at = begin + (p.reverse ? args.length - 1 - k : k) * args.inner;
+    const std::int64_t at = (reverse ? args.length - 1 - k : k) * args.inner;
+#pragma GCC unroll 1  // or it is unrolled whole where the count is known, and there is no vector
     for (std::int64_t i = 0; i < count; ++i) {
-      store(out[at + i * stride],
-            Pass::step(running[i], Pass::template item<Scalar>(args, at + i * stride)));
+      store(out[at + i], Pass::step(running[i], Pass::template item<Scalar>(args, begin + at + i)));
     }
+  }
+}
+
+// Where a tile of rows lies in a tensor.
+struct TilePlace {
+  std::int64_t begin, stride, rows, columns;
+};
+
+template <class T>
+struct Tile {
+  T at[kTile][kTile];  // a row for each column of the tensor
+};
+
+template <class Scalar, class T>
+void read_tile(const void* tensor, const TilePlace& place, Tile<T>& tile) {
+  const Scalar* from = static_cast<const Scalar*>(tensor) + place.begin;
+  if constexpr (std::is_same_v<Scalar, float>) {
+    if (place.rows == kTile && place.columns == kTile) {
+      for (std::int64_t row = 0; row < kTile; row += 4) {
+        for (std::int64_t c = 0; c < kTile; c += 4)
+          turn_four(from + row * place.stride + c, place.stride, &tile.at[c][row], kTile);
+      }
+      return;
+    }
+  }
+  for (std::int64_t row = 0; row < place.rows; ++row) {
+    for (std::int64_t c = 0; c < place.columns; ++c)
+      tile.at[c][row] = load(from[row * place.stride + c]);
+  }
+}
+
+template <class Scalar, class T>
+void write_tile(const Tile<T>& tile, const TilePlace& place, void* tensor) {
+  Scalar* to = static_cast<Scalar*>(tensor) + place.begin;
+  if constexpr (std::is_same_v<Scalar, float>) {
+    if (place.rows == kTile && place.columns == kTile) {
+      for (std::int64_t row = 0; row < kTile; row += 4) {
+        for (std::int64_t c = 0; c < kTile; c += 4)
+          turn_four(&tile.at[c][row], kTile, to + row * place.stride + c, place.stride);
+      }
+      return;
+    }
+  }
+  for (std::int64_t row = 0; row < place.rows; ++row) {
+    for (std::int64_t c = 0; c < place.columns; ++c)
+      store(to[row * place.stride + c], tile.at[c][row]);
+  }
+}
+
+// Up to kTile rows from `first` on.
+template <class Scalar, class Pass>
+void scan_tiles(const Plan& p, std::int64_t first) {
+  using T = Acc<Scalar>;
+  const std::int64_t length = p.args.length, tiles = ceil_div(length, kTile);
+  Tile<T> input{}, pooled{}, grad_output{}, out;
+  T running[kTile];
+  std::fill_n(running, kTile, Pass::start());
+  for (std::int64_t k = 0; k < tiles; ++k) {
+    const std::int64_t column = (p.reverse ? tiles - 1 - k : k) * kTile;
+    const TilePlace place = {first * length + column, length,
+                             std::min<std::int64_t>(kTile, p.args.outer - first),
+                             std::min(kTile, length - column)};
+    read_tile<Scalar>(p.args.input, place, input);
+    if (p.backward) {
+      read_tile<Scalar>(p.args.pooled, place, pooled);
+      read_tile<Scalar>(p.args.grad_output, place, grad_output);
+    }
+    const Args args = {&input, &pooled, &grad_output, &out, 1, place.columns, kTile};
+    scan_lines<T, Pass>(args, p.reverse, 0, kTile, running);
+    write_tile<Scalar>(out, place, p.args.out);
   }
 }
 
 template <class Scalar, class Pass>
 void scan_rows(const Plan& p) {
-  const std::int64_t outer = p.args.outer, length = p.args.length;
-  parallel_for(ceil_div(outer, kRows), kRows * length, [&](std::int64_t begin, std::int64_t end) {
-    constexpr std::integral_constant<std::int64_t, kRows> all;
-    for (std::int64_t i = begin * kRows; i < std::min(outer, end * kRows); i += kRows) {
-      if (outer - i >= kRows) {
-        scan_lines<Scalar, Pass>(p, i * length, length, all);
-      } else {
-        scan_lines<Scalar, Pass>(p, i * length, length, outer - i);
-      }
-    }
+  const std::int64_t groups = ceil_div(p.args.outer, kTile);
+  parallel_for(groups, kTile * p.args.length, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) scan_tiles<Scalar, Pass>(p, i * kTile);
   });
 }
 
@@ -224,8 +285,10 @@ void scan_columns(const Plan& p) {
   parallel_for(p.args.outer * spans, length * columns, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t s = begin; s < end; ++s) {
       const std::int64_t column = s % spans * kSpan;
-      scan_lines<Scalar, Pass>(p, s / spans * length * inner + column, 1,
-                               std::min(kSpan, inner - column));
+      Acc<Scalar> running[kSpan];
+      std::fill_n(running, kSpan, Pass::start());
+      scan_lines<Scalar, Pass>(p.args, p.reverse, s / spans * length * inner + column,
+                               std::min(kSpan, inner - column), running);
     }
   });
 }

@@ -1,7 +1,8 @@
 // ps_roi_align and ps_roi_pool on the CPU, by the taps of roi_taps_cpu.h.
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <span>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "bindings/detection/ps_roi_pool.h"

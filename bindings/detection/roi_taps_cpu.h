@@ -303,13 +303,13 @@ void sum_gradients(const Regions& r, Scalar* maps, bool channels_last, const Mak
   parallel_for(r.k, 1000, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t k = begin; k < end; ++k) make(k, taps[static_cast<std::size_t>(k)]);
   });
-  run_gradient_tasks(
-      r, maps, channels_last, neighbouring_channels(channels_last), [&](GradientTask<T>& task) {
-        for (std::int64_t region = 0; region < r.k; ++region) {
-          const RegionTaps<T>& of_region = taps[static_cast<std::size_t>(region)];
-          if (of_region.image == task.image) add(region, of_region, task);
-        }
-      });
+  run_gradient_tasks(r, maps, channels_last, neighbouring_channels(channels_last),
+                     [&](GradientTask<T>& task) {
+                       for (std::int64_t region = 0; region < r.k; ++region) {
+                         const RegionTaps<T>& of_region = taps[static_cast<std::size_t>(region)];
+                         if (of_region.image == task.image) add(region, of_region, task);
+                       }
+                     });
 }
 
 }  // namespace torchkiln::bindings

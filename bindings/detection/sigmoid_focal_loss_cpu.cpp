@@ -22,13 +22,15 @@ using sigmoid_focal_loss::Terms;
 // Elements of one step of the CPU loops: their buffers stay in the first cache.
 constexpr std::int64_t kSpan = 512;
 // Elements of one partial sum, whatever the number of threads.
-constexpr std::int64_t kPiece = 16'384;
+constexpr std::int64_t kPiece = 4096;
 constexpr std::int64_t kElementNanoseconds = 4;
 
-// What a span is computed from and into: x and t are read, loss and gradient written.
+// What a span is computed from and into: x and t are read, loss and gradient written. t: soft targets, or factors.
 template <class T>
 struct Span {
   T x[kSpan], t[kSpan], loss[kSpan], gradient[kSpan];
+  std::int64_t positives[kSpan];  // where they are
+  std::int64_t n_positives = 0;
 };
 
 template <class T>
@@ -36,12 +38,19 @@ struct Factors {
   T positive, negative, gamma;
 };
 
+// Negative elements, each with a factor.
 template <int kGamma, class T>
-inline void negative_loop(Span<T>& s, std::int64_t n, const Factors<T>& f) {
+inline void negative_loop(Span<T>& s, std::int64_t n, T gamma, bool with_gradient) {
+  if (!with_gradient) {
+    for (std::int64_t i = 0; i < n; ++i) {
+      s.loss[i] = s.t[i] * sigmoid_focal_loss::negative_terms<kGamma>(s.x[i], gamma).loss;
+    }
+    return;
+  }
   for (std::int64_t i = 0; i < n; ++i) {
-    const Terms<T> terms = sigmoid_focal_loss::negative_terms<kGamma>(s.x[i], f.gamma);
-    s.loss[i] = f.negative * terms.loss;
-    s.gradient[i] = f.negative * terms.gradient;
+    const Terms<T> terms = sigmoid_focal_loss::negative_terms<kGamma>(s.x[i], gamma);
+    s.loss[i] = s.t[i] * terms.loss;
+    s.gradient[i] = s.t[i] * terms.gradient;
   }
 }
 template <int kGamma, class T>
@@ -54,13 +63,12 @@ inline void soft_loop(Span<T>& s, std::int64_t n, const Factors<T>& f) {
   }
 }
 
-__attribute__((TORCHKILN_CLONES)) void negative_squared(Span<float>& s, std::int64_t n,
-                                                        Factors<float> f) {
-  negative_loop<2>(s, n, f);
+__attribute__((TORCHKILN_CLONES)) void negative_squared(Span<float>& s, std::int64_t n, float gamma,
+                                                        bool with_gradient) {
+  negative_loop<2>(s, n, gamma, with_gradient);
 }
-__attribute__((TORCHKILN_CLONES)) void negative_any(Span<float>& s, std::int64_t n,
-                                                    Factors<float> f) {
-  negative_loop<0>(s, n, f);
+__attribute__((TORCHKILN_CLONES)) void negative_any(Span<float>& s, std::int64_t n, float gamma) {
+  negative_loop<0>(s, n, gamma, true);
 }
 __attribute__((TORCHKILN_CLONES)) void soft_squared(Span<float>& s, std::int64_t n,
                                                     Factors<float> f) {
@@ -68,11 +76,12 @@ __attribute__((TORCHKILN_CLONES)) void soft_squared(Span<float>& s, std::int64_t
 }
 
 template <class T>
-void negative_span(Span<T>& s, std::int64_t n, const Factors<T>& f) {
+void negative_span(Span<T>& s, std::int64_t n, T gamma, bool with_gradient) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    f.gamma == 2 ? negative_squared(s, n, f) : negative_any(s, n, f);
+    gamma == 2 ? negative_squared(s, n, gamma, with_gradient) : negative_any(s, n, gamma);
   } else {
-    f.gamma == 2 ? negative_loop<2>(s, n, f) : negative_loop<0>(s, n, f);
+    gamma == 2 ? negative_loop<2>(s, n, gamma, with_gradient)
+               : negative_loop<0>(s, n, gamma, with_gradient);
   }
 }
 template <class T>
@@ -85,22 +94,35 @@ void soft_span(Span<T>& s, std::int64_t n, const Factors<T>& f) {
   }
 }
 
-// The one positive element of a span of negative ones.
-template <class T>
-void set_positive(Span<T>& s, std::int64_t i, const Factors<T>& f) {
-  const Terms<T> terms = f.gamma == 2 ? sigmoid_focal_loss::negative_terms<2>(-s.x[i], f.gamma)
-                                      : sigmoid_focal_loss::negative_terms<0>(-s.x[i], f.gamma);
-  s.loss[i] = f.positive * terms.loss;
-  s.gradient[i] = -f.positive * terms.gradient;
+// The factors of elements by the labels of their rows. A positive element is the negative one of -x with its gradient
+// negated, so all are computed alike.
+template <class Scalar>
+void set_classes(const Args& args, const Factors<Acc<Scalar>>& f, std::int64_t offset,
+                 std::int64_t n, Span<Acc<Scalar>>& s) {
+  using T = Acc<Scalar>;
+  s.n_positives = 0;
+  std::int64_t row = offset / args.columns;
+  for (std::int64_t first = row * args.columns - offset; first < n; first += args.columns, ++row) {
+    const std::int64_t label = static_cast<const i64*>(args.targets)[row], at = first + label;
+    const bool is_class = label >= 0 && label < args.columns;
+    const bool weighs = args.weight != nullptr && is_class;
+    const T weight = weighs ? load(static_cast<const Scalar*>(args.weight)[label]) : T(1);
+    std::fill(s.t + std::max<std::int64_t>(first, 0),
+              s.t + std::min<std::int64_t>(first + args.columns, n), f.negative * weight);
+    if (!is_class || at < 0 || at >= n) continue;
+    s.x[at] = -s.x[at];
+    s.t[at] = f.positive * weight;
+    s.positives[s.n_positives++] = at;
+  }
 }
 
-// Computes the elements [offset, offset + n), all of one row when there are labels.
+// Computes the elements [offset, offset + n).
 template <class Scalar>
 void compute_span(const Args& args, bool labels, std::int64_t offset, std::int64_t n,
                   Span<Acc<Scalar>>& s) {
   using T = Acc<Scalar>;
-  Factors<T> f{static_cast<T>(args.positive * args.scale),
-               static_cast<T>(args.negative * args.scale), static_cast<T>(args.gamma)};
+  const Factors<T> f{static_cast<T>(args.positive * args.scale),
+                     static_cast<T>(args.negative * args.scale), static_cast<T>(args.gamma)};
   const auto* inputs = static_cast<const Scalar*>(args.inputs) + offset;
   for (std::int64_t i = 0; i < n; ++i) s.x[i] = load(inputs[i]);
   if (!labels) {
@@ -108,17 +130,11 @@ void compute_span(const Args& args, bool labels, std::int64_t offset, std::int64
     for (std::int64_t i = 0; i < n; ++i) s.t[i] = load(targets[i]);
     return soft_span(s, n, f);
   }
-  const std::int64_t row = offset / args.columns;
-  const std::int64_t label = static_cast<const i64*>(args.targets)[row];
-  const bool is_class = label >= 0 && label < args.columns;
-  if (args.weight != nullptr && is_class) {
-    const T weight = load(static_cast<const Scalar*>(args.weight)[label]);
-    f.positive *= weight;
-    f.negative *= weight;
-  }
-  negative_span(s, n, f);
-  const std::int64_t hit = label - (offset - row * args.columns);
-  if (is_class && hit >= 0 && hit < n) set_positive(s, hit, f);
+  set_classes<Scalar>(args, f, offset, n, s);
+  negative_span(s, n, f.gamma, args.gradient != nullptr);
+  if (args.gradient == nullptr) return;
+  for (std::int64_t i = 0; i < s.n_positives; ++i)
+    s.gradient[s.positives[i]] = -s.gradient[s.positives[i]];
 }
 
 // Writes what is asked for.
@@ -142,18 +158,28 @@ void write_span(const Args& args, bool sums, std::int64_t offset, std::int64_t n
   }
 }
 
-// The elements of one piece, in spans that do not cross a row; returns the sum of their losses.
+// Side by side, because one sum alone would wait for itself.
+template <class T>
+double sum_of(const T* values, std::int64_t n) {
+  constexpr int kSums = 8;
+  double sums[kSums] = {};
+  std::int64_t i = 0;
+  for (; i + kSums <= n; i += kSums) {
+    for (int j = 0; j < kSums; ++j) sums[j] += values[i + j];
+  }
+  return std::accumulate(sums, sums + kSums, std::accumulate(values + i, values + n, 0.0));
+}
+
+// The elements of one piece; returns the sum of their losses.
 template <class Scalar>
 double run_piece(const Args& args, bool labels, bool sums, std::int64_t begin, std::int64_t end) {
   Span<Acc<Scalar>> span;
   double sum = 0;
-  while (begin < end) {
-    const std::int64_t row_end = labels ? (begin / args.columns + 1) * args.columns : end;
-    const std::int64_t n = std::min({kSpan, end - begin, row_end - begin});
+  for (; begin < end; begin += kSpan) {
+    const std::int64_t n = std::min(kSpan, end - begin);
     compute_span<Scalar>(args, labels, begin, n, span);
     write_span<Scalar>(args, sums, begin, n, span);
-    if (sums) sum = std::accumulate(span.loss, span.loss + n, sum);
-    begin += n;
+    if (sums) sum += sum_of(span.loss, n);
   }
   return sum;
 }

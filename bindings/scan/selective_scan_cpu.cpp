@@ -7,12 +7,14 @@
 #endif
 #include <algorithm>
 #include <cstddef>
+#include <cstring>
 #include <iterator>
 #include <memory>
 #include <type_traits>
 
 #include "bindings/scan/selective_scan.h"
 #include "bindings/support/parallel.h"
+#include "bindings/support/turn.h"
 
 // Everything is inlined into each body.
 #define TORCHKILN_SCAN_LOOPS __attribute__((flatten, TORCHKILN_CLONES))
@@ -67,6 +69,7 @@ struct Chunk {
   using T = Real<V>;
   std::int64_t first, ahead;  // its first position, and that of the chunk whose rows are asked for
   int steps;
+  int left, right;  // positions beside it that are loaded
   bool is_first, is_last;
   Sheet<T> u, d, ratio, g, y, grad_u, grad_d, grad_ratio;
   Sheet<V> alpha, state, grad_v, by_b, by_c;
@@ -482,19 +485,41 @@ void prefetch_row(const Problem& p, const T* row, std::int64_t first, int parts 
   }
 }
 
+// Calls f(the first of four lanes, where four steps begin in memory, which of them lies there) for all steps that can be
+// turned; returns how many those are.
+template <class Scalar, class T, class F>
+int turn_steps(const Problem& p, const Panel& panel, int steps, const F& f) {
+  if constexpr (!std::is_same_v<Scalar, float> || !std::is_same_v<T, float>) return 0;
+  if (panel.lanes < kLanes) return 0;
+  const int turned = steps / 4 * 4;
+  for (int l = 0; l < kLanes; l += 4) {
+    for (int step = 0; step < turned; step += 4) {
+      p.reverse ? f(l, -step - 3, step + 3) : f(l, step, step);
+    }
+  }
+  return turned;
+}
+
 // A row of each channel, from `begin` to `end` around the chunk at `first`; that at `ahead` follows.
 template <class Scalar, class T>
 void load_rows(const Problem& p, const Panel& panel, const Rows& rows, std::int64_t first,
                std::int64_t ahead, int begin, int end, Sheet<T>& out) {
   const Inside inside = inside_of(p, first, begin, end);
   if (panel.lanes < kLanes) zero_steps(out);
+  const Scalar* first_row = static_cast<const Scalar*>(rows.data) + panel.batch * rows.batch +
+                            panel.channel * rows.channel;
+  for (int l = 0; l < panel.lanes; ++l) prefetch_row(p, first_row + l * rows.channel, ahead);
+  const Scalar* start = start_of(p, first_row, first);
+  const std::ptrdiff_t to_stride = p.reverse ? -kLanes : kLanes;
+  const int turned = turn_steps<Scalar, T>(p, panel, inside.end, [&](int l, int at, int to) {
+    turn_four(reinterpret_cast<const float*>(start + l * rows.channel + at), rows.channel,
+              reinterpret_cast<float*>(&out(to, l)), to_stride);
+  });
   for (int l = 0; l < panel.lanes; ++l) {
-    const Scalar* row = static_cast<const Scalar*>(rows.data) + panel.batch * rows.batch +
-                        (panel.channel + l) * rows.channel;
-    prefetch_row(p, row, ahead);
-    const Scalar* from = start_of(p, row, first);
-    along(p, inside.begin, inside.end,
-          [&](int step, std::ptrdiff_t at) { out(step, l) = load(from[at]); });
+    const Scalar* from = start + l * rows.channel;
+    const auto one = [&](int step, std::ptrdiff_t at) { out(step, l) = load(from[at]); };
+    along(p, inside.begin, 0, one);
+    along(p, turned, inside.end, one);
   }
   const auto repeat = [&](int from, int to) {
     std::copy_n(out.at[from + kLeft], kLanes, out.at[to + kLeft]);
@@ -506,11 +531,17 @@ void load_rows(const Problem& p, const Panel& panel, const Rows& rows, std::int6
 template <class Scalar, class T>
 void store_rows(const Problem& p, const Panel& panel, std::int64_t first, std::int64_t ahead,
                 int steps, const Sheet<T>& values, void* out) {
+  Scalar* first_row = static_cast<Scalar*>(out) + (panel.batch * p.dim + panel.channel) * p.length;
+  for (int l = 0; l < panel.lanes; ++l) prefetch_row(p, first_row + l * p.length, ahead);
+  Scalar* start = start_of(p, first_row, first);
+  const std::ptrdiff_t stride = p.reverse ? -kLanes : kLanes;
+  const int turned = turn_steps<Scalar, T>(p, panel, steps, [&](int l, int at, int from) {
+    turn_four(reinterpret_cast<const float*>(&values(from, l)), stride,
+              reinterpret_cast<float*>(start + l * p.length + at), p.length);
+  });
   for (int l = 0; l < panel.lanes; ++l) {
-    Scalar* row = static_cast<Scalar*>(out) + (panel.batch * p.dim + panel.channel + l) * p.length;
-    prefetch_row(p, row, ahead);
-    Scalar* to = start_of(p, row, first);
-    along(p, 0, steps, [&](int step, std::ptrdiff_t at) { store(to[at], values(step, l)); });
+    Scalar* to = start + l * p.length;
+    along(p, turned, steps, [&](int step, std::ptrdiff_t at) { store(to[at], values(step, l)); });
   }
 }
 
@@ -532,11 +563,14 @@ void load_chunk(const Problem& p, const Panel& panel, std::int64_t first, std::i
   c.steps = static_cast<int>(std::min<std::int64_t>(kSteps, p.length - first));
   c.is_first = first == 0;
   c.is_last = first + c.steps == p.length;
+  const bool alone = taps_of(static_cast<int>(method)) == 1;
+  c.left = alone ? 0 : kLeft;
+  c.right = alone ? 0 : kRight;
   T bias[kLanes];
   load_weight(p.delta_bias, panel, bias);
-  load_rows<Scalar>(p, panel, p.u, first, c.ahead, -kLeft, c.steps + kRight, c.u);
-  load_rows<Scalar>(p, panel, p.delta, first, c.ahead, -kLeft, c.steps + kRight, c.d);
-  steps_loop(c.d, -kLeft, c.steps + kRight, bias, p.softplus);
+  load_rows<Scalar>(p, panel, p.u, first, c.ahead, -c.left, c.steps + c.right, c.u);
+  load_rows<Scalar>(p, panel, p.delta, first, c.ahead, -c.left, c.steps + c.right, c.d);
+  steps_loop(c.d, -c.left, c.steps + c.right, bias, p.softplus);
   const int neighbour = neighbour_of(static_cast<int>(method));
   for (int step = -1; neighbour != 0 && step < c.steps; ++step) {
     for (int l = 0; l < kLanes; ++l) {
@@ -552,19 +586,32 @@ void load_matrix(const Problem& p, const Panel& panel, const void* matrix, std::
   constexpr int kParts = is_complex_type<V> ? 2 : 1;
   const Scalar* row = static_cast<const Scalar*>(matrix) +
                       ((panel.batch * p.groups + panel.group) * p.states + n) * p.length * kParts;
-  prefetch_row(p, row, c.ahead, kParts);
+  // All panels share these rows, so they are near, and a long time ahead others would have taken their place: those of
+  // the states that follow, or of the chunk that does.
+  const bool follows = n + kTogether < p.states;
+  prefetch_row(p, follows ? row + kTogether * p.length * kParts : row,
+               follows ? c.first : (c.first + c.ahead) / 2, kParts);
   const Scalar* start = row + (p.reverse ? p.length - 1 - c.first : c.first) * kParts;
-  const Inside inside = inside_of(p, c.first, -kLeft, c.steps + kRight);
-  along(p, inside.begin, inside.end, [&](int step, std::ptrdiff_t at) {
+  const Inside inside = inside_of(p, c.first, -c.left, c.steps + c.right);
+  const auto one = [&](int step, std::ptrdiff_t at) {
     const Scalar* from = start + at * kParts;
     if constexpr (is_complex_type<V>) {
       out[step + kLeft] = {load(from[0]), load(from[1])};
     } else {
       out[step + kLeft] = load(*from);
     }
-  });
-  std::fill(out, out + inside.begin + kLeft, out[inside.begin + kLeft]);
-  std::fill(out + inside.end + kLeft, out + c.steps + kRight + kLeft, out[inside.end - 1 + kLeft]);
+  };
+  if (std::is_same_v<Scalar, V> && !p.reverse) {
+    std::memcpy(out + inside.begin + kLeft, start + inside.begin,
+                static_cast<std::size_t>(inside.end - inside.begin) * sizeof(V));
+  } else {
+    along(p, inside.begin, inside.end, one);
+  }
+  const auto repeat = [&](int from, int begin, int end) {
+    std::fill(out + begin + kLeft, out + end + kLeft, out[from + kLeft]);
+  };
+  repeat(inside.begin, -c.left, inside.begin);
+  repeat(inside.end - 1, inside.end, c.steps + c.right);
 }
 
 // Of `count` states from n on. Beyond the last one they are zeros, which change nothing.
@@ -681,10 +728,11 @@ void run_panel(const Args& args, const Panel& panel, std::int64_t method, Forwar
 template <class Scalar, class V>
 void load_gradient(const BackwardArgs& args, const Panel& panel, Chunk<V>& c) {
   const Problem& p = args.problem;
-  load_rows<Scalar>(p, panel, args.grad_out, c.first, c.ahead, -1, c.steps, c.g);
+  const int begin = c.left > 0 ? -1 : 0;
+  load_rows<Scalar>(p, panel, args.grad_out, c.first, c.ahead, begin, c.steps, c.g);
   if (!p.z.data) return;
-  load_rows<Scalar>(p, panel, p.z, c.first, c.ahead, -1, c.steps, c.y);
-  gate_loop(c.g, c.y, -1, c.steps);
+  load_rows<Scalar>(p, panel, p.z, c.first, c.ahead, begin, c.steps, c.y);
+  gate_loop(c.g, c.y, begin, c.steps);
 }
 
 // What the ratios of true-time rules give to the steps of both sides; `behind` is what this chunk has for the step before.

@@ -42,27 +42,7 @@ struct ScaleArgs {
 };
 
 // exp(-a) for a >= 0, NaN for NaN.
-TORCHKILN_HD float exp_negative(float a) {
-#if defined(__CUDACC_RTC__)
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a * -1.4426950408889634f));
-  return result;
-#else
-  // 2^n * 2^f with n read from the low bits of a float that is too big for a fraction. Below e^-87 lie subnormals.
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
-  const float power = (a > 87.0f ? 87.0f : a) * -1.4426950408889634f;
-  const float shifted = power + kShift;
-  const float f = power - (shifted - kShift);
-  float p = 1.5345812e-4f;
-  p = p * f + 1.3399931e-3f;
-  p = p * f + 9.6184891e-3f;
-  p = p * f + 5.5503286e-2f;
-  p = p * f + 2.4022646e-1f;
-  p = p * f + 6.9314718e-1f;
-  p = p * f + 1.0f;
-  return a > 87.0f ? 0.0f : p * bits_float((float_bits(shifted) << 23) + 0x3f800000u);
-#endif
-}
+TORCHKILN_HD float exp_negative(float a) { return quick_exp2(a * -kLog2E); }
 TORCHKILN_HD double exp_negative(double a) {
 #if defined(__CUDACC_RTC__)
   return ::exp(-a);
