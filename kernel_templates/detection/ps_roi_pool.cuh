@@ -15,6 +15,7 @@
 //             image, so that these maps are fetched from L2 once and then hit L1; one thread, one bin
 //   backward  channels_last: roi_align's tiles of the gradient, lanes on channels. A lane's bin is that of its channel, so
 //             it adds its own taps; gradients of bins lie as channels do, and are read as one piece
+// spills: up to 24 bytes in staged_backward, outside of the loop over pixels.
 // compile time: staged takes above 250 ms for samples of three maps, which are unrolled
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -224,17 +225,11 @@ __device__ __forceinline__ OwnTile own_tile(const Regions& r, i64 most_rows, u32
 }
 
 // One region's bin in a tile; pixels count from the tile's first one. Cells need no weights.
-template <class T, int kPixels>
-struct Side {
-  Range pixels;
-  T weights[kPixels];
-};
 template <class T, int kRows>
 struct Entry {
-  i64 region;
   i32 size;  // of a bin of cells
-  Side<T, kRows> rows;
-  Side<T, kMostTileWidth> columns;
+  Range rows, columns;
+  T row_weights[kRows], column_weights[kMostTileWidth];
 };
 
 __device__ __forceinline__ bool overlap(const Range& a, i32 begin, i32 end) {
@@ -267,37 +262,45 @@ __device__ __forceinline__ bool touches(const Args& args, const OwnMaps& own, co
          overlap(columns, tile.x, tile.x + tile.width) && !columns.is_empty();
 }
 
+// One axis of a tile, for one of an entry.
+template <class T>
+struct Side {
+  bool columns;
+  i32 bin, low, count;
+  Range* pixels;
+  T* weights;
+};
 // The number of all pixels of a bin of cells.
-template <int kPooling, class T, int kPixels>
-__device__ __forceinline__ i32 fill_side(const Args& args, i64 region, bool columns, i32 bin,
-                                         i32 low, i32 count, Side<T, kPixels>& side) {
+template <int kPooling, class T>
+__device__ __forceinline__ i32 fill_side(const Args& args, i64 region, const Side<T>& to) {
   if constexpr (kPooling == kCells) {
-    const Range cells = pixels_around<kPooling, T>(args, region, columns, bin);
-    side.pixels = {max_of(cells.begin - low, 0), min_of(cells.end - low, count)};
+    const Range cells = pixels_around<kPooling, T>(args, region, to.columns, to.bin);
+    *to.pixels = {max_of(cells.begin - to.low, 0), min_of(cells.end - to.low, to.count)};
     return cells.end - cells.begin;
   } else {
-#pragma unroll
-    for (T& weight : side.weights) weight = T(0);
     const Regions& r = args.regions;
-    const i64 size = columns ? r.w : r.h;
-    const roi_align::Axis<T> axis = roi_align::axis_at<T>(r, region, columns);
+    const i64 size = to.columns ? r.w : r.h;
+    const roi_align::Axis<T> axis = roi_align::axis_at<T>(r, region, to.columns);
     const T share = axis.count > 0 ? T(1) / T(axis.count) : T(0);
-    side.pixels = {count, 0};
+#pragma unroll 1
+    for (i32 i = 0; i < to.count; ++i) to.weights[i] = T(0);
+    Range pixels = {to.count, 0};
     const auto add = [&](i32 pixel, T weight) {
-      const i32 i = pixel - low;
-      if (i < 0 || i >= count) return;
-      side.pixels = {min_of(side.pixels.begin, i), i + 1};
-      side.weights[i] += weight;
+      const i32 i = pixel - to.low;
+      if (i < 0 || i >= to.count) return;
+      pixels = {min_of(pixels.begin, i), i + 1};
+      to.weights[i] += weight;
     };
     i32 first, last;
-    sample_range(axis, bin, size, first, last);
+    sample_range(axis, to.bin, size, first, last);
 #pragma unroll 1
     for (i32 i = first; i < last; ++i) {
-      const Taps<T> taps = sample_taps(axis, bin, i, size);
+      const Taps<T> taps = sample_taps(axis, to.bin, i, size);
       if (!taps.inside) continue;
       add(taps.low, taps.weight_low * share);
       if (taps.high != taps.low) add(taps.high, taps.weight_high * share);
     }
+    *to.pixels = pixels;
     return 0;
   }
 }
@@ -313,38 +316,57 @@ __device__ __forceinline__ void fill_entries(const Args& args, const OwnMaps& ow
 #pragma unroll 1
   for (int first = warp * kOfWarp; first < count; first += kBlockSize / 2) {
     const int i = first + lane / 2;
-    const i64 region = begin + regions[min_of(i, count - 1)];
-    Entry<T, kRows>& entry = entries[i];
     i32 size = 0;
-    if (i < count && columns) {
-      size = fill_side<kPooling>(args, region, true, own.column_bin, tile.x, tile.width,
-                                 entry.columns);
-    } else if (i < count) {
-      size = fill_side<kPooling>(args, region, false, own.row_bin, tile.y, tile.height, entry.rows);
+    if (i < count) {
+      Entry<T, kRows>& entry = entries[i];
+      const Side<T> side = {columns,
+                            columns ? own.column_bin : own.row_bin,
+                            columns ? tile.x : tile.y,
+                            columns ? tile.width : tile.height,
+                            columns ? &entry.columns : &entry.rows,
+                            columns ? &entry.column_weights[0] : &entry.row_weights[0]};
+      size = fill_side<kPooling>(args, begin + regions[i], side);
     }
     size *= __shfl_xor_sync(0xffffffffu, size, 1);
-    if (i >= count || columns) continue;
-    entry.region = region;
-    entry.size = size;
+    if (i < count && columns) entries[i].size = size;
   }
 }
 
-// The gradients of a batch, output innermost; those of cells are divided by their number.
-template <class Scalar, class Index, int kPooling, int kRows, int kOutputs, int kBlockSize,
+// The gradients of a batch, output innermost, as many for each thread.
+template <class Scalar, int kOutputs, int kBlockSize>
+struct Gradients {
+  static constexpr int kOfThread = (kEntries * kOutputs + kBlockSize - 1) / kBlockSize;
+  Scalar at[kOfThread];
+};
+// Asks for all of them at once.
+template <class Index, class Scalar, int kOutputs, int kBlockSize>
+__device__ __forceinline__ void ask_gradients(const Args& args, const OwnMaps& own, i64 begin,
+                                              const i32* regions, int count,
+                                              Gradients<Scalar, kOutputs, kBlockSize>& asked) {
+  const Scalar* all = static_cast<const Scalar*>(args.bins);
+#pragma unroll
+  for (int i = 0; i < asked.kOfThread; ++i) {
+    const int item = i * kBlockSize + threadIdx.x, output = item % kOutputs;
+    const bool exists = item / kOutputs < count && output < own.count;
+    asked.at[i] = {};
+    if (exists) {
+      const i64 region = begin + regions[item / kOutputs];
+      asked.at[i] = all[Index(region) * Index(args.regions.c) + own.channel(output)];
+    }
+  }
+}
+// Those of cells are divided by their number.
+template <int kPooling, int kRows, class Scalar, int kOutputs, int kBlockSize,
           class T = Acc<Scalar>>
-__device__ __forceinline__ void load_gradients(const Args& args, const OwnMaps& own,
+__device__ __forceinline__ void keep_gradients(const Gradients<Scalar, kOutputs, kBlockSize>& asked,
                                                const Entry<T, kRows>* entries, int count,
                                                T* gradients) {
-#pragma unroll 4
-  for (int i = threadIdx.x; i < count * kOutputs; i += kBlockSize) {
-    const Entry<T, kRows>& entry = entries[i / kOutputs];
-    const int output = i % kOutputs;
-    T gradient = T(0);
-    if (output < own.count) {
-      gradient = load(static_cast<const Scalar*>(
-          args.bins)[Index(entry.region) * Index(args.regions.c) + own.channel(output)]);
-    }
-    gradients[i] = kPooling == kCells ? gradient / T(entry.size) : gradient;
+#pragma unroll
+  for (int i = 0; i < asked.kOfThread; ++i) {
+    const int item = i * kBlockSize + threadIdx.x;
+    if (item >= count * kOutputs) continue;
+    const T gradient = load(asked.at[i]);
+    gradients[item] = kPooling == kCells ? gradient / T(entries[item / kOutputs].size) : gradient;
   }
 }
 
@@ -365,21 +387,21 @@ __device__ __forceinline__ void add_batch(const OwnMaps& own, const OwnTile& til
   for (int first = 0; first < count; first += kWarpSize) {
     const bool exists = first + lane < count;
     const Entry<T, kRows>& own_entry = entries[exists ? first + lane : 0];
-    u32 hits = __ballot_sync(0xffffffffu, exists && overlap(own_entry.rows.pixels, y, y + 1) &&
-                                              overlap(own_entry.columns.pixels, begin, end));
+    u32 hits = __ballot_sync(0xffffffffu, exists && overlap(own_entry.rows, y, y + 1) &&
+                                              overlap(own_entry.columns, begin, end));
 #pragma unroll 1
     for (; hits != 0; hits &= hits - 1) {
       const int i = first + __ffs(hits) - 1;
       const Entry<T, kRows>& entry = entries[i];
       T gradient = gradients[i * kOutputs + output];
       if constexpr (kPooling == kSamples) {
-        const T weight = entry.rows.weights[y];
+        const T weight = entry.row_weights[y];
         if (weight == T(0)) continue;  // between those that samples touch
         gradient *= weight;
       }
-      const i32 last = output < own.count ? min_of(entry.columns.pixels.end, end) : 0;
+      const i32 last = output < own.count ? min_of(entry.columns.end, end) : 0;
 #pragma unroll 1
-      for (i32 x = max_of(entry.columns.pixels.begin, begin) + first_pixel; x < last;
+      for (i32 x = max_of(entry.columns.begin, begin) + first_pixel; x < last;
            x += kAcross * kAtOnce) {
         T sum[kAtOnce];
         bool takes[kAtOnce];
@@ -389,7 +411,7 @@ __device__ __forceinline__ void add_batch(const OwnMaps& own, const OwnTile& til
           takes[j] = at < last;
           T share = gradient;
           if constexpr (kPooling == kSamples) {
-            const T weight = takes[j] ? entry.columns.weights[at] : T(0);
+            const T weight = takes[j] ? entry.column_weights[at] : T(0);
             takes[j] = weight != T(0);
             share *= weight;
           }
@@ -406,7 +428,8 @@ __device__ __forceinline__ void add_batch(const OwnMaps& own, const OwnTile& til
 
 // Grid: one-dimensional, groups of kOutputs maps for each tile. Dynamic shared memory: the sums of a tile.
 template <class Scalar, class Index, int kPooling, int kRows, int kOutputs, int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize) staged_backward(const Args args) {
+__global__ void __launch_bounds__(kBlockSize, sizeof(Acc<Scalar>) == 8 ? 1 : 1024 / kBlockSize)
+    staged_backward(const Args args) {
   using T = Acc<Scalar>;
   constexpr int kWarps = kBlockSize / kWarpSize;
   extern __shared__ uint4 memory[];
@@ -432,11 +455,12 @@ __global__ void __launch_bounds__(kBlockSize) staged_backward(const Args args) {
 #pragma unroll 1
     for (int first = 0; first < total; first += kEntries) {
       const int count = min_of(total - first, kEntries);
+      Gradients<Scalar, kOutputs, kBlockSize> asked;
+      ask_gradients<Index>(args, own, begin, list + first, count, asked);
       fill_entries<kPooling, kRows, kBlockSize>(args, own, tile, begin, list + first, count,
                                                 entries);
       __syncthreads();
-      load_gradients<Scalar, Index, kPooling, kRows, kOutputs, kBlockSize>(args, own, entries,
-                                                                           count, gradients);
+      keep_gradients<kPooling>(asked, entries, count, gradients);
       __syncthreads();
       add_batch<kPooling, kRows, kOutputs, kBlockSize>(own, tile, entries, count, gradients, sums,
                                                        pitch);

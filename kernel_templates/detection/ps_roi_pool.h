@@ -32,12 +32,12 @@ constexpr i32 kMostTileWidth = 32;
 struct TileSize {
   i32 height, width;
 };
-TORCHKILN_HD i32 even_part(i64 size, i64 most) {
-  const u32 parts = u32((size + most - 1) / most);
-  return i32((u32(size) + parts - 1) / parts);
+TORCHKILN_HD i32 even_part(u32 size, u32 most) {
+  const u32 parts = (size + most - 1) / most;
+  return i32((size + parts - 1) / parts);
 }
 TORCHKILN_HD TileSize tile_size(i64 h, i64 w, i64 most_rows) {
-  return {even_part(h, most_rows), even_part(w, kMostTileWidth)};
+  return {even_part(u32(h), u32(most_rows)), even_part(u32(w), u32(kMostTileWidth))};
 }
 // Sums from one pixel to the next: odd, so that neither outputs nor pixels meet in a bank.
 TORCHKILN_HD i32 sum_pitch(i32 outputs) { return outputs | 1; }

@@ -44,30 +44,32 @@ struct TileAt {
   i32 repeated;  // of the first channels: written by another block
 };
 
+// No branches: all loads of a span, and of several, are on their way together.
 __device__ __forceinline__ bool touches(const Span& span, const TileAt& at, int tile_h,
                                         int tile_w) {
-  return span.image == at.image && span.y_first < at.y + tile_h && span.y_last >= at.y &&
-         span.x_first < at.x + tile_w && span.x_last >= at.x;
+  return bool(int(span.image == at.image) & int(span.y_first < at.y + tile_h) &
+              int(span.y_last >= at.y) & int(span.x_first < at.x + tile_w) &
+              int(span.x_last >= at.x));
 }
 
-// Calls work(begin, total) with the lists of the regions that touch a tile, in order; they count from `begin`.
+// Calls work(begin, total) with the lists of the regions that touch a tile, in a fixed order; they count from `begin`.
 template <int kBlockSize, class Work>
 __device__ __forceinline__ void for_each_list(const Span* spans, i64 count, const TileAt& at,
                                               int tile_h, int tile_w, List<kBlockSize>& list,
                                               const Work& work) {
-  const i32 own = i32(threadIdx.x) * kPerThread;
 #pragma unroll 1
   for (i64 begin = 0; begin < count; begin += kBlockSize * kPerThread) {
     u32 touching = 0;
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      const i64 region = begin + own + i;
-      if (region < count && touches(spans[region], at, tile_h, tile_w)) touching |= 1u << i;
+      const i64 region = begin + i * kBlockSize + threadIdx.x;
+      const Span span = spans[min_of(region, count - 1)];
+      touching |= u32(int(region < count) & int(touches(span, at, tile_h, tile_w))) << i;
     }
     int total;
     int slot = block_exclusive_sum<kBlockSize>(__popc(touching), list.partial, total);
     for (; touching != 0; touching &= touching - 1) {
-      list.regions[slot++] = own + __ffs(touching) - 1;
+      list.regions[slot++] = (__ffs(touching) - 1) * kBlockSize + i32(threadIdx.x);
     }
     __syncthreads();
     work(begin, total);
@@ -323,6 +325,51 @@ __device__ __forceinline__ TileAt own_tile(const Regions& r, u32 block, i32 firs
 template <class Scalar, int kBlockSize>
 constexpr int kLeastBlocks = sizeof(Acc<Scalar>) == 8 ? 1 : 768 / kBlockSize;
 
+// Whether bins of rows, or of columns, are left over.
+struct MoreBins {
+  bool rows, columns;
+};
+// Holds a region's bins that take any pixel of the tile, less the first ones; a warp calls it.
+template <class AnyArgs, class T, int kTileH, int kTileW>
+__device__ __forceinline__ MoreBins hold_region(const AnyArgs& args, const Regions& r,
+                                                const TileAt& at, i64 region, i32 skip_y,
+                                                i32 skip_x, Weights<T, kTileH, kTileW>& held) {
+  const Table<T> table = table_of<T>(args, region);
+  const HeldBins rows =
+      hold_bins(table.rows, table.row_bins[r.pooled_h - 1].end, at.y, skip_y, held.rows);
+  const HeldBins columns =
+      hold_bins(table.columns, table.column_bins[r.pooled_w - 1].end, at.x, skip_x, held.columns);
+  if (threadIdx.x % kWarpSize == 0) {
+    held.bin = (region * r.pooled_h + rows.first) * r.pooled_w + columns.first;
+  }
+  return {rows.has_more, columns.has_more};
+}
+
+// Puts the sums of all patches into the tile: warps that share one, one after the other.
+template <int kSharers, class T, int kTileH, int kTileW, int kLaneChannels>
+__device__ __forceinline__ void collect_sums(const T (&sums)[kPatchH][kPatchW][kLaneChannels],
+                                             const Patch& patch, int sharer,
+                                             Tile<T, kTileH, kTileW, kLaneChannels>& tile) {
+#pragma unroll 1
+  for (int turn = 0; turn < kSharers; ++turn) {
+    if (turn > 0) __syncthreads();
+    if (turn != sharer) continue;
+#pragma unroll
+    for (int y = 0; y < kPatchH; ++y) {
+#pragma unroll
+      for (int x = 0; x < kPatchW; ++x) {
+        const int pixel = (patch.y + y) * kTileW + patch.x + x;
+        T* to = tile.sums + pixel * tile.kPitch + threadIdx.x % kWarpSize;
+#pragma unroll
+        for (int i = 0; i < kLaneChannels; ++i) {
+          to[i * kWarpSize] = sums[y][x][i] + (turn > 0 ? to[i * kWarpSize] : T(0));
+        }
+      }
+    }
+  }
+  __syncthreads();
+}
+
 // Averages.
 template <class Scalar, class Index, bool kLast, int kTileH, int kTileW, int kLaneChannels,
           int kBlockSize, class AnyArgs>
@@ -349,20 +396,6 @@ __device__ __forceinline__ void gather_average(const AnyArgs& args, const Region
   const Scalar* gradients = static_cast<const Scalar*>(args.bins) + at.channel + own_channel;
   T sums[kPatchH][kPatchW][kLaneChannels] = {};
 
-  // Whether bins of rows, or of columns, are left over.
-  struct More {
-    bool rows, columns;
-  };
-  const auto hold = [&](i64 region, i32 skip_y, i32 skip_x) -> More {
-    const Table<T> table = table_of<T>(args, region);
-    Weights<T, kTileH, kTileW>& own = held.weights[warp];
-    const HeldBins rows =
-        hold_bins(table.rows, table.row_bins[r.pooled_h - 1].end, at.y, skip_y, own.rows);
-    const HeldBins columns =
-        hold_bins(table.columns, table.column_bins[r.pooled_w - 1].end, at.x, skip_x, own.columns);
-    if (lane == 0) own.bin = (region * r.pooled_h + rows.first) * r.pooled_w + columns.first;
-    return {rows.has_more, columns.has_more};
-  };
   const auto add_list = [&](i64 begin, int total) {
 #pragma unroll 1
     for (int first = 0; first < total; first += kWarps) {
@@ -373,8 +406,11 @@ __device__ __forceinline__ void gather_average(const AnyArgs& args, const Region
       for (i32 skip_y = 0; again_y; skip_y += kHeldBins) {
 #pragma unroll 1
         for (i32 skip_x = 0; again_x; skip_x += kHeldBins) {
-          More more = {};
-          if (warp < count) more = hold(begin + list.regions[first + warp], skip_y, skip_x);
+          MoreBins more = {};
+          if (warp < count) {
+            const i64 region = begin + list.regions[first + warp];
+            more = hold_region(args, r, at, region, skip_y, skip_x, held.weights[warp]);
+          }
           again_x = __syncthreads_or(more.columns);
 #pragma unroll 1
           for (int i = sharer; i < count; i += kSharers) {
@@ -389,24 +425,7 @@ __device__ __forceinline__ void gather_average(const AnyArgs& args, const Region
   };
   for_each_list<kBlockSize>(static_cast<const Span*>(args.spans), r.k, at, kTileH, kTileW, list,
                             add_list);
-#pragma unroll 1
-  for (int turn = 0; turn < kSharers; ++turn) {
-    if (turn > 0) __syncthreads();
-    if (turn != sharer) continue;
-#pragma unroll
-    for (int y = 0; y < kPatchH; ++y) {
-#pragma unroll
-      for (int x = 0; x < kPatchW; ++x) {
-        const int pixel = (patch.y + y) * kTileW + patch.x + x;
-        T* to = held.tile.sums + pixel * Sums::kPitch + lane;
-#pragma unroll
-        for (int i = 0; i < kLaneChannels; ++i) {
-          to[i * kWarpSize] = sums[y][x][i] + (turn > 0 ? to[i * kWarpSize] : T(0));
-        }
-      }
-    }
-  }
-  __syncthreads();
+  collect_sums<kSharers>(sums, patch, sharer, held.tile);
   write_tile<Scalar, Index, kLast, kTileH, kTileW, kLaneChannels, kBlockSize>(
       r, maps, at.image - first_image, at, held.tile);
 }
