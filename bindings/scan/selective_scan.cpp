@@ -95,8 +95,9 @@ std::int64_t shared_bytes(const Forward::Problem& p, const Tunables& t) {
       selective_scan::matrix_numbers(static_cast<int>(t.warps * kWarp), static_cast<int>(t.lanes),
                                      static_cast<int>(t.states), tile, number);
   const auto method = static_cast<int>(p.statics.method);
-  const std::int64_t rows = channels_of(t) * selective_scan::step_arrays(method) +
-                            (selective_scan::keeps_parts(method) ? t.warps * kWarp : 0);
+  const std::int64_t rows =
+      channels_of(t) * selective_scan::step_arrays(method) +
+      (selective_scan::keeps_parts(method, static_cast<int>(t.lanes)) ? t.warps * kWarp : 0);
   const std::int64_t row_numbers =
       rows * selective_scan::pitch_of(tile, real) + t.warps * selective_scan::kBehind;
   return 2 * matrix * number + row_numbers * real;
@@ -121,7 +122,7 @@ std::uint32_t choose_forward(const Forward::Problem& p) {
   if (states > 16) return 3;
   if (states <= 4) return 2;
   const bool is_half = scalar == TORCHKILN_HALF || scalar == TORCHKILN_BFLOAT16;
-  return is_half && !p.statics.is_complex ? 0 : 1;
+  return is_half && !p.statics.is_complex && fits(p, kForwardDefaults[0]) ? 0 : 1;
 }
 Geometry forward_geometry(const Forward::Problem& p, const Tunables& t) {
   return linear(panels(p.sizes, channels_of(t)) * p.sizes.splits, t.warps * kWarp,

@@ -181,12 +181,12 @@ struct Nearness {
 // Numbers of a warp's memory: rows of what Steps writes, then those of the lanes' parts of outputs.
 template <class Of, class OfSteps, int kMethod>
 constexpr int warp_numbers =
-    OfSteps::kNumbers + (keeps_parts(kMethod) ? kWarpSize * Of::kRowPitch : 0);
+    OfSteps::kNumbers + (keeps_parts(kMethod, Of::kLanes) ? kWarpSize * Of::kRowPitch : 0);
 
 // A four of a tile's outputs, once it has been scanned.
 template <class Of, int kMethod, class T>
 __device__ __forceinline__ void read_sums(const T* sums, const RowItem<Of>& item, T* y) {
-  if constexpr (!keeps_parts(kMethod)) return read_quad(sums + item.slot(), y);
+  if constexpr (!keeps_parts(kMethod, Of::kLanes)) return read_quad(sums + item.slot(), y);
   const T* from = sums + item.row * Of::kLanes * Of::kRowPitch + item.four * 4;
   read_quad(from, y);
 #pragma unroll
@@ -278,7 +278,7 @@ __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane
   using T = Real<V>;
   const Problem& p = args.problem;
   const int end = min_of(first + Of::kTile, int(p.length));
-  constexpr bool kParts = keeps_parts(kMethod);
+  constexpr bool kParts = keeps_parts(kMethod, Of::kLanes);
   constexpr int kUnrolled = kIsNear ? 2 : 1;
   T* parts = rows + kSums + int(threadIdx.x) % kWarpSize * Of::kRowPitch;
   rows += lane.row * Of::kRowPitch;
@@ -321,10 +321,10 @@ __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane
 
 // Blocks that a multiprocessor should hold: 16 warps with 128 registers a lane, or 12 with 168 where a lane has more states or
 // where parts of long tiles leave no shared memory for more.
-template <class T, int kMethod, bool kComplex, int kWarps, int kStates, int kRowBytes>
+template <class T, int kMethod, bool kComplex, int kWarps, int kLanes, int kStates, int kRowBytes>
 __device__ constexpr int resident_blocks() {
   if (sizeof(T) == 8 || kComplex || kStates > 4) return 1;
-  const bool is_wide = kStates > 2 || (keeps_parts(kMethod) && kRowBytes > 128);
+  const bool is_wide = kStates > 2 || (keeps_parts(kMethod, kLanes) && kRowBytes > 128);
   return (is_wide ? 12 : 16) / kWarps;
 }
 
@@ -333,7 +333,7 @@ template <class Scalar, int kMethod, bool kComplex, bool kSummarises, int kWarps
           int kStates, int kRowBytes>
 __global__ void __launch_bounds__(
     kWarps* kWarpSize,
-    resident_blocks<Acc<Scalar>, kMethod, kComplex, kWarps, kStates, kRowBytes>())
+    resident_blocks<Acc<Scalar>, kMethod, kComplex, kWarps, kLanes, kStates, kRowBytes>())
     forward(const Args args) {
   using T = Acc<Scalar>;
   using V = State<Scalar, kComplex>;
@@ -342,7 +342,7 @@ __global__ void __launch_bounds__(
   using OfB = MatrixFours<Of, Scalar, V, (ahead_of(kMethod) > 0)>;
   using OfC = MatrixFours<Of, Scalar, V, false>;
   constexpr int kTile = Of::kTile, kTiles = matrix_tiles(Of::kPadded);
-  constexpr int kSums = keeps_parts(kMethod) ? OfSteps::kNumbers : OfSteps::kArray;
+  constexpr int kSums = keeps_parts(kMethod, Of::kLanes) ? OfSteps::kNumbers : OfSteps::kArray;
   constexpr int kMatrix = matrix_numbers(Of::kThreads, kLanes, kStates, kTile, sizeof(V));
   extern __shared__ uint4 memory[];
   const Problem& p = args.problem;

@@ -4,7 +4,7 @@
 // summed over the channels of a block before they go to memory. Where there are too few rows for the GPU, positions are
 // split among blocks: a first launch summarises what each split makes of the adjoint state behind it.
 // compile time: above 250 ms; four positions of a state are unrolled, with the rule's derivatives, and all states of a lane.
-// spills: up to 16 bytes in float; up to 60 bytes for the quadratic rules in double, several hundred for complex numbers in
+// spills: up to 24 bytes in float; up to 60 bytes for the quadratic rules in double, several hundred for complex numbers in
 // double, which do not fit into registers; 12 bytes in the summaries of `highorder`.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once

@@ -16,9 +16,11 @@ constexpr int kBehind = 8;
 // Rows that each channel has: steps, inputs, and two that say how long a step's neighbour is.
 TORCHKILN_HD constexpr int step_arrays(int method) { return neighbour_of(method) != 0 ? 4 : 2; }
 
-// Whether lanes leave their parts of a channel's outputs in rows of their own, to be summed on the way out: of the quadratic
-// rules, whose arithmetic takes the time that shuffles would need. Otherwise sums take the places of inputs.
-TORCHKILN_HD constexpr bool keeps_parts(int method) { return taps_of(method) > 2; }
+// Whether the lanes of a channel leave their parts of its outputs in rows of their own, to be summed on the way out: of the
+// quadratic rules, whose arithmetic takes the time that shuffles would need. Otherwise sums take the places of inputs.
+TORCHKILN_HD constexpr bool keeps_parts(int method, int lanes) {
+  return taps_of(method) > 2 && lanes <= 8;
+}
 
 // Tiles that B and C each have: one is written while the other one is still read. So many states need all the room.
 TORCHKILN_HD constexpr int matrix_tiles(int padded_states) { return padded_states > 64 ? 1 : 2; }
