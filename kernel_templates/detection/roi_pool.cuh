@@ -254,24 +254,32 @@ __device__ __forceinline__ void build_windows(const Scalar* band, i32 height, i3
     const i32 begin = height * part / kParts, end = height * (part + 1) / kParts;
     const i32 x = min_of(x_first + lane, width - 1);
     const bool owns = lane < kOwned && x_first + lane < width;
+    const auto cell_row = [&](i32 y) { return min_of(y, height - 1); };
     // The greatest of four neighbours of a row.
-    const auto across = [&](i32 y) {
-      Key key = Placed<Scalar>::key(band[y * width + x], y * width + x, y, x);
+    const auto across = [&](Scalar cell, i32 y) {
+      Key key = Placed<Scalar>::key(cell, y * width + x, y, x);
       key = max_of(key, __shfl_down_sync(kAll, key, 1));
       return max_of(key, __shfl_down_sync(kAll, key, 2));
     };
-    Key above = across(begin), pairs[2] = {0, 0};
+    Key above = 0, pairs[2] = {0, 0};  // what comes before the first row is in no window
 #pragma unroll 1
-    for (i32 next = begin + 1; next < end + kWindowSize - 1; next += kRows) {
+    for (i32 y = begin; y < end + kWindowSize - 1;) {  // the last rows may lie behind the part
+      Scalar cells[kRows];
 #pragma unroll
-      for (i32 y = next; y < next + kRows; ++y) {  // the last ones may lie behind the part
-        const Key below = across(min_of(y, height - 1));
-        const Key pair = max_of(above, below);
-        const i32 row = y - (kWindowSize - 1);
-        if (owns && row >= begin && row < end) table[row * width + x] = max_of(pairs[1], pair);
-        pairs[1] = pairs[0];
-        pairs[0] = pair;
-        above = below;
+      for (int k = 0; k < kRows; ++k) cells[k] = band[cell_row(y + k) * width + x];
+#pragma unroll 1
+      for (int done = 0; done < kRows; done += 2) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k, ++y) {
+          const Key below = across(cells[k], cell_row(y)), pair = max_of(above, below);
+          const i32 row = y - (kWindowSize - 1);
+          if (owns && row >= begin && row < end) table[row * width + x] = max_of(pairs[1], pair);
+          pairs[1] = pairs[0];
+          pairs[0] = pair;
+          above = below;
+        }
+#pragma unroll
+        for (int k = 2; k < kRows; ++k) cells[k - 2] = cells[k];  // registers have no index
       }
     }
   }
