@@ -43,6 +43,9 @@ struct LastStatics {
 struct DirectStatics {
   std::int64_t scalar, index, pooling, channels_last;
 };
+struct GatherStatics {
+  std::int64_t scalar, index, channels_last;
+};
 struct Sizes {
   std::int64_t outputs, n, c, h, w, k, pooled_h;
   std::int64_t axis_bins;  // of all regions
@@ -75,7 +78,7 @@ using Tables = Kernel<Args, TableStatics, Sizes, BlockTunables>;
 using Planes = Kernel<Args, PlaneStatics, Sizes, PlaneTunables>;
 using Last = Kernel<Args, LastStatics, Sizes, BlockTunables>;
 using Direct = Kernel<Args, DirectStatics, Sizes, BlockTunables>;
-using Backward = Kernel<Args, DirectStatics, Sizes, TileTunables>;
+using Gather = Kernel<Args, GatherStatics, Sizes, TileTunables>;
 using Quads = Kernel<StagedArgs, TableStatics, StagedSizes, BlockTunables>;
 using Staged = Kernel<StagedArgs, StagedStatics, StagedSizes, BlockTunables>;
 
@@ -192,40 +195,44 @@ std::int64_t tile_blocks(const Sizes& s, const TileTunables& t) {
          ceil_div(s.c, 32 * t.lane_channels);
 }
 
-const Backward backward_kernel({
+const Gather averages_kernel({
     .path = "detection/roi_align_backward.cuh",
-    .entry = "backward",
+    .entry = "averages",
     .operators = kByTable,
-    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes), ints("pooling", {0, 1}),
-                bools("channels_last")},
+    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes), bools("channels_last")},
     .sizes = kSizes,
     .tunables = {ints("tile_h", {4, 8, 16}), ints("tile_w", {8, 16, 32}),
                  ints("lane_channels", {1, 2, 4}), ints("block_size", {128, 256, 512})},
-    .defaults = {kManyChannels,
-                 kSomeChannels,
-                 kFewChannels,
-                 kShared,
-                 // Maxima.
-                 {16, 16, 1, 256},
-                 {8, 16, 2, 256},
-                 {8, 16, 1, 256}},
-    .legal =
-        [](const Backward::Problem& p, const TileTunables& t) {
-          const std::int64_t scalar = p.statics.scalar;
-          return p.statics.pooling == roi_align::kMax ? t.fits(scalar)
-                                                      : t.fits_averages(scalar, p.sizes.c);
-        },
-    .choose = [](const Backward::Problem& p) -> std::uint32_t {
-      const std::int64_t scalar = p.statics.scalar, c = p.sizes.c;
-      const std::int64_t blocks = tile_blocks(p.sizes, kManyChannels);
-      if (p.statics.pooling == roi_align::kAverage) {
-        return choose_average_tile(p.device, scalar, c, blocks);
-      }
-      if (scalar == TORCHKILN_DOUBLE) return 6;
-      if (c < 128) return c >= 64 ? 5 : 4;
-      return blocks < 4 * p.device.multiprocessors ? 1 : 0;
+    .defaults = {kManyChannels, kSomeChannels, kFewChannels, kShared},
+    .legal = [](const Gather::Problem& p,
+                const TileTunables& t) { return t.fits_averages(p.statics.scalar, p.sizes.c); },
+    .choose = [](const Gather::Problem& p) -> std::uint32_t {
+      return choose_average_tile(p.device, p.statics.scalar, p.sizes.c,
+                                 tile_blocks(p.sizes, kManyChannels));
     },
-    .geometry = [](const Backward::Problem& p,
+    .geometry = [](const Gather::Problem& p,
+                   const TileTunables& t) { return linear(tile_blocks(p.sizes, t), t.block_size); },
+});
+
+const Gather maxima_kernel({
+    .path = "detection/roi_align_backward.cuh",
+    .entry = "maxima",
+    .operators = kForward,
+    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes), bools("channels_last")},
+    .sizes = kSizes,
+    .tunables = {ints("tile_h", {8, 16}), ints("tile_w", {8, 16, 32}),
+                 ints("lane_channels", {1, 2, 4}), ints("block_size", {128, 256, 512})},
+    .defaults =
+        {{16, 16, 1, 256}, {8, 16, 1, 256}, {8, 16, 2, 256}, {8, 8, 4, 256}, {8, 8, 2, 256}},
+    .legal = [](const Gather::Problem& p,
+                const TileTunables& t) { return t.fits(p.statics.scalar); },
+    .choose = [](const Gather::Problem& p) -> std::uint32_t {
+      if (p.statics.scalar == TORCHKILN_DOUBLE) return 1;
+      if (p.sizes.c < 128) return p.sizes.c >= 64 ? 2 : 0;
+      // Small maps have too few tiles to keep the GPU busy: fewer channels a block.
+      return tile_blocks(p.sizes, {8, 8, 4, 256}) < 4 * p.device.multiprocessors ? 4 : 3;
+    },
+    .geometry = [](const Gather::Problem& p,
                    const TileTunables& t) { return linear(tile_blocks(p.sizes, t), t.block_size); },
 });
 
@@ -384,13 +391,12 @@ void gather_by_table(const CudaPlace& place, const RoiAlignPlan& p,
   const auto [taps, ranges, spans] = table.read();
   const Buffer winners =
       p.maximum ? reads(offsetof(Args, argmax), p.argmax) : reads(offsetof(Args, argmax), 0);
-  const std::int64_t pooling = p.maximum ? roi_align::kMax : roi_align::kAverage;
-  backward_kernel.run(
-      place,
-      {kernel_type(p.maps.scalar_type()), index_type(p.maps, p.bins), pooling, p.channels_last},
-      sizes_of(p), p.args,
-      {reads(offsetof(Args, regions), p.boxes), reads(offsetof(Args, bins), p.bins), winners, taps,
-       ranges, spans, writes(offsetof(Args, maps), p.maps)});
+  const Gather& kernel = p.maximum ? maxima_kernel : averages_kernel;
+  kernel.run(place,
+             {kernel_type(p.maps.scalar_type()), index_type(p.maps, p.bins), p.channels_last},
+             sizes_of(p), p.args,
+             {reads(offsetof(Args, regions), p.boxes), reads(offsetof(Args, bins), p.bins), winners,
+              taps, ranges, spans, writes(offsetof(Args, maps), p.maps)});
 }
 
 void check_regions(const char* op, const Tensor& boxes, const RoiAlignOptions& options) {

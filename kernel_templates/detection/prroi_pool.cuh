@@ -10,7 +10,7 @@
 //   boxes     the gradient of boxes, one block a region: a thread goes through bins of channels with their edges, then
 //             the block sums in a fixed order
 // spills: up to 36 bytes where 1024 threads leave 64 registers each, and by ptxas' own choice in lists.
-// compile time: staged takes above 250 ms: rows, columns and maps of a bin are unrolled
+// compile time: staged takes above 250 ms; rows and maps of a bin are unrolled, with a tail for each
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -90,20 +90,14 @@ template <int kUnrolled, class Scalar, class Index, class T, int kMaps>
 __device__ __forceinline__ void add_rows(const Scalar* from, Index pitch, i32 width, T weights,
                                          i32 begin, i32 end, i32 columns,
                                          T (&sums)[kMaps][kLaneColumns]) {
-#pragma unroll 1
-  for (i32 first = begin; first < end; first += kUnrolled) {
+#pragma unroll kUnrolled
+  for (i32 i = begin; i < end; ++i, from += width) {
+    const T weight = __shfl_sync(0xffffffffu, weights, i);
 #pragma unroll
-    for (i32 i = first; i < first + kUnrolled; ++i, from += width) {
-      if (i >= end) break;
-      const T weight = __shfl_sync(0xffffffffu, weights, i);
+    for (int j = 0; j < kLaneColumns; ++j) {
+      if (j >= columns) break;
 #pragma unroll
-      for (int j = 0; j < kLaneColumns; ++j) {
-        if (j >= columns) break;
-#pragma unroll
-        for (int m = 0; m < kMaps; ++m) {
-          sums[m][j] += weight * load(from[m * pitch + j * kWarpSize]);
-        }
-      }
+      for (int m = 0; m < kMaps; ++m) sums[m][j] += weight * load(from[m * pitch + j * kWarpSize]);
     }
   }
 }
@@ -136,10 +130,9 @@ __global__ void __launch_bounds__(kBlockSize) staged(const StagedArgs args) {
   __shared__ T stripes[kWarps][kMaps][kStripe];
   const Regions& r = args.regions;
   const BandList& list = args.list;
-  const i32 group = divided(i32(blockIdx.x), list.bands.count), groups = i32(r.c) / kMaps;
-  const i32 number = i32(blockIdx.x) - group * list.bands.count;
-  const i32 image = divided(group, groups), channel = (group - image * groups) * kMaps;
-  const i64 plane = i64(group) * kMaps;
+  const i32 number = i32(blockIdx.x) % list.bands.count;
+  const i64 plane = i64(blockIdx.x) / list.bands.count * kMaps;
+  const i32 image = i32(plane / r.c), channel = i32(plane % r.c);
   const Range part = list.parts[image * list.bands.count + number];
   if (part.is_empty()) return;
   const Index map_size = Index(r.h) * Index(r.w);
@@ -150,7 +143,7 @@ __global__ void __launch_bounds__(kBlockSize) staged(const StagedArgs args) {
   band.pitch = roi_align::band_pitch(list.bands.height, band.width);
   band.top = number * list.bands.step;
   band.height = min_of(list.bands.height, i32(r.h) - band.top);
-#pragma unroll 1
+#pragma unroll
   for (int m = 0; m < kMaps; ++m) {
     roi_align::stage<kBlockSize>(band.map + m * map_size + Index(band.top) * band.width,
                                  band.height * band.width,

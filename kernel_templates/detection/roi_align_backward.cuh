@@ -154,6 +154,29 @@ struct Patch {
   int y, x;
 };
 
+// Adds what bins of a column give to the rows of a patch to its pixels, and begins anew.
+template <int kLaneChannels, class T>
+__device__ __forceinline__ void add_rows(const T* column_weights,
+                                         T (&of_rows)[kPatchH][kLaneChannels],
+                                         T (&sums)[kPatchH][kPatchW][kLaneChannels]) {
+  T weights[kPatchW];
+  read_weights(column_weights, weights);
+#pragma unroll
+  for (int x = 0; x < kPatchW; ++x) {
+    if (weights[x] == T(0)) continue;
+#pragma unroll
+    for (int y = 0; y < kPatchH; ++y) {
+#pragma unroll
+      for (int i = 0; i < kLaneChannels; ++i) sums[y][x][i] += weights[x] * of_rows[y][i];
+    }
+  }
+#pragma unroll
+  for (int y = 0; y < kPatchH; ++y) {
+#pragma unroll
+    for (int i = 0; i < kLaneChannels; ++i) of_rows[y][i] = T(0);
+  }
+}
+
 // Adds a region's average to the sums of a patch. `gradients`: of the bins of all regions, from the lane's channel on.
 // Only what a bin takes is multiplied: gradients need not be finite.
 template <class Scalar, class Index, int kTileH, int kTileW, int kLaneChannels,
@@ -165,41 +188,42 @@ __device__ __forceinline__ void add_average(const Regions& r, const Scalar* grad
   const Range rows = weights.rows.bins[patch.y / kPatchH];
   const Range columns = weights.columns.bins[patch.x / kPatchW];
   if (rows.is_empty() || columns.is_empty()) return;
-  const i32 bins_x = i32(r.pooled_w);
-  const Index to_row = Index(bins_x) * Index(r.c);
-  const Scalar* of_bin =
+  // Gradients of so many bins are on their way together: a warp has little else to do until they come.
+  constexpr i32 kAtOnce = 3;
+  const i32 bins_x = i32(r.pooled_w), height = rows.end - rows.begin;
+  const i32 count = height * (columns.end - columns.begin);
+  const Index to_row = Index(bins_x) * Index(r.c), to_column = Index(r.c) - Index(height) * to_row;
+  const Scalar* asked =
       gradients + Index(weights.bin + rows.begin * bins_x + columns.begin) * Index(r.c);
+  i32 asked_row = rows.begin, row = rows.begin, column = columns.begin;
+  T of_rows[kPatchH][kLaneChannels] = {};
 #pragma unroll 1
-  for (i32 column = columns.begin; column < columns.end; ++column, of_bin += Index(r.c)) {
-    T of_rows[kPatchH][kLaneChannels] = {};
-    const Scalar* from = of_bin;
-#pragma unroll 1
-    for (i32 row = rows.begin; row < rows.end; ++row, from += to_row) {
-      T gradient[kLaneChannels], row_weights[kPatchH];
+  for (i32 first = 0; first < count; first += kAtOnce) {
+    Scalar next[kAtOnce][kLaneChannels];
 #pragma unroll
-      for (int i = 0; i < kLaneChannels; ++i) {
-        gradient[i] = load(from[i * kWarpSize]);
-      }
+    for (i32 k = 0; k < kAtOnce; ++k) {
+#pragma unroll
+      for (int i = 0; i < kLaneChannels; ++i) next[k][i] = asked[i * kWarpSize];
+      if (first + k + 1 >= count) continue;  // the last one again
+      asked += to_row;
+      if (++asked_row < rows.end) continue;
+      asked_row = rows.begin;
+      asked += to_column;
+    }
+#pragma unroll
+    for (i32 k = 0; k < kAtOnce; ++k) {
+      if (first + k >= count) break;
+      T row_weights[kPatchH];
       read_weights(weights.rows.at[row] + patch.y, row_weights);
 #pragma unroll
       for (int y = 0; y < kPatchH; ++y) {
         if (row_weights[y] == T(0)) continue;
 #pragma unroll
-        for (int i = 0; i < kLaneChannels; ++i) of_rows[y][i] += row_weights[y] * gradient[i];
+        for (int i = 0; i < kLaneChannels; ++i) of_rows[y][i] += row_weights[y] * load(next[k][i]);
       }
-    }
-    T column_weights[kPatchW];
-    read_weights(weights.columns.at[column] + patch.x, column_weights);
-#pragma unroll
-    for (int x = 0; x < kPatchW; ++x) {
-      if (column_weights[x] == T(0)) continue;
-#pragma unroll
-      for (int y = 0; y < kPatchH; ++y) {
-#pragma unroll
-        for (int i = 0; i < kLaneChannels; ++i) {
-          sums[y][x][i] += column_weights[x] * of_rows[y][i];
-        }
-      }
+      if (++row < rows.end) continue;
+      add_rows(weights.columns.at[column++] + patch.x, of_rows, sums);
+      row = rows.begin;
     }
   }
 }
@@ -455,22 +479,23 @@ __device__ __forceinline__ void gather_tile(const Regions& r, const void* spans,
                                                                               tile);
 }
 
-template <class Scalar, class Index, int kPooling, bool kLast, int kTileH, int kTileW,
-          int kLaneChannels, int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize,
-                                  kPooling == kAverage ? kLeastBlocks<Scalar, kBlockSize> : 1)
-    backward(const Args args) {
-  if constexpr (kPooling == kAverage) {
-    gather_average<Scalar, Index, kLast, kTileH, kTileW, kLaneChannels, kBlockSize>(
-        args, args.regions, args.maps, blockIdx.x, 0);
-  } else {
-    constexpr int kWarps = kBlockSize / kWarpSize;
-    const auto add = [&](i64 region, const TileAt& at, auto& tile) {
-      add_maximum<Scalar, Index, kTileH, kTileW, kLaneChannels, kWarps>(args, region, at, tile);
-    };
-    gather_tile<Scalar, Index, kLast, kTileH, kTileW, kLaneChannels, kBlockSize>(
-        args.regions, args.spans, args.maps, blockIdx.x, add);
-  }
+template <class Scalar, class Index, bool kLast, int kTileH, int kTileW, int kLaneChannels,
+          int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize, kLeastBlocks<Scalar, kBlockSize>)
+    averages(const Args args) {
+  gather_average<Scalar, Index, kLast, kTileH, kTileW, kLaneChannels, kBlockSize>(
+      args, args.regions, args.maps, blockIdx.x, 0);
+}
+
+template <class Scalar, class Index, bool kLast, int kTileH, int kTileW, int kLaneChannels,
+          int kBlockSize>
+__global__ void __launch_bounds__(kBlockSize) maxima(const Args args) {
+  const auto add = [&](i64 region, const TileAt& at, auto& tile) {
+    add_maximum<Scalar, Index, kTileH, kTileW, kLaneChannels, kBlockSize / kWarpSize>(args, region,
+                                                                                      at, tile);
+  };
+  gather_tile<Scalar, Index, kLast, kTileH, kTileW, kLaneChannels, kBlockSize>(
+      args.regions, args.spans, args.maps, blockIdx.x, add);
 }
 
 }  // namespace torchkiln::roi_align_backward

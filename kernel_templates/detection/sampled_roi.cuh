@@ -231,7 +231,7 @@ __device__ __forceinline__ void forward(const Args& args) {
         __syncthreads();
       }
       if (!active) continue;
-#pragma unroll 1
+#pragma unroll 2
       for (i32 sample = 0; sample < count; ++sample) {
         const Pixels pixels = table.pixels[u32(sample) * bins + bin];
         const Weights<T>& weights = table.weights[u32(sample) * bins + bin];
