@@ -91,7 +91,7 @@ std::int64_t quads(const Sizes& s) {
 // Runs of a few rows where lists of points are long, which lie together: all of a run's samples are its block's. Each with a
 // second pack where there are channels for it.
 const std::vector<GatherTunables> kGatherDefaults = {
-    {1, 16, 4, 256}, {2, 16, 2, 128}, {1, 4, 4, 256}, {2, 4, 2, 128}};
+    {1, 16, 2, 128}, {2, 16, 2, 128}, {1, 4, 2, 128}, {2, 4, 2, 128}};
 
 const Gather gather_kernel({
     .path = kPath,
