@@ -391,6 +391,7 @@ __device__ __forceinline__ void add_batch(const OwnMaps& own, const OwnTile& til
                                               overlap(own_entry.columns, begin, end));
 #pragma unroll 1
     for (; hits != 0; hits &= hits - 1) {
+      __syncwarp();  // a pixel is another lane's than in the entry before
       const int i = first + __ffs(hits) - 1;
       const Entry<T, kRows>& entry = entries[i];
       T gradient = gradients[i * kOutputs + output];
