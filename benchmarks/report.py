@@ -179,7 +179,8 @@ def cold_compile_text(found: dict[str, Any] | None) -> str:
     """The compile times, where they were taken."""
     if not found:
         return ""
-    text = "\n## Cold compile\n\nNVRTC, empty caches, few processes, one kernel at a time each.\n\n"
+    text = "\n## Cold compile\n\nNVRTC, empty caches, few processes, one kernel at a time each"
+    text += f"; commit {found['commit']}.\n\n" if "commit" in found else ".\n\n"
     if "failure" in found:
         return f"{text}{found['failure']}\n"
     slowest = [[worst["specialization"], f"{worst['ms']:.0f} ms"] for worst in found["worst"]]

@@ -406,7 +406,8 @@ def main(
             session.count(wanted)
     if on_gpu and cold_compile and deadline.left() > LEAST_SECONDS:
         operators = sorted({case.operator for case in wanted})
-        store.data["cold_compile"] = cold_compiles(operators, deadline.left())
+        found = cold_compiles(operators, deadline.left())
+        store.data["cold_compile"] = {"commit": store.run["commit"], **found}
         store.save()
         click.echo(f"cold compile: {store.data['cold_compile']}")
     rows = [store.data["rows"][case.key] for case in wanted if case.key in store.data["rows"]]
