@@ -322,6 +322,8 @@ def compiled_cold(operators: Sequence[str], seconds: float) -> list[dict[str, An
             timeout=seconds,
             check=False,
         )
+    if not done.stdout:
+        raise ValueError((done.stderr.strip().splitlines() or ["no output"])[-1])
     return json.loads(done.stdout)["kernels"]  # type: ignore[no-any-return]
 
 

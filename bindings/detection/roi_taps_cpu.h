@@ -250,7 +250,7 @@ void write_sums(const Regions& r, Scalar* maps, const BinStrides& strides,
   if (strides.map_pixel == 1 && task.lanes == kVectorLanes<T>) {
     return write_planes(task, r.h * r.w, maps, task.step * strides.map_channel);
   }
-  if (strides.map_pixel == 1) {  // one map: a vector at a time
+  if (strides.map_pixel == 1 && task.lanes == 1) {  // one map: a vector at a time
     for (std::size_t pixel = 0; pixel < task.sums.size(); ++pixel)
       store(maps[pixel], task.sums[pixel]);
     return;

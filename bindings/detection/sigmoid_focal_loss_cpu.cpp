@@ -103,13 +103,14 @@ void set_classes(const Args& args, const Factors<Acc<Scalar>>& f, std::int64_t o
   s.n_positives = 0;
   std::int64_t row = offset / args.columns;
   for (std::int64_t first = row * args.columns - offset; first < n; first += args.columns, ++row) {
-    const std::int64_t label = static_cast<const i64*>(args.targets)[row], at = first + label;
+    const std::int64_t label = static_cast<const i64*>(args.targets)[row];
     const bool is_class = label >= 0 && label < args.columns;
     const bool weighs = args.weight != nullptr && is_class;
     const T weight = weighs ? load(static_cast<const Scalar*>(args.weight)[label]) : T(1);
     std::fill(s.t + std::max<std::int64_t>(first, 0),
               s.t + std::min<std::int64_t>(first + args.columns, n), f.negative * weight);
-    if (!is_class || at < 0 || at >= n) continue;
+    const std::int64_t at = is_class ? first + label : -1;
+    if (at < 0 || at >= n) continue;
     s.x[at] = -s.x[at];
     s.t[at] = f.positive * weight;
     s.positives[s.n_positives++] = at;

@@ -789,14 +789,29 @@ void launch_backward(const CudaPlace& place, ScanBackwardPlan& p, const ScanSums
   p.args.behind_last = behind_last.mutable_data_ptr();
   const bool is_split = p.args.splits > 1;
   if (is_split) {
-    summarise_kernel.run(
-        place, backward_statics_of(in), sizes, p.args,
-        {reads(kOffsetU, in.u), reads(kOffsetDelta, in.delta), reads_if(kOffsetZ, in.z),
-         reads(kOffsetA, in.A), reads(kOffsetC, in.C), reads_if(kOffsetBias, in.delta_bias),
-         reads(offsetof(BackwardArgs, grad_out), p.grad_out),
-         reads_if(offsetof(BackwardArgs, grad_last_state), p.grad_last_state),
-         scratch(kBehindLast, behind_last),
-         maps > 0 ? scratch(kSummaries, summaries) : unused(kSummaries)});
+    summarise_kernel.run(place, backward_statics_of(in), sizes, p.args,
+                         {reads(kOffsetU, in.u),
+                          reads(kOffsetDelta, in.delta),
+                          reads_if(kOffsetZ, in.z),
+                          reads(kOffsetA, in.A),
+                          reads(kOffsetC, in.C),
+                          reads_if(kOffsetBias, in.delta_bias),
+                          reads(offsetof(BackwardArgs, grad_out), p.grad_out),
+                          reads_if(offsetof(BackwardArgs, grad_last_state), p.grad_last_state),
+                          scratch(kBehindLast, behind_last),
+                          maps > 0 ? scratch(kSummaries, summaries) : unused(kSummaries),
+                          unused(kOffsetB),
+                          unused(kOffsetD),
+                          unused(offsetof(BackwardArgs, checkpoints)),
+                          unused(offsetof(BackwardArgs, grad_u)),
+                          unused(offsetof(BackwardArgs, grad_delta)),
+                          unused(offsetof(BackwardArgs, grad_z)),
+                          unused(offsetof(BackwardArgs, grad_initial_state)),
+                          unused(offsetof(BackwardArgs, grad_A)),
+                          unused(offsetof(BackwardArgs, grad_B)),
+                          unused(offsetof(BackwardArgs, grad_C)),
+                          unused(offsetof(BackwardArgs, grad_D)),
+                          unused(offsetof(BackwardArgs, grad_delta_bias))});
   }
   backward_kernel.run(
       place, backward_statics_of(in), sizes, p.args,

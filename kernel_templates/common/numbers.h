@@ -118,8 +118,8 @@ TORCHKILN_HD Complex<T> quick_reciprocal(Complex<T> x) {
   return {scale * x.re, -scale * x.im};
 }
 
-// 2^x without a call, so that loops over it become vectors: relative error 1.2e-7. Below 2^-127 it is 0, from 2^128 on
-// infinite.
+// 2^x without a call, so that loops over it become vectors: relative error 1.2e-7. From 2^-126.5 down it is 0,
+// above 2^127.5 infinite.
 TORCHKILN_HD float quick_exp2(float x) {
 #if defined(__CUDACC_RTC__)
   float result;

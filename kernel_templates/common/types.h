@@ -269,9 +269,10 @@ TORCHKILN_HD void sin_cos_of(float x, float& sine, float& cosine) {
   const float quarters = ::rintf(x * 0.636619772f);
   const i32 quarter = static_cast<i32>(quarters);
   float r = __fmaf_rn(quarters, 4.37113883e-8f, __fmaf_rn(quarters, -1.57079637f, x));
-  // An angle without a digit behind the point is any angle, but its sine is no larger than others.
-  r = r > 0.8f ? 0.8f : r;
-  r = r < -0.8f ? -0.8f : r;
+  // An angle without a digit behind the point is any angle, but its sine is hardly larger than others. Where the number of
+  // quarters is rounded to the next one, what is left is more than an eighth of a turn, and right.
+  r = r > 1.6f ? 1.6f : r;
+  r = r < -1.6f ? -1.6f : r;
   const float squared = r * r;
   const float s = __fmaf_rn(
       __fmaf_rn(__fmaf_rn(squared, -1.95152959e-4f, 8.33216087e-3f), squared, -1.66666546e-1f),

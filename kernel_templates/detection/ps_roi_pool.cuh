@@ -446,6 +446,7 @@ __global__ void __launch_bounds__(kBlockSize, sizeof(Acc<Scalar>) == 8 ? 1 : 102
   T* sums = reinterpret_cast<T*>(memory);
 #pragma unroll 1
   for (int i = threadIdx.x; i < tile.height * tile.width * pitch; i += kBlockSize) sums[i] = T(0);
+  __syncthreads();
 #pragma unroll 1
   for (i64 begin = 0; begin < r.k; begin += kBlockSize) {
     const bool listed = touches<kPooling, T>(args, own, tile, begin + threadIdx.x);

@@ -170,6 +170,7 @@ __device__ __forceinline__ void exchange(const Args& args, const Patch<T>& patch
       const i32 after = next(turned);
       const T second = block[after];
       value[i] = (T(1) - patch.blend) * first + patch.blend * second;
+      if (i + 1 == kVector) break;
       place = next(place);
       if (place == 0) block += orientations;
       turned = after;

@@ -53,7 +53,8 @@ struct BackwardArgs {
   void* grad_delta;
   void* grad_z;              // or null
   void* grad_initial_state;  // (batch, dim, states)
-  // In the accumulator type; of each split and batch, to be summed: (batch, dim, states) or (batch, dim).
+  // In the accumulator type; of each split and batch, to be summed: (batch, dim, states) or (batch, dim). That of A is
+  // one, (dim, states), where it is added to atomically.
   void* grad_A;
   void* grad_D;           // or null
   void* grad_delta_bias;  // or null
