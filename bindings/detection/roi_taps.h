@@ -6,6 +6,7 @@
 #include <array>
 #include <cstddef>
 #include <limits>
+#include <vector>
 
 #include "bindings/detection/layout_copy.h"
 #include "bindings/detection/roi_align.h"
@@ -63,6 +64,10 @@ struct TileTunables {
            warps * weights * sum_bytes(scalar) <= kMostBytes;
   }
 };
+
+inline const std::vector<Parameter> kTileTunables = {
+    ints("tile_h", {4, 8, 16}), ints("tile_w", {8, 16, 32}), ints("lane_channels", {1, 2, 4}),
+    ints("block_size", {128, 256, 512})};
 
 // Of averages, the first defaults of their kernels.
 constexpr TileTunables kManyChannels = {8, 8, 4, 256}, kSomeChannels = {8, 8, 2, 256},

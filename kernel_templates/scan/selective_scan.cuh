@@ -188,14 +188,7 @@ template <class Of, int kMethod, class T>
 __device__ __forceinline__ void read_sums(const T* sums, const RowItem<Of>& item, T* y) {
   if constexpr (!keeps_parts(kMethod, Of::kLanes)) return read_quad(sums + item.slot(), y);
   const T* from = sums + item.row * Of::kLanes * Of::kRowPitch + item.four * 4;
-  read_quad(from, y);
-#pragma unroll
-  for (int part = 1; part < Of::kLanes; ++part) {
-    T more[4];
-    read_quad(from + part * Of::kRowPitch, more);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) y[i] += more[i];
-  }
+  sum_quads<Of::kLanes>(from, Of::kRowPitch, y);
 }
 
 // Skip connection and gate, on the way out of shared memory.

@@ -339,14 +339,7 @@ __device__ __forceinline__ void write_matrix_gradients(const BackwardArgs& args,
     }
     const V* from = kept + (four + 1) * Of::kFourPitch + (matrix * Of::kPadded + state) * 4;
     V sum[4];
-    read_quad(from, sum);
-#pragma unroll
-    for (int warp = 1; warp < Of::kWarps; ++warp) {
-      V more[4];
-      read_quad(from + warp * Of::kOfWarp, more);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) sum[j] = sum[j] + more[j];
-    }
+    sum_quads<Of::kWarps>(from, Of::kOfWarp, sum);
     V* to = static_cast<V*>(matrix == 0 ? args.grad_B : args.grad_C);
     write_shared(to + (group + n0 + state) * p.length, position, p, args.adds, sum);
   }

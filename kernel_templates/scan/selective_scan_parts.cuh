@@ -85,6 +85,18 @@ __device__ __forceinline__ void read_quad(const V* from, V* out) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) out[i] = quad.at[i];
 }
+// The sums of four numbers over kParts parts, `pitch` apart, in order.
+template <int kParts, class V>
+__device__ __forceinline__ void sum_quads(const V* from, int pitch, V* sum) {
+  read_quad(from, sum);
+#pragma unroll
+  for (int part = 1; part < kParts; ++part) {
+    V more[4];
+    read_quad(from + part * pitch, more);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] = sum[i] + more[i];
+  }
+}
 template <class V>
 __device__ __forceinline__ void write_quad(V* to, const V* values) {
   Quad<V> quad;
