@@ -154,56 +154,59 @@ __device__ __forceinline__ void sort_by_lanes(i32* items, i32 begin, i32 count, 
   }
 }
 
-// One stage of a bitonic sort of kOwn items in each lane of a warp, the ones of a lane neighbours, that compares upwards:
-// with the mirror image within so many, or with what is half as far on.
-template <int kOwn, bool kMirrored>
-__device__ __forceinline__ void compare_in_warp(i32 (&own)[kOwn], i32 size) {
-  const i32 span = size / kOwn;  // lanes
-  if (span >= 2) {
-    const bool upper = (i32(threadIdx.x) & span / 2) != 0;
-    i32 others[kOwn];
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      others[i] = __shfl_xor_sync(0xffffffffu, own[kMirrored ? kOwn - 1 - i : i],
-                                  kMirrored ? span - 1 : span / 2);
-    }
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      own[i] = upper ? max_of(own[i], others[i]) : min_of(own[i], others[i]);
-    }
-    return;
-  }
+// A stage of a bitonic sort between lanes that differ in the bits of `mask`, the highest of which is `bit`.
+template <int kOwn>
+__device__ __forceinline__ void compare_lanes(i32 (&own)[kOwn], i32 mask, i32 bit) {
+  const bool upper = (i32(threadIdx.x) & bit) != 0;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
-    const i32 inner = i % size, other = kMirrored ? i - inner + size - 1 - inner : i + size / 2;
-    if (inner >= size / 2) continue;
-    const i32 low = own[i], high = own[other];
-    own[i] = min_of(low, high);
-    own[other] = max_of(low, high);
+    const i32 other = __shfl_xor_sync(0xffffffffu, own[i], mask);
+    own[i] = (own[i] < other) != upper ? own[i] : other;
   }
 }
 
-// Sorts at most kOwn items for each lane in the registers of a warp; every lane must call, with the same bin.
+// Sorts at most kOwn items for each lane in the registers of a warp, by the stages of `sort_items`; every lane must call, with
+// the same bin. Stages between lanes are one loop: code that runs once takes longer to fetch than to run.
 template <int kOwn>
 __device__ __forceinline__ void sort_in_warp(i32* items, i32 count) {
-  const i32 lane = i32(threadIdx.x) % kWarpSize;
+  const i32 lane = i32(threadIdx.x) % kWarpSize, after = count - lane;
+  i32* at = items + lane;
   i32 own[kOwn];
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    const i32 at = i * kWarpSize + lane;
-    own[i] = at < count ? items[at] : kNoItem;
+  for (int i = 0; i < kOwn; ++i) own[i] = i * kWarpSize < after ? at[i * kWarpSize] : kNoItem;
+#pragma unroll 1
+  for (i32 size = 2; size <= kWarpSize; size *= 2) {
+#pragma unroll 1
+    for (i32 bit = size / 2; bit > 0; bit /= 2) {
+      compare_lanes(own, bit == size / 2 ? size - 1 : bit, bit);
+    }
   }
 #pragma unroll
-  for (i32 size = 2; size <= kOwn * kWarpSize; size *= 2) {
-    compare_in_warp<kOwn, true>(own, size);
+  for (int rows = 2; rows <= kOwn; rows *= 2) {
 #pragma unroll
-    for (i32 inner = size / 2; inner >= 2; inner /= 2) compare_in_warp<kOwn, false>(own, inner);
+    for (int i = 0; i < kOwn; ++i) {
+      const int other = i ^ (rows - 1);
+      if (other < i) continue;
+      const i32 low = own[i], high = own[other];
+      own[i] = min_of(low, __shfl_xor_sync(0xffffffffu, high, kWarpSize - 1));
+      own[other] = max_of(high, __shfl_xor_sync(0xffffffffu, low, kWarpSize - 1));
+    }
+#pragma unroll
+    for (int stride = rows / 4; stride > 0; stride /= 2) {
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        if ((i & stride) != 0) continue;
+        const i32 low = own[i], high = own[i + stride];
+        own[i] = min_of(low, high);
+        own[i + stride] = max_of(low, high);
+      }
+    }
+#pragma unroll 1
+    for (i32 bit = kWarpSize / 2; bit > 0; bit /= 2) compare_lanes(own, bit, bit);
   }
-  __syncwarp();
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
-    const i32 at = lane * kOwn + i;
-    if (at < count) items[at] = own[i];
+    if (i * kWarpSize < after) at[i * kWarpSize] = own[i];
   }
   __syncwarp();
 }
