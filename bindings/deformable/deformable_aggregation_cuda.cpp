@@ -46,11 +46,19 @@ const Normalize normalize_kernel({
         },
 });
 
-// As many channels as lie in 256 bytes. Four loads of 16 bytes are in flight for each tap; of two taps, eight half values or
-// two doubles a load want too many registers. Parts of long lists of points get larger blocks.
-const std::vector<ForwardTunables> kForwardDefaults = {
-    {32, 1, 128}, {64, 1, 128}, {128, 1, 128}, {32, 2, 128}, {64, 2, 128},
-    {32, 1, 256}, {64, 1, 256}, {128, 1, 256}, {32, 2, 256}, {64, 2, 256}};
+// All of 512 bytes of channels, so that points are listed once for them; of parts of long lists of points half as many, and
+// larger blocks. Four loads of 16 bytes are in flight for each tap; of two taps, two doubles a load want too many registers,
+// and eight half values where a block has several lists.
+const std::vector<ForwardTunables> kForwardDefaults = {{32, 1, 128},  {64, 2, 128}, {128, 2, 128},
+                                                       {256, 2, 128}, {32, 1, 256}, {64, 1, 256},
+                                                       {64, 2, 256},  {128, 1, 256}};
+
+std::uint32_t default_forward(const ForwardStatics& statics, const Sizes& s) {
+  const bool half = is_half(statics.scalar);
+  if (s.channels <= 32 || statics.scalar == TORCHKILN_DOUBLE) return s.parts > 1 ? 4 : 0;
+  if (s.parts == 1) return s.channels <= 64 ? 1 : (statics.vector == 8 && s.channels > 128 ? 3 : 2);
+  return half ? (s.channels > 64 ? 7 : 5) : 6;
+}
 
 const Forward forward_kernel({
     .path = kPath,
@@ -69,12 +77,7 @@ const Forward forward_kernel({
         },
     .legal = [](const Forward::Problem& p,
                 const ForwardTunables& t) { return t.channels / p.statics.vector <= t.block_size; },
-    .choose = [](const Forward::Problem& p) -> std::uint32_t {
-      const Sizes& s = p.sizes;
-      const bool half = is_half(p.statics.scalar), wide = p.statics.scalar == TORCHKILN_DOUBLE;
-      const std::uint32_t width = s.channels <= 32 || wide ? 0 : (half && s.channels > 64 ? 2 : 1);
-      return width + (half || wide ? 0 : 3) + (s.parts > 1 ? 5 : 0);
-    },
+    .choose = [](const Forward::Problem& p) { return default_forward(p.statics, p.sizes); },
     .geometry =
         [](const Forward::Problem& p, const ForwardTunables& t) {
           const Sizes& s = p.sizes;
@@ -130,9 +133,13 @@ const Points points_kernel({
                  points_fit(p.statics.scalar, p.sizes, t);
         },
     .choose = [](const Points::Problem& p) -> std::uint32_t {
-      const std::int64_t scalar = p.statics.scalar;
-      return (p.sizes.pairs > 128 && scalar != TORCHKILN_DOUBLE ? 1 : 0) +
-             (is_half(scalar) ? 2 : 0);
+      const Sizes& s = p.sizes;
+      const bool half = is_half(p.statics.scalar);
+      if (p.statics.scalar == TORCHKILN_DOUBLE) return 0;
+      // Half as many blocks are enough where these wait for atomics, and better where they are few.
+      const bool few = s.batch * s.queries <= 2048 && s.pairs <= 128;
+      const bool large = half ? few : (p.statics.scatter != 0 || s.pairs > 128);
+      return (large ? 1 : 0) + (half ? 2 : 0);
     },
     .geometry =
         [](const Points::Problem& p, const PointTunables& t) {

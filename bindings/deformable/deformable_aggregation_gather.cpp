@@ -88,10 +88,20 @@ std::int64_t quads(const Sizes& s) {
   return s.batch * quads_of(s.rows + (s.sources - 1) * (kMostRows - 1));
 }
 
-// Runs of a few rows where lists of points are long, which lie together: all of a run's samples are its block's. Each with a
-// second pack where there are channels for it.
-const std::vector<GatherTunables> kGatherDefaults = {
-    {1, 16, 2, 128}, {2, 16, 2, 128}, {1, 4, 2, 128}, {2, 4, 2, 128}};
+// Runs of a few rows where lists of points are long, which lie together: all of a run's samples are its block's. Floats with
+// a second pack where there are channels for it; half values with more loads in flight, and in small blocks where there are
+// many of these.
+const std::vector<GatherTunables> kGatherDefaults = {{1, 16, 2, 128}, {2, 16, 2, 128},
+                                                     {1, 4, 2, 128},  {2, 4, 2, 128},
+                                                     {1, 8, 4, 64},   {1, 8, 4, 128}};
+
+std::uint32_t default_gather(const GatherStatics& statics, const Sizes& s) {
+  constexpr std::int64_t kManyRows = 200'000;
+  const bool more = s.channels > 32 * statics.vector;
+  if (is_half(statics.scalar) && s.parts == 1) return s.batch * s.rows > kManyRows ? 4 : 5;
+  return (more && statics.vector < 8 && statics.scalar != TORCHKILN_DOUBLE ? 1 : 0) +
+         (s.parts > 1 ? 2 : 0);
+}
 
 const Gather gather_kernel({
     .path = kPath,
@@ -116,12 +126,7 @@ const Gather gather_kernel({
           const std::int64_t sums = kQuad * p.statics.vector * t.packs * bytes;
           return t.block_size * (sums + 24 + 9 * bytes) + t.block_size / 8 <= 48 * 1024;
         },
-    .choose = [](const Gather::Problem& p) -> std::uint32_t {
-      const GatherStatics& s = p.statics;
-      const bool more = p.sizes.channels > 32 * s.vector;
-      return (more && s.vector < 8 && s.scalar != TORCHKILN_DOUBLE ? 1 : 0) +
-             (p.sizes.parts > 1 ? 2 : 0);
-    },
+    .choose = [](const Gather::Problem& p) { return default_gather(p.statics, p.sizes); },
     .geometry =
         [](const Gather::Problem& p, const GatherTunables& t) {
           const std::int64_t chunks = deformable_aggregation::chunk_count(
