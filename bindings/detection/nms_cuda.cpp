@@ -49,7 +49,8 @@ class Stages {
   // `order_operators` need the order, `operators` suppression after it.
   Stages(const char* path, const std::vector<const char*>& order_operators,
          const std::vector<const char*>& operators, const std::vector<Parameter>& statics,
-         SuppressTunables suppress_default, bool (*valid)(const Statics&) = nullptr)
+         SuppressTunables suppress_default, bool (*valid)(const Statics&) = nullptr,
+         bool (*legal)(const typename Suppress::Problem&, const SuppressTunables&) = nullptr)
       : sort({
             .path = path,
             .entry = "sort",
@@ -95,6 +96,7 @@ class Stages {
             .tunables = {ints("panel", {32, 64, 128}), ints("block_size", {128, 256, 512})},
             .defaults = {suppress_default},
             .valid = valid,
+            .legal = legal,
             .geometry =
                 [](const typename Suppress::Problem& p, const SuppressTunables& t) {
                   return linear(ceil_div(p.sizes.n, t.panel), t.block_size);
@@ -128,6 +130,11 @@ const Stages<ShapeStatics> shape_stages(
       if (s.kind == nms::kPeerRotated || s.kind == nms::kPeerQuads)
         return s.scalar == TORCHKILN_FLOAT;
       return s.kind != nms::kInclusive || s.classes == 0;
+    },
+    // A wide panel of quads in doubles is more shared memory than a kernel may declare.
+    [](const auto& p, const SuppressTunables& t) {
+      return !(p.statics.kind == nms::kQuads && p.statics.scalar == TORCHKILN_DOUBLE &&
+               t.panel > 64);
     });
 
 using Compact = Kernel<Args, CompactStatics, Sizes, SortTunables>;
