@@ -133,10 +133,9 @@ struct Sample {
   }
 };
 
-// Registers for all loads to be in flight before the first is waited for: 64, or 72 for two taps of eight half values.
+// 64 registers: with fewer, the first load of a tap is waited for before the others begin.
 template <class Scalar, class Weight, int kVector, int kChannels, int kTapsAtOnce, int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize, (kVector * kTapsAtOnce > 8 ? 896 : 1024) / kBlockSize)
-    forward(const Args args) {
+__global__ void __launch_bounds__(kBlockSize, 1024 / kBlockSize) forward(const Args args) {
   using T = Acc<Scalar>;
   constexpr int kLanes = kChannels / kVector, kSlices = kBlockSize / kLanes;
   static_assert(kSlices >= 1 && kSlices * kLanes == kBlockSize);
