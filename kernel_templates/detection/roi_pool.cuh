@@ -306,7 +306,7 @@ __device__ __forceinline__ void search_cells(const Keys<u32, kMaps>* table, i32 
   for (i32 y = rows.begin; y < rows.end; ++y) {
     keys.take(greatest_of_row(table + y * width + columns.begin, columns.end - columns.begin));
   }
-  const float inverse_width = 1.0f / static_cast<float>(width);
+  const float inverse_width = count_quotient(1.0f, static_cast<float>(width));
 #pragma unroll
   for (int i = 0; i < kMaps; ++i) {
     best[i] = Placed<Scalar>::best(keys.at[i], width, inverse_width);
@@ -412,7 +412,7 @@ __global__ void __launch_bounds__(kBlockSize) staged(const Args args) {
           search_cells<kMaps>(table, width, rows, columns, best, Cell<Scalar, 1>());
         } else {
           best[0] = Placed<Scalar>::best(search_windows(&table->at[0], width, rows, columns), width,
-                                         1.0f / static_cast<float>(width));
+                                         count_quotient(1.0f, static_cast<float>(width)));
         }
 #pragma unroll
         for (int m = 0; m < kMaps; ++m) {
