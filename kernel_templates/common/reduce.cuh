@@ -26,8 +26,9 @@ __device__ __forceinline__ T block_sum(T value, T* shared) {
     __syncthreads();  // the caller may still be reading the previous sum's slots
     if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = value;
     __syncthreads();
-    value = threadIdx.x < kWarps ? shared[threadIdx.x] : T(0);
-    if (threadIdx.x < kWarpSize) value = warp_sum(value);
+    // By every warp: in a branch, where the compiler must fear that lanes are missing, a shuffle is thirty instructions.
+    const int lane = threadIdx.x % kWarpSize;
+    value = warp_sum(lane < kWarps ? shared[lane] : T(0));
   }
   return value;
 }
