@@ -8,6 +8,12 @@ namespace torchkiln {
 
 constexpr int kWarpSize = 32;
 
+// The warp of a thread, as a number that the compiler sees to be that of all lanes: it need not fear that some are missing
+// where the number decides, so a shuffle there is one instruction and not ten. All lanes must call.
+__device__ __forceinline__ int warp_number() {
+  return __shfl_sync(0xffffffffu, int(threadIdx.x) / kWarpSize, 0);
+}
+
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll

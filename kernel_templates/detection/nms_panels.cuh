@@ -194,7 +194,7 @@ template <int kPanel, int kBlockSize, class Kind>
 __device__ __forceinline__ void test_panel(Panel<Kind, kPanel>& panel, i64 begin, int back,
                                            typename Kind::T threshold) {
   constexpr int kWords = Panel<Kind, kPanel>::kWords;
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize, warp = warp_number();
   constexpr int kOthers = Panel<Kind, kPanel>::kOthers;
   const int word = warp % kWords, at = word * kWarpSize + lane - back * kPanel;
   const i64 place = begin + at;
@@ -415,7 +415,7 @@ __device__ __forceinline__ i64 look_back(const Args& args, Panel<Kind, kPanel>& 
                                          u32 class_begin_place, typename Kind::T threshold,
                                          u32* carried) {
   constexpr int kWords = Panel<Kind, kPanel>::kWords;
-  const bool leader = threadIdx.x < kWarpSize;
+  const bool leader = warp_number() == 0;
   i64 before = 0;
   const i64 from = class_begin_place / kPanel;
   bool alive = true;
@@ -452,7 +452,7 @@ __device__ __forceinline__ void suppress_boxes(const Args& args) {
   constexpr int kWords = kPanel / kWarpSize, kOthers = Panel<Kind, kPanel>::kOthers;
   __shared__ Panel<Kind, kPanel> panel;
   const int lane = threadIdx.x % kWarpSize;
-  const bool leader = threadIdx.x < kWarpSize;
+  const bool leader = warp_number() == 0;
   const T threshold = T(args.iou_threshold);
 
   if (threadIdx.x == 0) panel.ticket = atomicInc(args.counters, gridDim.x - 1);

@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kBlockSize) staged(const StagedArgs args) {
                                  reinterpret_cast<Scalar*>(memory) + m * band.pitch);
   }
   __syncthreads();
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize, warp = warp_number();
   const int sub = lane % roi_align::kLanesPerBin;
   const i32 pooled_w = i32(r.pooled_w);
   const Index bins = Index(r.pooled_h) * pooled_w;
