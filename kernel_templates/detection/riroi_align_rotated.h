@@ -18,7 +18,7 @@ struct Pooled : roi_align_rotated::Pooled {
     sampled_roi::Patch<T> p = roi_align_rotated::Pooled::patch_of(args, box, bin);
     // Before an angle is taken the other way round.
     const T angle = box.at[5];
-    const T per_radian = T(double(args.orientations) / 6.283185307179586);
+    const T per_radian = T(double(args.orientations) * 0.15915494309189535);
     const T steps = rounded_product(angle, per_radian);
     const T whole = floor_of(steps), turns = floor_of(count_quotient(whole, T(args.orientations)));
     if (!sampled_roi::is_finite(steps)) return p;  // without samples
