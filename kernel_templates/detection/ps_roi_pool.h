@@ -87,8 +87,8 @@ TORCHKILN_HD Cells<T> cells_at(const Args& args, i64 region, bool columns) {
   const i64 pooled = columns ? r.pooled_w : r.pooled_h;
   const i64 limit = (columns ? r.w : r.h) - args.margin;
   const bool finite = roi_pool::is_finite(low) && roi_pool::is_finite(high);
-  Cells<T> axis = {{i32(pooled), i32(limit), count_quotient(1.0f, static_cast<float>(pooled)), true, !finite, 0, 0,
-                    0, T(0), T(0)}};
+  Cells<T> axis = {{i32(pooled), i32(limit), count_quotient(1.0f, static_cast<float>(pooled)), true,
+                    !finite, 0, 0, 0, T(0), T(0)}};
   const T scale = T(r.spatial_scale);
   // The last corner is one behind the last cell.
   if (finite) {
