@@ -8,6 +8,12 @@ namespace torchkiln {
 
 constexpr int kWarpSize = 32;
 
+// The warp of a thread, as a number that the compiler sees to be that of all lanes: it need not fear that some are missing
+// where the number decides, so a shuffle there is one instruction and not ten. All lanes must call.
+__device__ __forceinline__ int warp_number() {
+  return __shfl_sync(0xffffffffu, int(threadIdx.x) / kWarpSize, 0);
+}
+
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
@@ -26,8 +32,9 @@ __device__ __forceinline__ T block_sum(T value, T* shared) {
     __syncthreads();  // the caller may still be reading the previous sum's slots
     if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = value;
     __syncthreads();
-    value = threadIdx.x < kWarps ? shared[threadIdx.x] : T(0);
-    if (threadIdx.x < kWarpSize) value = warp_sum(value);
+    // By every warp: in a branch, where the compiler must fear that lanes are missing, a shuffle is thirty instructions.
+    const int lane = threadIdx.x % kWarpSize;
+    value = warp_sum(lane < kWarps ? shared[lane] : T(0));
   }
   return value;
 }

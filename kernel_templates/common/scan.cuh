@@ -6,14 +6,26 @@
 
 namespace torchkiln {
 
+// Adds the value of the lane `offset` before this one, if there is one: which the instruction tells.
+__device__ __forceinline__ void add_from_below(int& value, int offset) {
+#if defined(__CUDACC_RTC__)
+  asm volatile(
+      "{.reg .b32 other; .reg .pred exists; "
+      "shfl.sync.up.b32 other|exists, %0, %1, 0, 0xffffffff; @exists add.s32 %0, %0, other;}"
+      : "+r"(value)
+      : "r"(offset));
+#else
+  const int other = __shfl_up_sync(0xffffffffu, value, offset);
+  if (int(threadIdx.x) % kWarpSize >= offset) value += other;
+#endif
+}
+
 // The sum of `value` over the lanes before this one and this one; of the first kLanes lanes.
 template <int kLanes = kWarpSize>
 __device__ __forceinline__ int warp_inclusive_sum(int value) {
-  const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
   for (int offset = 1; offset < kLanes; offset *= 2) {
-    const int other = __shfl_up_sync(0xffffffffu, value, offset);
-    if (lane >= offset) value += other;
+    add_from_below(value, offset);
   }
   return value;
 }

@@ -1,6 +1,6 @@
 // bezier_align on the GPU: the kernels of sampled_roi.cuh on its samples.
 // spills: up to 8 bytes in float64, by ptxas' own choice: no kernel asks for a number of blocks.
-// compile time: above 250 ms; a bin is four cubic curves and five exact divisions, and is clipped in float64
+// compile time: above 250 ms; a bin is four cubic curves, and is clipped in float64
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

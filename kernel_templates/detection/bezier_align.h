@@ -40,15 +40,15 @@ TORCHKILN_HD_CALLED Axis<T> axis_of(const void* boxes, i64 type, i64 at, T scale
   T size = max_of(abs_of(p[0] - p[3]), abs_of(p[7] - p[4]));
   if (!aligned) size = size < T(1) ? T(1) : size;
   const T center = rounded_product(lower, v) + rounded_product(upper, T(1) - v);
-  return {origin, center - (aligned ? T(0.5) : T(0)), size / pooled};
+  return {origin, center - (aligned ? T(0.5) : T(0)), count_quotient(size, pooled)};
 }
 
 struct Pooled : sampled_roi::Operator {
   template <class T>
   TORCHKILN_HD static sampled_roi::Patch<T> patch(const Args& args, i64 group, i64 bin) {
     const i64 row = group * 17, row_bin = u32(bin) / u32(args.pooled_w);
-    const T u = T(bin - row_bin * args.pooled_w) / T(args.pooled_w);
-    const T v = T(row_bin) / T(args.pooled_h);
+    const T u = count_quotient(T(bin - row_bin * args.pooled_w), T(args.pooled_w));
+    const T v = count_quotient(T(row_bin), T(args.pooled_h));
     const auto axis = [&](i64 at, i64 pooled) {
       return axis_of(args.boxes, args.box_type, at, T(args.spatial_scale), args.aligned != 0, u, v,
                      T(pooled));
@@ -58,8 +58,8 @@ struct Pooled : sampled_roi::Operator {
     p.image = sampled_roi::image_of<T>(args, row);
     p.rows = sampled_roi::sample_count(args, y.bin);
     p.columns = sampled_roi::sample_count(args, x.bin);
-    p.row_y = y.bin / T(max_of(p.rows, 1));
-    p.column_x = x.bin / T(max_of(p.columns, 1));
+    p.row_y = count_quotient(y.bin, T(max_of(p.rows, 1)));
+    p.column_x = count_quotient(x.bin, T(max_of(p.columns, 1)));
     p.origin_y = y.origin;
     p.origin_x = x.origin;
     p.y = y.center - (y.bin - p.row_y) / T(2);

@@ -19,7 +19,8 @@ struct Pooled : sampled_roi::Operator {
     const int border = int(bin % 4);
     const auto box = sampled_roi::numbers<T, 4>(args.boxes, args.box_type, row);
     const T x1 = box.at[0], y1 = box.at[1], x2 = box.at[2], y2 = box.at[3];
-    const T across = (x2 - x1) / T(args.samples), down = (y2 - y1) / T(args.samples);
+    const T across = count_quotient(x2 - x1, T(args.samples));
+    const T down = count_quotient(y2 - y1, T(args.samples));
     sampled_roi::Patch<T> p = {};
     p.image = i32(group);
     p.rows = 1;

@@ -204,12 +204,12 @@ TORCHKILN_HD void add_distance_gradient(const Box<T>& a, const Box<T>& b, const 
   const T diagonal = p.enclosing_w * p.enclosing_w + p.enclosing_h * p.enclosing_h + eps;
   if (diagonal == T(0)) return;
   const T distance = (p.dx * p.dx + p.dy * p.dy) / T(4);
-  const T centre = gradient / (T(2) * diagonal);
+  const T centre = close_quotient(gradient, T(2) * diagonal);
   grad.x1 += centre * p.dx;
   grad.x2 += centre * p.dx;
   grad.y1 += centre * p.dy;
   grad.y2 += centre * p.dy;
-  const T outer = -gradient * distance / (diagonal * diagonal);
+  const T outer = close_quotient(-gradient * distance, diagonal * diagonal);
   add_enclosing_gradient(a, b, outer * T(2) * p.enclosing_w, outer * T(2) * p.enclosing_h, grad);
 }
 
@@ -224,8 +224,8 @@ TORCHKILN_HD void add_aspect_gradient(const Box<T>& a, const Box<T>& b, const Pa
   const T v = kAspectScale<T> * delta * delta;
   const T alpha = ratio(v, T(1) - p.iou + v + eps);
   const T angle = -gradient * alpha * T(2) * kAspectScale<T> * delta;
-  const T dw = a.x2 >= a.x1 ? angle * h / squared : T(0);
-  const T dh = a.y2 >= a.y1 ? -angle * w / squared : T(0);
+  const T dw = a.x2 >= a.x1 ? close_quotient(angle * h, squared) : T(0);
+  const T dh = a.y2 >= a.y1 ? close_quotient(-angle * w, squared) : T(0);
   grad.x1 -= dw;
   grad.x2 += dw;
   grad.y1 -= dh;
@@ -241,8 +241,8 @@ TORCHKILN_HD void add_iof_gradient(const Box<T>& a, const Box<T>& b, T gradient,
   const T whole = kMode == kIof ? area(a) : area(b);
   if (whole == T(0)) return;
   if constexpr (kMode == kIof)
-    add_area_gradient(a, -gradient * intersection(a, b) / (whole * whole), grad);
-  add_intersection_gradient(a, b, gradient / whole, grad);
+    add_area_gradient(a, close_quotient(-gradient * intersection(a, b), whole * whole), grad);
+  add_intersection_gradient(a, b, close_quotient(gradient, whole), grad);
 }
 
 // Adds `gradient` times d element(a, b) / d a; exchanged(kMode) and exchanged boxes give the other one.
@@ -253,14 +253,14 @@ TORCHKILN_HD void add_gradient(const Box<T>& a, const Box<T>& b, T eps, T gradie
   const Parts<T> p = parts_of(a, b);
   T grad_inter = T(0), grad_union = T(0);
   if (p.united != T(0)) {
-    grad_inter = gradient / p.united;
-    grad_union = -gradient * p.inter / (p.united * p.united);
+    grad_inter = close_quotient(gradient, p.united);
+    grad_union = close_quotient(-gradient * p.inter, p.united * p.united);
   }
   if constexpr (kMode == kGiou) {
     const T enclosing = p.enclosing_w * p.enclosing_h;
     if (enclosing != T(0)) {
-      grad_union += gradient / enclosing;
-      const T outer = -gradient * p.united / (enclosing * enclosing);
+      grad_union += close_quotient(gradient, enclosing);
+      const T outer = close_quotient(-gradient * p.united, enclosing * enclosing);
       add_enclosing_gradient(a, b, outer * p.enclosing_h, outer * p.enclosing_w, grad);
     }
   }

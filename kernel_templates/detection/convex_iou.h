@@ -55,6 +55,7 @@ struct Bounds {
 template <class Shape>
 TORCHKILN_HD Bounds bounds_of(const Shape& shape, int count, double area) {
   Bounds b = {shape.x[0], shape.y[0], shape.x[0], shape.y[0]};
+  TORCHKILN_ROLLED
   for (int i = 1; i < count; ++i) {
     b.x1 = min_of(shape.x[i], b.x1);
     b.y1 = min_of(shape.y[i], b.y1);

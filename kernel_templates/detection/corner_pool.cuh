@@ -128,15 +128,15 @@ __global__ void __launch_bounds__(kSegments* kWarpSize) columns(const Args args)
   for (i64 base = 0; base < args.length; base += kSegments * kSteps) {
     const i64 first = base + segment * kSteps;
     const int count = is_column ? int(min_of(args.length - first, i64(kSteps))) : 0;
+    // Behind the last place, loads go to it again, or to the first element: what they bring comes before nothing.
     const i64 place = begin + (kReverse ? args.length - 1 - first : first) * args.inner;
-    const i64 start = place * i64(sizeof(Scalar));
+    const i64 start = count > 0 ? place * i64(sizeof(Scalar)) : 0;
     i64 bytes = start;
     typename Pass::Item items[kSteps][kVector];
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      for (int i = 0; i < kVector; ++i) items[k][i] = Pass::no_item();
-      if (k < count) load_items<kVector, Scalar, T>(args, bytes, items[k]);
-      bytes += step;
+      load_items<kVector, Scalar, T>(args, bytes, items[k]);
+      bytes += k + 1 < count ? step : 0;
     }
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {

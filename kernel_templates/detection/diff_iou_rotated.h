@@ -86,7 +86,7 @@ TORCHKILN_HD void backward_row(const BackwardArgs& args, i64 i) {
   const T united = size_of(a) + size_of(b) - common;
   const T gradient = load(static_cast<const Scalar*>(args.grad_output)[i * args.stride]);
   // Of I / (A + B - I). Without a union there is none; NaN goes on to all numbers.
-  const T inverse = united == T(0) ? T(0) : T(1) / united, iou = common * inverse;
+  const T inverse = united == T(0) ? T(0) : close_quotient(T(1), united), iou = common * inverse;
   const T of_size = -gradient * iou * inverse, of_common = gradient * inverse - of_size;
   Scalar* grad = static_cast<Scalar*>(args.grad_boxes1) + kColumns * i;
   const Scalar* row = boxes1 + kColumns * i;

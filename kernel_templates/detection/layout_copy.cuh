@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kBlockSize) transpose(const Args args) {
   To* to = static_cast<To*>(args.to) + base + first_column * args.rows + first_row;
   const i32 inner = i32(threadIdx.x) % kAcross * kVector, outer = i32(threadIdx.x) / kAcross;
   if (columns == args.columns && columns < kSide) {  // one piece of memory: no lane without work
-    const float inverse = 1.0f / static_cast<float>(columns);
+    const float inverse = count_quotient(1.0f, static_cast<float>(columns));
 #pragma unroll 8
     for (i32 i = threadIdx.x; i < rows * columns; i += kBlockSize) {
       const i32 row = quotient(i, inverse);
@@ -55,10 +55,12 @@ __global__ void __launch_bounds__(kBlockSize) transpose(const Args args) {
     }
   } else if (inner < columns) {
     Pack<From, kVector> read[kSide / kStep];
+    const From* next = from + outer * args.columns + inner;
 #pragma unroll
     for (i32 i = 0; i < kSide / kStep; ++i) {
       const i32 row = outer + i * kStep;
-      if (row < rows) read[i] = load_pack<kVector>(from + row * args.columns + inner);
+      if (row < rows) read[i] = load_pack<kVector>(next);
+      next += kStep * args.columns;
     }
 #pragma unroll
     for (i32 i = 0; i < kSide / kStep; ++i) {
@@ -71,12 +73,12 @@ __global__ void __launch_bounds__(kBlockSize) transpose(const Args args) {
   }
   __syncthreads();
   if (inner >= rows) return;
+  to += outer * args.rows + inner;
 #pragma unroll
   for (i32 i = 0; i < kSide / kStep; ++i) {
     const i32 column = outer + i * kStep;
-    if (column < columns) {
-      store_pack<kVector>(to + column * args.rows + inner, column_of<kVector>(tile, inner, column));
-    }
+    if (column < columns) store_pack<kVector>(to, column_of<kVector>(tile, inner, column));
+    to += kStep * args.rows;
   }
 }
 

@@ -194,7 +194,7 @@ template <int kPanel, int kBlockSize, class Kind>
 __device__ __forceinline__ void test_panel(Panel<Kind, kPanel>& panel, i64 begin, int back,
                                            typename Kind::T threshold) {
   constexpr int kWords = Panel<Kind, kPanel>::kWords;
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize, warp = warp_number();
   constexpr int kOthers = Panel<Kind, kPanel>::kOthers;
   const int word = warp % kWords, at = word * kWarpSize + lane - back * kPanel;
   const i64 place = begin + at;
@@ -256,6 +256,7 @@ template <int kPanel, int kBlockSize, class Kind>
 __device__ __forceinline__ void apply_list(const Args& args, Panel<Kind, kPanel>& panel,
                                            typename Kind::T threshold) {
   constexpr int kParts = kBlockSize / kPanel, kOthers = Panel<Kind, kPanel>::kOthers;
+  using Shape = typename Kind::Shape;
   constexpr int kUnroll = Kind::kIsCheap ? 2 : 1;
   const int own = threadIdx.x % kPanel, part = threadIdx.x / kPanel;
   const auto box = panel.box[kOthers + own];
@@ -267,7 +268,7 @@ __device__ __forceinline__ void apply_list(const Args& args, Panel<Kind, kPanel>
     const int count = min_of(n_list - begin, kOthers);
 #pragma unroll 1
     for (int k = threadIdx.x; k < count; k += kBlockSize) {
-      panel.box[k] = load_sorted<Kind>(args, panel.list[begin + k]);
+      panel.box[k] = static_cast<const Shape*>(args.sorted_boxes)[panel.list[begin + k]];
       panel.area[k] = Kind::area(panel.box[k]);
     }
     __syncthreads();
@@ -407,13 +408,51 @@ __device__ __forceinline__ void settle(const Args& args, const Panel<Kind, kPane
   }
 }
 
+// Takes from `carried` what the kept boxes of earlier panels suppress, as those become known. The warp that settles gets
+// the number of these; every thread of the block must call.
+template <bool kClasses, int kPanel, int kBlockSize, class Kind>
+__device__ __forceinline__ i64 look_back(const Args& args, Panel<Kind, kPanel>& panel, i64 index,
+                                         u32 class_begin_place, typename Kind::T threshold,
+                                         u32* carried) {
+  constexpr int kWords = Panel<Kind, kPanel>::kWords;
+  const bool leader = warp_number() == 0;
+  i64 before = 0;
+  const i64 from = class_begin_place / kPanel;
+  bool alive = true;
+#pragma unroll 1
+  for (i64 p = from; p < index - kNear; p += panel.n_panels) {
+    __syncthreads();
+    if (leader) collect(args, panel, p, index - kNear, class_begin_place);
+    __syncthreads();
+    before += panel.n_list;
+    if (alive) apply_list<kPanel, kBlockSize>(args, panel, threshold);
+    // A panel without hope needs no more tests; the rest of the loop only counts.
+    alive = !kClasses && before >= args.max_output ? false : alive;
+    u32 left = 0;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) left |= carried[w] & ~panel.dead[w];
+    alive = alive && left != 0;
+    if (!alive && (kClasses || index != gridDim.x - 1)) break;
+  }
+  if (!leader) return before;
+  u32 dead[kWords];
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) dead[w] = panel.dead[w];
+  if (alive || index == gridDim.x - 1) {
+    before += follow_near<kPanel>(args, panel, index, from, dead);
+  }
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) carried[w] = alive ? carried[w] & ~dead[w] : 0;
+  return before;
+}
+
 template <class Kind, bool kClasses, int kPanel, int kBlockSize>
 __device__ __forceinline__ void suppress_boxes(const Args& args) {
   using T = typename Kind::T;
   constexpr int kWords = kPanel / kWarpSize, kOthers = Panel<Kind, kPanel>::kOthers;
   __shared__ Panel<Kind, kPanel> panel;
   const int lane = threadIdx.x % kWarpSize;
-  const bool leader = threadIdx.x < kWarpSize;
+  const bool leader = warp_number() == 0;
   const T threshold = T(args.iou_threshold);
 
   if (threadIdx.x == 0) panel.ticket = atomicInc(args.counters, gridDim.x - 1);
@@ -451,39 +490,19 @@ __device__ __forceinline__ void suppress_boxes(const Args& args) {
     here[w] = __ballot_sync(kAllLanes, i < count && local) & ~panel.dead[w];
     carried[w] = __ballot_sync(kAllLanes, i < count && !local);
   }
+  // First what begins here, then what earlier panels have a say in: a loop, so that the code that settles is there once.
   // Panels that follow ask only for the class of our last box.
-  if (kClasses && leader) settle<kClasses>(args, panel, index, here, last_is_local, 0);
-
-  if (!kClasses || looks_back) {
-    i64 before = 0;  // kept boxes in earlier panels; all threads know it
-    const i64 from = class_begin_place / kPanel;
-    bool alive = true;
 #pragma unroll 1
-    for (i64 p = from; p < index - kNear; p += panel.n_panels) {
-      __syncthreads();
-      if (leader) collect(args, panel, p, index - kNear, class_begin_place);
-      __syncthreads();
-      before += panel.n_list;
-      if (alive) apply_list<kPanel, kBlockSize>(args, panel, threshold);
-      // A panel without hope needs no more tests; the rest of the loop only counts.
-      alive = !kClasses && before >= args.max_output ? false : alive;
-      u32 left = 0;
+  for (bool back = !kClasses;; back = true) {
+    i64 before = 0;  // kept boxes in earlier panels; all threads know it
+    if (back) {
+      before = look_back<kClasses, kPanel, kBlockSize>(args, panel, index, class_begin_place,
+                                                       threshold, carried);
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) left |= carried[w] & ~panel.dead[w];
-      alive = alive && left != 0;
-      if (!alive && (kClasses || index != gridDim.x - 1)) break;
+      for (int w = 0; w < kWords; ++w) here[w] = carried[w];
     }
-    if (leader) {
-      u32 dead[kWords];
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) dead[w] = panel.dead[w];
-      if (alive || index == gridDim.x - 1) {
-        before += follow_near<kPanel>(args, panel, index, from, dead);
-      }
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) carried[w] = alive ? carried[w] & ~dead[w] : 0;
-      settle<kClasses>(args, panel, index, carried, !last_is_local, before);
-    }
+    if (leader) settle<kClasses>(args, panel, index, here, back != last_is_local, before);
+    if (back || !looks_back) break;
   }
   if (leader) leave(args);
 }

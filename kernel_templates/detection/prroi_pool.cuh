@@ -130,9 +130,9 @@ __global__ void __launch_bounds__(kBlockSize) staged(const StagedArgs args) {
   __shared__ T stripes[kWarps][kMaps][kStripe];
   const Regions& r = args.regions;
   const BandList& list = args.list;
-  const i32 number = i32(blockIdx.x) % list.bands.count;
-  const i64 plane = i64(blockIdx.x) / list.bands.count * kMaps;
-  const i32 image = i32(plane / r.c), channel = i32(plane % r.c);
+  const i32 group = divided(i32(blockIdx.x), list.bands.count), plane = group * kMaps;
+  const i32 number = i32(blockIdx.x) - group * list.bands.count;
+  const i32 image = divided(plane, i32(r.c)), channel = plane - image * i32(r.c);
   const Range part = list.parts[image * list.bands.count + number];
   if (part.is_empty()) return;
   const Index map_size = Index(r.h) * Index(r.w);
@@ -143,14 +143,14 @@ __global__ void __launch_bounds__(kBlockSize) staged(const StagedArgs args) {
   band.pitch = roi_align::band_pitch(list.bands.height, band.width);
   band.top = number * list.bands.step;
   band.height = min_of(list.bands.height, i32(r.h) - band.top);
-#pragma unroll
+#pragma unroll 1
   for (int m = 0; m < kMaps; ++m) {
     roi_align::stage<kBlockSize>(band.map + m * map_size + Index(band.top) * band.width,
                                  band.height * band.width,
                                  reinterpret_cast<Scalar*>(memory) + m * band.pitch);
   }
   __syncthreads();
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize, warp = warp_number();
   const int sub = lane % roi_align::kLanesPerBin;
   const i32 pooled_w = i32(r.pooled_w);
   const Index bins = Index(r.pooled_h) * pooled_w;
@@ -235,9 +235,10 @@ __global__ void __launch_bounds__(kBlockSize) boxes(const BoxArgs args) {
 #pragma unroll 1
   for (i64 item = exists ? threadIdx.x : i64(channels) * n_bins; item < i64(channels) * n_bins;
        item += kBlockSize) {
-    const i32 channel = i32(kLast ? item % channels : item / n_bins);
-    const i32 bin = i32(kLast ? item / channels : item % n_bins);
-    const i32 row_bin = bin / pooled_w, column_bin = bin - row_bin * pooled_w;
+    const i64 within = kLast ? channels : n_bins, outer = divided(item, within);
+    const i32 inner = i32(item - outer * within);
+    const i32 channel = kLast ? inner : i32(outer), bin = kLast ? i32(outer) : inner;
+    const i32 row_bin = divided(bin, pooled_w), column_bin = bin - row_bin * pooled_w;
     const Scalar* map = maps + (kLast ? Index(channel) : Index(channel) * map_size);
     const Range rows = table.row_bins[row_bin], columns = table.column_bins[column_bin];
     const auto value = [&](i32 row, i32 column) {
@@ -256,9 +257,11 @@ __global__ void __launch_bounds__(kBlockSize) boxes(const BoxArgs args) {
     sums[2] += of_x.high;
     sums[3] += of_y.high;
   }
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < 4; ++i) {
-    const T sum = block_sum<kBlockSize>(sums[i], shared);
+    const T sum = block_sum<kBlockSize>(sums[0], shared);
+#pragma unroll
+    for (int k = 1; k < 4; ++k) sums[k - 1] = sums[k];  // registers have no index
     if (threadIdx.x == 0) store_as_called(args.grad_boxes, r.box_type, region * 5 + 1 + i, sum);
   }
   if (threadIdx.x == 0) store_as_called(args.grad_boxes, r.box_type, region * 5, T(0));

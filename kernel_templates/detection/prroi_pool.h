@@ -51,7 +51,8 @@ TORCHKILN_HD Edges<T> edges_at(const Regions& r, i64 region, bool columns) {
   const T high = rounded_product(roi_align::coordinate<T>(r, region, columns ? 3 : 4), scale);
   const T size = high - low;
   const bool exists = size > T(0) && size - size == T(0) && low - low == T(0);
-  return {exists ? low : T(0), exists ? size / T(columns ? r.pooled_w : r.pooled_h) : T(0)};
+  const T pooled = T(columns ? r.pooled_w : r.pooled_h);
+  return {exists ? low : T(0), exists ? count_quotient(size, pooled) : T(0)};
 }
 
 template <class T>
@@ -81,7 +82,7 @@ TORCHKILN_HD T mean_weight(T low, T high, i32 pixel) {
   T sum = T(0);
   if (top > rising) sum += (top - rising) * ((rising + top) / T(2) - (T(pixel) - T(1)));
   if (falling > top) sum += (falling - top) * (T(pixel) + T(1) - (top + falling) / T(2));
-  return sum / length;
+  return close_quotient(sum, length);
 }
 
 // The pixel at or below a position, from 0 to `most`.
@@ -127,7 +128,8 @@ TORCHKILN_HD CornerGradient<T> corner_gradient(const Edges<T>& axis, i64 bin, i6
                                                T of_low, T of_high, T scale) {
   const T length = axis.at(bin + 1) - axis.at(bin);
   if (!(length > T(0))) return {T(0), T(0)};
-  const T factor = scale / length, first = T(bin) / T(pooled), last = T(bin + 1) / T(pooled);
+  const T factor = close_quotient(scale, length);
+  const T first = count_quotient(T(bin), T(pooled)), last = count_quotient(T(bin + 1), T(pooled));
   const T low = (average - of_low) * factor, high = (of_high - average) * factor;
   return {low * (T(1) - first) + high * (T(1) - last), low * first + high * last};
 }

@@ -91,7 +91,8 @@ __device__ __forceinline__ void average_samples(const Args& args, i64 region, co
     for (int m = 0; m < kMaps; ++m) sums[m] = T(args.of_none);
     return;
   }
-  const T share_y = T(1) / T(y.count), share_x = T(1) / T(x.count);
+  const T share_y = count_quotient(T(1), T(y.count));
+  const T share_x = count_quotient(T(1), T(x.count));
   i32 y_first, y_last, x_first, x_last;
   sample_range(y, own.row_bin, r.h, y_first, y_last);
   sample_range(x, own.column_bin, r.w, x_first, x_last);
@@ -125,8 +126,8 @@ __device__ __forceinline__ void average_cells(const Args& args, i64 region, cons
   const Range rows = cells_at<T>(args, region, false).bins.bin_of(own.row_bin);
   const Range columns = cells_at<T>(args, region, true).bins.bin_of(own.column_bin);
   if (rows.is_empty() || columns.is_empty()) return;
-  const T share_y = T(1) / T(rows.end - rows.begin),
-          share_x = T(1) / T(columns.end - columns.begin);
+  const T share_y = count_quotient(T(1), T(rows.end - rows.begin));
+  const T share_x = count_quotient(T(1), T(columns.end - columns.begin));
 #pragma unroll 1
   for (i32 y = rows.begin; y < rows.end; ++y) {
     T of_row[kMaps] = {};
@@ -281,7 +282,7 @@ __device__ __forceinline__ i32 fill_side(const Args& args, i64 region, const Sid
     const Regions& r = args.regions;
     const i64 size = to.columns ? r.w : r.h;
     const roi_align::Axis<T> axis = roi_align::axis_at<T>(r, region, to.columns);
-    const T share = axis.count > 0 ? T(1) / T(axis.count) : T(0);
+    const T share = axis.count > 0 ? count_quotient(T(1), T(axis.count)) : T(0);
 #pragma unroll 1
     for (i32 i = 0; i < to.count; ++i) to.weights[i] = T(0);
     Range pixels = {to.count, 0};

@@ -61,7 +61,7 @@ template <class T>
 TORCHKILN_HD i32 make_taps(const Cells<T>& axis, i64 bin, i64, Tap<T>* taps) {
   const Range cells = axis.bins.bin_of(i32(bin));
   const i32 n = cells.end - cells.begin;
-  const T share = n > 0 ? T(1) / T(n) : T(0);
+  const T share = n > 0 ? count_quotient(T(1), T(n)) : T(0);
   for (i32 i = 0; i < n; ++i) taps[i] = {share, cells.begin + i, i32(bin)};
   return max_of(n, 0);
 }
@@ -87,8 +87,8 @@ TORCHKILN_HD Cells<T> cells_at(const Args& args, i64 region, bool columns) {
   const i64 pooled = columns ? r.pooled_w : r.pooled_h;
   const i64 limit = (columns ? r.w : r.h) - args.margin;
   const bool finite = roi_pool::is_finite(low) && roi_pool::is_finite(high);
-  Cells<T> axis = {{i32(pooled), i32(limit), 1.0f / static_cast<float>(pooled), true, !finite, 0, 0,
-                    0, T(0), T(0)}};
+  Cells<T> axis = {{i32(pooled), i32(limit), count_quotient(1.0f, static_cast<float>(pooled)), true,
+                    !finite, 0, 0, 0, T(0), T(0)}};
   const T scale = T(r.spatial_scale);
   // The last corner is one behind the last cell.
   if (finite) {

@@ -18,13 +18,15 @@ struct Pooled : roi_align_rotated::Pooled {
     sampled_roi::Patch<T> p = roi_align_rotated::Pooled::patch_of(args, box, bin);
     // Before an angle is taken the other way round.
     const T angle = box.at[5];
-    const T per_radian = T(double(args.orientations) / 6.283185307179586);
+    const T per_radian = T(double(args.orientations) * 0.15915494309189535);
     const T steps = rounded_product(angle, per_radian);
-    const T whole = floor_of(steps), turns = floor_of(whole / T(args.orientations));
+    const T whole = floor_of(steps), turns = floor_of(count_quotient(whole, T(args.orientations)));
     if (!sampled_roi::is_finite(steps)) return p;  // without samples
-    // Of huge angles it may be off by rounding.
-    const i32 turn = i32(whole - turns * T(args.orientations)) % i32(args.orientations);
-    p.turn = turn < 0 ? turn + i32(args.orientations) : turn;
+    const i32 orientations = i32(args.orientations);
+    i32 turn = i32(whole - turns * T(orientations));
+    // By one where the quotient was rounded up; of huge angles by any number.
+    turn += turn < 0 ? orientations : 0;
+    p.turn = min_of(max_of(turn, 0), orientations - 1);
     p.blend = steps - whole;
     return p;
   }

@@ -128,7 +128,7 @@ template <class T>
 __device__ __forceinline__ void write_quad(const StagedTable& to, const Regions& r,
                                            const AxisBin& at, bool known) {
   const Axis<T> axis = axis_at<T>(r, at.region, at.columns);
-  const T share = axis.count > 0 ? T(1) / T(axis.count) : T(0);
+  const T share = axis.count > 0 ? count_quotient(T(1), T(axis.count)) : T(0);
   QuadWeights<T> weights = {};
   u16 pixels[2 * kQuadSamples];
   u16 some = kNoPixel;  // what stands in for a pixel that is not there, with the weight 0

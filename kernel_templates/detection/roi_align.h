@@ -86,12 +86,12 @@ TORCHKILN_HD Axis<T> axis_of(T low, T high, const Regions& r, i64 pooled) {
   axis.start = fused(low, scale, -from);
   T size = fused(high, scale, -from) - axis.start;
   if (!r.aligned) size = size < T(1) ? T(1) : size;
-  axis.bin = size / T(pooled);
+  axis.bin = count_quotient(size, T(pooled));
   // A box with exchanged corners is empty, and one that is not finite has no samples.
   const bool finite = size - size == T(0) && axis.start - axis.start == T(0);
   const T wanted = r.sampling_ratio > 0 ? T(r.sampling_ratio) : ceil_of(axis.bin);
   axis.count = !finite || size < T(0) ? 0 : i32(min_of(wanted, T(kMostSamples)));
-  axis.step = axis.count > 0 ? axis.bin / T(axis.count) : T(0);
+  axis.step = axis.count > 0 ? count_quotient(axis.bin, T(axis.count)) : T(0);
   return axis;
 }
 
@@ -120,8 +120,9 @@ struct SampleRange {
   i32 first, last;
 };
 TORCHKILN_HD_CALLED SampleRange samples_inside(double begin, double step, i64 size, i32 count) {
-  return {clamp_count((-1.0 - 2.0 * step - begin) / step, count),
-          clamp_count((double(size) + 2.0 * step - begin) / step, count)};
+  const double inverse = rough_reciprocal(step);  // for each of two samples more
+  return {clamp_count((-1.0 - begin) * inverse - 2.0, count),
+          clamp_count((double(size) - begin) * inverse + 2.0, count)};
 }
 template <class T>
 TORCHKILN_HD void sample_range(const Axis<T>& axis, i64 bin, i64 size, i32& first, i32& last,
@@ -191,7 +192,7 @@ struct Span {
 // at most two more than the pixels from the bin's first sample to its last one.
 template <class T>
 TORCHKILN_HD i32 make_taps(const Axis<T>& axis, i64 bin, i64 size, Tap<T>* taps) {
-  const T share = axis.count > 0 ? T(1) / T(axis.count) : T(0);
+  const T share = axis.count > 0 ? count_quotient(T(1), T(axis.count)) : T(0);
   i32 n = 0, first, last;
   sample_range(axis, bin, size, first, last);
   for (i32 i = first; i < last; ++i) {

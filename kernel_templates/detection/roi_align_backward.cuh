@@ -310,14 +310,20 @@ __device__ __forceinline__ void write_tile(const Regions& r, void* to, i32 image
   constexpr int kPixels = kTileH * kTileW, kChannels = kWarpSize * kLaneChannels;
   constexpr int kInner = kLast ? kChannels : kPixels, kOuter = kLast ? kPixels : kChannels;
   constexpr int kAcross = kInner < kBlockSize ? kInner : kBlockSize;
+  // A number of turns that is known leaves no rest behind the unrolled loop.
+  constexpr int kStep = kBlockSize / kAcross, kTurns = (kOuter + kStep - 1) / kStep;
+  constexpr bool kIsWhole = kBlockSize % kAcross == 0 && kOuter % kStep == 0;
   Scalar* maps = static_cast<Scalar*>(to);
 #pragma unroll 1
   for (int inner = threadIdx.x % kAcross; inner < kInner; inner += kAcross) {
-#pragma unroll 4
-    for (int outer = threadIdx.x / kAcross; outer < kOuter; outer += kBlockSize / kAcross) {
+#pragma unroll 2
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const int outer = threadIdx.x / kAcross + turn * kStep;
+      if (!kIsWhole && outer >= kOuter) break;
       const int channel = kLast ? inner : outer, pixel = kLast ? outer : inner;
-      const i64 y = at.y + pixel / kTileW, x = at.x + pixel % kTileW, c = at.channel + channel;
-      if (y >= r.h || x >= r.w || c >= r.c || channel < at.repeated) continue;
+      const i32 y = at.y + pixel / kTileW, x = at.x + pixel % kTileW;
+      const i32 c = i32(at.channel) + channel;
+      if (y >= i32(r.h) || x >= i32(r.w) || c >= i32(r.c) || channel < at.repeated) continue;
       const Index offset =
           kLast ? ((Index(image) * Index(r.h) + Index(y)) * Index(r.w) + Index(x)) * Index(r.c) +
                       Index(c)

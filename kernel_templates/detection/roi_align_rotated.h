@@ -28,12 +28,14 @@ struct Pooled : sampled_roi::Operator {
       height = height < T(1) ? T(1) : height;
     }
     const T angle = args.clockwise ? -box.at[5] : box.at[5];
-    const T bin_h = height / T(args.pooled_h), bin_w = width / T(args.pooled_w);
+    const T bin_h = count_quotient(height, T(args.pooled_h));
+    const T bin_w = count_quotient(width, T(args.pooled_w));
     sampled_roi::Patch<T> p = {};
     p.image = sampled_roi::image_named(args, box.at[0]);
     p.rows = sampled_roi::sample_count(args, bin_h);
     p.columns = sampled_roi::sample_count(args, bin_w);
-    const T step_h = bin_h / T(max_of(p.rows, 1)), step_w = bin_w / T(max_of(p.columns, 1));
+    const T step_h = count_quotient(bin_h, T(max_of(p.rows, 1)));
+    const T step_w = count_quotient(bin_w, T(max_of(p.columns, 1)));
     T sine, cosine;
     sin_cos_of(angle, sine, cosine);
     const i64 row_bin = u32(bin) / u32(args.pooled_w);

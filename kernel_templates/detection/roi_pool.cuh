@@ -224,17 +224,26 @@ struct alignas(kMaps * sizeof(Key)) Keys {
 template <class Scalar, int kMaps, int kBlockSize, class Table>
 __device__ __forceinline__ void build_cells(const Scalar* const* bands, i32 height, i32 width,
                                             Table* table) {
+  constexpr int kAtOnce = 2;  // loads on their way
   const i32 lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
 #pragma unroll 1
   for (i32 y = warp; y < height; y += kBlockSize / kWarpSize) {
-#pragma unroll 2
-    for (i32 x = lane; x < width; x += kWarpSize) {
-      Table keys;
+#pragma unroll 1
+    for (i32 first = lane; first < width; first += kAtOnce * kWarpSize) {
+      Table keys[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kMaps; ++i) {
-        keys.at[i] = Cell<Scalar, 1>::key(bands[i][y * width + x], y * width + x, y, x);
+      for (int k = 0; k < kAtOnce; ++k) {
+        const i32 x = min_of(first + k * kWarpSize, width - 1), at = y * width + x;
+#pragma unroll
+        for (int i = 0; i < kMaps; ++i) {
+          keys[k].at[i] = Cell<Scalar, 1>::key(bands[i][at], at, y, x);
+        }
       }
-      table[y * width + x] = keys;
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const i32 x = first + k * kWarpSize;
+        if (x < width) table[y * width + x] = keys[k];
+      }
     }
   }
 }
@@ -306,7 +315,7 @@ __device__ __forceinline__ void search_cells(const Keys<u32, kMaps>* table, i32 
   for (i32 y = rows.begin; y < rows.end; ++y) {
     keys.take(greatest_of_row(table + y * width + columns.begin, columns.end - columns.begin));
   }
-  const float inverse_width = 1.0f / static_cast<float>(width);
+  const float inverse_width = count_quotient(1.0f, static_cast<float>(width));
 #pragma unroll
   for (int i = 0; i < kMaps; ++i) {
     best[i] = Placed<Scalar>::best(keys.at[i], width, inverse_width);
@@ -390,7 +399,8 @@ __global__ void __launch_bounds__(kBlockSize) staged(const Args args) {
   const i32 pooled_width = i32(s.pooled_width), axes = i32(s.pooled_height) + pooled_width;
   const i64 bins = s.pooled_height * pooled_width;
   const i32 across = min_of(pooled_width, kBlockSize);
-  const i32 first = threadIdx.x / across, step = divided(kBlockSize, across);
+  const float inverse = count_quotient(1.0f, static_cast<float>(across));
+  const i32 first = quotient(i32(threadIdx.x), inverse), step = quotient(kBlockSize, inverse);
   if (first >= step) return;
 #pragma unroll 1
   for (i32 i = part.begin + first; i < part.end; i += step) {
@@ -412,7 +422,7 @@ __global__ void __launch_bounds__(kBlockSize) staged(const Args args) {
           search_cells<kMaps>(table, width, rows, columns, best, Cell<Scalar, 1>());
         } else {
           best[0] = Placed<Scalar>::best(search_windows(&table->at[0], width, rows, columns), width,
-                                         1.0f / static_cast<float>(width));
+                                         count_quotient(1.0f, static_cast<float>(width)));
         }
 #pragma unroll
         for (int m = 0; m < kMaps; ++m) {

@@ -90,7 +90,8 @@ __global__ void __launch_bounds__(kBlockSize) scatter(const BackwardArgs args) {
 
   const Range part = args.list.parts[image * bands.count + band];
   const i32 pooled_width = i32(s.pooled_width), across = min_of(pooled_width, kBlockSize);
-  const i32 first = threadIdx.x / across, step = divided(kBlockSize, across);
+  const float inverse = count_quotient(1.0f, static_cast<float>(across));
+  const i32 first = quotient(i32(threadIdx.x), inverse), step = quotient(kBlockSize, inverse);
   const Index bins = Index(s.pooled_height) * pooled_width, region_size = Index(s.channels) * bins;
   const Scalar* grad_output = static_cast<const Scalar*>(args.grad_output) + channel * bins;
   const auto* argmax = static_cast<const Code<kCodeBytes>*>(args.argmax) + channel * bins;

@@ -52,8 +52,8 @@ template <class Op, int kBlockSize, class AnyTable>
 __device__ __forceinline__ void lay_out(AnyTable& table, const Args& args, const Part& part) {
   if (threadIdx.x == 0) table.most = 0;
   __syncthreads();
-#pragma unroll 1
-  for (i32 bin = threadIdx.x; bin < part.bins; bin += kBlockSize) {
+  static_assert(kBlockSize >= kMostBins);
+  if (const i32 bin = threadIdx.x; bin < part.bins) {
     auto& patch = table.patches[bin];
     using T = decltype(patch.y);
     patch = Op::template patch<T>(args, part.group, part.first + bin);
@@ -67,9 +67,10 @@ __device__ __forceinline__ void lay_out(AnyTable& table, const Args& args, const
 template <class Op, int kBlockSize, class AnyTable, class Pixel>
 __device__ __forceinline__ void fill(AnyTable& table, i32 bins, i32 begin, i32 count, i32 h, i32 w,
                                      const Pixel& pixel) {
+  const float inverse = fast_quotient(1.0f, static_cast<float>(bins));
 #pragma unroll 1
   for (i32 entry = threadIdx.x; entry < bins * count; entry += kBlockSize) {
-    const i32 sample = i32(u32(entry) / u32(bins));
+    const i32 sample = quotient(entry, inverse);
     const auto& patch = table.patches[entry - sample * bins];
     take(point_of<Op>(patch, begin + sample), h, w, patch.share, pixel, table.pixels[entry],
          table.weights[entry]);
@@ -157,24 +158,14 @@ __device__ __forceinline__ void exchange(const Args& args, const Patch<T>& patch
   for (int i = 0; i < kVector; ++i) own[i] = value[i];
   __syncwarp();
   if (active) {
-    const i32 orientations = i32(args.orientations), at = i32(u32(channel) % u32(orientations));
-    // An orientation, and the one that stands there turned; they go on together, each round its circle.
-    i32 place = at, turned = turned_channel(at, patch.turn, orientations);
+    // A power of two.
+    const i32 last = i32(args.orientations) - 1, at = i32(channel) & last;
     const T* block = own - at;
-    const auto next = [&](i32 orientation) {
-      return orientation + 1 == orientations ? 0 : orientation + 1;
-    };
-    T first = block[turned];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      const i32 after = next(turned);
-      const T second = block[after];
+      const i32 place = at + i, begin = place & ~last, turned = place - patch.turn;
+      const T first = block[begin + (turned & last)], second = block[begin + (turned + 1 & last)];
       value[i] = (T(1) - patch.blend) * first + patch.blend * second;
-      if (i + 1 == kVector) break;
-      place = next(place);
-      if (place == 0) block += orientations;
-      turned = after;
-      first = place == 0 ? block[turned] : second;
     }
   }
   __syncwarp();
@@ -232,7 +223,7 @@ __device__ __forceinline__ void forward(const Args& args) {
         __syncthreads();
       }
       if (!active) continue;
-#pragma unroll 2
+#pragma unroll 1
       for (i32 sample = 0; sample < count; ++sample) {
         const Pixels pixels = table.pixels[u32(sample) * bins + bin];
         const Weights<T>& weights = table.weights[u32(sample) * bins + bin];
@@ -279,11 +270,14 @@ __device__ __forceinline__ void load_gradient(const Args& args, const Patch<T>& 
                        (Index(group) * Index(args.bins) + Index(bin)) * Index(args.channels);
   if constexpr (Op::kOriented) {
     const i32 orientations = i32(args.orientations);
+    i32 at = i32(u32(channel) % u32(orientations));
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      const T own = load(from[turned_channel(channel + i, -patch.turn, orientations)]);
-      const T before = load(from[turned_channel(channel + i, 1 - patch.turn, orientations)]);
+      const Scalar* block = from + (channel + i - at);
+      const T own = load(block[turned(at, -patch.turn, orientations)]);
+      const T before = load(block[turned(at, 1 - patch.turn, orientations)]);
       gradient[i] = (T(1) - patch.blend) * own + patch.blend * before;
+      at = at + 1 == orientations ? 0 : at + 1;
     }
   } else {
     const auto values = load_pack<kVector>(from + channel);

@@ -123,7 +123,7 @@ TORCHKILN_HD void leave_out(Patch<T>& p, i32 h, i32 w) {
   const double column_y = double(p.column_y), column_x = double(p.column_x);
   const double y = double(p.y) + p.origin_y, x = double(p.x) + p.origin_x;
   const double det = row_y * column_x - row_x * column_y;
-  const double inverse = 1 / det;
+  const double inverse = rough_reciprocal(det);  // of bounds that have a sample to spare
   if (!(inverse - inverse == 0)) return;
   double low_i = 1e30, high_i = -1e30, low_j = 1e30, high_j = -1e30;
   TORCHKILN_ROLLED
@@ -158,7 +158,7 @@ TORCHKILN_HD void clip(Patch<T>& p, const Args& args) {
 template <class T>
 TORCHKILN_HD Patch<T> average(Patch<T> p, bool finite) {
   if (!finite || p.image < 0 || p.rows == 0 || p.columns == 0) p.rows = p.columns = 0;
-  p.share = p.rows > 0 ? T(1) / (T(p.rows) * T(p.columns)) : T(0);
+  p.share = p.rows > 0 ? count_quotient(T(1), T(p.rows) * T(p.columns)) : T(0);
   return settled(p);
 }
 
@@ -229,14 +229,18 @@ TORCHKILN_HD Point<T> point_of(const Patch<T>& p, i32 sample) {
   return sample < p.count() ? Op::point(p, sample) : Point<T>{T(-2), T(-2), 0, 0};
 }
 
-// The channel, among blocks of `orientations`, whose orientation lies `steps` behind (or before, when negative), which are
-// no more than there are orientations.
+// The orientation that lies `steps` behind another (or before, when negative), which are no more than there are
+// orientations.
+TORCHKILN_HD i32 turned(i32 own, i32 steps, i32 orientations) {
+  const i32 rest = own - steps;
+  const i32 least = rest < 0 ? rest + orientations : rest;
+  return least < orientations ? least : least - orientations;
+}
+// The same of a channel, among blocks of orientations.
 template <class Index>
 TORCHKILN_HD Index turned_channel(Index channel, i32 steps, i32 orientations) {
   const i32 own = i32(u32(channel) % u32(orientations));
-  const i32 rest = own - steps;
-  const i32 turned = rest < 0 ? rest + orientations : rest;
-  return channel + Index((turned < orientations ? turned : turned - orientations) - own);
+  return channel + Index(turned(own, steps, orientations) - own);
 }
 
 }  // namespace torchkiln::sampled_roi

@@ -110,8 +110,12 @@ __device__ __forceinline__ Acc<Scalar> walk(const Args& args) {
   Index index = Index(blockIdx.x) * kBlockSize + Index(threadIdx.x);
   Position<Index> position = {0, 0}, step = {0, 0};
   if (kLabels) {
-    position = {index / columns, index % columns};
-    step = {stride / columns, stride % columns};
+    const auto place_of = [&](Index item) -> Position<Index> {
+      const Index row = divided(item, columns);
+      return {row, item - row * columns};
+    };
+    position = place_of(index);
+    step = place_of(stride);
   }
   T sum = T(0);
 #pragma unroll 1

@@ -56,8 +56,8 @@ TORCHKILN_HD bool is_lowered(i64 method, T inter, T total, T threshold) {
 template <class T>
 TORCHKILN_HD_CALLED T factor(i64 method, T inter, T total, T sigma) {
   if (method == kNaive) return T(0);
-  const T iou = inter / total;
-  return method == kLinear ? T(1) - iou : exp_of(-(iou * iou) / sigma);
+  const T iou = close_quotient(inter, total);
+  return method == kLinear ? T(1) - iou : exp_of(close_quotient(-(iou * iou), sigma));
 }
 
 }  // namespace torchkiln::soft_nms
