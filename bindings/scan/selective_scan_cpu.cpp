@@ -31,6 +31,7 @@ using selective_scan::neighbour_of;
 using selective_scan::Problem;
 using selective_scan::Rows;
 using selective_scan::taps_of;
+using selective_scan::uneven_of;
 
 constexpr int kLanes = 16, kSteps = kCheckpoint;
 // States that the forward goes through at once: they share what is loaded for a position.
@@ -129,7 +130,8 @@ inline void forward_loop(Chunk<V>& c, Forward<V>* states) {
       const Real<V> d = c.d(step, l);
       Real<V> y = c.y(step, l);
       for (int n = 0; n < kTogether; ++n) {
-        const auto k = selective_scan::coefficients<kMethod>(d, a[n][l], c.ratio(step, l));
+        const auto k =
+            selective_scan::coefficients<kMethod>(d, a[n][l], uneven_of(c.ratio(step, l)));
         value[n][l] = k.alpha * value[n][l] +
                       held<kMethod, kConstant>(k.weight, d, c.u, c.b[n], of_b[n][l], step, l);
         y += inner(product<kConstant>(c.c[n][step + kLeft], of_c[n][l]), conjugate(value[n][l]));
@@ -155,7 +157,7 @@ inline void replay_loop(Chunk<V>& c, const Backward<V>& s) {
   for (int step = 0; step < c.steps; ++step) {
     for (int l = 0; l < kLanes; ++l) {
       const Real<V> d = c.d(step, l);
-      const auto k = selective_scan::coefficients<kMethod>(d, a[l], c.ratio(step, l));
+      const auto k = selective_scan::coefficients<kMethod>(d, a[l], uneven_of(c.ratio(step, l)));
       value[l] =
           k.alpha * value[l] + held<kMethod, kConstant>(k.weight, d, c.u, c.b[0], of_b[l], step, l);
       c.alpha(step, l) = k.alpha;
@@ -186,7 +188,7 @@ inline void adjoint_loop(Chunk<V>& c, Backward<V>& s) {
       const V alpha = c.alpha(step, l);
       c.by_c(step, l) = g * conjugate(c.state(step, l));
       adjoint[l] = conjugate(alpha) * lambda;
-      const auto k = selective_scan::slopes<kMethod>(d * a[l], c.ratio(step, l), alpha);
+      const auto k = selective_scan::slopes<kMethod>(d * a[l], uneven_of(c.ratio(step, l)), alpha);
       const auto sum = [&](const V* weight, T by) {
         return held<kMethod, kConstant>(weight, by, c.u, c.b[0], of_b[l], step, l);
       };
@@ -220,7 +222,7 @@ inline void gradients_from_before(Chunk<V>& c, const Backward<V>& s) {
     const V output = c.c[0][kLeft - 1] * s.c[l];
     const V lambda = (factor * c.g(-1, l)) * conjugate(output) + s.adjoint[l];
     const T d = c.d(-1, l);
-    const auto k = selective_scan::slopes<kMethod>(d * s.a[l], c.ratio(-1, l));
+    const auto k = selective_scan::slopes<kMethod>(d * s.a[l], uneven_of(c.ratio(-1, l)));
     const V push = (d * conjugate(k.value.weight[taps_of(kMethod) - 1])) * lambda;
     c.grad_v(0, l) = c.grad_v(0, l) + push;
     if constexpr (neighbour_of(kMethod) != 0) {

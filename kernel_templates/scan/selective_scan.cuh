@@ -81,10 +81,8 @@ __device__ __forceinline__ void scan_four(const Readings<Of, kMethod, V>& in,
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     y[i] = T(0);
-    Uneven<T> uneven = {T(1), T(1), T(1)};
-    if constexpr (neighbour_of(kMethod) != 0) {
-      uneven = {reciprocal_of(in.inverse[i]), in.inverse[i], in.part[i]};
-    }
+    Uneven<T> uneven;
+    if constexpr (neighbour_of(kMethod) != 0) uneven = {in.inverse[i], in.part[i]};
 #pragma unroll
     for (int s = 0; s < Of::kStates; ++s) {
       const int at = i + ahead_of(kMethod);
@@ -93,7 +91,7 @@ __device__ __forceinline__ void scan_four(const Readings<Of, kMethod, V>& in,
       V& state = channel.state[s];
       state = stepped<kIsNear>(state, in.d[i], rate, uneven, channel.window[s].at);
       if constexpr (kSummarises && !has_exponential_alpha(kMethod)) {
-        channel.product[s] = coefficients(in.d[i], rate, T(1)).alpha * channel.product[s];
+        channel.product[s] = coefficients(in.d[i], rate, Uneven<T>()).alpha * channel.product[s];
       }
       if constexpr (!kSummarises) y[i] += inner(in.C[s][i], conjugate(state));
     }
@@ -312,12 +310,14 @@ __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane
   if constexpr (!kSummarises && !kParts) give(lane, true, before, sums - 4);
 }
 
-// Blocks that a multiprocessor should hold: 16 warps with 128 registers a lane, or 12 with 168 where a lane has more states or
-// where parts of long tiles leave no shared memory for more.
+// Blocks that a multiprocessor should hold: 16 warps with 128 registers a lane, or 12 with 168 where a lane has more states,
+// where parts of long tiles leave no shared memory for more, and where steps are not equal: with fewer registers addresses would
+// be worked out again in each tile.
 template <class T, int kMethod, bool kComplex, int kWarps, int kLanes, int kStates, int kRowBytes>
 __device__ constexpr int resident_blocks() {
   if (sizeof(T) == 8 || kComplex || kStates > 4) return 1;
-  const bool is_wide = kStates > 2 || (keeps_parts(kMethod, kLanes) && kRowBytes > 128);
+  const bool is_wide = kStates > 2 || neighbour_of(kMethod) != 0 ||
+                       (keeps_parts(kMethod, kLanes) && kRowBytes > 128);
   return (is_wide ? 12 : 16) / kWarps;
 }
 
@@ -363,7 +363,7 @@ __global__ void __launch_bounds__(
   if (p.constant_C && !kSummarises) of_C = constant_matrix(p.C, p, place, lane, matrices + kMatrix);
   const RowWeights<Of, T> bias(p.delta_bias, place), skip(p.D, place);
 
-  OfSteps steps(p, place);
+  OfSteps steps(p, place, bias, begin);
   OfB B(p.B, p, place);
   OfC C(p.C, p, place);
   const RowSources<Of, const Scalar> of_z(p.z, place);

@@ -27,16 +27,17 @@ struct Walked {
 };
 template <bool kIsNear, int kMethod, class V>
 __device__ __forceinline__ Walked<kMethod, V> walked(V state, Real<V> d, Rate<kMethod, V> rate,
-                                                     Real<V> ratio, const V* v) {
+                                                     Uneven<Real<V>> uneven, const V* v) {
   Walked<kMethod, V> w = {};
-  if constexpr (kIsNear && neighbour_of(kMethod) == 0) {
-    V lag[taps_of(kMethod)];
-    w.c = coefficients_and_lag<kMethod>(d * rate.a, lag);
-    w.held = held_of<kMethod>(w.c.weight, v);
+  if constexpr (kIsNear) {
+    const Near<kMethod> near = near_of<kMethod>(d * rate.a, uneven, v);
+    w.c = near.c;
+    w.held = near.held;
+    w.by_ratio = near.by_ratio;
     w.state = w.c.alpha * state + d * w.held;
-    w.by_z = w.state - d * held_of<kMethod>(lag, v);
+    w.by_z = w.state - d * near.lag;
   } else {
-    const auto s = slopes(d, rate, ratio);
+    const auto s = slopes(d, rate, uneven);
     w.c = s.value;
     w.held = held_of<kMethod>(w.c.weight, v);
     w.state = w.c.alpha * state + d * w.held;
@@ -68,11 +69,11 @@ __device__ __forceinline__ void walk_state(const RowFour<kMethod, Real<V>>& in, 
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (kMethod == kMamba) {
-      alpha[i] = coefficients<kMethod>(in.d[i], a, T(1)).alpha;
+      alpha[i] = coefficients<kMethod>(in.d[i], a, Uneven<T>()).alpha;
       of_z[i] = before;
       before = alpha[i] * before + (in.d[i] * in.u[i]) * B[i];
     } else {
-      const auto step = walked<kIsNear>(before, in.d[i], rate, in.ratio[i], v + i);
+      const auto step = walked<kIsNear>(before, in.d[i], rate, uneven_of(in.ratio[i]), v + i);
       alpha[i] = step.c.alpha;
       held[i] = step.held;
       of_z[i] = step.by_z;
@@ -133,7 +134,7 @@ __device__ __forceinline__ void walk_state(const RowFour<kMethod, Real<V>>& in, 
     }
     // That of the position before for the first sample of these.
     const V lambda = (kFactor * in.g_before) * conjugate(C[0]) + adjoint;
-    const auto c = coefficients_at<kIsNear>(in.d_before, rate, in.ratio_before);
+    const auto c = coefficients_at<kIsNear>(in.d_before, rate, uneven_of(in.ratio_before));
     samples[0] = samples[0] + conjugate(c.weight[kTaps - 1]) * (in.d_before * lambda);
   }
 #pragma unroll
@@ -151,10 +152,10 @@ struct Carry {
   V a, adjoint, of_A, of_B, of_C, pushed[2];
 };
 
-// Whether a lane has its states in registers, and all of them in the code. Longer rules would not fit: their loops over
-// states are rolled, and what is carried lies in local memory.
-template <int kMethod, class V>
-constexpr bool is_flat = sizeof(V) == 4 && neighbour_of(kMethod) == 0;
+// Whether a lane has its states in registers, and all of them in the code. Wider ones would not fit: their loops over states
+// are rolled, and what is carried lies in local memory.
+template <class V>
+constexpr bool is_flat = sizeof(V) == 4;
 
 // A warp's part of a tile of one panel of states. kVariable: neither B nor C is constant; without branches, states of a lane
 // are worked out side by side.
@@ -163,7 +164,7 @@ struct Walk {
   using T = Acc<Scalar>;
   using At = Arrays<kMethod, Of::kPanels>;
   static constexpr int kBack = back_of(kMethod), kAhead = ahead_of(kMethod);
-  static constexpr int kUnrolled = is_flat<kMethod, V> ? Of::kStates : 1;
+  static constexpr int kUnrolled = is_flat<V> ? Of::kStates : 1;
 
   const BackwardArgs& args;
   const Place& place;
@@ -274,7 +275,7 @@ struct Walk {
       }
       if constexpr (neighbour_of(kMethod) != 0) {
         // A ratio's gradient goes to the neighbour's step, which is the own one at the end, and to the own.
-        sums.ratio[i] = in.d[i] != T(0) ? sums.ratio[i] / in.d[i] : T(0);
+        sums.ratio[i] = in.d[i] != T(0) ? fast_quotient(sums.ratio[i], in.d[i]) : T(0);
         sums.d[i] -= sums.ratio[i] * in.ratio[i];
         const bool is_end = neighbour_of(kMethod) > 0 ? i == in.last : in.is_first && i == 0;
         if (is_end) sums.d[i] += sums.ratio[i];
@@ -473,7 +474,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
   using Of = TileLayout<V, kWarps, kLanes, kStates, kPanels>;
   using At = Arrays<kMethod, kPanels>;
   constexpr int kBack = back_of(kMethod), kAhead = ahead_of(kMethod);
-  constexpr int kUnrolled = is_flat<kMethod, V> ? kStates : 1;
+  constexpr int kUnrolled = is_flat<V> ? kStates : 1;
   extern __shared__ uint4 memory[];
   const Problem& p = args.problem;
   const Memory<Of, kMethod, V> own(memory, threadIdx.x / kWarpSize);
@@ -521,7 +522,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
       const Walk<Of, Scalar, kMethod, kVariable, V> walk = {
           args, place, lane, rows, own.B + part, own.C + part, own.kept, n0, fours, first};
       bool is_near = false;
-      if constexpr (is_flat<kMethod, V>) is_near = walk.is_near(carried);
+      if constexpr (has_near<kMethod, V>) is_near = walk.is_near(carried);
       near_or_far<kMethod, V>(is_near, [&](auto near) {
         walk.template advance<near.value>(carried);
         walk.template go_back<near.value>(carried);
@@ -578,7 +579,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
   using Of = TileLayout<V, kWarps, kLanes, kStates, 1>;
   using At = Arrays<kMethod, 1>;
   constexpr int kBack = back_of(kMethod);
-  constexpr int kUnrolled = is_flat<kMethod, V> ? kStates : 1;
+  constexpr int kUnrolled = is_flat<V> ? kStates : 1;
   extern __shared__ uint4 memory[];
   const Problem& p = args.problem;
   const Share<Of> share(args);
@@ -626,7 +627,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
 #pragma unroll
           for (int i = 3; i >= 0; --i) {
             const Rate<kMethod, V> rate = rate_of<kMethod>(a[s]);
-            const auto c = coefficients(d[i], rate, T(1));
+            const auto c = coefficients(d[i], rate, Uneven<T>());
             const V alpha = conjugate(c.alpha);
             sum[s] = alpha * (((kComplex ? T(2) : T(1)) * g[i]) * conjugate(of_C[i]) + sum[s]);
             product[s] = alpha * product[s];
