@@ -711,9 +711,9 @@ void run_panel(const Args& args, const Panel& panel, std::int64_t method, Forwar
   for (std::int64_t first = 0; first < p.length; first += kSteps) {
     load_chunk<Scalar>(p, panel, first, first + kAhead, method, c);
     zero_steps(c.y);
-    if (kept) {
-      store_states(p, panel, states, p.checkpoints * p.states,
-                   kept + (row * p.checkpoints + first / kSteps) * p.states);
+    if (kept && first > 0) {
+      const std::int64_t pitch = (p.tiles - 1) * p.states;
+      store_states(p, panel, states, pitch, kept + row * pitch + (first / kSteps - 1) * p.states);
     }
     for (std::int64_t n = 0; n < p.states; n += kTogether) {
       load_matrices<Scalar>(p, panel, n, kTogether, c);
@@ -793,10 +793,17 @@ void run_chunk_backward(const BackwardArgs& args, const Panel& panel, std::int64
                         std::int64_t piece, Backward<V>* states, Chunk<V>& c) {
   const Problem& p = args.problem;
   const auto* kept = static_cast<const V*>(args.checkpoints);
+  const auto* initial = static_cast<const V*>(args.initial_state);
   const std::int64_t row = panel.batch * p.dim + panel.channel;
   for (Sheet<Real<V>>* sheet : {&c.y, &c.grad_u, &c.grad_d, &c.grad_ratio}) zero_steps(*sheet);
-  load_states(p, panel, kept + (row * p.checkpoints + c.first / kSteps) * p.states,
-              p.checkpoints * p.states, states);
+  if (c.first > 0) {
+    const std::int64_t pitch = (p.tiles - 1) * p.states;
+    load_states(p, panel, kept + row * pitch + (c.first / kSteps - 1) * p.states, pitch, states);
+  } else if (initial) {
+    load_states(p, panel, initial + row * p.states, p.states, states);
+  } else {
+    for (std::int64_t n = 0; n < p.states; ++n) std::fill_n(states[n].value, kLanes, V{});
+  }
   for (std::int64_t n = 0; n < p.states; ++n) {
     load_matrices<Scalar>(p, panel, n, 1, c);
     run_states(c, states + n, method, p.constant_B || p.constant_C);
@@ -833,7 +840,9 @@ void run_panel_backward(const BackwardArgs& args, const Panel& panel, std::int64
     for (std::int64_t n = 0; n < p.states; ++n) {
       const std::int64_t at = (row + l) * p.states + n;
       static_cast<V*>(args.grad_A)[at] = states[n].of_a[l];
-      static_cast<V*>(args.grad_initial_state)[at] = states[n].adjoint[l];
+      if (args.grad_initial_state) {
+        static_cast<V*>(args.grad_initial_state)[at] = states[n].adjoint[l];
+      }
       if (p.constant_B) static_cast<V*>(args.grad_B)[at] = states[n].of_b[l];
       if (p.constant_C) static_cast<V*>(args.grad_C)[at] = states[n].of_c[l];
     }
@@ -910,6 +919,7 @@ void run_scan_backward_cpu(ScanBackwardPlan& plan) {
   const Problem& p = plan.args.problem;
   const std::int64_t panels = panels_of(p), pieces = pieces_of(p);
   const ScanSums sums = make_sums(plan, pieces);
+  make_results(plan);
   with_types(plan.inputs, [&]<class Scalar, class V>() {
     const std::int64_t cost = 4 * nanoseconds(p) * panels / pieces;
     parallel_for(p.batch * p.groups * pieces, cost, [&](std::int64_t begin, std::int64_t end) {

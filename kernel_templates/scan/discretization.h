@@ -215,6 +215,11 @@ TORCHKILN_HD constexpr int top_of(int method) {
   return method == kPoly || method == kHighorder || neighbour_of(method) != 0 ? 3 : 0;
 }
 
+// Whether the product of a row's alphas is that of one long step.
+TORCHKILN_HD constexpr bool has_exponential_alpha(int method) {
+  return method == kMamba || top_of(method) > 0;
+}
+
 // ---- weights ----
 
 // factor * x + y. The GPU's compiler makes x + x of 2 x before it sees that it could be one instruction.

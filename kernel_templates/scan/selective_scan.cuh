@@ -39,11 +39,6 @@ struct Channel {
   Window<kMethod, V> window[Of::kStates];
 };
 
-// Whether the product of alphas is that of one long step.
-TORCHKILN_HD constexpr bool has_exponential_alpha(int method) {
-  return method == kMamba || top_of(method) > 0;
-}
-
 // What a lane reads of four positions.
 template <class Of, int kMethod, class V>
 struct Readings {
@@ -279,7 +274,7 @@ __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane
   T before[4] = {T(0), T(0), T(0), T(0)};
 #pragma unroll 1
   for (int start = first; start < end; start += kCheckpoint) {
-    if (!kSummarises && kept.wanted && start % kCheckpoint == 0) {
+    if (!kSummarises && kept.wanted && start > 0 && start % kCheckpoint == 0) {
 #pragma unroll
       for (int s = 0; s < Of::kStates; ++s) {
         if (lane.state(s) < int(p.states)) kept.states[lane.state(s)] = channel.state[s];
@@ -354,9 +349,9 @@ __global__ void __launch_bounds__(
   const Lane<Of> lane;
   Channel<Of, kMethod, V> channel;
   enter<kSummarises, Of, Scalar>(args, place, lane, split, begin, channel);
-  const i64 kept_before = i64(begin + kCheckpoint - 1) / kCheckpoint;
+  const i64 kept_before = (max_of(begin, 1) - 1) / kCheckpoint;
   Kept<V> kept = {static_cast<V*>(args.checkpoints) +
-                      (place.row_of(p, lane.row) * p.checkpoints + kept_before) * p.states,
+                      (place.row_of(p, lane.row) * (p.tiles - 1) + kept_before) * p.states,
                   args.checkpoints != nullptr && place.has(lane.row)};
   MatrixReader of_B = {}, of_C = {};
   if (p.constant_B) of_B = constant_matrix(p.B, p, place, lane, matrices);

@@ -209,12 +209,15 @@ struct Walk {
   template <bool kIsNear>
   __device__ __forceinline__ void advance(const Carry<V>* carry) const {
     const Problem& p = args.problem;
-    const V* from = static_cast<const V*>(args.checkpoints) +
-                    (place.row_of(p, lane.row) * p.checkpoints + first / Of::kTile) * p.states;
+    const i64 row_index = place.row_of(p, lane.row), before = first / Of::kTile - 1;
+    const V* from = before < 0 ? static_cast<const V*>(args.initial_state) + row_index * p.states
+                               : static_cast<const V*>(args.checkpoints) +
+                                     (row_index * (p.tiles - 1) + before) * p.states;
+    const int known = before < 0 && args.initial_state == nullptr ? 0 : int(p.states);
     V state[Of::kStates];
 #pragma unroll
     for (int s = 0; s < Of::kStates; ++s) {
-      state[s] = state_of(s) < p.states ? from[state_of(s)] : number<V>(0);
+      state[s] = state_of(s) < known ? from[state_of(s)] : number<V>(0);
     }
     V* to = kept + threadIdx.x % kWarpSize;
     T u_behind = T(0);
@@ -346,17 +349,24 @@ __device__ __forceinline__ V last_adjoint(const BackwardArgs& args, i64 at) {
                                          : number<V>(0);
 }
 
-// That behind a split, out of the summaries of the splits behind.
-template <class V>
-__device__ __forceinline__ V entering_adjoint(const BackwardArgs& args, i64 row, int split, int n) {
+// That behind a split, out of the summaries of the splits behind. `a`: the state's rate.
+template <int kMethod, class V>
+__device__ __forceinline__ V entering_adjoint(const BackwardArgs& args, i64 row, int split, int n,
+                                              V a) {
   const Problem& p = args.problem;
-  const i64 at = row * p.states + n, all = p.batch * p.dim * p.states;
+  const i64 rows = p.batch * p.dim, at = row * p.states + n;
   if (split == args.splits - 1) return last_adjoint<V>(args, at);
   V adjoint = static_cast<const V*>(args.behind_last)[at];
-  const V* maps = static_cast<const V*>(args.summaries) + 2 * at;
 #pragma unroll 1
   for (i64 s = args.splits - 3; s >= split; --s) {
-    adjoint = maps[2 * s * all] * adjoint + maps[2 * s * all + 1];
+    V product;
+    if constexpr (has_exponential_alpha(kMethod)) {
+      const Real<V> step = static_cast<const Real<V>*>(args.products)[s * rows + row];
+      product = conjugate(quick_exp_of_product(step, a));
+    } else {
+      product = static_cast<const V*>(args.products)[s * rows * p.states + at];
+    }
+    adjoint = product * adjoint + static_cast<const V*>(args.sums)[s * rows * p.states + at];
   }
   return adjoint;
 }
@@ -434,7 +444,7 @@ struct Share {
   __device__ __forceinline__ explicit Share(const BackwardArgs& args) {
     const Problem& p = args.problem;
     const u32 panels = panels_of<Of>(p), blocks = u32(p.batch) * u32(p.groups) * panels;
-    const int tiles = int(p.checkpoints), each = (tiles + args.splits - 1) / args.splits;
+    const int tiles = int(p.tiles), each = (tiles + args.splits - 1) / args.splits;
     split = int(blockIdx.x / blocks);
     place = place_of<Of>(p, blockIdx.x - u32(split) * blocks, panels);
     begin = split * each;
@@ -491,7 +501,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
     const bool is_state = n < p.states;
     Carry<V>& c = carry[i / kStates][i % kStates];
     c.a = is_state ? static_cast<const V*>(p.A)[weights + n] : number<V>(0);
-    c.adjoint = is_state && is_row ? entering_adjoint<V>(args, row, share.split, n) : number<V>(0);
+    c.adjoint = is_state && is_row ? entering_adjoint<kMethod>(args, row, share.split, n, c.a)
+                                   : number<V>(0);
     c.of_A = c.of_B = c.of_C = c.pushed[0] = c.pushed[1] = number<V>(0);
   }
   RowSums<T> sums = {};
@@ -564,7 +575,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
     }
     if (!kVariable && p.constant_B) static_cast<V*>(args.grad_B)[of_split] = c.of_B;
     if (!kVariable && p.constant_C) static_cast<V*>(args.grad_C)[of_split] = c.of_C;
-    if (share.split == 0) static_cast<V*>(args.grad_initial_state)[at] = c.adjoint;
+    if (share.split == 0 && args.grad_initial_state != nullptr) {
+      static_cast<V*>(args.grad_initial_state)[at] = c.adjoint;
+    }
   }
 }
 
@@ -587,7 +600,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
   const Place& place = share.place;
   const Lane<Of> lane;
   const i64 weights = place.channel_of(lane.row) * p.states;
-  const i64 states = place.row_of(p, lane.row) * p.states;
+  const i64 row = place.row_of(p, lane.row), states = row * p.states;
   V* C = reinterpret_cast<V*>(memory);
   T* rows = reinterpret_cast<T*>(C + Of::kMatrix) + lane.row * Of::kPitch +
             threadIdx.x / kWarpSize * backward_arrays(kMethod, 1) * Of::kArray;
@@ -597,6 +610,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
 #pragma unroll 1
   for (int n0 = 0; n0 < p.states; n0 += Of::kPadded) {
     V a[kStates], sum[kStates], product[kStates];
+    T step = T(0);  // the sum of all
 #pragma unroll
     for (int s = 0; s < kStates; ++s) {
       const int n = n0 + lane.state(s);
@@ -620,6 +634,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
         T d[4], g[4];
         read_quad(rows + At::kSteps * Of::kArray + four * 4, d);
         read_quad(rows + At::kGradients * Of::kArray + four * 4, g);
+        step += (d[0] + d[1]) + (d[2] + d[3]);
 #pragma unroll kUnrolled
         for (int s = 0; s < kStates; ++s) {
           V of_C[4];
@@ -630,7 +645,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
             const auto c = coefficients(d[i], rate, Uneven<T>());
             const V alpha = conjugate(c.alpha);
             sum[s] = alpha * (((kComplex ? T(2) : T(1)) * g[i]) * conjugate(of_C[i]) + sum[s]);
-            product[s] = alpha * product[s];
+            if constexpr (!has_exponential_alpha(kMethod)) product[s] = alpha * product[s];
           }
         }
       }
@@ -643,10 +658,14 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
         static_cast<V*>(args.behind_last)[states + n] = sum[s];
         continue;
       }
-      const i64 of_split = i64(share.split - 1) * p.batch * p.dim * p.states;
-      V* map = static_cast<V*>(args.summaries) + 2 * (of_split + states + n);
-      map[0] = product[s];
-      map[1] = sum[s];
+      const i64 at = i64(share.split - 1) * p.batch * p.dim * p.states + states + n;
+      static_cast<V*>(args.sums)[at] = sum[s];
+      if constexpr (!has_exponential_alpha(kMethod))
+        static_cast<V*>(args.products)[at] = product[s];
+    }
+    if constexpr (has_exponential_alpha(kMethod)) {
+      if (is_last || n0 > 0 || lane.part > 0 || !place.has(lane.row)) continue;
+      static_cast<T*>(args.products)[i64(share.split - 1) * p.batch * p.dim + row] = step;
     }
   }
 }
