@@ -4,7 +4,7 @@
 // split by one map for each state, the second one begins with those of the splits before its own.
 // compile time: above 250 ms for complex numbers, for double, for exponential rules, whose tile stands there twice, and where
 // a lane has eight states; a loop over them would put them into memory.
-// spills: some hundred bytes there; up to 90 for complex numbers in double and true-time rules, 24 for quadratic ones.
+// spills: some hundred bytes there; up to 90 for complex numbers in double, 24 for quadratic rules.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -265,7 +265,7 @@ __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane
   const Problem& p = args.problem;
   const int end = min_of(first + Of::kTile, int(p.length));
   constexpr bool kParts = keeps_parts(kMethod, Of::kLanes);
-  constexpr int kUnrolled = kIsNear ? 2 : 1;
+  constexpr int kUnrolled = kIsNear ? (neighbour_of(kMethod) != 0 ? 4 : 2) : 1;
   T* parts = rows + kSums + int(threadIdx.x) % kWarpSize * Of::kRowPitch;
   rows += lane.row * Of::kRowPitch;
   T* sums = kParts ? parts : rows + kSums + sums_first<Of::kLanes>(lane.part);
@@ -306,13 +306,14 @@ __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane
 }
 
 // Blocks that a multiprocessor should hold: 16 warps with 128 registers a lane, or 12 with 168 where a lane has more states,
-// where parts of long tiles leave no shared memory for more, and where steps are not equal: with fewer registers addresses would
-// be worked out again in each tile.
+// where parts of long tiles leave no shared memory for more, and where steps are not equal: with fewer registers addresses
+// would be worked out again in each tile.
 template <class T, int kMethod, bool kComplex, int kWarps, int kLanes, int kStates, int kRowBytes>
 __device__ constexpr int resident_blocks() {
   if (sizeof(T) == 8 || kComplex || kStates > 4) return 1;
-  const bool is_wide = kStates > 2 || neighbour_of(kMethod) != 0 ||
-                       (keeps_parts(kMethod, kLanes) && kRowBytes > 128);
+  const bool is_uneven = neighbour_of(kMethod) != 0 && 12 % kWarps == 0;
+  const bool is_wide =
+      kStates > 2 || is_uneven || (keeps_parts(kMethod, kLanes) && kRowBytes > 128);
   return (is_wide ? 12 : 16) / kWarps;
 }
 

@@ -4,8 +4,8 @@
 // summed over the channels of a block before they go to memory. Where there are too few rows for the GPU, positions are
 // split among blocks: a first launch summarises what each split makes of the adjoint state behind it.
 // compile time: above 250 ms; four positions of a state are unrolled, with the rule's derivatives, and all states of a lane.
-// spills: up to 24 bytes in float; up to 60 bytes for the quadratic rules in double, several hundred for complex numbers in
-// double, which do not fit into registers; 12 bytes in the summaries of `highorder`.
+// spills: up to 28 bytes in float; up to 60 bytes for the quadratic rules in double, several hundred for complex numbers in
+// double, which do not fit into registers.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -278,7 +278,7 @@ struct Walk {
       }
       if constexpr (neighbour_of(kMethod) != 0) {
         // A ratio's gradient goes to the neighbour's step, which is the own one at the end, and to the own.
-        sums.ratio[i] = in.d[i] != T(0) ? fast_quotient(sums.ratio[i], in.d[i]) : T(0);
+        sums.ratio[i] = in.d[i] != T(0) ? in_steps(sums.ratio[i], in.d[i]) : T(0);
         sums.d[i] -= sums.ratio[i] * in.ratio[i];
         const bool is_end = neighbour_of(kMethod) > 0 ? i == in.last : in.is_first && i == 0;
         if (is_end) sums.d[i] += sums.ratio[i];

@@ -326,11 +326,17 @@ __device__ __forceinline__ void steps_of(T* d, T bias, bool softplus) {
   for (int i = 0; i < 4; ++i) d[i] = softplus_of(d[i]);
 }
 
-// The same out of a step and its neighbour, in any unit. Where it is kLift, a subnormal step has a reciprocal, too.
+// Steps times it have quick reciprocals, subnormal ones too.
 constexpr int kLift = 1 << 24;
+// x / step.
+template <class T>
+__device__ __forceinline__ T in_steps(T x, T step) {
+  return (kLift * x) * quick_reciprocal(kLift * step);
+}
+// 1 / ratio and 2 / (1 + ratio) out of a step and its neighbour.
 template <class T>
 __device__ __forceinline__ Uneven<T> uneven_of(T step, T neighbour) {
-  const T inverse = step * quick_reciprocal(neighbour);
+  const T inverse = in_steps(step, neighbour);
   return {inverse, add_times(T(2), T(-2), quick_reciprocal(T(1) + inverse))};
 }
 
@@ -395,16 +401,14 @@ struct Steps {
       numbers_of(delta.at[k], p, d);
       numbers_of(u.at[k], p, x);
       steps_of(d, bias.at[k], p.softplus);
-      if constexpr (kNeighbour != 0) other = kLift * beside(p, item, k, bias.at[k], d);
+      if constexpr (kNeighbour != 0) other = beside(p, item, k, bias.at[k], d);
       if (!item.exists()) continue;
       if constexpr (kNeighbour != 0) {
-        T lifted[4], inverse[4], part[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) lifted[i] = kLift * d[i];
+        T inverse[4], part[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int j = i + kNeighbour;
-          const auto uneven = uneven_of(lifted[i], j < 0 || j == 4 ? other : lifted[j & 3]);
+          const Uneven<T> uneven = uneven_of(d[i], j < 0 || j == 4 ? other : d[j & 3]);
           inverse[i] = uneven.inverse;
           part[i] = uneven.part;
         }
