@@ -116,13 +116,23 @@ bool fits(const Forward::Problem& p, const Tunables& t) {
 const std::vector<Tunables> kForwardDefaults = {{4, 8, 2, 256},  {4, 8, 2, 128}, {4, 4, 1, 128},
                                                 {8, 32, 2, 128}, {8, 32, 8, 64}, {2, 32, 8, 64}};
 
+// Whether the first one fits, and three blocks of it where lanes leave their parts in shared memory.
+bool holds_long_tiles(const Forward::Problem& p) {
+  constexpr std::int64_t kBlocks = 3, kReserved = 1024;  // reserved: of each block, by the driver
+  const Tunables& t = kForwardDefaults[0];
+  const bool has_parts =
+      selective_scan::keeps_parts(static_cast<int>(p.statics.method), static_cast<int>(t.lanes));
+  const std::int64_t room = p.device.shared_bytes_per_block + kReserved;
+  return fits(p, t) && (!has_parts || kBlocks * (shared_bytes(p, t) + kReserved) <= room);
+}
+
 std::uint32_t choose_forward(const Forward::Problem& p) {
   const std::int64_t states = p.sizes.states, scalar = p.statics.scalar;
   if (states > 64) return fits(p, kForwardDefaults[4]) ? 4 : 5;
   if (states > 16) return 3;
   if (states <= 4) return 2;
   const bool is_half = scalar == TORCHKILN_HALF || scalar == TORCHKILN_BFLOAT16;
-  return is_half && !p.statics.is_complex && fits(p, kForwardDefaults[0]) ? 0 : 1;
+  return is_half && !p.statics.is_complex && holds_long_tiles(p) ? 0 : 1;
 }
 Geometry forward_geometry(const Forward::Problem& p, const Tunables& t) {
   return linear(panels(p.sizes, channels_of(t)) * p.sizes.splits, t.warps * kWarp,
@@ -396,7 +406,7 @@ ScanInputs plan_inputs(const Tensor& u, const Tensor& delta, const Tensor& A, co
                 .groups = groups_of(B, C),
                 .states = A.size(1),
                 .length = u.size(2),
-                .checkpoints = ceil_div(u.size(2), kCheckpoint),
+                .tiles = ceil_div(u.size(2), kCheckpoint),
                 .constant_B = is_constant(B),
                 .constant_C = is_constant(C),
                 .softplus = settings.softplus,
@@ -412,6 +422,10 @@ Tensor empty_states(const ScanInputs& in, std::initializer_list<std::int64_t> mo
   shape.push_back(in.problem.states);
   if (in.is_complex) shape.push_back(2);
   return empty(in.u, in.wide(), Shape(shape));
+}
+// Those that are kept: before all tiles but the first one.
+std::int64_t kept_states(const ScanInputs& in) {
+  return std::max<std::int64_t>(in.problem.tiles - 1, 0);
 }
 
 void check_state(const char* name, const Optional& state, const ScanInputs& in) {
@@ -435,7 +449,7 @@ ScanPlan plan_forward(ScanInputs in, const Optional& initial_state, bool with_ch
   const ScanInputs& inputs = p.inputs;
   p.out = empty(inputs.u, inputs.dtype(), shape_of(inputs.u));
   p.last_state = empty_states(inputs);
-  p.checkpoints = with_checkpoints ? empty_states(inputs, {inputs.problem.checkpoints})
+  p.checkpoints = with_checkpoints ? empty_states(inputs, {kept_states(inputs)})
                                    : empty(inputs.u, inputs.wide(), {0});
   p.args = {.problem = inputs.problem,
             .initial_state = data_or_null(p.initial_state),
@@ -449,11 +463,13 @@ ScanPlan plan_forward(ScanInputs in, const Optional& initial_state, bool with_ch
 
 // `any_stride`: whether the gradient of the output is taken as it is, or as rows.
 ScanBackwardPlan plan_backward(ScanInputs in, const Tensor& grad_out, const Optional& grad_last,
-                               const Tensor& checkpoints, bool any_stride) {
+                               const Optional& initial_state, const Tensor& checkpoints,
+                               bool any_stride) {
   check_like_u("grad_out", grad_out, in.u);
   check_state("grad_last_state", grad_last, in);
+  check_state("initial_state", initial_state, in);
   check_wide("checkpoints", checkpoints, in.u);
-  const std::int64_t states = in.problem.batch * in.problem.dim * in.problem.checkpoints *
+  const std::int64_t states = in.problem.batch * in.problem.dim * kept_states(in) *
                               in.problem.states * (in.is_complex ? 2 : 1);
   if (checkpoints.numel() != states) {
     fail(TORCHKILN_ERROR_VALUE, kOp, "checkpoints", "be those of the forward", text(checkpoints));
@@ -462,52 +478,37 @@ ScanBackwardPlan plan_backward(ScanInputs in, const Tensor& grad_out, const Opti
                      .grad_out = any_stride ? grad_out : as_rows(grad_out),
                      .checkpoints = as_contiguous(checkpoints),
                      .grad_last_state = contiguous_or_none(grad_last),
+                     .initial_state = contiguous_or_none(initial_state),
                      .gradients = {},
                      .args = {}};
   const ScanInputs& inputs = p.inputs;
   const auto rows = [&] { return empty(inputs.u, inputs.dtype(), shape_of(inputs.u)); };
-  const auto like = [](const Tensor& tensor) {
-    return empty(tensor, tensor.scalar_type(), shape_of(tensor));
-  };
-  const auto weight = [&](const Optional& tensor) {
-    return empty(inputs.u, inputs.wide(), {tensor ? inputs.problem.dim : 0});
-  };
-  p.gradients = {.u = rows(),
-                 .delta = rows(),
-                 .A = like(inputs.A),
-                 .B = like(inputs.B),
-                 .C = like(inputs.C),
-                 .D = weight(inputs.D),
-                 .z = inputs.z ? rows() : empty(inputs.u, inputs.dtype(), {0}),
-                 .delta_bias = weight(inputs.delta_bias),
-                 .initial_state = empty_states(inputs)};
+  p.gradients.u = rows();
+  p.gradients.delta = rows();
+  p.gradients.z = inputs.z ? rows() : empty(inputs.u, inputs.dtype(), {0});
+  p.gradients.initial_state =
+      p.initial_state ? empty_states(inputs) : empty(inputs.u, inputs.wide(), {0});
   p.args.problem = inputs.problem;
   p.args.grad_stride = p.grad_out.size(2) > 1 ? p.grad_out.stride(2) : 1;
   p.args.problem.aligned =
       inputs.problem.aligned && (p.args.grad_stride != 1 || has_aligned_rows(p.grad_out));
   p.args.grad_out = rows_of(p.grad_out);
   p.args.grad_last_state = data_or_null(p.grad_last_state);
+  p.args.initial_state = data_or_null(p.initial_state);
   p.args.checkpoints = p.checkpoints.const_data_ptr();
   p.args.splits = 1;
   p.args.grad_u = p.gradients.u.mutable_data_ptr();
   p.args.grad_delta = p.gradients.delta.mutable_data_ptr();
   p.args.grad_z = inputs.z ? p.gradients.z.mutable_data_ptr() : nullptr;
-  p.args.grad_initial_state = p.gradients.initial_state.mutable_data_ptr();
+  p.args.grad_initial_state =
+      p.initial_state ? p.gradients.initial_state.mutable_data_ptr() : nullptr;
   return p;
 }
 
-// (splits, batch, dim, N [, 2]).
-Tensor split_states(const ScanBackwardPlan& p) {
-  const std::int64_t numbers = p.gradients.initial_state.numel();
-  return empty(p.inputs.u, p.inputs.wide(), {p.args.splits, numbers});
-}
-
-// Where the gradient of a variable matrix is summed: it itself where `parts` is 0.
-Tensor matrix_sums(const ScanBackwardPlan& p, const Tensor& result, std::int64_t parts) {
-  if (parts > 0) return zeros(result, p.inputs.wide(), {parts, result.numel()});
-  Tensor sums = result;
-  torch::stable::zero_(sums);
-  return sums;
+// (count, batch, dim, N [, 2]).
+Tensor split_states(const ScanInputs& in, std::int64_t count) {
+  const selective_scan::Problem& p = in.problem;
+  return empty(in.u, in.wide(), {count, p.batch * p.dim * p.states * (in.is_complex ? 2 : 1)});
 }
 
 // Sums that blocks add to in a half type, in one tensor, which one launch clears.
@@ -515,9 +516,9 @@ class Cleared {
  public:
   Cleared(const Tensor& like, std::int64_t numbers)
       : all_(zeros(like, ScalarType::Float, {numbers})) {}
-  Tensor part(const Tensor& result) {
-    const std::int64_t first = std::exchange(used_, used_ + result.numel());
-    return torch::stable::narrow(all_, 0, first, result.numel());
+  Tensor part(const Tensor& like) {
+    const std::int64_t first = std::exchange(used_, used_ + like.numel());
+    return torch::stable::narrow(all_, 0, first, like.numel());
   }
 
  private:
@@ -533,19 +534,22 @@ ScanSums make_sums(ScanBackwardPlan& p, std::int64_t parts) {
     return empty(p.inputs.u, p.inputs.wide(),
                  {weight ? p.args.splits * problem.batch : 0, problem.dim});
   };
-  const ScanGradients& g = p.gradients;
-  const bool is_half = p.inputs.dtype() != p.inputs.wide(), adds = parts == 0;
-  Cleared cleared(p.inputs.u, adds && is_half ? g.A.numel() + g.B.numel() + g.C.numel() : 0);
-  const auto matrix = [&](const Tensor& result, bool constant) {
-    if (constant) return split_states(p);
-    return adds && is_half ? cleared.part(result) : matrix_sums(p, result, parts);
+  const ScanInputs& in = p.inputs;
+  const bool is_half = in.dtype() != in.wide(), adds = parts == 0;
+  Cleared cleared(in.u, adds && is_half ? in.A.numel() + in.B.numel() + in.C.numel() : 0);
+  const auto matrix = [&](const Tensor& input, bool constant, Tensor& result) {
+    if (constant) return split_states(in, p.args.splits);
+    if (!adds) return zeros(input, in.wide(), {parts, input.numel()});
+    if (is_half) return cleared.part(input);
+    result = zeros(input, in.wide(), shape_of(input));
+    return result;
   };
   // Packs of B and C come first, so that they are aligned.
-  ScanSums sums{.B = matrix(g.B, problem.constant_B),
-                .C = matrix(g.C, problem.constant_C),
-                .A = adds && is_half ? cleared.part(g.A) : split_states(p),
-                .D = of_batches(p.inputs.D),
-                .delta_bias = of_batches(p.inputs.delta_bias),
+  ScanSums sums{.B = matrix(in.B, problem.constant_B, p.gradients.B),
+                .C = matrix(in.C, problem.constant_C, p.gradients.C),
+                .A = adds && is_half ? cleared.part(in.A) : split_states(in, p.args.splits),
+                .D = of_batches(in.D),
+                .delta_bias = of_batches(in.delta_bias),
                 .direct = adds && !is_half,
                 .adds_A = adds && is_half};
   p.args.grad_A = sums.A.mutable_data_ptr();
@@ -556,6 +560,22 @@ ScanSums make_sums(ScanBackwardPlan& p, std::int64_t parts) {
   p.args.adds = adds;
   p.args.adds_A = sums.adds_A;
   return sums;
+}
+
+void make_results(ScanBackwardPlan& p) {
+  const ScanInputs& in = p.inputs;
+  const auto weight = [&](const Optional& tensor) {
+    return empty(in.u, in.wide(), {tensor ? in.problem.dim : 0});
+  };
+  const auto like = [](const Tensor& tensor) {
+    return empty(tensor, tensor.scalar_type(), shape_of(tensor));
+  };
+  ScanGradients& g = p.gradients;
+  g.A = like(in.A);
+  if (!g.B.defined()) g.B = like(in.B);
+  if (!g.C.defined()) g.C = like(in.C);
+  g.D = weight(in.D);
+  g.delta_bias = weight(in.delta_bias);
 }
 
 SumArgs sums_of(const ScanBackwardPlan& p, const ScanSums& sums, std::int64_t parts) {
@@ -598,13 +618,14 @@ void pass_state(const ScanPlan& p) {
     torch::stable::zero_(last);
   }
 }
-void pass_gradient(const ScanBackwardPlan& p) {
+void pass_gradient(ScanBackwardPlan& p) {
+  make_results(p);
   const ScanGradients& g = p.gradients;
   for (Tensor zero : {g.u, g.delta, g.A, g.B, g.C, g.D, g.z, g.delta_bias, g.initial_state}) {
     torch::stable::zero_(zero);
   }
   Tensor state = g.initial_state;
-  if (p.grad_last_state) torch::stable::copy_(state, *p.grad_last_state);
+  if (p.initial_state && p.grad_last_state) torch::stable::copy_(state, *p.grad_last_state);
 }
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;
@@ -635,11 +656,12 @@ Outputs cpu(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor&
 Gradients backward_cpu(const Tensor& grad_out, const Optional& grad_last_state, const Tensor& u,
                        const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
                        const Optional& D, const Optional& z, const Optional& delta_bias,
-                       const Tensor& checkpoints, bool delta_softplus, std::int64_t method,
-                       bool reverse, bool /* deterministic */) {
+                       const Optional& initial_state, const Tensor& checkpoints,
+                       bool delta_softplus, std::int64_t method, bool reverse,
+                       bool /* deterministic */) {
   ScanBackwardPlan p = plan_backward(
       plan_inputs(u, delta, A, B, C, D, z, delta_bias, {delta_softplus, method, reverse}), grad_out,
-      grad_last_state, checkpoints, false);
+      grad_last_state, initial_state, checkpoints, false);
   if (p.inputs.is_empty()) {
     pass_gradient(p);
   } else {
@@ -702,7 +724,7 @@ std::int64_t backward_splits_of(const ScanInputs& in, const Device& device) {
   const std::int64_t warps = selective_scan::resident_warps(static_cast<int>(in.method),
                                                             static_cast<int>(state_bytes(problem)));
   const std::int64_t resident = warps / chosen.warps * device.multiprocessors;
-  const std::int64_t tiles = in.problem.checkpoints;
+  const std::int64_t tiles = in.problem.tiles;
   const std::int64_t wanted = std::clamp<std::int64_t>(
       resident / blocks, 1, std::max<std::int64_t>(tiles / kLeastTiles, 1));
   return ceil_div(tiles, ceil_div(tiles, wanted));  // none is empty
@@ -780,12 +802,18 @@ void launch_backward(const CudaPlace& place, ScanBackwardPlan& p, const ScanSums
   const auto matrix = [&](std::size_t offset, const Tensor& tensor, bool constant) {
     return constant ? writes(offset, tensor) : updates(offset, tensor);
   };
-  constexpr std::size_t kSummaries = offsetof(BackwardArgs, summaries),
+  constexpr std::size_t kSums = offsetof(BackwardArgs, sums),
+                        kProducts = offsetof(BackwardArgs, products),
                         kBehindLast = offsetof(BackwardArgs, behind_last);
   const std::int64_t maps = std::max<std::int64_t>(p.args.splits - 2, 0);
-  const Tensor summaries = empty(in.u, in.wide(), {maps, 2 * p.gradients.initial_state.numel()});
-  const Tensor behind_last = maps > 0 ? empty_states(in) : p.gradients.initial_state;
-  p.args.summaries = summaries.mutable_data_ptr();
+  const bool is_long = selective_scan::has_exponential_alpha(static_cast<int>(in.method));
+  const Tensor map_sums = split_states(in, maps);
+  const Tensor products = is_long
+                              ? empty(in.u, in.wide(), {maps, in.problem.batch * in.problem.dim})
+                              : split_states(in, maps);
+  const Tensor behind_last = split_states(in, p.args.splits > 1);
+  p.args.sums = map_sums.mutable_data_ptr();
+  p.args.products = products.mutable_data_ptr();
   p.args.behind_last = behind_last.mutable_data_ptr();
   const bool is_split = p.args.splits > 1;
   if (is_split) {
@@ -799,9 +827,11 @@ void launch_backward(const CudaPlace& place, ScanBackwardPlan& p, const ScanSums
                           reads(offsetof(BackwardArgs, grad_out), p.grad_out),
                           reads_if(offsetof(BackwardArgs, grad_last_state), p.grad_last_state),
                           scratch(kBehindLast, behind_last),
-                          maps > 0 ? scratch(kSummaries, summaries) : unused(kSummaries),
+                          maps > 0 ? scratch(kSums, map_sums) : unused(kSums),
+                          maps > 0 ? scratch(kProducts, products) : unused(kProducts),
                           unused(kOffsetB),
                           unused(kOffsetD),
+                          unused(offsetof(BackwardArgs, initial_state)),
                           unused(offsetof(BackwardArgs, checkpoints)),
                           unused(offsetof(BackwardArgs, grad_u)),
                           unused(offsetof(BackwardArgs, grad_delta)),
@@ -813,6 +843,7 @@ void launch_backward(const CudaPlace& place, ScanBackwardPlan& p, const ScanSums
                           unused(offsetof(BackwardArgs, grad_D)),
                           unused(offsetof(BackwardArgs, grad_delta_bias))});
   }
+  constexpr std::size_t kCheckpoints = offsetof(BackwardArgs, checkpoints);
   backward_kernel.run(
       place, backward_statics_of(in), sizes, p.args,
       {reads(kOffsetU, in.u),
@@ -825,13 +856,15 @@ void launch_backward(const CudaPlace& place, ScanBackwardPlan& p, const ScanSums
        reads_if(kOffsetBias, in.delta_bias),
        reads(offsetof(BackwardArgs, grad_out), p.grad_out),
        reads_if(offsetof(BackwardArgs, grad_last_state), p.grad_last_state),
-       reads(offsetof(BackwardArgs, checkpoints), p.checkpoints),
+       reads_if(offsetof(BackwardArgs, initial_state), p.initial_state),
+       p.checkpoints.numel() > 0 ? reads(kCheckpoints, p.checkpoints) : unused(kCheckpoints),
        is_split ? reads(kBehindLast, behind_last) : unused(kBehindLast),
-       maps > 0 ? reads(kSummaries, summaries) : unused(kSummaries),
+       maps > 0 ? reads(kSums, map_sums) : unused(kSums),
+       maps > 0 ? reads(kProducts, products) : unused(kProducts),
        writes(offsetof(BackwardArgs, grad_u), p.gradients.u),
        writes(offsetof(BackwardArgs, grad_delta), p.gradients.delta),
        output(offsetof(BackwardArgs, grad_z), p.gradients.z),
-       writes(offsetof(BackwardArgs, grad_initial_state), p.gradients.initial_state),
+       output(offsetof(BackwardArgs, grad_initial_state), p.gradients.initial_state),
        matrix(offsetof(BackwardArgs, grad_A), sums.A, !sums.adds_A),
        output(offsetof(BackwardArgs, grad_D), sums.D),
        output(offsetof(BackwardArgs, grad_delta_bias), sums.delta_bias),
@@ -866,11 +899,12 @@ void launch_sums(const CudaPlace& place, const ScanInputs& in, const SumArgs& ar
 Gradients backward_cuda(const Tensor& grad_out, const Optional& grad_last_state, const Tensor& u,
                         const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
                         const Optional& D, const Optional& z, const Optional& delta_bias,
-                        const Tensor& checkpoints, bool delta_softplus, std::int64_t method,
-                        bool reverse, bool deterministic) {
+                        const Optional& initial_state, const Tensor& checkpoints,
+                        bool delta_softplus, std::int64_t method, bool reverse,
+                        bool deterministic) {
   ScanBackwardPlan p = plan_backward(
       plan_inputs(u, delta, A, B, C, D, z, delta_bias, {delta_softplus, method, reverse}), grad_out,
-      grad_last_state, checkpoints, true);
+      grad_last_state, initial_state, checkpoints, true);
   if (p.inputs.is_empty()) {
     pass_gradient(p);
     return as_tuple(p.gradients);
@@ -880,6 +914,7 @@ Gradients backward_cuda(const Tensor& grad_out, const Optional& grad_last_state,
   p.args.splits = static_cast<i32>(backward_splits_of(p.inputs, place.facts()));
   const ScanSums sums = make_sums(p, parts);
   launch_backward(place, p, sums, parts);
+  make_results(p);  // in the memory of what splits had to tell each other
   launch_sums(place, p.inputs, sums_of(p, sums, parts));
   return as_tuple(p.gradients);
 }
@@ -895,7 +930,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torchkiln, m) {
   m.def(
       "_selective_scan_backward(Tensor grad_out, Tensor? grad_last_state, Tensor u, Tensor delta, "
       "Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
-      "Tensor checkpoints, bool delta_softplus, int method, bool reverse, bool deterministic) -> "
+      "Tensor? initial_state, Tensor checkpoints, bool delta_softplus, int method, bool reverse, "
+      "bool deterministic) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(torchkiln, CPU, m) {

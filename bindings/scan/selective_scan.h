@@ -47,8 +47,8 @@ struct ScanGradients {
 struct ScanBackwardPlan {
   ScanInputs inputs;
   Tensor grad_out, checkpoints;
-  std::optional<Tensor> grad_last_state;
-  ScanGradients gradients;
+  std::optional<Tensor> grad_last_state, initial_state;
+  ScanGradients gradients;  // what make_sums() and make_results() make is not there before
   selective_scan::BackwardArgs args;
 };
 
@@ -59,6 +59,8 @@ struct ScanSums {
   bool adds_A;  // whether A is one sum
 };
 ScanSums make_sums(ScanBackwardPlan& plan, std::int64_t parts);
+// The gradients that are written when all sums are there.
+void make_results(ScanBackwardPlan& plan);
 
 void run_scan_cpu(const ScanPlan& plan);
 void run_scan_backward_cpu(ScanBackwardPlan& plan);

@@ -31,6 +31,7 @@ using selective_scan::neighbour_of;
 using selective_scan::Problem;
 using selective_scan::Rows;
 using selective_scan::taps_of;
+using selective_scan::uneven_of;
 
 constexpr int kLanes = 16, kSteps = kCheckpoint;
 // States that the forward goes through at once: they share what is loaded for a position.
@@ -129,7 +130,8 @@ inline void forward_loop(Chunk<V>& c, Forward<V>* states) {
       const Real<V> d = c.d(step, l);
       Real<V> y = c.y(step, l);
       for (int n = 0; n < kTogether; ++n) {
-        const auto k = selective_scan::coefficients<kMethod>(d, a[n][l], c.ratio(step, l));
+        const auto k =
+            selective_scan::coefficients<kMethod>(d, a[n][l], uneven_of(c.ratio(step, l)));
         value[n][l] = k.alpha * value[n][l] +
                       held<kMethod, kConstant>(k.weight, d, c.u, c.b[n], of_b[n][l], step, l);
         y += inner(product<kConstant>(c.c[n][step + kLeft], of_c[n][l]), conjugate(value[n][l]));
@@ -155,7 +157,7 @@ inline void replay_loop(Chunk<V>& c, const Backward<V>& s) {
   for (int step = 0; step < c.steps; ++step) {
     for (int l = 0; l < kLanes; ++l) {
       const Real<V> d = c.d(step, l);
-      const auto k = selective_scan::coefficients<kMethod>(d, a[l], c.ratio(step, l));
+      const auto k = selective_scan::coefficients<kMethod>(d, a[l], uneven_of(c.ratio(step, l)));
       value[l] =
           k.alpha * value[l] + held<kMethod, kConstant>(k.weight, d, c.u, c.b[0], of_b[l], step, l);
       c.alpha(step, l) = k.alpha;
@@ -186,7 +188,7 @@ inline void adjoint_loop(Chunk<V>& c, Backward<V>& s) {
       const V alpha = c.alpha(step, l);
       c.by_c(step, l) = g * conjugate(c.state(step, l));
       adjoint[l] = conjugate(alpha) * lambda;
-      const auto k = selective_scan::slopes<kMethod>(d * a[l], c.ratio(step, l), alpha);
+      const auto k = selective_scan::slopes<kMethod>(d * a[l], uneven_of(c.ratio(step, l)), alpha);
       const auto sum = [&](const V* weight, T by) {
         return held<kMethod, kConstant>(weight, by, c.u, c.b[0], of_b[l], step, l);
       };
@@ -220,7 +222,7 @@ inline void gradients_from_before(Chunk<V>& c, const Backward<V>& s) {
     const V output = c.c[0][kLeft - 1] * s.c[l];
     const V lambda = (factor * c.g(-1, l)) * conjugate(output) + s.adjoint[l];
     const T d = c.d(-1, l);
-    const auto k = selective_scan::slopes<kMethod>(d * s.a[l], c.ratio(-1, l));
+    const auto k = selective_scan::slopes<kMethod>(d * s.a[l], uneven_of(c.ratio(-1, l)));
     const V push = (d * conjugate(k.value.weight[taps_of(kMethod) - 1])) * lambda;
     c.grad_v(0, l) = c.grad_v(0, l) + push;
     if constexpr (neighbour_of(kMethod) != 0) {
@@ -709,9 +711,9 @@ void run_panel(const Args& args, const Panel& panel, std::int64_t method, Forwar
   for (std::int64_t first = 0; first < p.length; first += kSteps) {
     load_chunk<Scalar>(p, panel, first, first + kAhead, method, c);
     zero_steps(c.y);
-    if (kept) {
-      store_states(p, panel, states, p.checkpoints * p.states,
-                   kept + (row * p.checkpoints + first / kSteps) * p.states);
+    if (kept && first > 0) {
+      const std::int64_t pitch = (p.tiles - 1) * p.states;
+      store_states(p, panel, states, pitch, kept + row * pitch + (first / kSteps - 1) * p.states);
     }
     for (std::int64_t n = 0; n < p.states; n += kTogether) {
       load_matrices<Scalar>(p, panel, n, kTogether, c);
@@ -791,10 +793,17 @@ void run_chunk_backward(const BackwardArgs& args, const Panel& panel, std::int64
                         std::int64_t piece, Backward<V>* states, Chunk<V>& c) {
   const Problem& p = args.problem;
   const auto* kept = static_cast<const V*>(args.checkpoints);
+  const auto* initial = static_cast<const V*>(args.initial_state);
   const std::int64_t row = panel.batch * p.dim + panel.channel;
   for (Sheet<Real<V>>* sheet : {&c.y, &c.grad_u, &c.grad_d, &c.grad_ratio}) zero_steps(*sheet);
-  load_states(p, panel, kept + (row * p.checkpoints + c.first / kSteps) * p.states,
-              p.checkpoints * p.states, states);
+  if (c.first > 0) {
+    const std::int64_t pitch = (p.tiles - 1) * p.states;
+    load_states(p, panel, kept + row * pitch + (c.first / kSteps - 1) * p.states, pitch, states);
+  } else if (initial) {
+    load_states(p, panel, initial + row * p.states, p.states, states);
+  } else {
+    for (std::int64_t n = 0; n < p.states; ++n) std::fill_n(states[n].value, kLanes, V{});
+  }
   for (std::int64_t n = 0; n < p.states; ++n) {
     load_matrices<Scalar>(p, panel, n, 1, c);
     run_states(c, states + n, method, p.constant_B || p.constant_C);
@@ -831,7 +840,9 @@ void run_panel_backward(const BackwardArgs& args, const Panel& panel, std::int64
     for (std::int64_t n = 0; n < p.states; ++n) {
       const std::int64_t at = (row + l) * p.states + n;
       static_cast<V*>(args.grad_A)[at] = states[n].of_a[l];
-      static_cast<V*>(args.grad_initial_state)[at] = states[n].adjoint[l];
+      if (args.grad_initial_state) {
+        static_cast<V*>(args.grad_initial_state)[at] = states[n].adjoint[l];
+      }
       if (p.constant_B) static_cast<V*>(args.grad_B)[at] = states[n].of_b[l];
       if (p.constant_C) static_cast<V*>(args.grad_C)[at] = states[n].of_c[l];
     }
@@ -908,6 +919,7 @@ void run_scan_backward_cpu(ScanBackwardPlan& plan) {
   const Problem& p = plan.args.problem;
   const std::int64_t panels = panels_of(p), pieces = pieces_of(p);
   const ScanSums sums = make_sums(plan, pieces);
+  make_results(plan);
   with_types(plan.inputs, [&]<class Scalar, class V>() {
     const std::int64_t cost = 4 * nanoseconds(p) * panels / pieces;
     parallel_for(p.batch * p.groups * pieces, cost, [&](std::int64_t begin, std::int64_t end) {

@@ -41,6 +41,17 @@ TORCHKILN_HD constexpr int neighbour_of(int method) {
   return method == kPolyTrueTime ? 1 : (method == kHighorderTrueTime ? -1 : 0);
 }
 
+// How long a step's neighbour is, as weights take it: out of the ratio of the neighbour to the step 1 / ratio and
+// 2 / (1 + ratio). Both are 1 where steps are equal.
+template <class T>
+struct Uneven {
+  T inverse = T(1), part = T(1);
+};
+template <class T>
+TORCHKILN_HD Uneven<T> uneven_of(T ratio) {
+  return {quick_reciprocal(ratio), T(2) * quick_reciprocal(T(1) + ratio)};
+}
+
 template <class V>
 constexpr bool is_float = false;
 template <>
@@ -204,6 +215,11 @@ TORCHKILN_HD constexpr int top_of(int method) {
   return method == kPoly || method == kHighorder || neighbour_of(method) != 0 ? 3 : 0;
 }
 
+// Whether the product of a row's alphas is that of one long step.
+TORCHKILN_HD constexpr bool has_exponential_alpha(int method) {
+  return method == kMamba || top_of(method) > 0;
+}
+
 // ---- weights ----
 
 // factor * x + y. The GPU's compiler makes x + x of 2 x before it sees that it could be one instruction.
@@ -217,7 +233,7 @@ TORCHKILN_HD V add_times(V y, T factor, V x) {
 
 // Those of the exponential rules, linear in phi_1 ... phi_3: given their derivatives it gives its own.
 template <int kMethod, class V>
-TORCHKILN_HD void weights_of_phi(const V* phi, Real<V> ratio, V* weight) {
+TORCHKILN_HD void weights_of_phi(const V* phi, Uneven<Real<V>> uneven, V* weight) {
   using T = Real<V>;
   if constexpr (kMethod == kZoh) {
     weight[0] = phi[1];
@@ -232,48 +248,48 @@ TORCHKILN_HD void weights_of_phi(const V* phi, Real<V> ratio, V* weight) {
     weight[0] = phi[3] - T(0.5) * phi[2];
     weight[1] = add_times(phi[1], T(-2), phi[3]);
     weight[2] = phi[3] + T(0.5) * phi[2];
-  } else if constexpr (kMethod == kPolyTrueTime) {
-    const T whole = T(1) + ratio, inverse = reciprocal_of(ratio), part = reciprocal_of(whole);
-    weight[0] = phi[1] + part * (T(2) * phi[3] - (T(1) + whole) * phi[2]);
-    weight[1] = inverse * (whole * phi[2] - T(2) * phi[3]);
-    weight[2] = (inverse * part) * (T(2) * phi[3] - phi[2]);
-  } else if constexpr (kMethod == kHighorderTrueTime) {
-    const T inverse = reciprocal_of(ratio), part = reciprocal_of(T(1) + ratio);
-    weight[0] = (inverse * part) * (T(2) * phi[3] - phi[2]);
-    weight[1] = phi[1] + inverse * ((T(1) - ratio) * phi[2] - T(2) * phi[3]);
-    weight[2] = part * (T(2) * phi[3] + ratio * phi[2]);
+  } else {
+    const V curve = phi[3] - T(0.5) * phi[2], bent = uneven.part * curve;
+    const V twice = T(2) * uneven.inverse * curve;
+    if constexpr (kMethod == kPolyTrueTime) {
+      weight[0] = (phi[1] - phi[2]) + bent;
+      weight[1] = phi[2] - twice;
+      weight[2] = uneven.inverse * bent;
+    } else if constexpr (kMethod == kHighorderTrueTime) {
+      weight[0] = uneven.inverse * bent;
+      weight[1] = (phi[1] - phi[2]) - twice;
+      weight[2] = phi[2] + bent;
+    }
   }
 }
 
 // Derivatives of the weights by the ratio.
 template <int kMethod, class V>
-TORCHKILN_HD void weights_by_ratio(const V* phi, Real<V> ratio, V* weight) {
+TORCHKILN_HD void weights_by_ratio(const V* phi, Uneven<Real<V>> uneven, V* weight) {
   using T = Real<V>;
-  const T inverse = reciprocal_of(ratio), part = reciprocal_of(T(1) + ratio);
-  const V curve = T(2) * phi[3] - phi[2];
-  const T of_far = -(inverse * part) * (inverse * part) * (T(1) + T(2) * ratio);
-  if constexpr (kMethod == kPolyTrueTime) {
-    weight[0] = (-part * part) * curve;
-    weight[1] = (inverse * inverse) * curve;
-    weight[2] = of_far * curve;
-  } else if constexpr (kMethod == kHighorderTrueTime) {
-    weight[0] = of_far * curve;
-    weight[1] = (inverse * inverse) * curve;
-    weight[2] = (-part * part) * curve;
+  const T inverse = uneven.inverse, part = uneven.part, half = T(0.5) * part * part;
+  const V curve = phi[3] - T(0.5) * phi[2];
+  const V of_near = -half * curve, of_own = (T(2) * inverse * inverse) * curve;
+  const V of_far = -(inverse * (inverse * part + half)) * curve;
+  if constexpr (neighbour_of(kMethod) != 0) {
+    constexpr bool kIsAhead = neighbour_of(kMethod) > 0;
+    weight[0] = kIsAhead ? of_near : of_far;
+    weight[1] = of_own;
+    weight[2] = kIsAhead ? of_far : of_near;
   }
 }
 
-template <int kMethod, class V>
-TORCHKILN_HD Coefficients<kMethod, V> coefficients_of_phi(const Phi<top_of(kMethod), V>& phi,
-                                                          Real<V> ratio) {
+template <int kMethod, int kTop, class V>
+TORCHKILN_HD Coefficients<kMethod, V> coefficients_of_phi(const Phi<kTop, V>& phi,
+                                                          Uneven<Real<V>> uneven) {
   Coefficients<kMethod, V> c;
   c.alpha = phi.at[0];
-  weights_of_phi<kMethod>(phi.at, ratio, c.weight);
+  weights_of_phi<kMethod>(phi.at, uneven, c.weight);
   return c;
 }
 
 template <int kMethod, class V>
-TORCHKILN_HD Coefficients<kMethod, V> coefficients(V z, Real<V> ratio) {
+TORCHKILN_HD Coefficients<kMethod, V> coefficients(V z, Uneven<Real<V>> uneven) {
   using T = Real<V>;
   Coefficients<kMethod, V> c;
   const V one = number<V>(T(1));
@@ -281,7 +297,7 @@ TORCHKILN_HD Coefficients<kMethod, V> coefficients(V z, Real<V> ratio) {
     c.alpha = quick_exp(z);
     c.weight[0] = one;
   } else if constexpr (top_of(kMethod) > 0) {
-    return coefficients_of_phi<kMethod>(phi_of<top_of(kMethod)>(z), ratio);
+    return coefficients_of_phi<kMethod>(phi_of<top_of(kMethod)>(z), uneven);
   } else if constexpr (kMethod == kBilinear || kMethod == kTustin) {
     const V inverse = quick_reciprocal(one - T(0.5) * z);
     c.alpha = (one + T(0.5) * z) * inverse;
@@ -302,11 +318,11 @@ TORCHKILN_HD Coefficients<kMethod, V> coefficients(V z, Real<V> ratio) {
 
 // The same for z = d * a.
 template <int kMethod, class V>
-TORCHKILN_HD Coefficients<kMethod, V> coefficients(Real<V> d, V a, Real<V> ratio) {
+TORCHKILN_HD Coefficients<kMethod, V> coefficients(Real<V> d, V a, Uneven<Real<V>> uneven) {
   if constexpr (kMethod == kMamba) {
     return {quick_exp_of_product(d, a), {number<V>(Real<V>(1))}};
   } else {
-    return coefficients<kMethod>(d * a, ratio);
+    return coefficients<kMethod>(d * a, uneven);
   }
 }
 
@@ -322,13 +338,13 @@ TORCHKILN_HD Rate<kMethod, V> rate_of(V a) {
 
 template <int kMethod, class V>
 TORCHKILN_HD Coefficients<kMethod, V> coefficients(Real<V> d, Rate<kMethod, V> rate,
-                                                   Real<V> ratio) {
+                                                   Uneven<Real<V>> uneven) {
   if constexpr (top_of(kMethod) > 0 && sizeof(Real<V>) == 4) {
     const V alpha = quick_exp_of_product(d, rate.a), inverse = quick_reciprocal(d) * rate.inverse;
     const auto phi = phi_given<top_of(kMethod)>(d * rate.a, inverse, alpha);
-    return coefficients_of_phi<kMethod>(phi, ratio);
+    return coefficients_of_phi<kMethod>(phi, uneven);
   } else {
-    return coefficients<kMethod>(d, rate.a, ratio);
+    return coefficients<kMethod>(d, rate.a, uneven);
   }
 }
 
@@ -339,11 +355,11 @@ constexpr bool has_near = is_float<V> && top_of(kMethod) > 0;
 // kIsNear: d * a is in [kNear, 0].
 template <bool kIsNear, int kMethod, class V>
 TORCHKILN_HD Coefficients<kMethod, V> coefficients_at(Real<V> d, Rate<kMethod, V> rate,
-                                                      Real<V> ratio) {
+                                                      Uneven<Real<V>> uneven) {
   if constexpr (kIsNear) {
-    return coefficients_of_phi<kMethod>(phi_near<top_of(kMethod)>(d * rate.a), ratio);
+    return coefficients_of_phi<kMethod>(phi_near<top_of(kMethod)>(d * rate.a), uneven);
   } else {
-    return coefficients(d, rate, ratio);
+    return coefficients(d, rate, uneven);
   }
 }
 
@@ -357,16 +373,6 @@ TORCHKILN_HD V held_of(const V* weight, const V* v) {
   return sum;
 }
 
-// The ratio of a step's neighbour to the step, 1 / ratio and 2 / (1 + ratio): all are 1 where steps are equal.
-template <class T>
-struct Uneven {
-  T ratio, inverse, part;
-};
-template <class T>
-TORCHKILN_HD Uneven<T> uneven_of(T ratio) {
-  return {ratio, reciprocal_of(ratio), T(2) * reciprocal_of(T(1) + ratio)};
-}
-
 // The second derivative of the parabola through three samples, in units of the step.
 template <int kMethod, class T>
 TORCHKILN_HD T bend_of(const T* v, Uneven<T> uneven) {
@@ -374,6 +380,16 @@ TORCHKILN_HD T bend_of(const T* v, Uneven<T> uneven) {
   if constexpr (neighbour_of(kMethod) > 0) return uneven.part * (uneven.inverse * behind - before);
   if constexpr (neighbour_of(kMethod) < 0) return uneven.part * (behind - uneven.inverse * before);
   return behind - before;
+}
+
+// The same of its derivative by the ratio.
+template <int kMethod, class T>
+TORCHKILN_HD T bend_by_ratio(const T* v, Uneven<T> uneven) {
+  const T before = v[1] - v[0], behind = v[2] - v[1];
+  const T of_near = T(0.5) * uneven.part * uneven.part;
+  const T of_far = uneven.inverse * (uneven.inverse * uneven.part + of_near);
+  return neighbour_of(kMethod) > 0 ? of_near * before - of_far * behind
+                                   : of_far * before - of_near * behind;
 }
 
 // The state behind a step by its increment, without alpha or weights: the terms of Taylor's series that precede the last phi,
@@ -402,7 +418,7 @@ TORCHKILN_HD V stepped(V state, Real<V> d, Rate<kMethod, V> rate, Uneven<Real<V>
   if constexpr (kIsNear) {
     return stepped_near<kMethod>(state, d, rate.a, uneven, v);
   } else {
-    const auto c = coefficients(d, rate, uneven.ratio);
+    const auto c = coefficients(d, rate, uneven);
     const V held = held_of<kMethod>(c.weight, v);
     return c.alpha * state + (taps_of(kMethod) == 1 ? held : d * held);
   }
@@ -420,31 +436,31 @@ struct Slopes {
 // phi_j' = phi_j - j phi_{j+1}.
 template <int kMethod, class V>
 TORCHKILN_HD Slopes<kMethod, V> slopes_of_phi(const Phi<top_of(kMethod) + 1, V>& phi,
-                                              Real<V> ratio) {
+                                              Uneven<Real<V>> uneven) {
   using T = Real<V>;
   constexpr int kTop = top_of(kMethod);
   Slopes<kMethod, V> s;
   V by_z[kTop + 1];
   TORCHKILN_UNROLLED
   for (int j = 0; j <= kTop; ++j) by_z[j] = phi.at[j] - T(j) * phi.at[j + 1];
-  s.value.alpha = s.by_z.alpha = phi.at[0];
-  weights_of_phi<kMethod>(phi.at, ratio, s.value.weight);
-  weights_of_phi<kMethod>(by_z, ratio, s.by_z.weight);
+  s.value = coefficients_of_phi<kMethod>(phi, uneven);
+  s.by_z.alpha = phi.at[0];
+  weights_of_phi<kMethod>(by_z, uneven, s.by_z.weight);
   if constexpr (neighbour_of(kMethod) != 0) {
-    weights_by_ratio<kMethod>(phi.at, ratio, s.by_ratio);
+    weights_by_ratio<kMethod>(phi.at, uneven, s.by_ratio);
   }
   return s;
 }
 
 template <int kMethod, class V>
-TORCHKILN_HD Slopes<kMethod, V> slopes(V z, Real<V> ratio) {
+TORCHKILN_HD Slopes<kMethod, V> slopes(V z, Uneven<Real<V>> uneven) {
   using T = Real<V>;
   if constexpr (top_of(kMethod) > 0) {
-    return slopes_of_phi<kMethod>(phi_of<top_of(kMethod) + 1>(z), ratio);
+    return slopes_of_phi<kMethod>(phi_of<top_of(kMethod) + 1>(z), uneven);
   }
   Slopes<kMethod, V> s;
   const V one = number<V>(T(1));
-  s.value = coefficients<kMethod>(z, ratio);
+  s.value = coefficients<kMethod>(z, uneven);
   if constexpr (kMethod == kMamba) {
     s.by_z.alpha = s.value.alpha;
     s.by_z.weight[0] = number<V>(T(0));
@@ -468,23 +484,41 @@ TORCHKILN_HD Slopes<kMethod, V> slopes(V z, Real<V> ratio) {
 
 // The same for z = d * a.
 template <int kMethod, class V>
-TORCHKILN_HD Slopes<kMethod, V> slopes(Real<V> d, Rate<kMethod, V> rate, Real<V> ratio) {
+TORCHKILN_HD Slopes<kMethod, V> slopes(Real<V> d, Rate<kMethod, V> rate, Uneven<Real<V>> uneven) {
   const V z = d * rate.a;
   if constexpr (top_of(kMethod) > 0 && sizeof(Real<V>) == 4) {
     constexpr int kTop = top_of(kMethod) + 1;
     const V alpha = quick_exp_of_product(d, rate.a), inverse = quick_reciprocal(d) * rate.inverse;
-    return slopes_of_phi<kMethod>(phi_given<kTop>(z, inverse, alpha), ratio);
+    return slopes_of_phi<kMethod>(phi_given<kTop>(z, inverse, alpha), uneven);
   } else {
-    return slopes<kMethod>(z, ratio);
+    return slopes<kMethod>(z, uneven);
   }
 }
 
-// alpha and the weights where z is in [kNear, 0], and the weights of what the derivative of a step by z has less than the step:
+// What a step holds where z is in [kNear, 0], its derivative by the ratio, and what that by z has less than the step:
 // sum_j w_j' v_{k+j} = sum_j (w_j - lag_j) v_{k+j}, as phi_j' = phi_j - j phi_{j+1}.
 template <int kMethod>
-TORCHKILN_HD Coefficients<kMethod, float> coefficients_and_lag(float z, float* lag) {
+struct Near {
+  Coefficients<kMethod, float> c;
+  float held, lag, by_ratio;
+};
+template <int kMethod>
+TORCHKILN_HD Near<kMethod> near_of(float z, Uneven<float> uneven, const float* v) {
   constexpr int kTop = top_of(kMethod);
   const Phi<kTop + 1, float> phi = phi_near<kTop + 1>(z);
+  Near<kMethod> near = {};
+  near.c = coefficients_of_phi<kMethod>(phi, uneven);
+  if constexpr (neighbour_of(kMethod) != 0) {
+    constexpr int kBegin = back_of(kMethod) - 1;
+    const float start = v[kBegin], rise = v[kBegin + 1] - start, bend = bend_of<kMethod>(v, uneven);
+    const float curve = phi.at[3] - 0.5f * phi.at[2];
+    near.held = phi.at[1] * start + phi.at[2] * rise + curve * bend;
+    near.lag = phi.at[2] * start + phi.at[3] * (rise + rise) +
+               add_times(-phi.at[3], 3.0f, phi.at[4]) * bend;
+    near.by_ratio = curve * bend_by_ratio<kMethod>(v, uneven);
+    return near;
+  }
+  float lag[taps_of(kMethod)];
   if constexpr (kMethod == kZoh) {
     lag[0] = phi.at[2];
   } else if constexpr (kMethod == kFoh) {
@@ -499,15 +533,14 @@ TORCHKILN_HD Coefficients<kMethod, float> coefficients_and_lag(float z, float* l
     lag[1] = add_times(phi.at[2], -6.0f, phi.at[4]);
     lag[2] = add_times(phi.at[3], 3.0f, phi.at[4]);
   }
-  Coefficients<kMethod, float> c;
-  c.alpha = phi.at[0];
-  weights_of_phi<kMethod>(phi.at, 1.0f, c.weight);
-  return c;
+  near.held = held_of<kMethod>(near.c.weight, v);
+  near.lag = held_of<kMethod>(lag, v);
+  return near;
 }
 
 // With alpha known already.
 template <int kMethod, class V>
-TORCHKILN_HD Slopes<kMethod, V> slopes(V z, Real<V> ratio, V alpha) {
+TORCHKILN_HD Slopes<kMethod, V> slopes(V z, Uneven<Real<V>> uneven, V alpha) {
   if constexpr (kMethod == kMamba) {
     Slopes<kMethod, V> s;
     s.value.alpha = s.by_z.alpha = alpha;
@@ -515,7 +548,7 @@ TORCHKILN_HD Slopes<kMethod, V> slopes(V z, Real<V> ratio, V alpha) {
     s.by_z.weight[0] = number<V>(Real<V>(0));
     return s;
   } else {
-    return slopes<kMethod>(z, ratio);
+    return slopes<kMethod>(z, uneven);
   }
 }
 

@@ -4,7 +4,7 @@
 // split by one map for each state, the second one begins with those of the splits before its own.
 // compile time: above 250 ms for complex numbers, for double, for exponential rules, whose tile stands there twice, and where
 // a lane has eight states; a loop over them would put them into memory.
-// spills: some hundred bytes there; up to 90 for complex numbers in double and true-time rules, 24 for quadratic ones.
+// spills: some hundred bytes there; up to 90 for complex numbers in double, 24 for quadratic rules.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -38,11 +38,6 @@ struct Channel {
   Real<V> step;  // the sum of all, instead of the products, where alphas are exponential
   Window<kMethod, V> window[Of::kStates];
 };
-
-// Whether the product of alphas is that of one long step.
-TORCHKILN_HD constexpr bool has_exponential_alpha(int method) {
-  return method == kMamba || top_of(method) > 0;
-}
 
 // What a lane reads of four positions.
 template <class Of, int kMethod, class V>
@@ -81,10 +76,8 @@ __device__ __forceinline__ void scan_four(const Readings<Of, kMethod, V>& in,
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     y[i] = T(0);
-    Uneven<T> uneven = {T(1), T(1), T(1)};
-    if constexpr (neighbour_of(kMethod) != 0) {
-      uneven = {reciprocal_of(in.inverse[i]), in.inverse[i], in.part[i]};
-    }
+    Uneven<T> uneven;
+    if constexpr (neighbour_of(kMethod) != 0) uneven = {in.inverse[i], in.part[i]};
 #pragma unroll
     for (int s = 0; s < Of::kStates; ++s) {
       const int at = i + ahead_of(kMethod);
@@ -93,7 +86,7 @@ __device__ __forceinline__ void scan_four(const Readings<Of, kMethod, V>& in,
       V& state = channel.state[s];
       state = stepped<kIsNear>(state, in.d[i], rate, uneven, channel.window[s].at);
       if constexpr (kSummarises && !has_exponential_alpha(kMethod)) {
-        channel.product[s] = coefficients(in.d[i], rate, T(1)).alpha * channel.product[s];
+        channel.product[s] = coefficients(in.d[i], rate, Uneven<T>()).alpha * channel.product[s];
       }
       if constexpr (!kSummarises) y[i] += inner(in.C[s][i], conjugate(state));
     }
@@ -272,7 +265,7 @@ __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane
   const Problem& p = args.problem;
   const int end = min_of(first + Of::kTile, int(p.length));
   constexpr bool kParts = keeps_parts(kMethod, Of::kLanes);
-  constexpr int kUnrolled = kIsNear ? 2 : 1;
+  constexpr int kUnrolled = kIsNear ? (neighbour_of(kMethod) != 0 ? 4 : 2) : 1;
   T* parts = rows + kSums + int(threadIdx.x) % kWarpSize * Of::kRowPitch;
   rows += lane.row * Of::kRowPitch;
   T* sums = kParts ? parts : rows + kSums + sums_first<Of::kLanes>(lane.part);
@@ -281,7 +274,7 @@ __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane
   T before[4] = {T(0), T(0), T(0), T(0)};
 #pragma unroll 1
   for (int start = first; start < end; start += kCheckpoint) {
-    if (!kSummarises && kept.wanted && start % kCheckpoint == 0) {
+    if (!kSummarises && kept.wanted && start > 0 && start % kCheckpoint == 0) {
 #pragma unroll
       for (int s = 0; s < Of::kStates; ++s) {
         if (lane.state(s) < int(p.states)) kept.states[lane.state(s)] = channel.state[s];
@@ -312,12 +305,15 @@ __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane
   if constexpr (!kSummarises && !kParts) give(lane, true, before, sums - 4);
 }
 
-// Blocks that a multiprocessor should hold: 16 warps with 128 registers a lane, or 12 with 168 where a lane has more states or
-// where parts of long tiles leave no shared memory for more.
+// Blocks that a multiprocessor should hold: 16 warps with 128 registers a lane, or 12 with 168 where a lane has more states,
+// where parts of long tiles leave no shared memory for more, and where steps are not equal: with fewer registers addresses
+// would be worked out again in each tile.
 template <class T, int kMethod, bool kComplex, int kWarps, int kLanes, int kStates, int kRowBytes>
 __device__ constexpr int resident_blocks() {
   if (sizeof(T) == 8 || kComplex || kStates > 4) return 1;
-  const bool is_wide = kStates > 2 || (keeps_parts(kMethod, kLanes) && kRowBytes > 128);
+  const bool is_uneven = neighbour_of(kMethod) != 0 && 12 % kWarps == 0;
+  const bool is_wide =
+      kStates > 2 || is_uneven || (keeps_parts(kMethod, kLanes) && kRowBytes > 128);
   return (is_wide ? 12 : 16) / kWarps;
 }
 
@@ -354,16 +350,16 @@ __global__ void __launch_bounds__(
   const Lane<Of> lane;
   Channel<Of, kMethod, V> channel;
   enter<kSummarises, Of, Scalar>(args, place, lane, split, begin, channel);
-  const i64 kept_before = i64(begin + kCheckpoint - 1) / kCheckpoint;
+  const i64 kept_before = (max_of(begin, 1) - 1) / kCheckpoint;
   Kept<V> kept = {static_cast<V*>(args.checkpoints) +
-                      (place.row_of(p, lane.row) * p.checkpoints + kept_before) * p.states,
+                      (place.row_of(p, lane.row) * (p.tiles - 1) + kept_before) * p.states,
                   args.checkpoints != nullptr && place.has(lane.row)};
   MatrixReader of_B = {}, of_C = {};
   if (p.constant_B) of_B = constant_matrix(p.B, p, place, lane, matrices);
   if (p.constant_C && !kSummarises) of_C = constant_matrix(p.C, p, place, lane, matrices + kMatrix);
   const RowWeights<Of, T> bias(p.delta_bias, place), skip(p.D, place);
 
-  OfSteps steps(p, place);
+  OfSteps steps(p, place, bias, begin);
   OfB B(p.B, p, place);
   OfC C(p.C, p, place);
   const RowSources<Of, const Scalar> of_z(p.z, place);

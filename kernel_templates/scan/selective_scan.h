@@ -7,8 +7,8 @@
 
 namespace torchkiln::selective_scan {
 
-// A state is kept for the backward before every position that is a multiple of it. torchkiln/ops/scan/selective_scan.py
-// has the same number.
+// Positions of a tile. A state is kept for the backward before each but the first one, which begins with the initial state.
+// torchkiln/ops/scan/selective_scan.py has the same number.
 constexpr int kCheckpoint = 32;
 constexpr int kMaxStates = 256;
 constexpr i64 kMaxLength = i64(1) << 30;
@@ -28,7 +28,7 @@ struct Problem {
   const void* D;           // (dim,) or null
   const void* delta_bias;  // (dim,) or null
   i64 batch, dim, groups, states, length;
-  i64 checkpoints;             // a row has: length / kCheckpoint, rounded up
+  i64 tiles;                   // a row has: length / kCheckpoint, rounded up
   i32 constant_B, constant_C;  // whether they have the form of A
   i32 softplus, reverse;
   i32 aligned;  // whether packs of 16 bytes may be read and written along positions
@@ -39,7 +39,7 @@ struct Args {
   const void* initial_state;  // (batch, dim, states) or null
   void* out;                  // (batch, dim, length)
   void* last_state;           // (batch, dim, states)
-  void* checkpoints;          // (batch, dim, checkpoints, states) or null
+  void* checkpoints;          // (batch, dim, tiles - 1, states) or null
   void* summaries;  // (splits, batch, dim, states) pairs: what a split makes of the state before it
   i32 splits;       // of the positions, among blocks; each is whole tiles
 };
@@ -48,11 +48,12 @@ struct BackwardArgs {
   Problem problem;
   Rows grad_out;
   const void* grad_last_state;  // (batch, dim, states) or null
-  const void* checkpoints;
-  void* grad_u;  // (batch, dim, length), as the next two
+  const void* initial_state;    // the same
+  const void* checkpoints;      // as the forward's
+  void* grad_u;                 // (batch, dim, length), as the next two
   void* grad_delta;
   void* grad_z;              // or null
-  void* grad_initial_state;  // (batch, dim, states)
+  void* grad_initial_state;  // (batch, dim, states) or null
   // In the accumulator type; of each split and batch, to be summed: (batch, dim, states) or (batch, dim). That of A is
   // one, (dim, states), where it is added to atomically.
   void* grad_A;
@@ -62,10 +63,10 @@ struct BackwardArgs {
   void* grad_B;
   void* grad_C;
   i64 grad_stride;  // of grad_out: from one position to the next
-  // What splits make of the adjoint state behind them. The last one knows it: (batch, dim, states), in the place of
-  // grad_initial_state where only the first split reads it. Those between it and the first: (splits - 2, batch, dim, states)
-  // pairs.
-  void *behind_last, *summaries;
+  // What splits make of the adjoint state behind them. The last one knows it: (batch, dim, states). Those between it and the
+  // first have maps x -> product * x + sum: sums are (splits - 2, batch, dim, states), and so are products, except where
+  // alphas are exponential: there they are those of one long step, (splits - 2, batch, dim).
+  void *behind_last, *sums, *products;
   i32 splits;  // of the positions, among blocks; each is whole tiles, and none is empty
   i32 adds;    // whether blocks add to one part of variable gradients; otherwise each has its own
   i32 adds_A;  // whether they add to the gradient of A, too

@@ -4,8 +4,8 @@
 // summed over the channels of a block before they go to memory. Where there are too few rows for the GPU, positions are
 // split among blocks: a first launch summarises what each split makes of the adjoint state behind it.
 // compile time: above 250 ms; four positions of a state are unrolled, with the rule's derivatives, and all states of a lane.
-// spills: up to 24 bytes in float; up to 60 bytes for the quadratic rules in double, several hundred for complex numbers in
-// double, which do not fit into registers; 12 bytes in the summaries of `highorder`.
+// spills: up to 28 bytes in float; up to 60 bytes for the quadratic rules in double, several hundred for complex numbers in
+// double, which do not fit into registers.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -27,16 +27,17 @@ struct Walked {
 };
 template <bool kIsNear, int kMethod, class V>
 __device__ __forceinline__ Walked<kMethod, V> walked(V state, Real<V> d, Rate<kMethod, V> rate,
-                                                     Real<V> ratio, const V* v) {
+                                                     Uneven<Real<V>> uneven, const V* v) {
   Walked<kMethod, V> w = {};
-  if constexpr (kIsNear && neighbour_of(kMethod) == 0) {
-    V lag[taps_of(kMethod)];
-    w.c = coefficients_and_lag<kMethod>(d * rate.a, lag);
-    w.held = held_of<kMethod>(w.c.weight, v);
+  if constexpr (kIsNear) {
+    const Near<kMethod> near = near_of<kMethod>(d * rate.a, uneven, v);
+    w.c = near.c;
+    w.held = near.held;
+    w.by_ratio = near.by_ratio;
     w.state = w.c.alpha * state + d * w.held;
-    w.by_z = w.state - d * held_of<kMethod>(lag, v);
+    w.by_z = w.state - d * near.lag;
   } else {
-    const auto s = slopes(d, rate, ratio);
+    const auto s = slopes(d, rate, uneven);
     w.c = s.value;
     w.held = held_of<kMethod>(w.c.weight, v);
     w.state = w.c.alpha * state + d * w.held;
@@ -68,11 +69,11 @@ __device__ __forceinline__ void walk_state(const RowFour<kMethod, Real<V>>& in, 
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (kMethod == kMamba) {
-      alpha[i] = coefficients<kMethod>(in.d[i], a, T(1)).alpha;
+      alpha[i] = coefficients<kMethod>(in.d[i], a, Uneven<T>()).alpha;
       of_z[i] = before;
       before = alpha[i] * before + (in.d[i] * in.u[i]) * B[i];
     } else {
-      const auto step = walked<kIsNear>(before, in.d[i], rate, in.ratio[i], v + i);
+      const auto step = walked<kIsNear>(before, in.d[i], rate, uneven_of(in.ratio[i]), v + i);
       alpha[i] = step.c.alpha;
       held[i] = step.held;
       of_z[i] = step.by_z;
@@ -133,7 +134,7 @@ __device__ __forceinline__ void walk_state(const RowFour<kMethod, Real<V>>& in, 
     }
     // That of the position before for the first sample of these.
     const V lambda = (kFactor * in.g_before) * conjugate(C[0]) + adjoint;
-    const auto c = coefficients_at<kIsNear>(in.d_before, rate, in.ratio_before);
+    const auto c = coefficients_at<kIsNear>(in.d_before, rate, uneven_of(in.ratio_before));
     samples[0] = samples[0] + conjugate(c.weight[kTaps - 1]) * (in.d_before * lambda);
   }
 #pragma unroll
@@ -151,10 +152,10 @@ struct Carry {
   V a, adjoint, of_A, of_B, of_C, pushed[2];
 };
 
-// Whether a lane has its states in registers, and all of them in the code. Longer rules would not fit: their loops over
-// states are rolled, and what is carried lies in local memory.
-template <int kMethod, class V>
-constexpr bool is_flat = sizeof(V) == 4 && neighbour_of(kMethod) == 0;
+// Whether a lane has its states in registers, and all of them in the code. Wider ones would not fit: their loops over states
+// are rolled, and what is carried lies in local memory.
+template <class V>
+constexpr bool is_flat = sizeof(V) == 4;
 
 // A warp's part of a tile of one panel of states. kVariable: neither B nor C is constant; without branches, states of a lane
 // are worked out side by side.
@@ -163,7 +164,7 @@ struct Walk {
   using T = Acc<Scalar>;
   using At = Arrays<kMethod, Of::kPanels>;
   static constexpr int kBack = back_of(kMethod), kAhead = ahead_of(kMethod);
-  static constexpr int kUnrolled = is_flat<kMethod, V> ? Of::kStates : 1;
+  static constexpr int kUnrolled = is_flat<V> ? Of::kStates : 1;
 
   const BackwardArgs& args;
   const Place& place;
@@ -208,12 +209,15 @@ struct Walk {
   template <bool kIsNear>
   __device__ __forceinline__ void advance(const Carry<V>* carry) const {
     const Problem& p = args.problem;
-    const V* from = static_cast<const V*>(args.checkpoints) +
-                    (place.row_of(p, lane.row) * p.checkpoints + first / Of::kTile) * p.states;
+    const i64 row_index = place.row_of(p, lane.row), before = first / Of::kTile - 1;
+    const V* from = before < 0 ? static_cast<const V*>(args.initial_state) + row_index * p.states
+                               : static_cast<const V*>(args.checkpoints) +
+                                     (row_index * (p.tiles - 1) + before) * p.states;
+    const int known = before < 0 && args.initial_state == nullptr ? 0 : int(p.states);
     V state[Of::kStates];
 #pragma unroll
     for (int s = 0; s < Of::kStates; ++s) {
-      state[s] = state_of(s) < p.states ? from[state_of(s)] : number<V>(0);
+      state[s] = state_of(s) < known ? from[state_of(s)] : number<V>(0);
     }
     V* to = kept + threadIdx.x % kWarpSize;
     T u_behind = T(0);
@@ -274,7 +278,7 @@ struct Walk {
       }
       if constexpr (neighbour_of(kMethod) != 0) {
         // A ratio's gradient goes to the neighbour's step, which is the own one at the end, and to the own.
-        sums.ratio[i] = in.d[i] != T(0) ? sums.ratio[i] / in.d[i] : T(0);
+        sums.ratio[i] = in.d[i] != T(0) ? in_steps(sums.ratio[i], in.d[i]) : T(0);
         sums.d[i] -= sums.ratio[i] * in.ratio[i];
         const bool is_end = neighbour_of(kMethod) > 0 ? i == in.last : in.is_first && i == 0;
         if (is_end) sums.d[i] += sums.ratio[i];
@@ -345,17 +349,24 @@ __device__ __forceinline__ V last_adjoint(const BackwardArgs& args, i64 at) {
                                          : number<V>(0);
 }
 
-// That behind a split, out of the summaries of the splits behind.
-template <class V>
-__device__ __forceinline__ V entering_adjoint(const BackwardArgs& args, i64 row, int split, int n) {
+// That behind a split, out of the summaries of the splits behind. `a`: the state's rate.
+template <int kMethod, class V>
+__device__ __forceinline__ V entering_adjoint(const BackwardArgs& args, i64 row, int split, int n,
+                                              V a) {
   const Problem& p = args.problem;
-  const i64 at = row * p.states + n, all = p.batch * p.dim * p.states;
+  const i64 rows = p.batch * p.dim, at = row * p.states + n;
   if (split == args.splits - 1) return last_adjoint<V>(args, at);
   V adjoint = static_cast<const V*>(args.behind_last)[at];
-  const V* maps = static_cast<const V*>(args.summaries) + 2 * at;
 #pragma unroll 1
   for (i64 s = args.splits - 3; s >= split; --s) {
-    adjoint = maps[2 * s * all] * adjoint + maps[2 * s * all + 1];
+    V product;
+    if constexpr (has_exponential_alpha(kMethod)) {
+      const Real<V> step = static_cast<const Real<V>*>(args.products)[s * rows + row];
+      product = conjugate(quick_exp_of_product(step, a));
+    } else {
+      product = static_cast<const V*>(args.products)[s * rows * p.states + at];
+    }
+    adjoint = product * adjoint + static_cast<const V*>(args.sums)[s * rows * p.states + at];
   }
   return adjoint;
 }
@@ -433,7 +444,7 @@ struct Share {
   __device__ __forceinline__ explicit Share(const BackwardArgs& args) {
     const Problem& p = args.problem;
     const u32 panels = panels_of<Of>(p), blocks = u32(p.batch) * u32(p.groups) * panels;
-    const int tiles = int(p.checkpoints), each = (tiles + args.splits - 1) / args.splits;
+    const int tiles = int(p.tiles), each = (tiles + args.splits - 1) / args.splits;
     split = int(blockIdx.x / blocks);
     place = place_of<Of>(p, blockIdx.x - u32(split) * blocks, panels);
     begin = split * each;
@@ -473,7 +484,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
   using Of = TileLayout<V, kWarps, kLanes, kStates, kPanels>;
   using At = Arrays<kMethod, kPanels>;
   constexpr int kBack = back_of(kMethod), kAhead = ahead_of(kMethod);
-  constexpr int kUnrolled = is_flat<kMethod, V> ? kStates : 1;
+  constexpr int kUnrolled = is_flat<V> ? kStates : 1;
   extern __shared__ uint4 memory[];
   const Problem& p = args.problem;
   const Memory<Of, kMethod, V> own(memory, threadIdx.x / kWarpSize);
@@ -490,7 +501,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
     const bool is_state = n < p.states;
     Carry<V>& c = carry[i / kStates][i % kStates];
     c.a = is_state ? static_cast<const V*>(p.A)[weights + n] : number<V>(0);
-    c.adjoint = is_state && is_row ? entering_adjoint<V>(args, row, share.split, n) : number<V>(0);
+    c.adjoint = is_state && is_row ? entering_adjoint<kMethod>(args, row, share.split, n, c.a)
+                                   : number<V>(0);
     c.of_A = c.of_B = c.of_C = c.pushed[0] = c.pushed[1] = number<V>(0);
   }
   RowSums<T> sums = {};
@@ -521,7 +533,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
       const Walk<Of, Scalar, kMethod, kVariable, V> walk = {
           args, place, lane, rows, own.B + part, own.C + part, own.kept, n0, fours, first};
       bool is_near = false;
-      if constexpr (is_flat<kMethod, V>) is_near = walk.is_near(carried);
+      if constexpr (has_near<kMethod, V>) is_near = walk.is_near(carried);
       near_or_far<kMethod, V>(is_near, [&](auto near) {
         walk.template advance<near.value>(carried);
         walk.template go_back<near.value>(carried);
@@ -563,7 +575,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
     }
     if (!kVariable && p.constant_B) static_cast<V*>(args.grad_B)[of_split] = c.of_B;
     if (!kVariable && p.constant_C) static_cast<V*>(args.grad_C)[of_split] = c.of_C;
-    if (share.split == 0) static_cast<V*>(args.grad_initial_state)[at] = c.adjoint;
+    if (share.split == 0 && args.grad_initial_state != nullptr) {
+      static_cast<V*>(args.grad_initial_state)[at] = c.adjoint;
+    }
   }
 }
 
@@ -578,7 +592,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
   using Of = TileLayout<V, kWarps, kLanes, kStates, 1>;
   using At = Arrays<kMethod, 1>;
   constexpr int kBack = back_of(kMethod);
-  constexpr int kUnrolled = is_flat<kMethod, V> ? kStates : 1;
+  constexpr int kUnrolled = is_flat<V> ? kStates : 1;
   extern __shared__ uint4 memory[];
   const Problem& p = args.problem;
   const Share<Of> share(args);
@@ -586,7 +600,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
   const Place& place = share.place;
   const Lane<Of> lane;
   const i64 weights = place.channel_of(lane.row) * p.states;
-  const i64 states = place.row_of(p, lane.row) * p.states;
+  const i64 row = place.row_of(p, lane.row), states = row * p.states;
   V* C = reinterpret_cast<V*>(memory);
   T* rows = reinterpret_cast<T*>(C + Of::kMatrix) + lane.row * Of::kPitch +
             threadIdx.x / kWarpSize * backward_arrays(kMethod, 1) * Of::kArray;
@@ -596,6 +610,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
 #pragma unroll 1
   for (int n0 = 0; n0 < p.states; n0 += Of::kPadded) {
     V a[kStates], sum[kStates], product[kStates];
+    T step = T(0);  // the sum of all
 #pragma unroll
     for (int s = 0; s < kStates; ++s) {
       const int n = n0 + lane.state(s);
@@ -619,6 +634,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
         T d[4], g[4];
         read_quad(rows + At::kSteps * Of::kArray + four * 4, d);
         read_quad(rows + At::kGradients * Of::kArray + four * 4, g);
+        step += (d[0] + d[1]) + (d[2] + d[3]);
 #pragma unroll kUnrolled
         for (int s = 0; s < kStates; ++s) {
           V of_C[4];
@@ -626,10 +642,10 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
 #pragma unroll
           for (int i = 3; i >= 0; --i) {
             const Rate<kMethod, V> rate = rate_of<kMethod>(a[s]);
-            const auto c = coefficients(d[i], rate, T(1));
+            const auto c = coefficients(d[i], rate, Uneven<T>());
             const V alpha = conjugate(c.alpha);
             sum[s] = alpha * (((kComplex ? T(2) : T(1)) * g[i]) * conjugate(of_C[i]) + sum[s]);
-            product[s] = alpha * product[s];
+            if constexpr (!has_exponential_alpha(kMethod)) product[s] = alpha * product[s];
           }
         }
       }
@@ -642,10 +658,14 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
         static_cast<V*>(args.behind_last)[states + n] = sum[s];
         continue;
       }
-      const i64 of_split = i64(share.split - 1) * p.batch * p.dim * p.states;
-      V* map = static_cast<V*>(args.summaries) + 2 * (of_split + states + n);
-      map[0] = product[s];
-      map[1] = sum[s];
+      const i64 at = i64(share.split - 1) * p.batch * p.dim * p.states + states + n;
+      static_cast<V*>(args.sums)[at] = sum[s];
+      if constexpr (!has_exponential_alpha(kMethod))
+        static_cast<V*>(args.products)[at] = product[s];
+    }
+    if constexpr (has_exponential_alpha(kMethod)) {
+      if (is_last || n0 > 0 || lane.part > 0 || !place.has(lane.row)) continue;
+      static_cast<T*>(args.products)[i64(share.split - 1) * p.batch * p.dim + row] = step;
     }
   }
 }

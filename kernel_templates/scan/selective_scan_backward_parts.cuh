@@ -151,7 +151,7 @@ __device__ __forceinline__ Acc<Scalar> fill_rows(const BackwardArgs& args, const
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int j = i + kNeighbour;
-        more[i] = (j < 0 || j == 4 ? other : d[j & 3]) / d[i];
+        more[i] = in_steps(j < 0 || j == 4 ? other : d[j & 3], d[i]);
       }
       write_quad(to + At::kRatios * Of::kArray, more);
     }
@@ -197,7 +197,7 @@ __device__ __forceinline__ void fill_beside(const BackwardArgs& args, const Plac
     row[At::kGradients * Of::kArray + slot_of(-1)] = g;
     if constexpr (neighbour_of(kMethod) != 0) {
       const T own = step_of(T(load(delta[memory_of_one(p, first)])), bias, p.softplus);
-      row[At::kRatios * Of::kArray + slot_of(-1)] = own / d;
+      row[At::kRatios * Of::kArray + slot_of(-1)] = in_steps(own, d);
     }
   }
 }

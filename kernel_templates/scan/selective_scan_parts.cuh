@@ -326,8 +326,22 @@ __device__ __forceinline__ void steps_of(T* d, T bias, bool softplus) {
   for (int i = 0; i < 4; ++i) d[i] = softplus_of(d[i]);
 }
 
+// Steps times it have quick reciprocals, subnormal ones too.
+constexpr int kLift = 1 << 24;
+// x / step.
+template <class T>
+__device__ __forceinline__ T in_steps(T x, T step) {
+  return (kLift * x) * quick_reciprocal(kLift * step);
+}
+// 1 / ratio and 2 / (1 + ratio) out of a step and its neighbour.
+template <class T>
+__device__ __forceinline__ Uneven<T> uneven_of(T step, T neighbour) {
+  const T inverse = in_steps(step, neighbour);
+  return {inverse, add_times(T(2), T(-2), quick_reciprocal(T(1) + inverse))};
+}
+
 // What the recurrence of a warp's channels takes from u and delta: rows of d, of u (or d * u where kScaled), and where
-// steps are not equal of 1 / ratio and 2 / (1 + ratio).
+// steps are not equal of what Uneven has.
 template <class Of, class Scalar, int kMethod, bool kScaled>
 struct Steps {
   using T = Acc<Scalar>;
@@ -337,39 +351,66 @@ struct Steps {
 
   const RowSources<Of, const Scalar> of_u, of_delta;
   RowFours<Of, Scalar> u, delta;
-  // delta beside each four, and u behind it.
-  RowScalars<Of, Scalar> beside, behind;
+  // delta and u behind each four.
+  RowScalars<Of, Scalar> delta_behind, behind;
+  T last[Of::kRowItems];  // of each four in the tile before
 
-  __device__ __forceinline__ Steps(const Problem& p, const Place& place)
-      : of_u(p.u, place), of_delta(p.delta, place) {}
+  // `first`: of all tiles.
+  __device__ __forceinline__ Steps(const Problem& p, const Place& place,
+                                   const RowWeights<Of, T>& bias, int first)
+      : of_u(p.u, place), of_delta(p.delta, place) {
+    if constexpr (kNeighbour < 0) {
+      const int at = memory_of_one(p, first - 1);
+#pragma unroll
+      for (int k = 0; k < Of::kRowItems; ++k) {
+        last[k] = step_of(T(torchkiln::load(of_delta.at[k][at])), bias.at[k], p.softplus);
+      }
+    }
+  }
 
   __device__ __forceinline__ void load(const Problem& p, int first) {
     u.load(of_u, p, first);
     delta.load(of_delta, p, first);
-    if constexpr (kNeighbour != 0) beside.load(of_delta, p, first + (kNeighbour > 0 ? 4 : -1));
+    if constexpr (kNeighbour > 0) delta_behind.load(of_delta, p, first + 4);
     if constexpr (ahead_of(kMethod) > 0) behind.load(of_u, p, first + 4, Of::kFours - 1);
+  }
+
+  // The step beside a four on its neighbour's side. That before it has another lane, the last four's for the first one.
+  __device__ __forceinline__ T beside(const Problem& p, const RowItem<Of>& item, int k, T bias,
+                                      const T* d) {
+    if constexpr (kNeighbour > 0) {
+      return step_of(T(torchkiln::load(delta_behind.at[k])), bias, p.softplus);
+    } else {
+      static_assert(kWarpSize % Of::kFours == 0);
+      const int lane = int(threadIdx.x) % kWarpSize;
+      const T given = item.four == Of::kFours - 1 ? last[k] : d[3];
+      last[k] = d[3];
+      return __shfl_sync(kAllLanes, given, item.four == 0 ? lane + Of::kFours - 1 : lane - 1);
+    }
   }
 
   // Into the rows of the warp. Steps beyond the end are 0 and change nothing.
   __device__ __forceinline__ void write(const Problem& p, const Place& place,
-                                        const RowWeights<Of, T>& bias, int first, T* rows) const {
+                                        const RowWeights<Of, T>& bias, int first, T* rows) {
 #pragma unroll
     for (int k = 0; k < Of::kRowItems; ++k) {
       const RowItem<Of> item(k);
-      if (!item.exists()) continue;
-      T d[4], x[4];
+      // Lanes that have none take part in what others exchange.
+      if (kNeighbour >= 0 && !item.exists()) continue;
+      T d[4], x[4], other = T(0);
       numbers_of(delta.at[k], p, d);
       numbers_of(u.at[k], p, x);
       steps_of(d, bias.at[k], p.softplus);
+      if constexpr (kNeighbour != 0) other = beside(p, item, k, bias.at[k], d);
+      if (!item.exists()) continue;
       if constexpr (kNeighbour != 0) {
-        const T other = step_of(T(torchkiln::load(beside.at[k])), bias.at[k], p.softplus);
         T inverse[4], part[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int j = i + kNeighbour;
-          const T neighbour = j < 0 || j == 4 ? other : d[j & 3];
-          inverse[i] = d[i] / neighbour;
-          part[i] = T(2) * d[i] / (d[i] + neighbour);
+          const Uneven<T> uneven = uneven_of(d[i], j < 0 || j == 4 ? other : d[j & 3]);
+          inverse[i] = uneven.inverse;
+          part[i] = uneven.part;
         }
         write_quad(rows + 2 * kArray + item.slot(), inverse);
         write_quad(rows + 3 * kArray + item.slot(), part);

@@ -11,6 +11,7 @@ namespace torchkiln::selective_state_update {
 using selective_scan::back_of;
 using selective_scan::coefficients;
 using selective_scan::neighbour_of;
+using selective_scan::uneven_of;
 
 // Tensors by strides, in elements; a complex number counts as one. A channel is a place of a head; heads share B and C
 // in groups. Rings are contiguous: sample k of a sequence lies in slot k modulo `slots`, of which there is one more
@@ -143,7 +144,7 @@ struct Channel {
   // With A, B and C from elsewhere.
   template <class From>
   TORCHKILN_HD V advance(V state, i64 n, T& sum, const From& from) const {
-    const auto c = coefficients<kMethod>(T(step) * from.A_of(n), ratio);
+    const auto c = coefficients<kMethod>(T(step) * from.A_of(n), uneven_of(ratio));
     const V b = from.B_of(n);
     V held = c.weight[kBack] * (u[0] * b);
     for (int j = 1; j <= kBack; ++j) {

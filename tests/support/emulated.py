@@ -43,7 +43,7 @@ def process() -> Iterator[ProcessPoolExecutor]:
     before = {name: os.environ.get(name) for name in settings}
     # Forked, it would have this process's torch.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, start, (str(folder / "emulator"),)) as executor:
+    with ProcessPoolExecutor(1, context, start) as executor:
         os.environ.update(settings)
         try:
             executor.submit(int).result()
@@ -56,14 +56,19 @@ def process() -> Iterator[ProcessPoolExecutor]:
         yield executor
 
 
-def start(folder: str) -> None:
+def torch_cuda() -> str:
+    """The library that takes the place of torch's own for CUDA."""
+    return str(build_folder() / "emulator" / "libtorch_cuda.so")
+
+
+def start() -> None:
     """Replaces the GPU's libraries in this process."""
     ctypes.CDLL("libcuda.so.1", ctypes.RTLD_GLOBAL)
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
     ctypes.CDLL(str(Path(spec.origin).parent / "lib" / "libtorch_cpu.so"))
-    ctypes.CDLL(f"{folder}/libtorch_cuda.so")
+    ctypes.CDLL(torch_cuda())
     import torch
 
     # Python's half of torch.cuda asks for a build with CUDA.
@@ -119,6 +124,42 @@ def differing(op: str, function: str, seeds: Sequence[int]) -> list[str]:
         for name in first
         if not torch.equal(first[name], other[name])
     ]
+
+
+def scan_bytes(size: tuple[int, int, int, int], dtype: torch.dtype) -> int:
+    """What Mamba's scan and its gradient hold beside inputs, output and gradients, at the most.
+
+    size: batch, dim, length and states.
+    """
+    import torch
+
+    from torchkiln.ops import selective_scan
+
+    schedule(0)
+    batch, dim, length, states = size
+    row, matrix = (batch, dim, length), (batch, states, length)
+
+    def leaf(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.full(shape, 0.1, dtype=dtype).cuda().requires_grad_()
+
+    u, delta, z = (leaf(row, dtype) for _ in range(3))
+    B, C = (leaf(matrix, dtype) for _ in range(2))
+    D, delta_bias = (leaf((dim,), torch.float32) for _ in range(2))
+    A = (-torch.ones(dim, states)).cuda().requires_grad_()
+    grad = torch.ones(row, dtype=dtype).cuda()
+    leaves = [u, delta, A, B, C, D, z, delta_bias]
+
+    def held() -> tuple[int, int]:
+        now, peak = ctypes.c_size_t(), ctypes.c_size_t()
+        count = ctypes.CDLL(torch_cuda()).emulated_bytes
+        count(ctypes.byref(now), ctypes.byref(peak))
+        return now.value, peak.value
+
+    before, _ = held()
+    out = selective_scan(*leaves, delta_softplus=True)
+    grads = torch.autograd.grad(out, leaves, grad)
+    _, peak = held()
+    return peak - before - sum(x.numel() * x.element_size() for x in (out, *grads))
 
 
 def on_gpu(function: Callable[..., torch.Tensor], *rows: list[Any]) -> list[Any]:

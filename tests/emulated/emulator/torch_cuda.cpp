@@ -17,7 +17,10 @@
 #include <dlfcn.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <mutex>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -57,11 +60,28 @@ void* driver_function(const char* name) {
   return function;
 }
 
+// Bytes of all tensors, and the most there have been.
+struct Held {
+  std::mutex mutex;
+  std::unordered_map<void*, std::size_t> bytes;
+  std::size_t now = 0, peak = 0;
+};
+Held& held() {
+  static Held& instance = *new Held;
+  return instance;
+}
+
 struct DeviceMemory final : c10::Allocator {
   c10::DataPtr allocate(std::size_t bytes) override {
     static const auto function =
         reinterpret_cast<void* (*)(std::size_t)>(driver_function("fake_cuda_allocate"));
     void* memory = bytes > 0 ? function(bytes) : nullptr;
+    if (memory != nullptr) {
+      const std::scoped_lock lock(held().mutex);
+      held().bytes[memory] = bytes;
+      held().now += bytes;
+      held().peak = std::max(held().peak, held().now);
+    }
     return {memory, memory, &release, gpu()};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
@@ -73,7 +93,16 @@ struct DeviceMemory final : c10::Allocator {
   static void release(void* memory) {
     static const auto function =
         reinterpret_cast<void (*)(void*)>(driver_function("fake_cuda_release"));
-    if (memory != nullptr) function(memory);
+    if (memory == nullptr) return;
+    {
+      const std::scoped_lock lock(held().mutex);
+      const auto found = held().bytes.find(memory);
+      if (found != held().bytes.end()) {
+        held().now -= found->second;
+        held().bytes.erase(found);
+      }
+    }
+    function(memory);
   }
 };
 
@@ -284,4 +313,12 @@ extern "C" __attribute__((visibility("default"))) int aoti_torch_get_current_cud
     std::int32_t, void** stream) {
   *stream = nullptr;
   return 0;
+}
+
+// What tensors hold now, and the most they have held since the last call.
+extern "C" __attribute__((visibility("default"))) void emulated_bytes(std::size_t* now,
+                                                                      std::size_t* peak) {
+  const std::scoped_lock lock(held().mutex);
+  *now = held().now;
+  *peak = std::exchange(held().peak, held().now);
 }

@@ -36,7 +36,8 @@ METHODS = {
 # Those whose weights differ when steps are not equal.
 TRUE_TIME = {"poly": 9, "highorder": 10}
 
-# Steps between two states that are kept for the backward; kCheckpoint of selective_scan.h.
+# Steps between two states that are kept for the backward, which has the initial one already;
+# kCheckpoint of selective_scan.h.
 _CHECKPOINT = 32
 
 
@@ -60,7 +61,7 @@ def _fake(
     chunks = (length + _CHECKPOINT - 1) // _CHECKPOINT
     weights = sum_dtype(u.dtype)
     state = u.new_empty((batch, dim, *A.shape[1:]), dtype=weights)
-    kept = (batch, dim, chunks, *A.shape[1:]) if with_checkpoints else (0,)
+    kept = (batch, dim, max(chunks - 1, 0), *A.shape[1:]) if with_checkpoints else (0,)
     return u.new_empty(u.shape), state, u.new_empty(kept, dtype=weights)
 
 
@@ -75,6 +76,7 @@ def _fake_backward(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    initial_state: Tensor | None,
     checkpoints: Tensor,
     delta_softplus: bool,
     method: int,
@@ -95,7 +97,7 @@ def _fake_backward(
         u.new_empty((u.shape[1] if D is not None else 0,), dtype=weights),
         u.new_empty(u.shape if z is not None else (0,)),
         u.new_empty((u.shape[1] if delta_bias is not None else 0,), dtype=weights),
-        u.new_empty((u.shape[0], u.shape[1], *A.shape[1:]), dtype=weights),
+        u.new_empty((0,), dtype=weights) if initial_state is None else like(initial_state),
     )
 
 
@@ -103,11 +105,10 @@ def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     *tensors, softplus, method, initial_state, reverse, _, deterministic = inputs
-    ctx.save_for_backward(*tensors, output[2])
+    ctx.save_for_backward(*tensors, initial_state, output[2])
     ctx.mark_non_differentiable(output[2])
     # Zeros for what is kept would take as much memory once more.
     ctx.set_materialize_grads(False)
-    ctx.has_initial_state = initial_state is not None
     ctx.settings = softplus, method, reverse, deterministic
 
 
@@ -120,8 +121,10 @@ def _backward(
     grads = _selective_scan_backward(
         grad_out, grad_last_state, *tensors, checkpoints, *ctx.settings
     )
-    of_inputs = [None if x is None else grad for x, grad in zip(tensors, grads, strict=False)]
-    return (*of_inputs, None, None, grads[-1] if ctx.has_initial_state else None)
+    *of_inputs, of_state = (
+        None if x is None else grad for x, grad in zip(tensors, grads, strict=True)
+    )
+    return (*of_inputs, None, None, of_state)
 
 
 _selective_scan_backward = operator("_selective_scan_backward", fake=_fake_backward)
