@@ -1,15 +1,18 @@
 // corner_pool: schema, checks and shapes, CPU loops, launches.
 // SPDX-License-Identifier: Apache-2.0
 #if defined(__GNUC__) && !defined(__clang__)
-// A comparison might raise a floating-point exception, and g++ keeps that, at the price of no vectors.
-#pragma GCC optimize("O3", "no-trapping-math")
+// A comparison might raise a floating-point exception, and g++ keeps that, at the price of no vectors; so are two steps of
+// a scan that it merges into one loop.
+#pragma GCC optimize("O3", "no-trapping-math", "no-loop-unroll-and-jam")
 #endif
 #include "detection/corner_pool.h"
 
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <initializer_list>
 #include <limits>
+#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -183,129 +186,252 @@ Plan plan_backward(const Tensor& grad_output, const Tensor& input, const Tensor&
 
 // ---- CPU ----
 
-// Neighbouring columns that one loop carries along, in the first cache. Rows become columns, a tile at a time.
-constexpr std::int64_t kSpan = 256, kTile = 16;
+// Neighbouring columns, or rows, that are scanned side by side; rows are turned into columns a tile at a time.
+constexpr std::int64_t kSpan = 128, kRows = 32, kTile = 16;
+// Lines of a map that are read ahead: towards its beginning processors do not do that well themselves.
+constexpr std::int64_t kAhead = 16;
 
-// Neighbouring lines from `begin` on, all along the length; `running` is what they carry.
-template <class Scalar, class Pass>
-void scan_lines(const Args& args, bool reverse, std::int64_t begin, std::int64_t count,
-                Acc<Scalar>* __restrict__ running) {
-  auto* out = static_cast<Scalar*>(args.out) + begin;
-  for (std::int64_t k = 0; k < args.length; ++k) {
-    const std::int64_t at = (reverse ? args.length - 1 - k : k) * args.inner;
-#pragma GCC unroll 1  // or it is unrolled whole where the count is known, and there is no vector
-    for (std::int64_t i = 0; i < count; ++i) {
-      store(out[at + i], Pass::step(running[i], Pass::template item<Scalar>(args, begin + at + i)));
-    }
+// Everything is inlined into each body.
+#define TORCHKILN_POOL_LOOPS __attribute__((flatten, TORCHKILN_CLONES))
+
+// Steps of n scans side by side. The gradient does not read the forward's output: to find the maxima anew costs less than
+// to move it through memory.
+template <class Scalar, class T>
+inline void pool_step(const Scalar* x, T* running, Scalar* out, std::int64_t n) {
+#pragma GCC ivdep
+  for (std::int64_t i = 0; i < n; ++i) {
+    store(out[i], corner_pool::Forward<T>::step(running[i], {load(x[i])}));
+  }
+}
+template <class Scalar, class T>
+inline void mark_step(const Scalar* x, T* running, std::int32_t* maxima, std::int64_t n) {
+#pragma GCC ivdep
+  for (std::int64_t i = 0; i < n; ++i) {
+    const T value = load(x[i]);
+    const bool takes = corner_pool::Forward<T>::takes(running[i], value);
+    running[i] = takes ? value : running[i];
+    maxima[i] = takes;
+  }
+}
+template <class Scalar, class T>
+inline void sum_step(const Scalar* gradient, const std::int32_t* maxima, T* running, Scalar* out,
+                     std::int64_t n) {
+#pragma GCC ivdep
+  for (std::int64_t i = 0; i < n; ++i) {
+    store(out[i], corner_pool::Backward<T>::step(running[i], {load(gradient[i]), maxima[i] != 0}));
   }
 }
 
-// Where a tile of rows lies in a tensor.
-struct TilePlace {
-  std::int64_t begin, stride, rows, columns;
+// Lines that are scanned together: where the first one starts, and how many there are.
+struct Block {
+  std::int64_t begin, count;
 };
 
+// f(k) for all k in [0, n).
+template <class F>
+inline void in_direction(bool reverse, std::int64_t n, const F& f) {
+  for (std::int64_t k = 0; k < n; ++k) f(reverse ? n - 1 - k : k);
+}
+
+// Columns. f(at, k): the line k of the block begins at `at`; each of `tensors` is read ahead.
+template <class Scalar, class F>
+inline void for_lines(const Args& args, const Block& block, bool reverse,
+                      std::initializer_list<const void*> tensors, const F& f) {
+  constexpr auto kLine = static_cast<std::int64_t>(64 / sizeof(Scalar));
+  in_direction(reverse, args.length, [&](std::int64_t k) {
+    const std::int64_t ahead =
+        std::clamp<std::int64_t>(reverse ? k - kAhead : k + kAhead, 0, args.length - 1);
+    for (const void* tensor : tensors) {
+      const auto* line = static_cast<const Scalar*>(tensor) + block.begin + ahead * args.inner;
+      for (std::int64_t i = 0; i < block.count; i += kLine) __builtin_prefetch(line + i);
+    }
+    f(block.begin + k * args.inner, k);
+  });
+}
+
+template <class Scalar>
+inline void pool_columns(const Plan& p, const Block& block) {
+  using T = Acc<Scalar>;
+  T running[kSpan];
+  std::fill_n(running, kSpan, corner_pool::Forward<T>::start());
+  const auto* input = static_cast<const Scalar*>(p.args.input);
+  auto* out = static_cast<Scalar*>(p.args.out);
+  for_lines<Scalar>(p.args, block, p.reverse, {input, out}, [&](std::int64_t at, std::int64_t) {
+    pool_step(input + at, running, out + at, block.count);
+  });
+}
+
+template <class Scalar>
+inline void sum_columns(const Plan& p, const Block& block, std::int32_t* maxima) {
+  using T = Acc<Scalar>;
+  T running[kSpan];
+  std::fill_n(running, kSpan, corner_pool::Forward<T>::start());
+  const auto* input = static_cast<const Scalar*>(p.args.input);
+  for_lines<Scalar>(p.args, block, !p.reverse, {input}, [&](std::int64_t at, std::int64_t k) {
+    mark_step(input + at, running, maxima + k * kSpan, block.count);
+  });
+  std::fill_n(running, kSpan, corner_pool::Backward<T>::start());
+  const auto* grad = static_cast<const Scalar*>(p.args.grad_output);
+  auto* out = static_cast<Scalar*>(p.args.out);
+  for_lines<Scalar>(p.args, block, p.reverse, {grad, out}, [&](std::int64_t at, std::int64_t k) {
+    sum_step(grad + at, maxima + k * kSpan, running, out + at, block.count);
+  });
+}
+
+// Columns of kRows rows.
 template <class T>
 struct Tile {
-  T at[kTile][kTile];  // a row for each column of the tensor
+  T at[kTile][kRows];
 };
 
+// Where a tile lies in a tensor.
+struct TilePlace {
+  std::int64_t begin, stride, rows, columns;
+  bool is_full() const { return rows == kRows && columns == kTile; }
+};
+
+// Number by number, once for all bodies.
 template <class Scalar, class T>
-void read_tile(const void* tensor, const TilePlace& place, Tile<T>& tile) {
-  const Scalar* from = static_cast<const Scalar*>(tensor) + place.begin;
-  if constexpr (std::is_same_v<Scalar, float>) {
-    if (place.rows == kTile && place.columns == kTile) {
-      for (std::int64_t row = 0; row < kTile; row += 4) {
-        for (std::int64_t c = 0; c < kTile; c += 4)
-          turn_four(from + row * place.stride + c, place.stride, &tile.at[c][row], kTile);
-      }
-      return;
-    }
-  }
+[[gnu::noinline]] void read_numbers(const Scalar* from, const TilePlace& place, Tile<T>& tile) {
   for (std::int64_t row = 0; row < place.rows; ++row) {
     for (std::int64_t c = 0; c < place.columns; ++c)
       tile.at[c][row] = load(from[row * place.stride + c]);
   }
 }
-
 template <class Scalar, class T>
-void write_tile(const Tile<T>& tile, const TilePlace& place, void* tensor) {
-  Scalar* to = static_cast<Scalar*>(tensor) + place.begin;
-  if constexpr (std::is_same_v<Scalar, float>) {
-    if (place.rows == kTile && place.columns == kTile) {
-      for (std::int64_t row = 0; row < kTile; row += 4) {
-        for (std::int64_t c = 0; c < kTile; c += 4)
-          turn_four(&tile.at[c][row], kTile, to + row * place.stride + c, place.stride);
-      }
-      return;
-    }
-  }
+[[gnu::noinline]] void write_numbers(const Tile<T>& tile, const TilePlace& place, Scalar* to) {
   for (std::int64_t row = 0; row < place.rows; ++row) {
     for (std::int64_t c = 0; c < place.columns; ++c)
       store(to[row * place.stride + c], tile.at[c][row]);
   }
 }
 
-// Up to kTile rows from `first` on.
-template <class Scalar, class Pass>
-void scan_tiles(const Plan& p, std::int64_t first) {
-  using T = Acc<Scalar>;
-  const std::int64_t length = p.args.length, tiles = ceil_div(length, kTile);
-  Tile<T> input{}, pooled{}, grad_output{}, out;
-  T running[kTile];
-  std::fill_n(running, kTile, Pass::start());
-  for (std::int64_t k = 0; k < tiles; ++k) {
-    const std::int64_t column = (p.reverse ? tiles - 1 - k : k) * kTile;
-    const TilePlace place = {first * length + column, length,
-                             std::min<std::int64_t>(kTile, p.args.outer - first),
-                             std::min(kTile, length - column)};
-    read_tile<Scalar>(p.args.input, place, input);
-    if (p.backward) {
-      read_tile<Scalar>(p.args.pooled, place, pooled);
-      read_tile<Scalar>(p.args.grad_output, place, grad_output);
+template <class Scalar, class T>
+inline void read_tile(const void* tensor, const TilePlace& place, Tile<T>& tile) {
+  const Scalar* from = static_cast<const Scalar*>(tensor) + place.begin;
+  if constexpr (std::is_same_v<Scalar, float>) {
+    if (place.is_full()) {
+      for (std::int64_t row = 0; row < kRows; row += 4) {
+        for (std::int64_t c = 0; c < kTile; c += 4)
+          turn_four(from + row * place.stride + c, place.stride, &tile.at[c][row], kRows);
+      }
+      return;
     }
-    const Args args = {&input, &pooled, &grad_output, &out, 1, place.columns, kTile};
-    scan_lines<T, Pass>(args, p.reverse, 0, kTile, running);
-    write_tile<Scalar>(out, place, p.args.out);
+  }
+  read_numbers(from, place, tile);
+}
+
+template <class Scalar, class T>
+inline void write_tile(const Tile<T>& tile, const TilePlace& place, void* tensor) {
+  Scalar* to = static_cast<Scalar*>(tensor) + place.begin;
+  if constexpr (std::is_same_v<Scalar, float>) {
+    if (place.is_full()) {
+      for (std::int64_t row = 0; row < kRows; row += 4) {
+        for (std::int64_t c = 0; c < kTile; c += 4)
+          turn_four(&tile.at[c][row], kRows, to + row * place.stride + c, place.stride);
+      }
+      return;
+    }
+  }
+  write_numbers(tile, place, to);
+}
+
+// f(place, column): the tile there starts with this column of the block.
+template <class F>
+inline void for_tiles(const Args& args, const Block& block, bool reverse, const F& f) {
+  in_direction(reverse, ceil_div(args.length, kTile), [&](std::int64_t k) {
+    const std::int64_t column = k * kTile;
+    f(TilePlace{block.begin + column, args.length, block.count,
+                std::min<std::int64_t>(kTile, args.length - column)},
+      column);
+  });
+}
+
+template <class Scalar>
+inline void pool_rows(const Plan& p, const Block& block) {
+  using T = Acc<Scalar>;
+  Tile<T> tile{};
+  T running[kRows];
+  std::fill_n(running, kRows, corner_pool::Forward<T>::start());
+  for_tiles(p.args, block, p.reverse, [&](const TilePlace& place, std::int64_t) {
+    read_tile<Scalar>(p.args.input, place, tile);
+    in_direction(p.reverse, place.columns,
+                 [&](std::int64_t c) { pool_step(tile.at[c], running, tile.at[c], kRows); });
+    write_tile<Scalar>(tile, place, p.args.out);
+  });
+}
+
+template <class Scalar>
+inline void sum_rows(const Plan& p, const Block& block, std::int32_t* maxima) {
+  using T = Acc<Scalar>;
+  Tile<T> tile{};
+  T running[kRows];
+  std::fill_n(running, kRows, corner_pool::Forward<T>::start());
+  for_tiles(p.args, block, !p.reverse, [&](const TilePlace& place, std::int64_t column) {
+    read_tile<Scalar>(p.args.input, place, tile);
+    in_direction(!p.reverse, place.columns, [&](std::int64_t c) {
+      mark_step(tile.at[c], running, maxima + (column + c) * kRows, kRows);
+    });
+  });
+  std::fill_n(running, kRows, corner_pool::Backward<T>::start());
+  for_tiles(p.args, block, p.reverse, [&](const TilePlace& place, std::int64_t column) {
+    read_tile<Scalar>(p.args.grad_output, place, tile);
+    in_direction(p.reverse, place.columns, [&](std::int64_t c) {
+      sum_step(tile.at[c], maxima + (column + c) * kRows, running, tile.at[c], kRows);
+    });
+    write_tile<Scalar>(tile, place, p.args.out);
+  });
+}
+
+// The blocks of a map or a tensor, by number.
+struct Blocks {
+  std::int64_t inner, lines, across, count;
+
+  explicit Blocks(const Args& args)
+      : inner(args.inner),
+        lines(inner == 1 ? kRows : kSpan),
+        across(ceil_div(inner, lines)),
+        count(inner == 1 ? ceil_div(args.outer, lines) : args.outer * across) {}
+
+  Block at(const Args& args, std::int64_t i) const {
+    if (inner == 1)
+      return {i * lines * args.length, std::min<std::int64_t>(lines, args.outer - i * lines)};
+    const std::int64_t column = i % across * lines;
+    return {i / across * args.length * inner + column,
+            std::min<std::int64_t>(lines, inner - column)};
+  }
+};
+
+template <class Scalar>
+inline void run_blocks(const Plan& p, const Blocks& blocks, std::int64_t begin, std::int64_t end,
+                       std::int32_t* maxima) {
+  for (std::int64_t i = begin; i < end; ++i) {
+    const Block block = blocks.at(p.args, i);
+    if (blocks.inner == 1) {
+      p.backward ? sum_rows<Scalar>(p, block, maxima) : pool_rows<Scalar>(p, block);
+    } else {
+      p.backward ? sum_columns<Scalar>(p, block, maxima) : pool_columns<Scalar>(p, block);
+    }
   }
 }
-
-template <class Scalar, class Pass>
-void scan_rows(const Plan& p) {
-  const std::int64_t groups = ceil_div(p.args.outer, kTile);
-  parallel_for(groups, kTile * p.args.length, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) scan_tiles<Scalar, Pass>(p, i * kTile);
-  });
-}
-
-template <class Scalar, class Pass>
-void scan_columns(const Plan& p) {
-  const std::int64_t length = p.args.length, inner = p.args.inner;
-  const std::int64_t spans = ceil_div(inner, kSpan), columns = std::min(inner, kSpan);
-  parallel_for(p.args.outer * spans, length * columns, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t s = begin; s < end; ++s) {
-      const std::int64_t column = s % spans * kSpan;
-      Acc<Scalar> running[kSpan];
-      std::fill_n(running, kSpan, Pass::start());
-      scan_lines<Scalar, Pass>(p.args, p.reverse, s / spans * length * inner + column,
-                               std::min(kSpan, inner - column), running);
-    }
-  });
-}
-
-template <class Scalar, class Pass>
-void scan(const Plan& p) {
-  p.args.inner == 1 ? scan_rows<Scalar, Pass>(p) : scan_columns<Scalar, Pass>(p);
+TORCHKILN_POOL_LOOPS void run_floats(const Plan& p, const Blocks& blocks, std::int64_t begin,
+                                     std::int64_t end, std::int32_t* maxima) {
+  run_blocks<float>(p, blocks, begin, end, maxima);
 }
 
 Tensor run_cpu(const Plan& p) {
+  const Blocks blocks(p.args);
+  const auto lines = std::min<std::int64_t>(blocks.lines, p.args.outer * p.args.inner);
   with_float(p.out.scalar_type(), [&]<class Scalar>() {
-    using T = Acc<Scalar>;
-    if (p.backward) {
-      scan<Scalar, corner_pool::Backward<T>>(p);
-    } else {
-      scan<Scalar, corner_pool::Forward<T>>(p);
-    }
+    parallel_for(blocks.count, p.args.length * lines, [&](std::int64_t begin, std::int64_t end) {
+      const auto size = static_cast<std::size_t>(p.backward ? p.args.length * blocks.lines : 0);
+      const auto maxima = std::make_unique_for_overwrite<std::int32_t[]>(size);
+      if constexpr (std::is_same_v<Scalar, float>) {
+        run_floats(p, blocks, begin, end, maxima.get());
+      } else {
+        run_blocks<Scalar>(p, blocks, begin, end, maxima.get());
+      }
+    });
   });
   return p.out;
 }

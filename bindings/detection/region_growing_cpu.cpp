@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -21,6 +22,8 @@ using Pixels = std::vector<i32>;
 // Pixels of one task; pixels that a level must have before threads share it, and those of one task then.
 constexpr std::int64_t kPiece = 16'384, kShared = 2'048, kSharedPiece = 256;
 constexpr std::int64_t kGrowNanoseconds = 30;
+// Pixels of one task that looks at their neighbours, and what that takes for each.
+constexpr std::int64_t kOpenPiece = 2'048, kOpenNanoseconds = 10;
 // Tables of sums that are added up in the end.
 constexpr std::int64_t kMostTables = 16;
 
@@ -62,63 +65,39 @@ std::vector<T> summed(std::int64_t pixels, std::size_t size, const Add& add) {
 
 // ---- the map of an image ----
 
-// What is known of a pixel: may this round grow into it, is it at a side of the image, does it have no label?
-enum Bits : u8 { kFree = 1, kLeft = 2, kRight = 4, kOpen = 8 };
-
+// Labels, and where they may spread to. A label of 0 is an open pixel; a claim is less than that.
 class Map {
  public:
   // Gives the pixels their first labels.
   explicit Map(const Args& args)
-      : width_(args.width),
-        pixels_(args.height * args.width),
-        bits_(static_cast<std::size_t>(pixels_)) {
-    for_pieces(pixels_, kPiece, 1, [&](std::size_t, i32 begin, i32 end) {
-      for (i32 i = begin; i < end; ++i) {
-        args.labels[i] = region_growing::kept(args, i);
-        at(i) = args.labels[i] == 0 ? kOpen : 0;
-      }
-    });
-    for (i32 i = 0; width_ > 0 && i < pixels_; i += width_) {
-      at(i) |= kLeft;
-      at(i + width_ - 1) |= kRight;
-    }
-  }
-
-  void allow(const u8* plane) {
-    for_pieces(pixels_, kPiece, 1, [&](std::size_t, i32 begin, i32 end) {
-      for (i32 i = begin; i < end; ++i) {
-        const u8 open = plane[i] != 0 ? at(i) & kOpen : 0;
-        at(i) = static_cast<u8>((at(i) & ~kFree) | (open / kOpen));
-      }
+      : labels_(args.labels), height_(args.height), width_(args.width), plane_(args.planes) {
+    for_pieces(pixels(), kPiece, 1, [&](std::size_t, i32 begin, i32 end) {
+      for (i32 i = begin; i < end; ++i) labels_[i] = region_growing::kept(args, i);
     });
   }
 
-  bool is_free(i32 pixel) const { return (at(pixel) & kFree) != 0; }
-  void close(i32 pixel) { at(pixel) &= static_cast<u8>(~(kFree | kOpen)); }
+  void allow(const u8* plane) { plane_ = plane; }
+
+  i32 pixels() const { return height_ * width_; }
+  i32& label(i32 pixel) const { return labels_[pixel]; }
+  bool allows(i32 pixel) const { return plane_[pixel] != 0; }
+  bool is_free(i32 pixel) const { return labels_[pixel] == 0 && allows(pixel); }
 
   template <class F>
   void for_neighbours(i32 pixel, const F& f) const {
-    const u8 own = at(pixel);
-    if (pixel >= width_) f(pixel - width_);
-    if (pixels_ - pixel > width_) f(pixel + width_);
-    if ((own & kLeft) == 0) f(pixel - 1);
-    if ((own & kRight) == 0) f(pixel + 1);
+    for (const i32 other : region_growing::neighbours(pixel, height_, width_).at) f(other);
   }
 
   bool has_open_neighbour(i32 pixel) const {
-    u8 around = 0;
-    for_neighbours(pixel, [&](i32 other) { around |= at(other); });
-    return (around & kOpen) != 0;
+    bool open = false;
+    for_neighbours(pixel, [&](i32 other) { open = open || labels_[other] == 0; });
+    return open;
   }
 
-  i32 pixels() const { return pixels_; }
-
  private:
-  u8& at(i32 pixel) { return bits_[static_cast<std::size_t>(pixel)]; }
-  const u8& at(i32 pixel) const { return bits_[static_cast<std::size_t>(pixel)]; }
-
-  i32 width_, pixels_;
-  std::vector<u8> bits_;
+  i32* labels_;
+  i32 height_, width_;
+  const u8* plane_;
 };
 
 // The pixels for which has(pixel) holds, in row-major order.
@@ -139,7 +118,7 @@ Pixels pixels_with(i32 n, const Has& has) {
 void begin_round(const Map& map, Pixels& queue) {
   std::vector<std::uint64_t> chosen(static_cast<std::size_t>(pieces_of(map.pixels(), 64)));
   const auto n = static_cast<std::int64_t>(queue.size());
-  for_pieces(n, kPiece, 4, [&](std::size_t, i32 begin, i32 end) {
+  for_pieces(n, kOpenPiece, kOpenNanoseconds, [&](std::size_t, i32 begin, i32 end) {
     for (i32 i = begin; i < end; ++i) {
       const i32 pixel = queue[static_cast<std::size_t>(i)];
       if (!map.has_open_neighbour(pixel)) continue;
@@ -161,8 +140,7 @@ void begin_round(const Map& map, Pixels& queue) {
 template <class IsNear>
 class Growth {
  public:
-  Growth(const Args& args, Map& map, const IsNear& is_near)
-      : labels_(args.labels), map_(map), is_near_(is_near) {}
+  Growth(const Map& map, const IsNear& is_near) : map_(map), is_near_(is_near) {}
 
   // Adds what the sources in the queue reach to it.
   void run(Pixels& queue) {
@@ -179,56 +157,46 @@ class Growth {
 
  private:
   void grow_from(Pixels& queue, i32 pixel) {
+    const i32 label = map_.label(pixel);
     map_.for_neighbours(pixel, [&](i32 other) {
-      if (!map_.is_free(other) || !is_near_(labels_[pixel], other)) return;
-      take(queue, pixel, other);
+      if (!map_.is_free(other) || !is_near_(label, other)) return;
+      map_.label(other) = label;
+      queue.push_back(other);
     });
   }
 
-  void take(Pixels& queue, i32 pixel, i32 other) {
-    map_.close(other);
-    labels_[other] = labels_[pixel];
-    queue.push_back(other);
-  }
-
-  // First every pixel claims its neighbours by its place in the level, then it takes those that it got. A claim of an
-  // earlier level is one of a pixel that is not free any more.
+  // First every pixel claims its neighbours by its place in the level, then it takes those that it got. Until then the
+  // claim stands in place of a label; the smallest one wins.
   void grow_shared(Pixels& queue, std::size_t level, std::int64_t n) {
-    if (claims_.empty()) {
-      claims_.assign(static_cast<std::size_t>(map_.pixels()), region_growing::kFree);
-    }
-    const auto for_claims = [&](i32 begin, i32 end, const auto& f) {
-      for (i32 place = begin; place < end; ++place) {
-        const i32 pixel = queue[level + static_cast<std::size_t>(place)];
-        map_.for_neighbours(pixel, [&](i32 other) {
-          f(place, pixel, other, claims_[static_cast<std::size_t>(other)]);
-        });
-      }
-    };
-    for_pieces(n, kSharedPiece, kGrowNanoseconds, [&](std::size_t, i32 begin, i32 end) {
-      for_claims(begin, end, [&](i32 place, i32 pixel, i32 other, i32& value) {
-        if (!map_.is_free(other)) return;
-        const std::atomic_ref claim(value);
-        i32 seen = claim.load(std::memory_order_relaxed);
-        if (seen <= place || !is_near_(labels_[pixel], other)) return;
-        while (place < seen &&
-               !claim.compare_exchange_weak(seen, place, std::memory_order_relaxed)) {
+    std::vector<Pixels> taken(static_cast<std::size_t>(pieces_of(n, kSharedPiece)));
+    const auto for_claims = [&](const auto& f) {
+      for_pieces(n, kSharedPiece, kGrowNanoseconds, [&](std::size_t piece, i32 begin, i32 end) {
+        taken[piece].reserve(static_cast<std::size_t>(end - begin));
+        for (i32 place = begin; place < end; ++place) {
+          const i32 pixel = queue[level + static_cast<std::size_t>(place)];
+          const i32 claim = std::numeric_limits<i32>::min() + place, label = map_.label(pixel);
+          map_.for_neighbours(pixel, [&](i32 other) {
+            f(taken[piece], label, claim, other, std::atomic_ref(map_.label(other)));
+          });
         }
       });
+    };
+    for_claims([&](Pixels&, i32 label, i32 claim, i32 other, std::atomic_ref<i32> value) {
+      i32 seen = value.load(std::memory_order_relaxed);
+      if (seen <= claim || seen > 0 || !map_.allows(other) || !is_near_(label, other)) return;
+      while (claim < seen && !value.compare_exchange_weak(seen, claim, std::memory_order_relaxed)) {
+      }
     });
-    std::vector<Pixels> taken(static_cast<std::size_t>(pieces_of(n, kSharedPiece)));
-    for_pieces(n, kSharedPiece, kGrowNanoseconds, [&](std::size_t piece, i32 begin, i32 end) {
-      for_claims(begin, end, [&](i32 place, i32 pixel, i32 other, i32 claim) {
-        if (claim == place && map_.is_free(other)) take(taken[piece], pixel, other);
-      });
+    for_claims([&](Pixels& own, i32 label, i32 claim, i32 other, std::atomic_ref<i32> value) {
+      if (value.load(std::memory_order_relaxed) != claim) return;
+      value.store(label, std::memory_order_relaxed);
+      own.push_back(other);
     });
     append(queue, taken);
   }
 
-  i32* labels_;
-  Map& map_;
+  const Map& map_;
   const IsNear& is_near_;
-  std::vector<i32> claims_;
 };
 
 Tensor expand_cpu(const Tensor& masks, const Tensor& labels, std::int64_t min_area,
@@ -243,9 +211,10 @@ Tensor expand_cpu(const Tensor& masks, const Tensor& labels, std::int64_t min_ar
                                  });
   args.areas = areas.data();
   Map map(args);
-  Pixels queue = pixels_with(map.pixels(), [&](i32 i) { return args.labels[i] != 0; });
+  Pixels queue = pixels_with(
+      map.pixels(), [&](i32 i) { return args.labels[i] != 0 && map.has_open_neighbour(i); });
   const auto anywhere = [](i32, i32) { return true; };
-  Growth growth(args, map, anywhere);
+  Growth growth(map, anywhere);
   for (i64 round = args.rounds - 1; round >= 0; --round) {
     map.allow(args.planes + round * p.pixels());
     begin_round(map, queue);
@@ -293,7 +262,6 @@ std::tuple<Tensor, Tensor, Tensor> group_cpu(const Tensor& scores, const Tensor&
   const GrowthPlan p = plan_group(scores, mask, embeddings, labels, contour, num_labels, threshold);
   const Args& args = p.args;
   Map map(args);
-  map.allow(args.planes);
   Pixels queue =
       pixels_with(map.pixels(), [&](i32 i) { return args.labels[i] != 0 && args.contour[i] != 0; });
   with_float(scores.scalar_type(), [&]<class Scalar>() {
@@ -302,7 +270,7 @@ std::tuple<Tensor, Tensor, Tensor> group_cpu(const Tensor& scores, const Tensor&
     const auto is_near = [&](i32 label, i32 pixel) {
       return region_growing::is_near<Scalar>(args, label, pixel);
     };
-    Growth(args, map, is_near).run(queue);
+    Growth(map, is_near).run(queue);
     means_cpu<Scalar, Scalar>(mean_args(p, p.labels, *p.scores, *p.confidence, p.counts, 1),
                               num_labels);
   });

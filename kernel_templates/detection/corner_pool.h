@@ -34,8 +34,9 @@ struct Forward {
     return {load(static_cast<const Scalar*>(args.input)[at])};
   }
   // Of equal values the later one, and NaN for good: torch.cummax's rules.
+  TORCHKILN_HD static bool takes(T running, T x) { return x >= running || is_nan(x); }
   TORCHKILN_HD static T step(T& running, const Item& item) {
-    running = item.x >= running || is_nan(item.x) ? item.x : running;
+    running = takes(running, item.x) ? item.x : running;
     return running;
   }
 

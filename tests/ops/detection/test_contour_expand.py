@@ -86,8 +86,9 @@ def test_on_several_threads() -> None:
     masks = (new.uniform(3, 301, 211) < torch.tensor([0.9, 0.7, 0.5]).view(3, 1, 1)).byte()
     labels = torch.where(new.uniform(301, 211) < 0.05, new.integers(301, 211, low=1, high=40), 0)
     alone = ops.contour_expand(masks, labels.int(), 70, 39)
-    with threads(4):
-        assert torch.equal(ops.contour_expand(masks, labels.int(), 70, 39), alone)
+    for count in (2, 4, 16):
+        with threads(count):
+            assert torch.equal(ops.contour_expand(masks, labels.int(), 70, 39), alone)
     assert torch.equal(alone, reference.contour_expand(masks, labels.int(), 70, 39))
 
 

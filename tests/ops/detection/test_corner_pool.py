@@ -14,6 +14,7 @@ from torch import Tensor
 
 from support.op_suite import Failure, OpSuite
 from support.strategies import counts, tensors
+from support.threads import threads
 from torchkiln import nn, reference
 from torchkiln.ops import corner_pool
 from torchkiln.reference.detection.corner_pool import parity
@@ -92,6 +93,27 @@ def test_gradients_keep_their_sum(rows: Tensor) -> None:
         pooled = corner_pool(image, mode)
         (grad,) = torch.autograd.grad(pooled.sum(), image)
         assert grad.sum().item() == image.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("mode", _MODES)
+def test_lines_past_tiles(mode: str, dtype: torch.dtype) -> None:
+    """On the CPU lines are scanned side by side, rows a tile at a time: full ones and parts."""
+    new = Inputs(4)
+    # Values repeat, so that there are ties.
+    image = (new.normal(1, 3, 37, 300) * 8).round().to(dtype)
+    image[0, 0, 3, 280] = image[0, 1, 36, 5] = torch.nan
+    grad = new.normal(1, 3, 37, 300).to(dtype)
+    exact = image.double().requires_grad_()
+    expected = reference.corner_pool(exact, _MODES.index(mode))
+    (expected_grad,) = torch.autograd.grad(expected, exact, grad.double())
+    for count in (1, 3):
+        leaf = image.clone().requires_grad_()
+        with threads(count):
+            pooled = corner_pool(leaf, mode)
+            (found,) = torch.autograd.grad(pooled, leaf, grad)
+        torch.testing.assert_close(pooled.double(), expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(found, expected_grad.to(dtype))
 
 
 def test_module() -> None:
