@@ -43,7 +43,7 @@ LEAST_SECONDS = 5.0
 # A kernel that hangs cannot be interrupted; this long after the budget the process is ended.
 GRACE_SECONDS = 60.0
 # That compile side by side for times of compiles: few, so that they hardly slow each other.
-COLD_PROCESSES = 4
+COLD_PROCESSES = 8
 QUICK = Settings(rounds=7, sample_us=2000.0)
 FULL = Settings(rounds=11, sample_us=5000.0)
 
