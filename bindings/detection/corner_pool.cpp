@@ -309,7 +309,7 @@ template <class Scalar, class T>
 template <class Scalar, class T>
 inline void read_tile(const void* tensor, const TilePlace& place, Tile<T>& tile) {
   const Scalar* from = static_cast<const Scalar*>(tensor) + place.begin;
-  if constexpr (std::is_same_v<Scalar, float>) {
+  if constexpr (std::is_same_v<Scalar, T>) {
     if (place.is_full()) {
       for (std::int64_t row = 0; row < kRows; row += 4) {
         for (std::int64_t c = 0; c < kTile; c += 4)
@@ -324,7 +324,7 @@ inline void read_tile(const void* tensor, const TilePlace& place, Tile<T>& tile)
 template <class Scalar, class T>
 inline void write_tile(const Tile<T>& tile, const TilePlace& place, void* tensor) {
   Scalar* to = static_cast<Scalar*>(tensor) + place.begin;
-  if constexpr (std::is_same_v<Scalar, float>) {
+  if constexpr (std::is_same_v<Scalar, T>) {
     if (place.is_full()) {
       for (std::int64_t row = 0; row < kRows; row += 4) {
         for (std::int64_t c = 0; c < kTile; c += 4)

@@ -23,4 +23,18 @@ inline void turn_four(const float* from, std::ptrdiff_t stride, float* to,
   put(3, __builtin_shufflevector(c, d, 2, 3, 6, 7));
 }
 
+// The same of doubles, which four vectors of two hold.
+inline void turn_four(const double* from, std::ptrdiff_t stride, double* to,
+                      std::ptrdiff_t to_stride) {
+  typedef double Two __attribute__((vector_size(16), aligned(8), may_alias));
+  for (int i = 0; i < 4; i += 2) {
+    for (int j = 0; j < 4; j += 2) {
+      const Two a = *reinterpret_cast<const Two*>(from + i * stride + j);
+      const Two b = *reinterpret_cast<const Two*>(from + (i + 1) * stride + j);
+      *reinterpret_cast<Two*>(to + j * to_stride + i) = __builtin_shufflevector(a, b, 0, 2);
+      *reinterpret_cast<Two*>(to + (j + 1) * to_stride + i) = __builtin_shufflevector(a, b, 1, 3);
+    }
+  }
+}
+
 }  // namespace torchkiln::bindings
