@@ -26,32 +26,50 @@ __device__ __forceinline__ i32 maps_of(const Args& args) {
   return i32(args.cameras) * i32(args.levels);
 }
 
-// `tell(bin, sample)` on each level for that of this thread, if a camera sees it.
+// Levels whose sizes are read, and whose bins are added to, before the first is waited for.
+constexpr int kLevelsAtOnce = 4;
+
+// `tell(bins, sample)` for the samples of this thread from that one on, if a camera sees them; -1 is no bin.
 template <class T, int kBlockSize, class Tell>
 __device__ __forceinline__ void each_seen(const Args& args, const Tell& tell) {
-  const i64 samples = args.queries * args.points;
-  const i64 pair = i64(blockIdx.x) * kBlockSize + threadIdx.x;
-  if (pair >= args.batch * samples * args.cameras) return;
+  const u32 samples = u32(args.queries * args.points), cameras = u32(args.cameras);
+  const u32 pair = blockIdx.x * u32(kBlockSize) + threadIdx.x;  // with levels fewer than 2^31
+  if (pair >= u32(args.batch) * samples * cameras) return;
   T x, y;
-  location_at(args, pair, x, y);
+  location_at(args, i64(pair), x, y);
   if (!is_seen(x, y)) return;
-  const i64 all = pair / args.cameras, image = all / samples;
-  const i32 camera = i32(pair - all * args.cameras), levels = i32(args.levels);
+  const u32 all = pair / cameras, image = all / samples;
+  const i32 camera = i32(pair - all * cameras), levels = i32(args.levels);
   const i32 first = i32(all - image * samples) * maps_of(args) + camera * levels;
 #pragma unroll 1
-  for (i32 level = 0; level < levels; ++level) {
-    const Map map = map_of(args, image, camera, level);
-    if (map.h == 0 || map.w == 0) continue;
-    const Touch<T> touch = touch_of(map.h, map.w, x, y);
-    const i32 row = min_of(max_of(touch.top, 0), map.h - 1);
-    const i32 column = min_of(max_of(touch.left, 0), map.w - 1);
-    tell(first_bin(args, map.source) + map.first + row * map.w + column, first + level);
+  for (i32 level = 0; level < levels; level += kLevelsAtOnce) {
+    Map maps[kLevelsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kLevelsAtOnce; ++i) {
+      maps[i] = level + i < levels ? map_of(args, i64(image), camera, level + i) : Map{0, 0, 0, 0};
+    }
+    i64 bins[kLevelsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kLevelsAtOnce; ++i) {
+      const Map& map = maps[i];
+      const Touch<T> touch = touch_of(map.h, map.w, x, y);
+      const i32 row = min_of(max_of(touch.top, 0), map.h - 1);
+      const i32 column = min_of(max_of(touch.left, 0), map.w - 1);
+      const i64 bin = first_bin(args, map.source) + map.first + row * map.w + column;
+      bins[i] = map.h == 0 || map.w == 0 ? -1 : bin;
+    }
+    tell(bins, first + level);
   }
 }
 
 template <class Scalar, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) count(const Args args) {
-  each_seen<Scalar, kBlockSize>(args, [&](i64 bin, i32) { atomicAdd(args.ends + bin, 1); });
+  each_seen<Scalar, kBlockSize>(args, [&](const i64(&bins)[kLevelsAtOnce], i32) {
+#pragma unroll
+    for (int i = 0; i < kLevelsAtOnce; ++i) {
+      if (bins[i] >= 0) atomicAdd(args.ends + bins[i], 1);
+    }
+  });
 }
 
 template <int kBlockSize>
@@ -66,8 +84,17 @@ __global__ void __launch_bounds__(kBlockSize) place(const Args args) {
 
 template <class Scalar, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) fill(const Args args) {
-  each_seen<Scalar, kBlockSize>(
-      args, [&](i64 bin, i32 sample) { args.samples[atomicAdd(args.ends + bin, 1)] = sample; });
+  each_seen<Scalar, kBlockSize>(args, [&](const i64(&bins)[kLevelsAtOnce], i32 sample) {
+    i32 places[kLevelsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kLevelsAtOnce; ++i) {
+      if (bins[i] >= 0) places[i] = atomicAdd(args.ends + bins[i], 1);
+    }
+#pragma unroll
+    for (int i = 0; i < kLevelsAtOnce; ++i) {
+      if (bins[i] >= 0) args.samples[places[i]] = sample + i;
+    }
+  });
 }
 
 // The sorted list's part of the bins [from, to].

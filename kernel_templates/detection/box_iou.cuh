@@ -35,9 +35,9 @@ __global__ void __launch_bounds__(kBlockSize) forward(const Args args) {
   const Scalar* boxes1 = static_cast<const Scalar*>(args.boxes1);
   const i64 vectors = args.m / kVector;
   const i64 item = i64(blockIdx.x) * kBlockSize + threadIdx.x;
-  const i64 row_step = divided(i64(gridDim.x) * kBlockSize, vectors);
+  const i64 row_step = i64(gridDim.x) * kBlockSize / vectors;
   if (item >= row_step * vectors) return;
-  const i64 first_row = divided(item, vectors), column = (item - first_row * vectors) * kVector;
+  const i64 first_row = item / vectors, column = (item - first_row * vectors) * kVector;
   Box<T> others[kVector];
   T areas[kVector];
 #pragma unroll
