@@ -10,7 +10,6 @@
 //   boxes     the gradient of boxes, one block a region: a thread goes through bins of channels with their edges, then
 //             the block sums in a fixed order
 // spills: up to 36 bytes where 1024 threads leave 64 registers each, and by ptxas' own choice in lists.
-// compile time: staged takes above 250 ms; rows and maps of a bin are unrolled, with a tail for each
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

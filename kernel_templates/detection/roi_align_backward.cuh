@@ -8,6 +8,7 @@
 // several share one, each with every second (third, ...) region: the longest lists are what the launch waits for.
 // Maxima, whose pixels differ from channel to channel, have theirs in shared memory.
 // spills: up to 32 bytes for wide types and indices, by ptxas' own choice.
+// compile time: averages takes above 250 ms; its sums are registers, so that rows and pixels of a patch are unrolled
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
