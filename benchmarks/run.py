@@ -296,7 +296,9 @@ def cold_compiles(operators: Sequence[str], seconds: float) -> dict[str, Any]:
     except (ValueError, KeyError) as error:
         return {"failure": f"torchkiln warm told no kernels: {short(error)}"}
     # Operators of two processes may share kernels.
-    kernels = list({kernel["specialization"]: kernel for share in found for kernel in share}.values())
+    kernels = list(
+        {kernel["specialization"]: kernel for share in found for kernel in share}.values()
+    )
     good = sorted((k["milliseconds"], k["specialization"]) for k in kernels if "error" not in k)
     if not good:
         return {"failure": kernels[0].get("error", "no kernel") if kernels else "no kernel"}

@@ -126,7 +126,8 @@ const Stages<ShapeStatics> shape_stages(
      ints("kind", {nms::kRotated, nms::kQuads, nms::kNormal, nms::kInclusive, nms::kPeerRotated,
                    nms::kPeerQuads, nms::kLanes}),
      bools("classes")},
-    {64, 512}, [](const ShapeStatics& s) {
+    {64, 512},
+    [](const ShapeStatics& s) {
       if (s.kind == nms::kPeerRotated || s.kind == nms::kPeerQuads)
         return s.scalar == TORCHKILN_FLOAT;
       return s.kind != nms::kInclusive || s.classes == 0;
