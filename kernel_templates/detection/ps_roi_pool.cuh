@@ -16,8 +16,7 @@
 //   backward  channels_last: roi_align's tiles of the gradient, lanes on channels. A lane's bin is that of its channel, so
 //             it adds its own taps; gradients of bins lie as channels do, and are read as one piece
 // spills: up to 24 bytes in staged_backward, outside of the loop over pixels.
-// compile time: staged_backward takes above 250 ms; to list regions, to lay out their bins and to add them is one kernel, so
-// that none of it goes through memory
+// compile time: staged_backward takes above 250 ms; it lists regions, lays out their bins and adds them in one kernel
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
