@@ -190,12 +190,14 @@ Plan plan_backward(const Tensor& grad_output, const Tensor& input, const Tensor&
 constexpr std::int64_t kSpan = 128, kRows = 32, kTile = 16;
 // Lines of a map that are read ahead: towards its beginning processors do not do that well themselves.
 constexpr std::int64_t kAhead = 16;
+// Maxima of a block that a thread keeps.
+constexpr std::int64_t kMostMarks = 1 << 20;
 
 // Everything is inlined into each body.
 #define TORCHKILN_POOL_LOOPS __attribute__((flatten, TORCHKILN_CLONES))
 
-// Steps of n scans side by side. The gradient does not read the forward's output: to find the maxima anew costs less than
-// to move it through memory.
+// Steps of n scans side by side. The gradient of lines that are not too long does not read the forward's output: to find the
+// maxima anew costs less than to move it through memory.
 template <class Scalar, class T>
 inline void pool_step(const Scalar* x, T* running, Scalar* out, std::int64_t n) {
 #pragma GCC ivdep
@@ -383,6 +385,22 @@ inline void sum_rows(const Plan& p, const Block& block, std::int32_t* maxima) {
   });
 }
 
+// Lines whose maxima would take too much memory: where these are, the forward's output says.
+template <class Scalar>
+[[gnu::noinline]] void sum_lines(const Plan& p, const Block& block) {
+  using Pass = corner_pool::Backward<Acc<Scalar>>;
+  Acc<Scalar> running[kSpan];
+  std::fill_n(running, kSpan, Pass::start());
+  const std::int64_t across = p.args.inner == 1 ? p.args.length : 1;
+  auto* out = static_cast<Scalar*>(p.args.out);
+  in_direction(p.reverse, p.args.length, [&](std::int64_t k) {
+    for (std::int64_t i = 0; i < block.count; ++i) {
+      const std::int64_t at = block.begin + k * p.args.inner + i * across;
+      store(out[at], Pass::step(running[i], Pass::template item<Scalar>(p.args, at)));
+    }
+  });
+}
+
 // The blocks of a map or a tensor, by number.
 struct Blocks {
   std::int64_t inner, lines, across, count;
@@ -407,7 +425,9 @@ inline void run_blocks(const Plan& p, const Blocks& blocks, std::int64_t begin, 
                        std::int32_t* maxima) {
   for (std::int64_t i = begin; i < end; ++i) {
     const Block block = blocks.at(p.args, i);
-    if (blocks.inner == 1) {
+    if (p.backward && maxima == nullptr) {
+      sum_lines<Scalar>(p, block);
+    } else if (blocks.inner == 1) {
       p.backward ? sum_rows<Scalar>(p, block, maxima) : pool_rows<Scalar>(p, block);
     } else {
       p.backward ? sum_columns<Scalar>(p, block, maxima) : pool_columns<Scalar>(p, block);
@@ -421,11 +441,14 @@ TORCHKILN_POOL_LOOPS void run_floats(const Plan& p, const Blocks& blocks, std::i
 
 Tensor run_cpu(const Plan& p) {
   const Blocks blocks(p.args);
-  const auto lines = std::min<std::int64_t>(blocks.lines, p.args.outer * p.args.inner);
+  const auto lines = std::min(blocks.lines, blocks.inner == 1 ? p.args.outer : blocks.inner);
+  const std::int64_t marks = p.args.length * blocks.lines;
+  const bool marked = p.backward && marks <= kMostMarks;
   with_float(p.out.scalar_type(), [&]<class Scalar>() {
     parallel_for(blocks.count, p.args.length * lines, [&](std::int64_t begin, std::int64_t end) {
-      const auto size = static_cast<std::size_t>(p.backward ? p.args.length * blocks.lines : 0);
-      const auto maxima = std::make_unique_for_overwrite<std::int32_t[]>(size);
+      std::unique_ptr<std::int32_t[]> maxima;
+      if (marked)
+        maxima = std::make_unique_for_overwrite<std::int32_t[]>(static_cast<std::size_t>(marks));
       if constexpr (std::is_same_v<Scalar, float>) {
         run_floats(p, blocks, begin, end, maxima.get());
       } else {

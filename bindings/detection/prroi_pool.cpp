@@ -146,7 +146,7 @@ Bands cut_maps(const Device& device, const RoiAlignPlan& p, std::int64_t maps) {
   const roi_align::Regions& r = p.args.regions;
   const auto element = static_cast<std::int64_t>(element_size(p.maps.scalar_type()));
   const std::int64_t few = p.maps.numel() * element <= kSmallBytes ? kFewRegions : kManyRegions;
-  const std::int64_t entries = r.k * std::max(r.pooled_h, r.n);
+  const std::int64_t entries = std::max(r.k * std::max(r.pooled_h, r.n), r.n * r.c);
   if (p.channels_last || r.k <= few * r.n || entries > std::numeric_limits<std::int32_t>::max()) {
     return {0, 0, 0};
   }

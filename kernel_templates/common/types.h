@@ -204,7 +204,7 @@ TORCHKILN_HD i32 quotient(i32 n, float inverse) {
   return i32((static_cast<float>(n) + 0.5f) * inverse);
 }
 
-// 1 / x to six digits; infinite or 0 where that has no normal exponent.
+// 1 / x to six digits; on the GPU infinite or 0 where that has no normal exponent.
 TORCHKILN_HD double rough_reciprocal(double x) {
 #if defined(__CUDACC_RTC__)
   double inverse;
@@ -261,8 +261,8 @@ TORCHKILN_HD float close_quotient(float a, float b) {
 TORCHKILN_HD double close_quotient(double a, double b) { return a / b; }
 
 // a / count of a finite number, by the same step but without what takes care of a range that is large or small: half a
-// dozen instructions, and the bits of the exact division up to a count of 2^18. Exact because a quotient by so small a
-// number stays further away from the middle between two floats than the step from either.
+// dozen instructions, and the bits of the exact division up to a count of 2^18 where the quotient is a normal number.
+// Exact because such a quotient stays further away from the middle between two floats than the step from either.
 TORCHKILN_HD float count_quotient(float a, float count) {
 #if defined(__CUDACC_RTC__)
   float inverse;

@@ -494,7 +494,7 @@ __device__ __forceinline__ void suppress_boxes(const Args& args) {
   // Panels that follow ask only for the class of our last box.
 #pragma unroll 1
   for (bool back = !kClasses;; back = true) {
-    i64 before = 0;  // kept boxes in earlier panels; all threads know it
+    i64 before = 0;  // kept boxes in earlier panels, as the leader knows it
     if (back) {
       before = look_back<kClasses, kPanel, kBlockSize>(args, panel, index, class_begin_place,
                                                        threshold, carried);

@@ -134,7 +134,7 @@ TORCHKILN_HD Axis<T> make_axis(T low, T high, T scale, bool rounding, i64 pooled
   } else {
     const T size = rounded_product(high + T(1), scale) - axis.start;
     axis.is_empty = !(size > T(0));
-    axis.bin = count_quotient(min_of(size, T(1e38)), T(pooled));
+    axis.bin = size - size == T(0) ? count_quotient(size, T(pooled)) : size;
   }
   return axis;
 }

@@ -65,7 +65,7 @@ struct BackwardArgs {
   i64 grad_stride;  // of grad_out: from one position to the next
   // What splits make of the adjoint state behind them. The last one knows it: (batch, dim, states). Those between it and the
   // first have maps x -> product * x + sum: sums are (splits - 2, batch, dim, states), and so are products, except where
-  // alphas are exponential: there they are those of one long step, (splits - 2, batch, dim).
+  // alphas are exponentials of real numbers: there they are those of one long step, (splits - 2, batch, dim).
   void *behind_last, *sums, *products;
   i32 splits;  // of the positions, among blocks; each is whole tiles, and none is empty
   i32 adds;    // whether blocks add to one part of variable gradients; otherwise each has its own

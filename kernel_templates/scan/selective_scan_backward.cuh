@@ -1,8 +1,8 @@
 // selective_scan on the GPU, backward: tiles from the last to the first. The states of a tile are computed again from the
-// one that the forward kept before it, of which every fourth stays in shared memory; then the adjoint states go back
-// through the tile, four positions at a time. The gradients of variable B and C, which all channels of a group share, are
-// summed over the channels of a block before they go to memory. Where there are too few rows for the GPU, positions are
-// split among blocks: a first launch summarises what each split makes of the adjoint state behind it.
+// one before it, which the forward kept or is the initial one, and every fourth of them stays in shared memory; then the
+// adjoint states go back through the tile, four positions at a time. The gradients of variable B and C, which all channels
+// of a group share, are summed over the channels of a block before they go to memory. Where there are too few rows for the
+// GPU, positions are split among blocks: a first launch summarises what each split makes of the adjoint state behind it.
 // compile time: above 250 ms; four positions of a state are unrolled, with the rule's derivatives, and all states of a lane.
 // spills: up to 28 bytes in float; up to 60 bytes for the quadratic rules in double, several hundred for complex numbers in
 // double, which do not fit into registers.
@@ -360,9 +360,9 @@ __device__ __forceinline__ V entering_adjoint(const BackwardArgs& args, i64 row,
 #pragma unroll 1
   for (i64 s = args.splits - 3; s >= split; --s) {
     V product;
-    if constexpr (has_exponential_alpha(kMethod)) {
+    if constexpr (keeps_step<kMethod, V>) {
       const Real<V> step = static_cast<const Real<V>*>(args.products)[s * rows + row];
-      product = conjugate(quick_exp_of_product(step, a));
+      product = quick_exp_of_product(step, a);
     } else {
       product = static_cast<const V*>(args.products)[s * rows * p.states + at];
     }
@@ -645,7 +645,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
             const auto c = coefficients(d[i], rate, Uneven<T>());
             const V alpha = conjugate(c.alpha);
             sum[s] = alpha * (((kComplex ? T(2) : T(1)) * g[i]) * conjugate(of_C[i]) + sum[s]);
-            if constexpr (!has_exponential_alpha(kMethod)) product[s] = alpha * product[s];
+            if constexpr (!keeps_step<kMethod, V>) product[s] = alpha * product[s];
           }
         }
       }
@@ -660,10 +660,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
       }
       const i64 at = i64(share.split - 1) * p.batch * p.dim * p.states + states + n;
       static_cast<V*>(args.sums)[at] = sum[s];
-      if constexpr (!has_exponential_alpha(kMethod))
-        static_cast<V*>(args.products)[at] = product[s];
+      if constexpr (!keeps_step<kMethod, V>) static_cast<V*>(args.products)[at] = product[s];
     }
-    if constexpr (has_exponential_alpha(kMethod)) {
+    if constexpr (keeps_step<kMethod, V>) {
       if (is_last || n0 > 0 || lane.part > 0 || !place.has(lane.row)) continue;
       static_cast<T*>(args.products)[i64(share.split - 1) * p.batch * p.dim + row] = step;
     }

@@ -61,7 +61,7 @@ def _fake(
     chunks = (length + _CHECKPOINT - 1) // _CHECKPOINT
     weights = sum_dtype(u.dtype)
     state = u.new_empty((batch, dim, *A.shape[1:]), dtype=weights)
-    kept = (batch, dim, max(chunks - 1, 0), *A.shape[1:]) if with_checkpoints else (0,)
+    kept = (batch, dim, torch.sym_max(chunks - 1, 0), *A.shape[1:]) if with_checkpoints else (0,)
     return u.new_empty(u.shape), state, u.new_empty(kept, dtype=weights)
 
 
@@ -229,12 +229,13 @@ def selective_scan(
         delta_bias: (dim,).
         delta_softplus: whether the steps go through softplus.
         discretization: see above.
-        initial_state: (batch, dim, N), complex if A is; None: 0.
+        initial_state: (batch, dim, N), complex if A is; None: 0. The gradient reads it again: do not
+            change it in place before.
         return_last_state: whether the state after the last step is returned, too.
         reverse: whether the scan goes from the last position to the first.
         true_time: whether the quadratic rules (poly, highorder) take the lengths of neighbouring
             steps into account; without it their weights are those of equal steps. The weights grow
-            without bound where neighbouring steps differ much.
+            without bound where neighbouring steps differ much, and steps must be above 0.
         deterministic: whether two runs of the gradient give the same bits; None follows
             `torch.use_deterministic_algorithms`.
 
@@ -255,7 +256,7 @@ def selective_scan(
 
     Note:
         Real sums are float32 for the half types. For the gradient a state is kept for every 32
-        positions; all others are computed again.
+        positions but the first; all others are computed again.
 
     Source:
         Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023; the

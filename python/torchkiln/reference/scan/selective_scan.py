@@ -278,6 +278,11 @@ def parity() -> Parity:
             Case("splits", lambda new: _scan_of(new, 1, 2, 4200, 1, groups=1, without=("z",))),
             # Of a rule whose splits have a product for each state.
             Case("splits_bilinear", lambda new: _of_rule(new, "bilinear", length=530)),
+            Case("splits_complex", lambda new: _of_rule(new, "zoh", length=530, parts=2)),
+            Case(
+                "splits_true_time",
+                lambda new: _of_rule(new, "highorder", length=530, true_time=True),
+            ),
             Case("deterministic", lambda new: _scan_of(new, 2, 22, 24, 2, deterministic=True)),
             Case("plain", lambda new: _scan_of(new, 2, 4, 21, 3, without=_NAMES[5:])),
             Case("no_softplus", lambda new: _scan_of(new, 1, 4, 21, 3, delta_softplus=False)),
