@@ -116,6 +116,22 @@ def test_lines_past_tiles(mode: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(found, expected_grad.to(dtype))
 
 
+@pytest.mark.parametrize("mode", _MODES)
+def test_very_long_lines(mode: str) -> None:
+    """The CPU keeps no maxima of these."""
+    along = 2 if mode in ("top", "bottom") else 3
+    new, sizes = Inputs(5), [1, 1, 2, 2]
+    sizes[along] = 40_000
+    image = (new.normal(*sizes) * 8).round()
+    grad = new.normal(*sizes).round()
+    exact = image.double().requires_grad_()
+    expected = reference.corner_pool(exact, _MODES.index(mode))
+    (expected_grad,) = torch.autograd.grad(expected, exact, grad.double())
+    leaf = image.requires_grad_()
+    (found,) = torch.autograd.grad(corner_pool(leaf, mode), leaf, grad)
+    torch.testing.assert_close(found.double(), expected_grad)
+
+
 def test_module() -> None:
     image = Inputs().normal(1, 2, 4, 5)
     module = nn.CornerPool("left")
