@@ -441,7 +441,8 @@ TORCHKILN_POOL_LOOPS void run_floats(const Plan& p, const Blocks& blocks, std::i
 
 Tensor run_cpu(const Plan& p) {
   const Blocks blocks(p.args);
-  const auto lines = std::min(blocks.lines, blocks.inner == 1 ? p.args.outer : blocks.inner);
+  const auto lines =
+      std::min<std::int64_t>(blocks.lines, blocks.inner == 1 ? p.args.outer : blocks.inner);
   const std::int64_t marks = p.args.length * blocks.lines;
   const bool marked = p.backward && marks <= kMostMarks;
   with_float(p.out.scalar_type(), [&]<class Scalar>() {

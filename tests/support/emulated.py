@@ -39,6 +39,8 @@ def process() -> Iterator[ProcessPoolExecutor]:
     settings = {
         "LD_LIBRARY_PATH": str(folder / "fake_cuda"),
         "TORCHKILN_NVRTC_PATH": str(folder / "emulator" / "libnvrtc.so.13.0"),
+        # A real kernel of the run's cache would be taken for an emulated one, and compute nothing.
+        "TORCHKILN_CACHE_DIR": str(Path(os.environ["TORCHKILN_CACHE_DIR"]) / "emulated"),
     }
     before = {name: os.environ.get(name) for name in settings}
     # Forked, it would have this process's torch.
