@@ -1,5 +1,6 @@
 // rotated_feature_align on the GPU: the kernels of sampled_roi.cuh on its samples.
 // spills: up to 40 bytes in float64, by ptxas' own choice: no kernel asks for a number of blocks.
+// compile time: around 250 ms for vectors of channels, whose four taps a sample are unrolled
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
