@@ -806,8 +806,7 @@ void launch_backward(const CudaPlace& place, ScanBackwardPlan& p, const ScanSums
                         kProducts = offsetof(BackwardArgs, products),
                         kBehindLast = offsetof(BackwardArgs, behind_last);
   const std::int64_t maps = std::max<std::int64_t>(p.args.splits - 2, 0);
-  const bool is_long =
-      !in.is_complex && selective_scan::has_exponential_alpha(static_cast<int>(in.method));
+  const bool is_long = selective_scan::keeps_step(static_cast<int>(in.method), in.is_complex);
   const Tensor map_sums = split_states(in, maps);
   const Tensor products = is_long
                               ? empty(in.u, in.wide(), {maps, in.problem.batch * in.problem.dim})

@@ -101,17 +101,7 @@ TORCHKILN_HD Complex<T> reciprocal_of(Complex<T> x) {
   return {scale * x.re, -scale * x.im};
 }
 
-// The same where 1 / x is no smaller than the least normal number, and x is none of those below that.
-TORCHKILN_HD float quick_reciprocal(float x) {
-#if defined(__CUDACC_RTC__)
-  float result;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-#else
-  return reciprocal_of(x);
-#endif
-}
-TORCHKILN_HD double quick_reciprocal(double x) { return reciprocal_of(x); }
+// By quick_reciprocal of `common/types.h`.
 template <class T>
 TORCHKILN_HD Complex<T> quick_reciprocal(Complex<T> x) {
   const T scale = quick_reciprocal(x.re * x.re + x.im * x.im);

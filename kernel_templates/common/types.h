@@ -244,13 +244,24 @@ TORCHKILN_HD float fast_quotient(float a, float b) {
 }
 TORCHKILN_HD double fast_quotient(double a, double b) { return a / b; }
 
+// 1 / x within two units in the last place where that is no smaller than the least normal number, and x is none of those
+// below that.
+TORCHKILN_HD float quick_reciprocal(float x) {
+#if defined(__CUDACC_RTC__)
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  return inverse;
+#else
+  return 1 / x;
+#endif
+}
+TORCHKILN_HD double quick_reciprocal(double x) { return 1 / x; }
+
 // a / b within half a unit and a little, over the full range: one step of Newton's method. Half of what the exact division
 // costs, and no call.
 TORCHKILN_HD float close_quotient(float a, float b) {
 #if defined(__CUDACC_RTC__)
-  float inverse;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
-  const float quotient = fast_quotient(a, b);
+  const float inverse = quick_reciprocal(b), quotient = fast_quotient(a, b);
   const float result = __fmaf_rn(__fmaf_rn(-quotient, b, a), inverse, quotient);
   // What is infinite or not a number has no rounding that a step could mend.
   return result - result == 0.0f ? result : quotient;
@@ -265,9 +276,7 @@ TORCHKILN_HD double close_quotient(double a, double b) { return a / b; }
 // Exact because such a quotient stays further away from the middle between two floats than the step from either.
 TORCHKILN_HD float count_quotient(float a, float count) {
 #if defined(__CUDACC_RTC__)
-  float inverse;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(count));
-  const float quotient = a * inverse;
+  const float inverse = quick_reciprocal(count), quotient = a * inverse;
   return __fmaf_rn(__fmaf_rn(-quotient, count, a), inverse, quotient);
 #else
   return a / count;

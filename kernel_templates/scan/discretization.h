@@ -215,13 +215,11 @@ TORCHKILN_HD constexpr int top_of(int method) {
   return method == kPoly || method == kHighorder || neighbour_of(method) != 0 ? 3 : 0;
 }
 
-TORCHKILN_HD constexpr bool has_exponential_alpha(int method) {
-  return method == kMamba || top_of(method) > 0;
+// Whether the product of a row's alphas is taken from one long step: they are exponentials, of real numbers. An imaginary part
+// could be thousands of radians, of which float32 keeps three digits.
+TORCHKILN_HD constexpr bool keeps_step(int method, bool is_complex) {
+  return !is_complex && (method == kMamba || top_of(method) > 0);
 }
-// Whether the product of a row's alphas is taken from one long step. The imaginary part of its exponent could be thousands
-// of radians, of which float32 keeps three digits.
-template <int kMethod, class V>
-constexpr bool keeps_step = has_exponential_alpha(kMethod) && !is_complex_type<V>;
 
 // ---- weights ----
 

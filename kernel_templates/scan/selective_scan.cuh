@@ -85,7 +85,7 @@ __device__ __forceinline__ void scan_four(const Readings<Of, kMethod, V>& in,
       const auto& rate = channel.rate[s];
       V& state = channel.state[s];
       state = stepped<kIsNear>(state, in.d[i], rate, uneven, channel.window[s].at);
-      if constexpr (kSummarises && !keeps_step<kMethod, V>) {
+      if constexpr (kSummarises && !keeps_step(kMethod, is_complex_type<V>)) {
         channel.product[s] = coefficients(in.d[i], rate, Uneven<T>()).alpha * channel.product[s];
       }
       if constexpr (!kSummarises) y[i] += inner(in.C[s][i], conjugate(state));
@@ -226,7 +226,7 @@ __device__ __forceinline__ void leave(const Args& args, const Place& place, cons
     if (!place.has(lane.row) || n >= int(p.states)) continue;
     if constexpr (kSummarises) {
       V product = channel.product[s];
-      if constexpr (keeps_step<kMethod, V>) {
+      if constexpr (keeps_step(kMethod, is_complex_type<V>)) {
         product = quick_exp_of_product(channel.step, channel.rate[s].a);
       }
       static_cast<Affine<V>*>(args.summaries)[split * all + states + n] = {product,

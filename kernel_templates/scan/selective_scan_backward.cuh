@@ -360,7 +360,7 @@ __device__ __forceinline__ V entering_adjoint(const BackwardArgs& args, i64 row,
 #pragma unroll 1
   for (i64 s = args.splits - 3; s >= split; --s) {
     V product;
-    if constexpr (keeps_step<kMethod, V>) {
+    if constexpr (keeps_step(kMethod, is_complex_type<V>)) {
       const Real<V> step = static_cast<const Real<V>*>(args.products)[s * rows + row];
       product = quick_exp_of_product(step, a);
     } else {
@@ -645,7 +645,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
             const auto c = coefficients(d[i], rate, Uneven<T>());
             const V alpha = conjugate(c.alpha);
             sum[s] = alpha * (((kComplex ? T(2) : T(1)) * g[i]) * conjugate(of_C[i]) + sum[s]);
-            if constexpr (!keeps_step<kMethod, V>) product[s] = alpha * product[s];
+            if constexpr (!keeps_step(kMethod, is_complex_type<V>)) product[s] = alpha * product[s];
           }
         }
       }
@@ -660,9 +660,10 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
       }
       const i64 at = i64(share.split - 1) * p.batch * p.dim * p.states + states + n;
       static_cast<V*>(args.sums)[at] = sum[s];
-      if constexpr (!keeps_step<kMethod, V>) static_cast<V*>(args.products)[at] = product[s];
+      if constexpr (!keeps_step(kMethod, is_complex_type<V>))
+        static_cast<V*>(args.products)[at] = product[s];
     }
-    if constexpr (keeps_step<kMethod, V>) {
+    if constexpr (keeps_step(kMethod, is_complex_type<V>)) {
       if (is_last || n0 > 0 || lane.part > 0 || !place.has(lane.row)) continue;
       static_cast<T*>(args.products)[i64(share.split - 1) * p.batch * p.dim + row] = step;
     }
