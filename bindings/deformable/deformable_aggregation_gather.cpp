@@ -57,7 +57,8 @@ Samples samples_kernel(const char* entry) {
 const Samples count_kernel = samples_kernel("count");
 const Samples fill_kernel = samples_kernel("fill");
 
-// `order` has a thread for each bin, `sum` and `place` have a block for several thousand.
+// `order` has a thread for each bin, `sum` and `place` have a block for several thousand. Few threads of a block where lists
+// of points are long: those of few bins have work, and others wait for them.
 template <bool kOrder>
 OfBins bins_kernel(const char* entry) {
   return OfBins({
@@ -68,7 +69,9 @@ OfBins bins_kernel(const char* entry) {
       .sizes = kSizes,
       .tunables = {kOrder ? ints("block_size", {64, 128, 256})
                           : ints("block_size", {256, 512, 1024})},
-      .defaults = {{kOrder ? 128 : 1024}},
+      .defaults =
+          kOrder ? std::vector<BlockTunables>{{128}, {64}} : std::vector<BlockTunables>{{1024}},
+      .choose = [](const OfBins::Problem& p) { return kOrder && p.sizes.parts > 1 ? 1U : 0U; },
       .geometry =
           [](const OfBins::Problem& p, const BlockTunables& t) {
             const std::int64_t blocks = blocks_of_bins(p.sizes);
