@@ -123,12 +123,13 @@ std::vector<Choice> choices_of(Engine& engine, const Kernel& kernel, const Subje
   }
   std::vector<Choice> choices;
   for (std::uint32_t i = 0; i < d.n_defaults; ++i) {
-    const auto* row = d.defaults + std::size_t{i} * kernel.n_tunables;
+    const std::span row(d.defaults + std::size_t{i} * kernel.n_tunables, kernel.n_tunables);
+    if (!runs_somewhere(kernel, statics, row, {&subject.device, 1})) continue;
     const std::string why = d.n_defaults == 1
                                 ? "the only default"
                                 : "default " + std::to_string(i + 1) + " of " +
                                       std::to_string(d.n_defaults) + "; sizes and device decide";
-    choices.push_back({{row, row + kernel.n_tunables}, Quality::kDefault, why});
+    choices.push_back({{row.begin(), row.end()}, Quality::kDefault, why});
   }
   return choices;
 }

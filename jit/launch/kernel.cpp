@@ -166,22 +166,6 @@ std::vector<Row> points_of(const Kernel& kernel, Points points) {
 // What is legal may depend on sizes, whose meaning only the declaration knows: few, usual and many of everything.
 constexpr std::array<std::int64_t, 3> kUsualSizes = {16, 1024, 65'536};
 
-bool runs_somewhere(const Kernel& kernel, const Row& statics, const Row& point,
-                    std::span<const torchkiln_device> devices) {
-  const torchkiln_declaration& d = kernel.declaration;
-  if (d.legal == nullptr) return true;
-  const auto runs = [&](const torchkiln_device& device, std::int64_t size) {
-    std::array<std::int64_t, TORCHKILN_MAX_SIZES> sizes{};
-    sizes.fill(size);
-    const torchkiln_problem problem{&device, statics.data(), sizes.data(), d.context};
-    return d.legal(&problem, point.data()) != 0;
-  };
-  return std::any_of(devices.begin(), devices.end(), [&](const torchkiln_device& device) {
-    return std::any_of(kUsualSizes.begin(), kUsualSizes.end(),
-                       [&](std::int64_t size) { return runs(device, size); });
-  });
-}
-
 }  // namespace
 
 std::uint8_t bucket_of(const torchkiln_size& size, std::int64_t value) {
@@ -196,6 +180,23 @@ std::vector<std::vector<std::int64_t>> legal_points(const Kernel& kernel,
   if (legal != nullptr)
     std::erase_if(points, [&](const Row& row) { return legal(&problem, row.data()) == 0; });
   return points;
+}
+
+bool runs_somewhere(const Kernel& kernel, std::span<const std::int64_t> statics,
+                    std::span<const std::int64_t> point,
+                    std::span<const torchkiln_device> devices) {
+  const torchkiln_declaration& d = kernel.declaration;
+  if (d.legal == nullptr) return true;
+  const auto runs = [&](const torchkiln_device& device, std::int64_t size) {
+    std::array<std::int64_t, TORCHKILN_MAX_SIZES> sizes{};
+    sizes.fill(size);
+    const torchkiln_problem problem{&device, statics.data(), sizes.data(), d.context};
+    return d.legal(&problem, point.data()) != 0;
+  };
+  return std::any_of(devices.begin(), devices.end(), [&](const torchkiln_device& device) {
+    return std::any_of(kUsualSizes.begin(), kUsualSizes.end(),
+                       [&](std::int64_t size) { return runs(device, size); });
+  });
 }
 
 const Kernel* find_kernel(std::span<Kernel* const> kernels, const std::string& path,

@@ -57,6 +57,10 @@ Specialization specialize(const Kernel& kernel, std::span<const std::int64_t> st
 std::vector<std::vector<std::int64_t>> legal_points(const Kernel& kernel,
                                                     const torchkiln_problem& problem);
 
+// Whether at least one of the devices can run a point of the search space on a problem of some usual size.
+bool runs_somewhere(const Kernel& kernel, std::span<const std::int64_t> statics,
+                    std::span<const std::int64_t> point, std::span<const torchkiln_device> devices);
+
 // Which points of the search space: those that the default can return, every combination of the smallest and largest
 // value of each tunable, or all.
 enum class Points { kDefaults, kCorners, kAll };

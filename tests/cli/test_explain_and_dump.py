@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from torchkiln_cli import dump, warm
+from torchkiln_cli import explain as explain_command
 
 STORED = {
     "text": "detection/nms.mask<float, block_size=64>",
@@ -159,6 +160,15 @@ def test_warm_knows_public_functions_as_explain_does():
     assert works[0] == works[1] == works[2]
     with pytest.raises(warm.UsageError, match=r"--ops must be among .*; got causal_conv1d_gn"):
         warm.work_of(warm.Selection(operators=["causal_conv1d_gn", "nms"]), ["sm_90"])
+
+
+def test_explain_names_no_default_that_runs_nowhere():
+    """`dump` would ask for its code, and some tunables do not compile with some static values."""
+    work, _ = warm.work_of(warm.Selection(), ["sm_90"])
+    warmed = {row["text"] for row, _ in work}
+    for operator in sorted({row["operator"] for row, _ in work}):
+        reply = explain_command.kernels(operator, {}, None, {"target": "sm_90"})
+        assert {row["text"] for row in reply["kernels"]} <= warmed, operator
 
 
 def test_explain_sees_what_warm_has_stored(run):
