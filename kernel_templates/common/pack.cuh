@@ -15,6 +15,14 @@ union Pack {
   u32 words[kBytes >= 4 ? kBytes / 4 : 1];
 };
 
+// A number that the compiler keeps in a register; otherwise it is read again from the arguments wherever it is used.
+__device__ __forceinline__ u32 held(u32 value) {
+#if defined(__CUDACC_RTC__)
+  asm("" : "+r"(value));
+#endif
+  return value;
+}
+
 // A row of many, of `bytes` bytes each.
 template <class Value>
 __device__ __forceinline__ Value* row_at(Value* rows, i32 row, u32 bytes) {

@@ -123,7 +123,7 @@ struct Sample {
   template <class T>
   __device__ __forceinline__ void read(const Scalar* map, u32 bytes, const Weight* weights,
                                        const Tap<T>& tap) {
-    weight = weights[tap.weight];
+    weight = *row_at(weights, tap.weight, u32(sizeof(Weight)));
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {
       pixels[corner] = zero_pack<kVector, Scalar>();
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kBlockSize, 1024 / kBlockSize) forward(const A
   const i32 first_channel = i32(rest % chunks) * kChannels, channels = i32(args.channels);
   const i32 lane = i32(threadIdx.x) % kLanes, slice = i32(threadIdx.x) / kLanes;
   const i32 channel = first_channel + lane * kVector;
-  const u32 row_bytes = u32(channels) * u32(sizeof(Scalar));
+  const u32 row_bytes = held(u32(channels) * u32(sizeof(Scalar)));
   const bool active = channel < channels;
   const i32 group = active ? channel / (channels / i32(args.groups)) : 0;
   const Normalizer<T> normalized = normalizer_of<T>(args, query, group);
@@ -263,15 +263,18 @@ struct Lanes {
         group(i32(threadIdx.x) % kWarpSize / span),
         inner(i32(threadIdx.x) % kWarpSize - group * span) {}
 
-  // The sum over the lanes of a group, in its first lane.
-  template <class T>
-  __device__ __forceinline__ T sum(T value) const {
+  // Sums over the lanes of a group, in its first lane.
+  template <int kCount, class T>
+  __device__ __forceinline__ void sum(T (&values)[kCount]) const {
 #pragma unroll 1
     for (i32 distance = 1; distance < span; distance *= 2) {
-      const T other = __shfl_down_sync(0xffffffffu, value, distance);
-      if (inner + distance < span) value += other;
+      const bool adds = inner + distance < span;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const T other = __shfl_down_sync(0xffffffffu, values[i], distance);
+        if (adds) values[i] += other;
+      }
     }
-    return value;
   }
 };
 
@@ -282,10 +285,11 @@ struct Sides {
 };
 
 // A query's gradient, and what softmax takes off each of its group's.
-template <class T>
+template <class Weight, class T>
 struct Query {
   i64 number;
-  i64 weights;  // where those of its samples begin
+  const Weight* weights;  // of its samples
+  Weight* grad_weights;
   const T* gradient;
   const T* mean;
 };
@@ -312,7 +316,7 @@ __device__ __forceinline__ void add_taps(const Args& args, const Tap<T>& tap, T 
 // (dx, dy), of which each lane has a part. `sides` are the w and h of their maps. The whole warp must call.
 template <class Scalar, class Weight, int kVector, bool kScatter, int kTaps, class T>
 __device__ __forceinline__ void differentiate(const Args& args, const Tap<T>* taps, i32 count,
-                                              const Sides<T>& sides, const Query<T>& query,
+                                              const Sides<T>& sides, const Query<Weight, T>& query,
                                               const Lanes& lanes, T& dx, T& dy) {
   const i32 channels = i32(args.channels), groups = i32(args.groups);
   const i32 channels_per_group = lanes.per_group * kVector;
@@ -324,7 +328,7 @@ __device__ __forceinline__ void differentiate(const Args& args, const Tap<T>* ta
     Sample<Scalar, Weight, kVector> samples[kTaps];
     T dots[kTaps][4] = {};
     if (active) {
-      const Weight* weights = static_cast<const Weight*>(args.weights) + query.weights + group;
+      const Weight* weights = query.weights + group;
 #pragma unroll 1
       for (i32 pack = lanes.inner; pack < lanes.per_group; pack += kWarpSize) {
         const i32 channel = group * channels_per_group + pack * kVector;
@@ -354,6 +358,7 @@ __device__ __forceinline__ void differentiate(const Args& args, const Tap<T>* ta
       }
     }
     const Normalizer<T> normalized = normalizer_of<T>(args, query.number, active ? group : 0);
+    T weights[kTaps], values[kTaps] = {};
 #pragma unroll
     for (int t = 0; t < kTaps; ++t) {
       if (t >= count) break;
@@ -363,22 +368,28 @@ __device__ __forceinline__ void differentiate(const Args& args, const Tap<T>* ta
       const T upper = dots[t][0] + right * top, lower = dots[t][2] + right * bottom;
       dx += weight * sides.w[t] * (top + down * (bottom - top));
       dy += weight * sides.h[t] * (lower - upper);
-      T value = lanes.sum(upper + down * (lower - upper));
-      if (!active || lanes.inner != 0) continue;
-      if (normalized.used) value = weight * (value - query.mean[group]);
-      store(static_cast<Weight*>(args.grad_weights)[query.weights + taps[t].weight + group], value);
+      weights[t] = weight;
+      values[t] = upper + down * (lower - upper);
+    }
+    lanes.sum(values);
+    if (!active || lanes.inner != 0) continue;
+#pragma unroll
+    for (int t = 0; t < kTaps; ++t) {
+      if (t >= count) break;
+      if (normalized.used) values[t] = weights[t] * (values[t] - query.mean[group]);
+      store(row_at(query.grad_weights, taps[t].weight, u32(sizeof(Weight)))[group], values[t]);
     }
   }
 }
 
 // What points get that no camera sees: nothing; under softmax, their weight's share of the mean.
 template <class Weight, int kBlockSize, class T>
-__device__ __forceinline__ void fill_unseen(const Args& args, const Query<T>& query, i32 first,
-                                            i32 count) {
+__device__ __forceinline__ void fill_unseen(const Args& args, const Query<Weight, T>& query,
+                                            i32 first, i32 count) {
   constexpr int kWarps = kBlockSize / kWarpSize;
   const i32 lane = i32(threadIdx.x) % kWarpSize, warp = i32(threadIdx.x) / kWarpSize;
   const i32 cameras = i32(args.cameras), groups = i32(args.groups), levels = i32(args.levels);
-  Weight* weights = static_cast<Weight*>(args.grad_weights) + query.weights;
+  Weight* weights = query.grad_weights;
   const bool neighbours = args.camera_stride <= args.point_stride || count == args.points * cameras;
   const bool zeros = args.normalizer == nullptr && neighbours;
   const i32 each = levels * groups;
@@ -396,8 +407,7 @@ __device__ __forceinline__ void fill_unseen(const Args& args, const Query<T>& qu
       const i32 at = weight_row(args, point, camera, level) + group;
       T value = T(0);
       if (normalized.used) {
-        const Weight weight = static_cast<const Weight*>(args.weights)[query.weights + at];
-        value = -normalized(T(load(weight))) * query.mean[group];
+        value = -normalized(T(load(query.weights[at]))) * query.mean[group];
       }
       store(weights[at], value);
     }
@@ -424,7 +434,10 @@ __global__ void __launch_bounds__(kBlockSize, 768 / kBlockSize) points(const Arg
   T* gradient = reinterpret_cast<T*>(memory);
   T* mean = gradient + channels;
   const i64 number = blockIdx.x / parts;
-  const Query<T> query = {number, weights_of_query(args, number), gradient, mean};
+  const i64 weights = weights_of_query(args, number);
+  const Query<Weight, T> query = {number, static_cast<const Weight*>(args.weights) + weights,
+                                  static_cast<Weight*>(args.grad_weights) + weights, gradient,
+                                  mean};
 #pragma unroll 1
   for (i32 c = threadIdx.x; c < channels; c += kBlockSize) {
     gradient[c] = load_as<T>(args.grad_output, args.gradient_type, query.number * channels + c);
