@@ -143,16 +143,33 @@ std::vector<const Kernel*> Engine::kernels_of(const std::string& operator_name) 
 
 void Engine::run(Kernel& kernel, const torchkiln_launch& launch) {
   const OnDevice on_device(driver_, kernel, launch.device);
-  LaunchKey key = launch_key(kernel, launch);
-  key.epoch = recordings_.load(std::memory_order_relaxed) + tuner_.epoch();  // both only grow
-  const LaunchRecord* record = kernel.records.find(key);
-  if (record == nullptr) record = prepare(kernel, launch, key);
+  const LaunchRecord* record = record_for(kernel, launch);
   const torchkiln_problem problem = {record->device, record->statics.data(), launch.sizes,
                                      kernel.declaration.context};
   torchkiln_geometry geometry{};
   kernel.declaration.geometry(&problem, record->tunables.data(), &geometry);
   if (geometry.grid[0] == 0 || geometry.grid[1] == 0 || geometry.grid[2] == 0) return;
   submit(kernel, *record, launch, geometry);
+}
+
+// Sizes count by their buckets, but for what depends on them all: which default is for them, and whether what was tuned for
+// the buckets can run them. Users' kernels are not asked: their functions may take Python's lock.
+const LaunchRecord* Engine::record_for(Kernel& kernel, const torchkiln_launch& launch) {
+  const auto ready = [&](const LaunchKey& key) {
+    const LaunchRecord* known = kernel.records.find(key);
+    return known != nullptr ? known : prepare(kernel, launch, key);
+  };
+  LaunchKey key = launch_key(kernel, launch);
+  key.epoch = recordings_.load(std::memory_order_relaxed) + tuner_.epoch();  // both only grow
+  if (kernel.is_user) return ready(key);
+  torchkiln_problem problem = {&driver_.device(launch.device), launch.statics, launch.sizes,
+                               kernel.declaration.context};
+  if (kernel.declaration.n_defaults > 1) key.default_row = default_row(kernel, problem);
+  const LaunchRecord* record = ready(key);
+  problem.statics = record->statics.data();
+  if (record->is_default || is_legal(kernel, problem, record->tunables)) return record;
+  key.untuned = true;
+  return ready(key);
 }
 
 const LaunchRecord* Engine::prepare(Kernel& kernel, const torchkiln_launch& launch,
@@ -163,11 +180,13 @@ const LaunchRecord* Engine::prepare(Kernel& kernel, const torchkiln_launch& laun
   record->device = &driver_.device(launch.device);
   const torchkiln_problem problem = {record->device, launch.statics, launch.sizes,
                                      kernel.declaration.context};
-  Resolved resolved = resolve(kernel, problem, launch);
+  Resolved resolved = resolve(kernel, problem, launch, key.untuned);
   std::copy(resolved.variant.statics.begin(), resolved.variant.statics.end(),
             record->statics.begin());
   std::copy(resolved.variant.tunables.begin(), resolved.variant.tunables.end(),
             record->tunables.begin());
+  const auto standard = tunables_of_row(kernel, key.default_row);
+  record->is_default = std::equal(standard.begin(), standard.end(), record->tunables.begin());
   record->text = resolved.specialization.text();
   record->function = resolved.function;
   if (kernel.is_user) record->limits = residents_.limits(resolved.function, launch.device);
@@ -176,10 +195,16 @@ const LaunchRecord* Engine::prepare(Kernel& kernel, const torchkiln_launch& laun
 
 // The program that was asked for; where it is missing and cannot be compiled, another one with the same answer.
 Engine::Resolved Engine::resolve(const Kernel& kernel, const torchkiln_problem& problem,
-                                 const torchkiln_launch& launch) {
+                                 const torchkiln_launch& launch, bool untuned) {
   const std::span statics(problem.statics, kernel.n_statics);
   const int device = launch.device;
-  const auto tunables = tuner_.choose(kernel, problem, launch).tunables;
+  std::vector<std::int64_t> tunables;
+  if (untuned) {
+    const auto standard = choose_tunables(kernel, problem);
+    tunables.assign(standard.begin(), standard.end());
+  } else {
+    tunables = tuner_.choose(kernel, problem, launch).tunables;
+  }
   Resolved exact{{{statics.begin(), statics.end()}, {tunables.begin(), tunables.end()}},
                  specialize(kernel, statics, tunables)};
   recorder_.note(exact.specialization.text());

@@ -71,9 +71,10 @@ class Engine {
     CudaFunction function = nullptr;
   };
 
+  const LaunchRecord* record_for(Kernel& kernel, const torchkiln_launch& launch);
   const LaunchRecord* prepare(Kernel& kernel, const torchkiln_launch& launch, const LaunchKey& key);
   Resolved resolve(const Kernel& kernel, const torchkiln_problem& problem,
-                   const torchkiln_launch& launch);
+                   const torchkiln_launch& launch, bool untuned);
   std::optional<Resolved> resolve_by_substitute(const Kernel& kernel,
                                                 const torchkiln_problem& problem, int device,
                                                 std::span<const std::int64_t> chosen);

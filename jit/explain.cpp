@@ -123,7 +123,7 @@ std::vector<Choice> choices_of(Engine& engine, const Kernel& kernel, const Subje
   }
   std::vector<Choice> choices;
   for (std::uint32_t i = 0; i < d.n_defaults; ++i) {
-    const std::span row(d.defaults + std::size_t{i} * kernel.n_tunables, kernel.n_tunables);
+    const auto row = tunables_of_row(kernel, i);
     if (!runs_somewhere(kernel, statics, row, {&subject.device, 1})) continue;
     const std::string why = d.n_defaults == 1
                                 ? "the only default"

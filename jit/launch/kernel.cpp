@@ -142,8 +142,8 @@ std::vector<Row> generic_statics(const Kernel& kernel, std::span<const std::int6
 std::vector<Row> default_points(const Kernel& kernel) {
   std::vector<Row> rows;
   for (std::uint32_t i = 0; i < kernel.declaration.n_defaults; ++i) {
-    const auto* row = kernel.declaration.defaults + std::size_t{i} * kernel.n_tunables;
-    rows.emplace_back(row, row + kernel.n_tunables);
+    const auto row = tunables_of_row(kernel, i);
+    rows.emplace_back(row.begin(), row.end());
   }
   return rows;
 }
@@ -176,9 +176,7 @@ std::uint8_t bucket_of(const torchkiln_size& size, std::int64_t value) {
 std::vector<std::vector<std::int64_t>> legal_points(const Kernel& kernel,
                                                     const torchkiln_problem& problem) {
   std::vector<Row> points = points_of(kernel, Points::kAll);
-  const auto legal = kernel.declaration.legal;
-  if (legal != nullptr)
-    std::erase_if(points, [&](const Row& row) { return legal(&problem, row.data()) == 0; });
+  std::erase_if(points, [&](const Row& row) { return !is_legal(kernel, problem, row); });
   return points;
 }
 
@@ -218,22 +216,33 @@ LaunchKey launch_key(const Kernel& kernel, const torchkiln_launch& launch) {
   return key;
 }
 
-std::span<const std::int64_t> choose_tunables(const Kernel& kernel,
-                                              const torchkiln_problem& problem) {
+bool is_legal(const Kernel& kernel, const torchkiln_problem& problem,
+              std::span<const std::int64_t> tunables) {
+  const auto legal = kernel.declaration.legal;
+  return legal == nullptr || legal(&problem, tunables.data()) != 0;
+}
+
+std::span<const std::int64_t> tunables_of_row(const Kernel& kernel, std::uint32_t row) {
+  return {kernel.declaration.defaults + std::size_t{row} * kernel.n_tunables, kernel.n_tunables};
+}
+
+std::uint32_t default_row(const Kernel& kernel, const torchkiln_problem& problem) {
   const torchkiln_declaration& d = kernel.declaration;
-  const auto row = [&](std::uint32_t i) {
-    return std::span(d.defaults + std::size_t{i} * kernel.n_tunables, kernel.n_tunables);
-  };
-  const auto legal = [&](std::uint32_t i) {
-    return d.legal == nullptr || d.legal(&problem, row(i).data()) != 0;
+  const auto runs = [&](std::uint32_t row) {
+    return is_legal(kernel, problem, tunables_of_row(kernel, row));
   };
   const std::uint32_t first = d.choose == nullptr ? 0 : d.choose(&problem);
-  if (first < d.n_defaults && legal(first)) return row(first);
-  for (std::uint32_t i = 0; i < d.n_defaults; ++i) {
-    if (legal(i)) return row(i);
+  if (first < d.n_defaults && runs(first)) return first;
+  for (std::uint32_t row = 0; row < d.n_defaults; ++row) {
+    if (runs(row)) return row;
   }
   throw Error(TORCHKILN_ERROR_INTERNAL,
               std::string(d.path) + "." + d.entry + ": no default is legal on this device");
+}
+
+std::span<const std::int64_t> choose_tunables(const Kernel& kernel,
+                                              const torchkiln_problem& problem) {
+  return tunables_of_row(kernel, default_row(kernel, problem));
 }
 
 namespace {
@@ -246,7 +255,7 @@ std::vector<Variant> default_variants(const Kernel& kernel, const torchkiln_prob
   const auto chosen = choose_tunables(kernel, problem);
   std::vector<Variant> variants = {{statics, {chosen.begin(), chosen.end()}}};
   for (Row& row : default_points(kernel)) {
-    if (d.legal != nullptr && d.legal(&problem, row.data()) == 0) continue;
+    if (!is_legal(kernel, problem, row)) continue;
     if (row != variants.front().tunables) variants.push_back({statics, std::move(row)});
   }
   return variants;

@@ -36,7 +36,13 @@ LaunchKey launch_key(const Kernel& kernel, const torchkiln_launch& launch);
 const Kernel* find_kernel(std::span<Kernel* const> kernels, const std::string& path,
                           const std::string& entry);
 
-// The row of defaults for this problem; throws Error(INTERNAL) when the device can run none.
+bool is_legal(const Kernel& kernel, const torchkiln_problem& problem,
+              std::span<const std::int64_t> tunables);
+
+std::span<const std::int64_t> tunables_of_row(const Kernel& kernel, std::uint32_t row);
+
+// Which row of defaults is for this problem; throws Error(INTERNAL) when the device can run none.
+std::uint32_t default_row(const Kernel& kernel, const torchkiln_problem& problem);
 std::span<const std::int64_t> choose_tunables(const Kernel& kernel,
                                               const torchkiln_problem& problem);
 

@@ -8,14 +8,14 @@
 namespace torchkiln::jit {
 
 bool LaunchKey::operator==(const LaunchKey& other) const {
-  return device == other.device && epoch == other.epoch && n_statics == other.n_statics &&
-         buckets == other.buckets &&
+  return device == other.device && epoch == other.epoch && default_row == other.default_row &&
+         untuned == other.untuned && n_statics == other.n_statics && buckets == other.buckets &&
          std::equal(statics.begin(), statics.begin() + n_statics, other.statics.begin());
 }
 
 std::uint64_t LaunchKey::hash() const {
   constexpr std::uint64_t kMultiplier = 0x9e3779b97f4a7c15;  // 2^64 / golden ratio
-  std::uint64_t h = static_cast<std::uint64_t>(device);
+  std::uint64_t h = (static_cast<std::uint64_t>(device) ^ default_row) * kMultiplier;
   for (std::uint32_t i = 0; i < n_statics; ++i) {
     h = (h ^ static_cast<std::uint64_t>(statics[i])) * kMultiplier;
   }

@@ -1,5 +1,5 @@
-// What a warm launch needs, found without a lock, an allocation or a string: the key is device, static parameters and
-// the bucket of every size; the record is the loaded function and the chosen tunables.
+// What a warm launch needs, found without a lock, an allocation or a string: the key is device, static parameters, the
+// bucket of every size and the default for these sizes; the record is the loaded function and the chosen tunables.
 //
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -18,6 +18,8 @@ namespace torchkiln::jit {
 struct LaunchKey {
   std::int32_t device = 0;
   std::uint32_t epoch = 0;  // raised where every kernel must be resolved anew, to be recorded
+  std::uint32_t default_row = 0;
+  bool untuned = false;  // what was tuned for these buckets cannot run these sizes
   std::uint32_t n_statics = 0;
   std::array<std::int64_t, TORCHKILN_MAX_PARAMS> statics{};
   std::array<std::uint8_t, TORCHKILN_MAX_SIZES> buckets{};
@@ -39,6 +41,7 @@ struct LaunchRecord {
   // Of the program that runs, which is not the one asked for where that may not be compiled.
   std::array<std::int64_t, TORCHKILN_MAX_PARAMS> statics{};
   std::array<std::int64_t, TORCHKILN_MAX_PARAMS> tunables{};
+  bool is_default = false;
   LaunchLimits limits;  // of users' kernels
   std::string text;     // for errors
   const LaunchRecord* next = nullptr;

@@ -16,12 +16,6 @@ constexpr int kFormat = 1;
 
 json parse_line(const std::string& line) { return json::parse(line, nullptr, false); }
 
-bool legal(const Kernel& kernel, const torchkiln_problem& problem,
-           const std::vector<std::int64_t>& tunables) {
-  return kernel.declaration.legal == nullptr ||
-         kernel.declaration.legal(&problem, tunables.data()) != 0;
-}
-
 RecordsByKey by_key(const std::vector<TuningRecord>& records) {
   RecordsByKey result;
   for (const TuningRecord& record : records) add(result, record);
@@ -108,7 +102,7 @@ std::optional<Match> Records::find(const DeviceIdentity& device, const Kernel& k
                    [](const Match& a, const Match& b) { return a.distance < b.distance; });
   // Unlocked: what is legal may be a user's function, which takes Python's lock.
   for (Match& match : candidates) {
-    if (legal(kernel, problem, match.tunables)) return std::move(match);
+    if (is_legal(kernel, problem, match.tunables)) return std::move(match);
   }
   return std::nullopt;
 }

@@ -335,21 +335,25 @@ __device__ __forceinline__ i32 merge_shares(const Args& args, const Chunk& chunk
   const Share<T> own = list.shares[lane_of()];
   const i32 row = __shfl_up_sync(0xffffffffu, own.row, 1);
   const i32 query = __shfl_up_sync(0xffffffffu, own.query, 1);
-  const bool begins = lane_of() == 0 || row != own.row || query != own.query;
+  const bool begins = lane_of() == 0 || row != own.row || query != own.query || own.row < 0;
   const u32 begin = __ballot_sync(0xffffffffu, begins), upto = (2u << lane_of()) - 1;
   const i32 first = 31 - __clz(i32(begin & upto));
   const u32 last = begin >> 1 | 0x80000000u,
             merged = __ballot_sync(0xffffffffu, own.row >= 0) & last;
   T sums[kMostGroups];
 #pragma unroll
-  for (int group = 0; group < kMostGroups; ++group) {
-    if (group >= chunk.groups) break;
-    sums[group] = list.weights[lane_of()][group];
+  for (int group = 0; group < kMostGroups; ++group) sums[group] = list.weights[lane_of()][group];
+  u32 left = ~begin;  // while there are more than `distance` neighbours to make one of
+#pragma unroll 1
+  for (i32 distance = 1; left != 0; distance *= 2) {
+    const bool adds = lane_of() - distance >= first;
 #pragma unroll
-    for (i32 distance = 1; distance < kWarpSize; distance *= 2) {
+    for (int group = 0; group < kMostGroups; ++group) {
+      if (group >= chunk.groups) break;
       const T other = __shfl_up_sync(0xffffffffu, sums[group], distance);
-      if (lane_of() - distance >= first) sums[group] += other;
+      if (adds) sums[group] += other;
     }
+    left &= left >> distance;
   }
   __syncwarp();
   if ((merged >> lane_of() & 1) != 0) {
@@ -404,11 +408,28 @@ struct Packs {
   }
 };
 
+// 0, of which the compiler does not know that it is: sums that may become 0 it keeps in two places, and copies them each time.
+template <class T>
+__device__ __forceinline__ T zero_in_place() {
+  T zero = T(0);
+#if defined(__CUDACC_RTC__)
+  if constexpr (sizeof(T) == 4) asm volatile("mov.b32 %0, 0;" : "=f"(zero));
+#endif
+  return zero;
+}
+
 // Sums of a row, up to now.
 template <class T, int kVector, int kPacks>
 struct Sums {
   T at[kPacks][kVector] = {};
   i32 row = -1;
+
+  __device__ __forceinline__ void begin(i32 next) {
+    const T zero = zero_in_place<T>();
+#pragma unroll
+    for (int i = 0; i < kPacks * kVector; ++i) at[i / kVector][i % kVector] = zero;
+    row = next;
+  }
 };
 
 // Adds up a list of merged shares, in order; `tell(sums)` of each row when another one begins. Loads are in flight for kAtOnce
@@ -432,8 +453,7 @@ __device__ __forceinline__ void add_shares(const Packs<Grad, kVector, kPacks>& p
       const i32 row = list.shares[first + i].row;
       if (row != sums.row) {
         tell(sums);
-        sums = {};
-        sums.row = row;
+        sums.begin(row);
       }
 #pragma unroll
       for (int pack = 0; pack < kPacks; ++pack) {

@@ -187,6 +187,16 @@ TEST_F(EngineTest, FirstSizesDoNotFixLaterOnes) {
   EXPECT_EQ(driver.launches().back().block[0], 128u);
 }
 
+TEST_F(EngineTest, SizesOfOneBucketMayHaveDifferentDefaults) {
+  World world;
+  for (const std::int64_t n : {900, 1010, 900}) world.launch(n);  // `choose` changes at 1000
+  const auto launches = driver.launches();
+  ASSERT_EQ(launches.size(), 3u);
+  EXPECT_EQ(launches[0].block[0], 128u);
+  EXPECT_EQ(launches[1].block[0], 256u);
+  EXPECT_EQ(launches[2].block[0], 128u);
+}
+
 TEST_F(EngineTest, EmptyGridLaunchesNothing) {
   World world;
   world.launch(0);

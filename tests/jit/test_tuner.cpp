@@ -190,6 +190,22 @@ TEST_F(TunerTest, ChoosesThePlantedBestAndRecordsIt) {
   EXPECT_EQ(next.engine->statistics().compiles.load(), 0u);
 }
 
+TEST_F(TunerTest, WhatCannotRunTheseSizesGivesWayToTheDefault) {
+  World world(folder.path());
+  world.tune();
+  world.launch(900);
+  world.kernel->declaration.legal = [](const torchkiln_problem* p, const std::int64_t* t) {
+    return static_cast<std::int32_t>(p->sizes[0] <= 1000 || t[1] == 128);
+  };
+  control(*world.engine, "tune.set", {{"mode", "lookup"}});
+  for (const std::int64_t n : {900, 1010, 900}) world.launch(n);  // of one bucket
+  const auto launches = own_launches(world);
+  ASSERT_EQ(launches.size(), 4u);
+  EXPECT_EQ(launches[1].block[0], 256u);
+  EXPECT_EQ(launches[2].block[0], 128u);
+  EXPECT_EQ(launches[3].block[0], 256u);
+}
+
 TEST_F(TunerTest, NeverTouchesTheUsersMemory) {
   World world(folder.path());
   world.tune();
