@@ -42,8 +42,11 @@ SCHEMA = 2
 LEAST_SECONDS = 5.0
 # A kernel that hangs cannot be interrupted; this long after the budget the process is ended.
 GRACE_SECONDS = 60.0
-# That compile side by side for times of compiles: few, so that they hardly slow each other.
-COLD_PROCESSES = 8
+# That compile at once for times of compiles: few, as a program waits for one kernel at a time, and
+# many slow each other.
+COLD_PROCESSES = 3
+# What each takes from the queue on average: more even them out, but starting one takes seconds.
+SHARES_PER_PROCESS = 4
 QUICK = Settings(rounds=7, sample_us=2000.0)
 FULL = Settings(rounds=11, sample_us=5000.0)
 
@@ -285,17 +288,18 @@ class Session:
             os.execv(sys.executable, [*command, "--budget-seconds", str(left)])
 
 
-def cold_compiles(operators: Sequence[str], seconds: float) -> dict[str, Any]:
+def cold_compiles(operators: Sequence[str], deadline: Deadline) -> dict[str, Any]:
     """Compiles every default kernel into an empty cache; few processes, one at a time each."""
-    shares = [share for k in range(COLD_PROCESSES) if (share := operators[k::COLD_PROCESSES])]
+    n_shares = COLD_PROCESSES * SHARES_PER_PROCESS
+    shares = [share for k in range(n_shares) if (share := operators[k::n_shares])]
     try:
-        with ThreadPoolExecutor(len(shares)) as pool:
-            found = list(pool.map(partial(compiled_cold, seconds=seconds), shares))
+        with ThreadPoolExecutor(COLD_PROCESSES) as pool:
+            found = list(pool.map(partial(compiled_cold, deadline=deadline), shares))
     except (subprocess.TimeoutExpired, OSError) as error:
         return {"failure": short(error)}
     except (ValueError, KeyError) as error:
         return {"failure": f"torchkiln warm told no kernels: {short(error)}"}
-    # Operators of two processes may share kernels.
+    # Operators of two shares may have kernels in common.
     kernels = list(
         {kernel["specialization"]: kernel for share in found for kernel in share}.values()
     )
@@ -303,6 +307,7 @@ def cold_compiles(operators: Sequence[str], seconds: float) -> dict[str, Any]:
     if not good:
         return {"failure": kernels[0].get("error", "no kernel") if kernels else "no kernel"}
     return {
+        "processes": min(COLD_PROCESSES, len(shares)),
         "kernels": len(good),
         "failed": len(kernels) - len(good),
         "median_ms": good[len(good) // 2][0],
@@ -310,7 +315,7 @@ def cold_compiles(operators: Sequence[str], seconds: float) -> dict[str, Any]:
     }
 
 
-def compiled_cold(operators: Sequence[str], seconds: float) -> list[dict[str, Any]]:
+def compiled_cold(operators: Sequence[str], deadline: Deadline) -> list[dict[str, Any]]:
     """The default kernels of some operators, and the milliseconds that each took."""
     major, minor = torch.cuda.get_device_capability()
     command = [sys.executable, "-m", "torchkiln", "warm", "--ops", ",".join(operators)]
@@ -322,7 +327,7 @@ def compiled_cold(operators: Sequence[str], seconds: float) -> list[dict[str, An
             env=os.environ | {"TORCHKILN_CACHE_DIR": folder, "TORCHKILN_COMPILE_JOBS": "1"},
             capture_output=True,
             text=True,
-            timeout=seconds,
+            timeout=deadline.left(),
             check=False,
         )
     if not done.stdout:
@@ -411,7 +416,7 @@ def main(
             session.count(wanted)
     if on_gpu and cold_compile and deadline.left() > LEAST_SECONDS:
         operators = sorted({case.operator for case in wanted})
-        found = cold_compiles(operators, deadline.left())
+        found = cold_compiles(operators, deadline)
         store.data["cold_compile"] = {"commit": store.run["commit"], **found}
         store.save()
         click.echo(f"cold compile: {store.data['cold_compile']}")
