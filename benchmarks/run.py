@@ -293,16 +293,15 @@ def cold_compiles(operators: Sequence[str], deadline: Deadline) -> dict[str, Any
     n_shares = COLD_PROCESSES * SHARES_PER_PROCESS
     shares = [share for k in range(n_shares) if (share := operators[k::n_shares])]
     try:
-        with ThreadPoolExecutor(COLD_PROCESSES) as pool:
-            found = list(pool.map(partial(compiled_cold, deadline=deadline), shares))
+        with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(COLD_PROCESSES) as pool:
+            compiled = partial(compiled_cold, cache=cache, deadline=deadline)
+            found = list(pool.map(compiled, shares))
     except (subprocess.TimeoutExpired, OSError) as error:
         return {"failure": short(error)}
     except (ValueError, KeyError) as error:
         return {"failure": f"torchkiln warm told no kernels: {short(error)}"}
-    # Operators of two shares may have kernels in common.
-    kernels = list(
-        {kernel["specialization"]: kernel for share in found for kernel in share}.values()
-    )
+    # What operators of two shares have in common is compiled for one, and a hit for the other.
+    kernels = [kernel for share in found for kernel in share if kernel.get("status") != "hit"]
     good = sorted((k["milliseconds"], k["specialization"]) for k in kernels if "error" not in k)
     if not good:
         return {"failure": kernels[0].get("error", "no kernel") if kernels else "no kernel"}
@@ -315,21 +314,20 @@ def cold_compiles(operators: Sequence[str], deadline: Deadline) -> dict[str, Any
     }
 
 
-def compiled_cold(operators: Sequence[str], deadline: Deadline) -> list[dict[str, Any]]:
-    """The default kernels of some operators, and the milliseconds that each took."""
+def compiled_cold(operators: Sequence[str], cache: str, deadline: Deadline) -> list[dict[str, Any]]:
+    """The default kernels of some operators, their status and the milliseconds that each took."""
     major, minor = torch.cuda.get_device_capability()
     command = [sys.executable, "-m", "torchkiln", "warm", "--ops", ",".join(operators)]
     command += ["--dtypes", "float32,float16", "--arch", f"sm_{major}{minor}"]
     command += ["--jobs", "1", "--json"]
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            command,
-            env=os.environ | {"TORCHKILN_CACHE_DIR": folder, "TORCHKILN_COMPILE_JOBS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=deadline.left(),
-            check=False,
-        )
+    done = subprocess.run(
+        command,
+        env=os.environ | {"TORCHKILN_CACHE_DIR": cache, "TORCHKILN_COMPILE_JOBS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=deadline.left(),
+        check=False,
+    )
     if not done.stdout:
         raise ValueError((done.stderr.strip().splitlines() or ["no output"])[-1])
     return json.loads(done.stdout)["kernels"]  # type: ignore[no-any-return]
