@@ -179,7 +179,9 @@ def cold_compile_text(found: dict[str, Any] | None) -> str:
     """The compile times, where they were taken."""
     if not found:
         return ""
-    text = "\n## Cold compile\n\nNVRTC, empty caches, few processes, one kernel at a time each"
+    text = "\n## Cold compile\n\nNVRTC, an empty cache, one kernel at a time in each process"
+    # Files of earlier versions do not say how many.
+    text += f", {found['processes']} processes at once" if "processes" in found else ""
     text += f"; commit {found['commit']}.\n\n" if "commit" in found else ".\n\n"
     if "failure" in found:
         return f"{text}{found['failure']}\n"

@@ -42,8 +42,11 @@ SCHEMA = 2
 LEAST_SECONDS = 5.0
 # A kernel that hangs cannot be interrupted; this long after the budget the process is ended.
 GRACE_SECONDS = 60.0
-# That compile side by side for times of compiles: few, so that they hardly slow each other.
-COLD_PROCESSES = 8
+# That compile at once for times of compiles: few, as a program waits for one kernel at a time, and
+# many slow each other.
+COLD_PROCESSES = 3
+# What each takes from the queue on average: more even them out, but starting one takes seconds.
+SHARES_PER_PROCESS = 4
 QUICK = Settings(rounds=7, sample_us=2000.0)
 FULL = Settings(rounds=11, sample_us=5000.0)
 
@@ -285,24 +288,25 @@ class Session:
             os.execv(sys.executable, [*command, "--budget-seconds", str(left)])
 
 
-def cold_compiles(operators: Sequence[str], seconds: float) -> dict[str, Any]:
+def cold_compiles(operators: Sequence[str], deadline: Deadline) -> dict[str, Any]:
     """Compiles every default kernel into an empty cache; few processes, one at a time each."""
-    shares = [share for k in range(COLD_PROCESSES) if (share := operators[k::COLD_PROCESSES])]
+    n_shares = COLD_PROCESSES * SHARES_PER_PROCESS
+    shares = [share for k in range(n_shares) if (share := operators[k::n_shares])]
     try:
-        with ThreadPoolExecutor(len(shares)) as pool:
-            found = list(pool.map(partial(compiled_cold, seconds=seconds), shares))
+        with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(COLD_PROCESSES) as pool:
+            compiled = partial(compiled_cold, cache=cache, deadline=deadline)
+            found = list(pool.map(compiled, shares))
     except (subprocess.TimeoutExpired, OSError) as error:
         return {"failure": short(error)}
     except (ValueError, KeyError) as error:
         return {"failure": f"torchkiln warm told no kernels: {short(error)}"}
-    # Operators of two processes may share kernels.
-    kernels = list(
-        {kernel["specialization"]: kernel for share in found for kernel in share}.values()
-    )
+    # What operators of two shares have in common is compiled for one, and a hit for the other.
+    kernels = [kernel for share in found for kernel in share if kernel.get("status") != "hit"]
     good = sorted((k["milliseconds"], k["specialization"]) for k in kernels if "error" not in k)
     if not good:
         return {"failure": kernels[0].get("error", "no kernel") if kernels else "no kernel"}
     return {
+        "processes": min(COLD_PROCESSES, len(shares)),
         "kernels": len(good),
         "failed": len(kernels) - len(good),
         "median_ms": good[len(good) // 2][0],
@@ -310,21 +314,20 @@ def cold_compiles(operators: Sequence[str], seconds: float) -> dict[str, Any]:
     }
 
 
-def compiled_cold(operators: Sequence[str], seconds: float) -> list[dict[str, Any]]:
-    """The default kernels of some operators, and the milliseconds that each took."""
+def compiled_cold(operators: Sequence[str], cache: str, deadline: Deadline) -> list[dict[str, Any]]:
+    """The default kernels of some operators, their status and the milliseconds that each took."""
     major, minor = torch.cuda.get_device_capability()
     command = [sys.executable, "-m", "torchkiln", "warm", "--ops", ",".join(operators)]
     command += ["--dtypes", "float32,float16", "--arch", f"sm_{major}{minor}"]
     command += ["--jobs", "1", "--json"]
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            command,
-            env=os.environ | {"TORCHKILN_CACHE_DIR": folder, "TORCHKILN_COMPILE_JOBS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
+    done = subprocess.run(
+        command,
+        env=os.environ | {"TORCHKILN_CACHE_DIR": cache, "TORCHKILN_COMPILE_JOBS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=deadline.left(),
+        check=False,
+    )
     if not done.stdout:
         raise ValueError((done.stderr.strip().splitlines() or ["no output"])[-1])
     return json.loads(done.stdout)["kernels"]  # type: ignore[no-any-return]
@@ -411,7 +414,7 @@ def main(
             session.count(wanted)
     if on_gpu and cold_compile and deadline.left() > LEAST_SECONDS:
         operators = sorted({case.operator for case in wanted})
-        found = cold_compiles(operators, deadline.left())
+        found = cold_compiles(operators, deadline)
         store.data["cold_compile"] = {"commit": store.run["commit"], **found}
         store.save()
         click.echo(f"cold compile: {store.data['cold_compile']}")

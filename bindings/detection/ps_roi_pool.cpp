@@ -27,7 +27,7 @@ struct TileStatics {
   std::int64_t scalar, index;
 };
 struct StagedStatics {
-  std::int64_t scalar, index, pooling;
+  std::int64_t scalar, pooling;
 };
 struct Sizes {
   std::int64_t n, c, h, w, k, pooled_h, pooled_w;
@@ -152,7 +152,7 @@ const Staged staged_kernel({
     .path = "detection/ps_roi_pool.cuh",
     .entry = "staged",
     .operators = kOperators,
-    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes), ints("pooling", {0, 1})},
+    .statics = {types("scalar", kFloatTypes), ints("pooling", {0, 1})},
     .sizes = kSizes,
     .tunables = {ints("maps", kStagedMaps), ints("block_size", kStagedBlocks)},
     .defaults = kStagedDefaults,
@@ -200,7 +200,7 @@ const StagedBackward staged_backward_kernel({
     .path = "detection/ps_roi_pool.cuh",
     .entry = "staged_backward",
     .operators = kOperators,
-    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes), ints("pooling", {0, 1})},
+    .statics = {types("scalar", kFloatTypes), ints("pooling", {0, 1})},
     .sizes = kSizes,
     .tunables = {ints("rows", {1, 4, 8, 16}), ints("outputs", {8, 16, 32}),
                  ints("block_size", {128, 256, 512})},
@@ -262,8 +262,7 @@ Buffer channel_buffer(const PsRoiPoolPlan& p) {
 
 void launch_staged(const CudaPlace& place, const PsRoiPoolPlan& p) {
   staged_kernel.run(
-      place, {kernel_type(p.maps.scalar_type()), index_type(p.maps, p.bins), p.kind.pooling},
-      sizes_of(p), p.args,
+      place, {kernel_type(p.maps.scalar_type()), p.kind.pooling}, sizes_of(p), p.args,
       {reads(offsetof(Args, regions), p.boxes), reads(offsetof(Args, maps), p.maps),
        writes(offsetof(Args, bins), p.bins), channel_buffer(p), unused(offsetof(Args, taps)),
        unused(offsetof(Args, ranges)), unused(offsetof(Args, spans))});
@@ -328,12 +327,11 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes, std::int64_
   p.bins = as_contiguous(p.bins);
   p.args.bins = const_cast<void*>(p.bins.const_data_ptr());
   const std::int64_t scalar = kernel_type(p.maps.scalar_type());
-  const std::int64_t index = index_type(p.maps, p.bins);
   const Buffer bins = reads(offsetof(Args, bins), p.bins);
   const Buffer maps = writes(offsetof(Args, maps), p.maps);
   const Buffer channels = unused(offsetof(Args, channels));
   if (!channels_last) {
-    staged_backward_kernel.run(place, {scalar, index, pooling}, sizes_of(p), p.args,
+    staged_backward_kernel.run(place, {scalar, pooling}, sizes_of(p), p.args,
                                {reads(offsetof(Args, regions), p.boxes), bins, maps, channels,
                                 unused(offsetof(Args, taps)), unused(offsetof(Args, ranges)),
                                 unused(offsetof(Args, spans))});
@@ -341,7 +339,7 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes, std::int64_
   }
   const TapTable<Args> table = make_table(place, p);
   const auto [taps, ranges, spans] = table.read();
-  backward_kernel.run(place, {scalar, index}, sizes_of(p), p.args,
+  backward_kernel.run(place, {scalar, index_type(p.maps, p.bins)}, sizes_of(p), p.args,
                       {bins, taps, ranges, spans, maps, unused(offsetof(Args, regions)), channels});
   return p.maps;
 }

@@ -143,8 +143,8 @@ __device__ __forceinline__ void average_cells(const Args& args, i64 region, cons
 
 // Copies maps that lie `step` apart to shared memory, kWidth elements at once, those of all maps in flight together. In the
 // place of those that are not there stands the last one: they are read all the same.
-template <int kWidth, int kMaps, int kBlockSize, class Scalar, class Index>
-__device__ __forceinline__ void copy_maps(const Scalar* from, Index step, i32 count, i32 size,
+template <int kWidth, int kMaps, int kBlockSize, class Scalar>
+__device__ __forceinline__ void copy_maps(const Scalar* from, i64 step, i32 count, i32 size,
                                           Scalar* to, i32 pitch) {
   struct Cells {
     Pack<Scalar, kWidth> of_map[kMaps];
@@ -166,8 +166,9 @@ __device__ __forceinline__ void copy_maps(const Scalar* from, Index step, i32 co
   at_once<4, kBlockSize>(size / kWidth, load_cells, store_cells);
 }
 
-// Grid: x over groups of kMaps maps, y over groups of regions. Dynamic shared memory: the maps.
-template <class Scalar, class Index, int kPooling, int kMaps, int kBlockSize>
+// Grid: x over groups of kMaps maps, y over groups of regions. Dynamic shared memory: the maps. Offsets in tensors are wide:
+// few are worked out.
+template <class Scalar, int kPooling, int kMaps, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) staged(const Args args) {
   using T = Acc<Scalar>;
   extern __shared__ uint4 memory[];
@@ -176,9 +177,9 @@ __global__ void __launch_bounds__(kBlockSize) staged(const Args args) {
   u32 block = blockIdx.x;
   const OwnMaps own = own_maps<kMaps>(r, block);
   const i32 size = i32(r.h * r.w), pitch = roi_align::band_pitch(i32(r.h), i32(r.w));
-  const Scalar* maps = static_cast<const Scalar*>(args.maps) + Index(own.image) * Index(r.c) * size;
-  const Index step = Index(own.bins) * size;
-  const Scalar* first = maps + Index(own.channel(0)) * size;
+  const Scalar* maps = static_cast<const Scalar*>(args.maps) + own.image * r.c * size;
+  const i64 step = i64(own.bins) * size;
+  const Scalar* first = maps + i64(own.channel(0)) * size;
   if (size % 2 == 0 && reinterpret_cast<u64>(first) % (2 * sizeof(Scalar)) == 0) {
     copy_maps<2, kMaps, kBlockSize>(first, step, own.count, size, cells, pitch);
   } else {
@@ -198,7 +199,7 @@ __global__ void __launch_bounds__(kBlockSize) staged(const Args args) {
     } else {
       average_cells<Scalar, kMaps>(args, region, own, cells, pitch, sums);
     }
-    const Index first = Index(region) * Index(r.c);
+    const i64 first = region * r.c;
 #pragma unroll
     for (int m = 0; m < kMaps; ++m) {
       if (m >= own.count) break;
@@ -257,10 +258,16 @@ __device__ __forceinline__ bool touches(const Args& args, const OwnMaps& own, co
   if (region >= args.regions.k || roi_align::image_of<T>(args.regions, region) != own.image) {
     return false;
   }
-  const Range rows = pixels_around<kPooling, T>(args, region, false, own.row_bin);
-  const Range columns = pixels_around<kPooling, T>(args, region, true, own.column_bin);
-  return overlap(rows, tile.y, tile.y + tile.height) && !rows.is_empty() &&
-         overlap(columns, tile.x, tile.x + tile.width) && !columns.is_empty();
+  // A loop over the axes, so that its code is there once, and columns are rarely asked for.
+#pragma unroll 1
+  for (int axis = 0; axis < 2; ++axis) {
+    const bool columns = axis != 0;
+    const Range pixels =
+        pixels_around<kPooling, T>(args, region, columns, columns ? own.column_bin : own.row_bin);
+    const i32 begin = columns ? tile.x : tile.y, count = columns ? tile.width : tile.height;
+    if (pixels.is_empty() || !overlap(pixels, begin, begin + count)) return false;
+  }
+  return true;
 }
 
 // One axis of a tile, for one of an entry.
@@ -340,7 +347,7 @@ struct Gradients {
   Scalar at[kOfThread];
 };
 // Asks for all of them at once.
-template <class Index, class Scalar, int kOutputs, int kBlockSize>
+template <class Scalar, int kOutputs, int kBlockSize>
 __device__ __forceinline__ void ask_gradients(const Args& args, const OwnMaps& own, i64 begin,
                                               const i32* regions, int count,
                                               Gradients<Scalar, kOutputs, kBlockSize>& asked) {
@@ -352,7 +359,7 @@ __device__ __forceinline__ void ask_gradients(const Args& args, const OwnMaps& o
     asked.at[i] = {};
     if (exists) {
       const i64 region = begin + regions[item / kOutputs];
-      asked.at[i] = all[Index(region) * Index(args.regions.c) + own.channel(output)];
+      asked.at[i] = all[region * args.regions.c + own.channel(output)];
     }
   }
 }
@@ -429,7 +436,7 @@ __device__ __forceinline__ void add_batch(const OwnMaps& own, const OwnTile& til
 }
 
 // Grid: one-dimensional, groups of kOutputs maps for each tile. Dynamic shared memory: the sums of a tile.
-template <class Scalar, class Index, int kPooling, int kRows, int kOutputs, int kBlockSize>
+template <class Scalar, int kPooling, int kRows, int kOutputs, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize, sizeof(Acc<Scalar>) == 8 ? 1 : 1024 / kBlockSize)
     staged_backward(const Args args) {
   using T = Acc<Scalar>;
@@ -459,7 +466,7 @@ __global__ void __launch_bounds__(kBlockSize, sizeof(Acc<Scalar>) == 8 ? 1 : 102
     for (int first = 0; first < total; first += kEntries) {
       const int count = min_of(total - first, kEntries);
       Gradients<Scalar, kOutputs, kBlockSize> asked;
-      ask_gradients<Index>(args, own, begin, list + first, count, asked);
+      ask_gradients(args, own, begin, list + first, count, asked);
       fill_entries<kPooling, kRows, kBlockSize>(args, own, tile, begin, list + first, count,
                                                 entries);
       __syncthreads();
@@ -470,14 +477,13 @@ __global__ void __launch_bounds__(kBlockSize, sizeof(Acc<Scalar>) == 8 ? 1 : 102
       __syncthreads();
     }
   }
-  const Index size = Index(r.h) * Index(r.w), step = Index(own.bins) * size;
-  Scalar* maps =
-      static_cast<Scalar*>(args.maps) + (Index(own.image) * Index(r.c) + own.channel(0)) * size;
+  const i64 size = r.h * r.w, step = own.bins * size;
+  Scalar* maps = static_cast<Scalar*>(args.maps) + (own.image * r.c + own.channel(0)) * size;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
 #pragma unroll 1
   for (int item = warp; item < own.count * tile.height; item += kWarps) {
     const int m = item / tile.height, y = item - m * tile.height;
-    Scalar* to = maps + Index(m) * step + Index(tile.y + y) * Index(r.w) + tile.x;
+    Scalar* to = maps + m * step + (tile.y + y) * r.w + tile.x;
     const T* from = sums + y * tile.width * pitch + m;
 #pragma unroll 1
     for (int x = lane; x < tile.width; x += kWarpSize) store(to[x], from[x * pitch]);

@@ -81,16 +81,13 @@ __device__ __forceinline__ void for_each_list(const Span* spans, i64 count, cons
 
 static_assert(2 * kHeldBins == kWarpSize);  // lanes look at rows and columns at once
 
-// What bins of an axis of a region, from number `first` on, take of the pixels of a tile, which has patches of kPatch.
-template <class T, int kPixels, int kPatch>
-struct alignas(16) AxisWeights {
-  T at[kHeldBins][kPixels];
-  Range bins[kPixels / kPatch];  // of `at`, that take any of a patch
-};
+// What bins of a region, from one on each axis on, take of the rows and columns of a tile, which has patches.
 template <class T, int kTileH, int kTileW>
-struct Weights {
-  AxisWeights<T, kTileH, kPatchH> rows;
-  AxisWeights<T, kTileW, kPatchW> columns;
+struct alignas(16) Weights {
+  T rows[kHeldBins][kTileH];
+  T columns[kHeldBins][kTileW];
+  Range row_bins[kTileH / kPatchH];  // of `rows`, that take any of a patch
+  Range column_bins[kTileW / kPatchW];
   i64 bin;  // the number of the first bin on both axes, among those of all regions
 };
 
@@ -103,51 +100,6 @@ __device__ __forceinline__ void read_weights(const T* from, T (&to)[kCount]) {
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) to[i + j] = weights.at[j];
   }
-}
-
-// Where the bins of an axis lie that take any pixel of a tile: the first of those held, and whether there are more.
-struct HeldBins {
-  i32 first;
-  bool has_more;
-};
-
-// Holds the bins of an axis that take any pixel of the tile, less the first `skip`; a warp calls it.
-template <class T, int kPixels, int kPatch>
-__device__ __forceinline__ HeldBins hold_bins(const Tap<T>* taps, i32 count, i32 low, i32 skip,
-                                              AxisWeights<T, kPixels, kPatch>& held) {
-  const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int i = lane; i < kHeldBins * kPixels; i += kWarpSize) {
-    held.at[i / kPixels][i % kPixels] = T(0);
-  }
-  __syncwarp();
-  HeldBins result = {-1, false};
-#pragma unroll 1
-  for (i32 begin = 0; begin < count; begin += kWarpSize) {
-    const Tap<T> tap = begin + lane < count ? taps[begin + lane] : Tap<T>{T(0), -1, 0};
-    const i32 pixel = tap.pixel - low;
-    const bool inside = pixel >= 0 && pixel < kPixels;
-    const u32 found = __ballot_sync(kAllLanes, inside);
-    if (found == 0) continue;
-    if (result.first < 0) {
-      result.first = __shfl_sync(kAllLanes, tap.bin, __ffs(found) - 1) + skip;
-    }
-    const i32 bin = tap.bin - result.first;
-    if (inside && bin >= 0 && bin < kHeldBins) held.at[bin][pixel] = tap.weight;
-    result.has_more = result.has_more || (inside && bin >= kHeldBins);
-  }
-  __syncwarp();
-#pragma unroll 1
-  for (int patch = 0; patch < kPixels / kPatch; ++patch) {
-    T weights[kPatch];
-    read_weights(held.at[lane % kHeldBins] + patch * kPatch, weights);
-    bool takes_any = false;
-#pragma unroll
-    for (int i = 0; i < kPatch; ++i) takes_any = takes_any || weights[i] != T(0);
-    const u32 bins = __ballot_sync(kAllLanes, takes_any && lane < kHeldBins);
-    if (lane == 0) held.bins[patch] = {bins != 0 ? __ffs(bins) - 1 : 0, kWarpSize - __clz(bins)};
-  }
-  return result;
 }
 
 // Where the part of a tile lies that a warp owns.
@@ -186,8 +138,8 @@ __device__ __forceinline__ void add_average(const Regions& r, const Scalar* grad
                                             const Weights<T, kTileH, kTileW>& weights,
                                             const Patch& patch,
                                             T (&sums)[kPatchH][kPatchW][kLaneChannels]) {
-  const Range rows = weights.rows.bins[patch.y / kPatchH];
-  const Range columns = weights.columns.bins[patch.x / kPatchW];
+  const Range rows = weights.row_bins[patch.y / kPatchH];
+  const Range columns = weights.column_bins[patch.x / kPatchW];
   if (rows.is_empty() || columns.is_empty()) return;
   // Gradients of so many bins are on their way together: a warp has little else to do until they come.
   constexpr i32 kAtOnce = 3;
@@ -211,19 +163,24 @@ __device__ __forceinline__ void add_average(const Regions& r, const Scalar* grad
       asked_row = rows.begin;
       asked += to_column;
     }
-#pragma unroll
-    for (i32 k = 0; k < kAtOnce; ++k) {
-      if (first + k >= count) break;
+    // A loop, so that what adds stands there once; registers have no index, so that they move on.
+#pragma unroll 1
+    for (i32 left = min_of(count - first, kAtOnce); left > 0; --left) {
       T row_weights[kPatchH];
-      read_weights(weights.rows.at[row] + patch.y, row_weights);
+      read_weights(weights.rows[row] + patch.y, row_weights);
 #pragma unroll
       for (int y = 0; y < kPatchH; ++y) {
         if (row_weights[y] == T(0)) continue;
 #pragma unroll
-        for (int i = 0; i < kLaneChannels; ++i) of_rows[y][i] += row_weights[y] * load(next[k][i]);
+        for (int i = 0; i < kLaneChannels; ++i) of_rows[y][i] += row_weights[y] * load(next[0][i]);
+      }
+#pragma unroll
+      for (i32 k = 1; k < kAtOnce; ++k) {
+#pragma unroll
+        for (int i = 0; i < kLaneChannels; ++i) next[k - 1][i] = next[k][i];
       }
       if (++row < rows.end) continue;
-      add_rows(weights.columns.at[column++] + patch.x, of_rows, sums);
+      add_rows(weights.columns[column++] + patch.x, of_rows, sums);
       row = rows.begin;
     }
   }
@@ -360,20 +317,86 @@ constexpr int kLeastBlocks = sizeof(Acc<Scalar>) == 8 ? 1 : 768 / kBlockSize;
 struct MoreBins {
   bool rows, columns;
 };
+
+// Tells each patch which of the held bins take any of it: lanes look at bins of rows and columns at once. A warp calls.
+template <class T, int kTileH, int kTileW>
+__device__ __forceinline__ void find_bins(Weights<T, kTileH, kTileW>& held) {
+  constexpr int kMost = kTileH > kTileW ? kTileH : kTileW, kAtOnce = 16 / sizeof(T);
+  constexpr int kMostPatches =
+      kTileH / kPatchH > kTileW / kPatchW ? kTileH / kPatchH : kTileW / kPatchW;
+  const int lane = threadIdx.x % kWarpSize, bin = lane % kHeldBins;
+  const bool of_rows = lane < kHeldBins;
+  const T* weights = of_rows ? held.rows[bin] : held.columns[bin];
+  const int pixels = of_rows ? kTileH : kTileW, patches = pixels / (of_rows ? kPatchH : kPatchW);
+  u32 takes = 0;  // a bit for each patch
+#pragma unroll
+  for (int i = 0; i < kMost; i += kAtOnce) {
+    if (i >= pixels) break;
+    const Pack<T, kAtOnce> some = read_pack<kAtOnce>(weights + i);
+#pragma unroll
+    for (int j = i; j < i + kAtOnce; ++j) {
+      const u32 patch = u32(1) << (of_rows ? j / kPatchH : j / kPatchW);
+      if (some.at[j - i] != T(0)) takes |= patch;
+    }
+  }
+  Range* ranges = of_rows ? held.row_bins : held.column_bins;
+#pragma unroll 1
+  for (int patch = 0; patch < kMostPatches; ++patch) {
+    const u32 both = __ballot_sync(kAllLanes, takes >> patch & 1);
+    const u32 bins = of_rows ? both & ((u32(1) << kHeldBins) - 1) : both >> kHeldBins;
+    if (bin == 0 && patch < patches) {
+      ranges[patch] = {bins != 0 ? __ffs(bins) - 1 : 0, kWarpSize - __clz(bins)};
+    }
+  }
+}
+
 // Holds a region's bins that take any pixel of the tile, less the first ones; a warp calls it.
 template <class AnyArgs, class T, int kTileH, int kTileW>
 __device__ __forceinline__ MoreBins hold_region(const AnyArgs& args, const Regions& r,
                                                 const TileAt& at, i64 region, i32 skip_y,
                                                 i32 skip_x, Weights<T, kTileH, kTileW>& held) {
   const Table<T> table = table_of<T>(args, region);
-  const HeldBins rows =
-      hold_bins(table.rows, table.row_bins[r.pooled_h - 1].end, at.y, skip_y, held.rows);
-  const HeldBins columns =
-      hold_bins(table.columns, table.column_bins[r.pooled_w - 1].end, at.x, skip_x, held.columns);
-  if (threadIdx.x % kWarpSize == 0) {
-    held.bin = (region * r.pooled_h + rows.first) * r.pooled_w + columns.first;
+  const int lane = threadIdx.x % kWarpSize;
+  constexpr int kAtOnce = 16 / sizeof(T);
+  T* all = held.rows[0];
+#pragma unroll
+  for (int i = lane * kAtOnce; i < kHeldBins * (kTileH + kTileW); i += kWarpSize * kAtOnce) {
+    store_pack<kAtOnce>(all + i, zero_pack<kAtOnce, T>());
   }
-  return {rows.has_more, columns.has_more};
+  __syncwarp();
+  MoreBins more = {};
+  i64 first_bin = region;
+  // A loop over the axes, so that its code is there once.
+#pragma unroll 1
+  for (int axis = 0; axis < 2; ++axis) {
+    const bool of_rows = axis == 0;
+    const Tap<T>* taps = of_rows ? table.rows : table.columns;
+    const i64 pooled = of_rows ? r.pooled_h : r.pooled_w;
+    const i32 count = (of_rows ? table.row_bins : table.column_bins)[pooled - 1].end;
+    const i32 low = of_rows ? at.y : at.x, skip = of_rows ? skip_y : skip_x;
+    const i32 pixels = of_rows ? kTileH : kTileW;
+    T* weights = of_rows ? held.rows[0] : held.columns[0];
+    i32 first = -1;
+    bool has_more = false;
+#pragma unroll 1
+    for (i32 begin = 0; begin < count; begin += kWarpSize) {
+      const Tap<T> tap = begin + lane < count ? taps[begin + lane] : Tap<T>{T(0), -1, 0};
+      const i32 pixel = tap.pixel - low;
+      const bool inside = u32(pixel) < u32(pixels);
+      const u32 found = __ballot_sync(kAllLanes, inside);
+      if (found == 0) continue;
+      if (first < 0) first = __shfl_sync(kAllLanes, tap.bin, __ffs(found) - 1) + skip;
+      const i32 bin = tap.bin - first;
+      if (inside && u32(bin) < u32(kHeldBins)) weights[bin * pixels + pixel] = tap.weight;
+      has_more = has_more || (inside && bin >= kHeldBins);
+    }
+    first_bin = first_bin * pooled + first;
+    (of_rows ? more.rows : more.columns) = has_more;
+  }
+  __syncwarp();
+  find_bins(held);
+  if (lane == 0) held.bin = first_bin;
+  return more;
 }
 
 // Puts the sums of all patches into the tile: warps that share one, one after the other.
@@ -432,25 +455,24 @@ __device__ __forceinline__ void gather_average(const AnyArgs& args, const Region
     for (int first = 0; first < total; first += kWarps) {
       const int count = min_of(total - first, kWarps);
       // All bins of most regions are held at once.
-      bool again_y = true, again_x = true;
+      i32 skip_y = 0, skip_x = 0;
 #pragma unroll 1
-      for (i32 skip_y = 0; again_y; skip_y += kHeldBins) {
-#pragma unroll 1
-        for (i32 skip_x = 0; again_x; skip_x += kHeldBins) {
-          MoreBins more = {};
-          if (warp < count) {
-            const i64 region = begin + list.regions[first + warp];
-            more = hold_region(args, r, at, region, skip_y, skip_x, held.weights[warp]);
-          }
-          again_x = __syncthreads_or(more.columns);
-#pragma unroll 1
-          for (int i = sharer; i < count; i += kSharers) {
-            add_average<Scalar, Index, kTileH, kTileW, kLaneChannels>(r, gradients, held.weights[i],
-                                                                      patch, sums);
-          }
-          again_y = __syncthreads_or(more.rows);
+      for (bool again = true; again;) {
+        MoreBins more = {};
+        if (warp < count) {
+          const i64 region = begin + list.regions[first + warp];
+          more = hold_region(args, r, at, region, skip_y, skip_x, held.weights[warp]);
         }
-        again_x = true;
+        const bool more_columns = __syncthreads_or(more.columns);
+#pragma unroll 1
+        for (int i = sharer; i < count; i += kSharers) {
+          add_average<Scalar, Index, kTileH, kTileW, kLaneChannels>(r, gradients, held.weights[i],
+                                                                    patch, sums);
+        }
+        const bool more_rows = __syncthreads_or(more.rows);
+        again = more_columns || more_rows;
+        skip_x = more_columns ? skip_x + kHeldBins : 0;
+        if (!more_columns) skip_y += kHeldBins;
       }
     }
   };

@@ -73,7 +73,10 @@ TORCHKILN_HD T hull_area(Candidates<T>& points) {
   TORCHKILN_ROLLED
   for (int i = 0; i < points.count; ++i) key[i] = points.x[i];
   sort_by(points, key);
-  return abs_of(under_chain(points, T(-1)) - under_chain(points, T(1))) / T(2);
+  T twice = T(0);
+  TORCHKILN_ROLLED
+  for (int side = 0; side < 2; ++side) twice = under_chain(points, T(2 * side - 1)) - twice;
+  return abs_of(twice) / T(2);
 }
 
 // --- quadrilaterals -------------------------------------------------------------------------------------------------

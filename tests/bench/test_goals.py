@@ -213,6 +213,12 @@ def test_cold_compiles_are_judged() -> None:
     assert found["the family: cold compile, worst kernel"] == ["260 ms", "**missed**"]
 
 
+def test_cold_compiles_say_how_many_processes_ran() -> None:
+    compiled = {"kernels": 2, "median_ms": 80.0, "worst": [{"ms": 260.0, "specialization": "x"}]}
+    assert "at once" not in report.cold_compile_text(compiled)
+    assert ", 3 processes at once.\n" in report.cold_compile_text(compiled | {"processes": 3})
+
+
 # ---- the table of costs ----
 
 
