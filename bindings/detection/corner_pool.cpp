@@ -249,11 +249,8 @@ inline void in_direction(const Scan& scan, const Scan& next, std::int64_t steps,
                          std::int64_t distance, const Ahead& ahead, const F& f) {
   for (std::int64_t step = 0; step < steps; ++step) {
     const std::int64_t later = step + distance;
-    if (later < steps) {
-      ahead(scan, scan.at(later, steps));
-    } else if (later - steps < steps) {
-      ahead(next, next.at(later - steps, steps));
-    }
+    const Scan& of = later < steps ? scan : next;
+    ahead(of, of.at(std::min(later < steps ? later : later - steps, steps - 1), steps));
     f(scan.at(step, steps));
   }
 }
