@@ -1,12 +1,11 @@
-// contour_expand and pixel_group on the CPU. A queue, level by level: the pixels at one distance from the sources, in the
-// order of the queue, label their free neighbours. Levels that are long enough are shared by threads: the pixel that is
-// first in the queue claims a neighbour, so the result is that of the plain queue.
+// contour_expand and pixel_group on the CPU: level by level, the pixels at one distance from the sources claim their free
+// neighbours. The smallest source wins a pixel, so the result is that of a queue, in whatever order a level is looked at.
+// Each thread has rows of its own, and writes nothing else.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
-#include <atomic>
-#include <bit>
 #include <limits>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bindings/detection/region_growing.h"
@@ -17,13 +16,9 @@ namespace {
 
 using region_growing::Args;
 using region_growing::MeanArgs;
-using Pixels = std::vector<i32>;
 
-// Pixels of one task; pixels that a level must have before threads share it, and those of one task then.
-constexpr std::int64_t kPiece = 16'384, kShared = 2'048, kSharedPiece = 256;
-constexpr std::int64_t kGrowNanoseconds = 30;
-// Pixels of one task that looks at their neighbours, and what that takes for each.
-constexpr std::int64_t kOpenPiece = 2'048, kOpenNanoseconds = 10;
+// Pixels of one task; pixels that a level must have before threads share it, and rows that a thread must have.
+constexpr std::int64_t kPiece = 16'384, kShared = 1'024, kRows = 8;
 // Tables of sums that are added up in the end.
 constexpr std::int64_t kMostTables = 16;
 
@@ -38,14 +33,6 @@ void for_pieces(std::int64_t n, std::int64_t piece, std::int64_t nanoseconds, co
         static_cast<i32>(std::min((i + 1) * piece, n)));
     }
   });
-}
-
-// Adds pieces to a queue, in their order.
-void append(Pixels& queue, const std::vector<Pixels>& pieces) {
-  std::size_t size = queue.size();
-  for (const Pixels& piece : pieces) size += piece.size();
-  queue.reserve(size);
-  for (const Pixels& piece : pieces) queue.insert(queue.end(), piece.begin(), piece.end());
 }
 
 // A table of sums over all pixels, to which add(table, begin, end) adds some: several tables that are added up in order,
@@ -78,20 +65,15 @@ class Map {
 
   void allow(const u8* plane) { plane_ = plane; }
 
+  i32 height() const { return height_; }
+  i32 width() const { return width_; }
   i32 pixels() const { return height_ * width_; }
   i32& label(i32 pixel) const { return labels_[pixel]; }
   bool allows(i32 pixel) const { return plane_[pixel] != 0; }
-  bool is_free(i32 pixel) const { return labels_[pixel] == 0 && allows(pixel); }
-
-  template <class F>
-  void for_neighbours(i32 pixel, const F& f) const {
-    for (const i32 other : region_growing::neighbours(pixel, height_, width_).at) f(other);
-  }
 
   bool has_open_neighbour(i32 pixel) const {
-    bool open = false;
-    for_neighbours(pixel, [&](i32 other) { open = open || labels_[other] == 0; });
-    return open;
+    const auto& others = region_growing::neighbours(pixel, height_, width_).at;
+    return std::ranges::any_of(others, [&](i32 other) { return labels_[other] == 0; });
   }
 
  private:
@@ -100,103 +82,140 @@ class Map {
   const u8* plane_;
 };
 
-// The pixels for which has(pixel) holds, in row-major order.
-template <class Has>
-Pixels pixels_with(i32 n, const Has& has) {
-  std::vector<Pixels> found(static_cast<std::size_t>(pieces_of(n, kPiece)));
-  for_pieces(n, kPiece, 1, [&](std::size_t piece, i32 begin, i32 end) {
-    for (i32 i = begin; i < end; ++i) {
-      if (has(i)) found[piece].push_back(i);
-    }
-  });
-  Pixels queue;
-  append(queue, found);
-  return queue;
-}
-
-// Only pixels with an open neighbour have something to do in the next round; they start in row-major order.
-void begin_round(const Map& map, Pixels& queue) {
-  std::vector<std::uint64_t> chosen(static_cast<std::size_t>(pieces_of(map.pixels(), 64)));
-  const auto n = static_cast<std::int64_t>(queue.size());
-  for_pieces(n, kOpenPiece, kOpenNanoseconds, [&](std::size_t, i32 begin, i32 end) {
-    for (i32 i = begin; i < end; ++i) {
-      const i32 pixel = queue[static_cast<std::size_t>(i)];
-      if (!map.has_open_neighbour(pixel)) continue;
-      const auto word = static_cast<std::size_t>(pixel) / 64;
-      std::atomic_ref(chosen[word])
-          .fetch_or(std::uint64_t{1} << (pixel % 64), std::memory_order_relaxed);
-    }
-  });
-  queue.clear();
-  for (std::size_t word = 0; word < chosen.size(); ++word) {
-    for (std::uint64_t rest = chosen[word]; rest != 0; rest &= rest - 1) {
-      queue.push_back(static_cast<i32>(word) * 64 + std::countr_zero(rest));
-    }
-  }
-}
-
 // ---- growth ----
+
+// A pixel, and the source that it was reached from.
+struct Reached {
+  i32 pixel, source;
+};
+
+// Rows of the image, [begin, end), that one thread at a time grows into.
+struct alignas(128) Strip {
+  struct Level {
+    std::vector<Reached> all, first, last;  // first, last: those of all in the first, the last row
+
+    void clear() {
+      for (auto* list : {&all, &first, &last}) list->clear();
+    }
+    void add(const Strip& strip, i32 width, const Reached& reached) {
+      all.push_back(reached);
+      if (reached.pixel < strip.begin + width) first.push_back(reached);
+      if (reached.pixel >= strip.end - width) last.push_back(reached);
+    }
+  };
+
+  i32 begin, end;
+  std::vector<i32> claimed;  // in this level
+  Level level, next;
+  std::vector<i32> open;  // has neighbours that a later round may reach
+};
 
 template <class IsNear>
 class Growth {
  public:
-  Growth(const Map& map, const IsNear& is_near) : map_(map), is_near_(is_near) {}
+  Growth(const Map& map, const IsNear& is_near) : map_(map), is_near_(is_near) {
+    const std::int64_t most = std::max<std::int64_t>(1, map.height() / kRows);
+    const auto count = std::clamp<std::int64_t>(torch::stable::get_num_threads(), 1, most);
+    strips_.resize(static_cast<std::size_t>(count));
+    for (std::int64_t i = 0; i < count; ++i) {
+      Strip& strip = strips_[static_cast<std::size_t>(i)];
+      strip.begin = static_cast<i32>(map.height() * i / count) * map.width();
+      strip.end = static_cast<i32>(map.height() * (i + 1) / count) * map.width();
+    }
+  }
 
-  // Adds what the sources in the queue reach to it.
-  void run(Pixels& queue) {
-    const bool has_threads = torch::stable::get_num_threads() > 1;
-    for (std::size_t begin = 0, end = queue.size(); begin < end; begin = end, end = queue.size()) {
-      const auto n = static_cast<std::int64_t>(end - begin);
-      if (has_threads && n >= kShared) {
-        grow_shared(queue, begin, n);
-      } else {
-        for (std::size_t i = begin; i < end; ++i) grow_from(queue, queue[i]);
+  // The pixels for which has(pixel) holds are the sources of the first round.
+  template <class Has>
+  void start(const Has& has) {
+    for_strips(map_.pixels(), [&](std::size_t i) {
+      Strip& strip = strips_[i];
+      for (i32 pixel = strip.begin; pixel < strip.end; ++pixel) {
+        if (has(pixel)) strip.level.add(strip, map_.width(), {pixel, pixel});
       }
+    });
+  }
+
+  // One round; what has open neighbours then is its successor's sources.
+  void run() {
+    for (std::int64_t size = size_of_level(); size > 0; size = size_of_level()) {
+      for_strips(size, [&](std::size_t i) { grow(i); });
+      for (Strip& strip : strips_) {
+        std::swap(strip.level, strip.next);
+        strip.next.clear();
+      }
+    }
+    for (Strip& strip : strips_) {
+      for (const i32 pixel : strip.open) strip.level.add(strip, map_.width(), {pixel, pixel});
+      strip.open.clear();
     }
   }
 
  private:
-  void grow_from(Pixels& queue, i32 pixel) {
-    const i32 label = map_.label(pixel);
-    map_.for_neighbours(pixel, [&](i32 other) {
-      if (!map_.is_free(other) || !is_near_(label, other)) return;
-      map_.label(other) = label;
-      queue.push_back(other);
-    });
+  // f(i) for all strips, which have `pixels` to look at.
+  template <class F>
+  void for_strips(std::int64_t pixels, const F& f) {
+    const auto all = static_cast<std::int64_t>(strips_.size());
+    parallel_for(all, pixels < kShared ? 1 : kGrainNanoseconds,
+                 [&](std::int64_t begin, std::int64_t end) {
+                   for (std::int64_t i = begin; i < end; ++i) f(static_cast<std::size_t>(i));
+                 });
   }
 
-  // First every pixel claims its neighbours by its place in the level, then it takes those that it got. Until then the
-  // claim stands in place of a label; the smallest one wins.
-  void grow_shared(Pixels& queue, std::size_t level, std::int64_t n) {
-    std::vector<Pixels> taken(static_cast<std::size_t>(pieces_of(n, kSharedPiece)));
-    const auto for_claims = [&](const auto& f) {
-      for_pieces(n, kSharedPiece, kGrowNanoseconds, [&](std::size_t piece, i32 begin, i32 end) {
-        taken[piece].reserve(static_cast<std::size_t>(end - begin));
-        for (i32 place = begin; place < end; ++place) {
-          const i32 pixel = queue[level + static_cast<std::size_t>(place)];
-          const i32 claim = std::numeric_limits<i32>::min() + place, label = map_.label(pixel);
-          map_.for_neighbours(pixel, [&](i32 other) {
-            f(taken[piece], label, claim, other, std::atomic_ref(map_.label(other)));
-          });
-        }
-      });
-    };
-    for_claims([&](Pixels&, i32 label, i32 claim, i32 other, std::atomic_ref<i32> value) {
-      i32 seen = value.load(std::memory_order_relaxed);
-      if (seen <= claim || seen > 0 || !map_.allows(other) || !is_near_(label, other)) return;
-      while (claim < seen && !value.compare_exchange_weak(seen, claim, std::memory_order_relaxed)) {
-      }
-    });
-    for_claims([&](Pixels& own, i32 label, i32 claim, i32 other, std::atomic_ref<i32> value) {
-      if (value.load(std::memory_order_relaxed) != claim) return;
-      value.store(label, std::memory_order_relaxed);
-      own.push_back(other);
-    });
-    append(queue, taken);
+  std::int64_t size_of_level() const {
+    std::size_t size = 0;
+    for (const Strip& strip : strips_) size += strip.level.all.size();
+    return static_cast<std::int64_t>(size);
   }
+
+  // Claims what this level reaches in a strip, then labels it.
+  void grow(std::size_t i) {
+    Strip& strip = strips_[i];
+    const i32 width = map_.width();
+    if (i > 0) {
+      for (const Reached& from : strips_[i - 1].level.last) claim(strip, from, from.pixel + width);
+    }
+    if (i + 1 < strips_.size()) {
+      for (const Reached& from : strips_[i + 1].level.first) claim(strip, from, from.pixel - width);
+    }
+    for (const Reached& from : strip.level.all) {
+      if (claim_neighbours(strip, from)) strip.open.push_back(from.pixel);
+    }
+    for (const i32 pixel : strip.claimed) {
+      const i32 source = map_.label(pixel) - kNoSource;
+      map_.label(pixel) = map_.label(source);
+      strip.next.add(strip, width, {pixel, source});
+    }
+    strip.claimed.clear();
+  }
+
+  // Whether some of the neighbours may stay open.
+  bool claim_neighbours(Strip& strip, const Reached& from) {
+    bool open = false;
+    for (const i32 other : region_growing::neighbours(from.pixel, map_.height(), map_.width()).at) {
+      const bool is_own = other >= strip.begin && other < strip.end;
+      open |= is_own ? claim(strip, from, other) : !map_.allows(other);
+    }
+    return open;
+  }
+
+  // Whether an open pixel stays so in this round.
+  bool claim(Strip& strip, const Reached& from, i32 pixel) {
+    i32& label = map_.label(pixel);
+    const i32 claim = kNoSource + from.source;
+    if (label > 0 || label <= claim) return false;
+    if (!map_.allows(pixel)) return true;
+    if (!is_near_(map_.label(from.source), pixel)) return false;
+    if (label == 0) strip.claimed.push_back(pixel);
+    label = claim;
+    return false;
+  }
+
+  // A claim stands in place of a label.
+  static constexpr i32 kNoSource = std::numeric_limits<i32>::min();
 
   const Map& map_;
   const IsNear& is_near_;
+  std::vector<Strip> strips_;
 };
 
 Tensor expand_cpu(const Tensor& masks, const Tensor& labels, std::int64_t min_area,
@@ -211,14 +230,12 @@ Tensor expand_cpu(const Tensor& masks, const Tensor& labels, std::int64_t min_ar
                                  });
   args.areas = areas.data();
   Map map(args);
-  Pixels queue = pixels_with(
-      map.pixels(), [&](i32 i) { return args.labels[i] != 0 && map.has_open_neighbour(i); });
   const auto anywhere = [](i32, i32) { return true; };
   Growth growth(map, anywhere);
+  growth.start([&](i32 i) { return args.labels[i] != 0 && map.has_open_neighbour(i); });
   for (i64 round = args.rounds - 1; round >= 0; --round) {
     map.allow(args.planes + round * p.pixels());
-    begin_round(map, queue);
-    growth.run(queue);
+    growth.run();
   }
   return p.labels;
 }
@@ -261,16 +278,16 @@ std::tuple<Tensor, Tensor, Tensor> group_cpu(const Tensor& scores, const Tensor&
                                              double threshold) {
   const GrowthPlan p = plan_group(scores, mask, embeddings, labels, contour, num_labels, threshold);
   const Args& args = p.args;
-  Map map(args);
-  Pixels queue =
-      pixels_with(map.pixels(), [&](i32 i) { return args.labels[i] != 0 && args.contour[i] != 0; });
+  const Map map(args);
   with_float(scores.scalar_type(), [&]<class Scalar>() {
     means_cpu<Scalar, double>(mean_args(p, p.kernels, *p.embeddings, *p.means, {}, args.channels),
                               num_labels);
     const auto is_near = [&](i32 label, i32 pixel) {
       return region_growing::is_near<Scalar>(args, label, pixel);
     };
-    Growth(map, is_near).run(queue);
+    Growth growth(map, is_near);
+    growth.start([&](i32 i) { return args.labels[i] != 0 && args.contour[i] != 0; });
+    growth.run();
     means_cpu<Scalar, Scalar>(mean_args(p, p.labels, *p.scores, *p.confidence, p.counts, 1),
                               num_labels);
   });
