@@ -155,7 +155,11 @@ std::int64_t shared_bytes(const Backward::Problem& p, const BackwardTunables& t)
   const auto padded = static_cast<int>(t.lanes * t.states);
   const std::int64_t of_warp =
       selective_scan::four_numbers(static_cast<int>(t.lanes), static_cast<int>(t.states));
-  return state_bytes(p) * (2 * padded * selective_scan::kTilePitch + t.warps * of_warp) +
+  const std::int64_t of_sums =
+      selective_scan::sums_numbers(static_cast<int>(p.statics.method), static_cast<int>(t.lanes),
+                                   static_cast<int>(t.states), static_cast<int>(state_bytes(p)));
+  return state_bytes(p) *
+             (2 * padded * selective_scan::kTilePitch + t.warps * (of_warp + of_sums)) +
          row_bytes(p, t, t.panels);
 }
 std::int64_t shared_bytes(const Summary::Problem& p, const SummaryTunables& t) {
@@ -716,11 +720,9 @@ std::int64_t splits_of(const ScanInputs& in, const Device& device) {
                                   ceil_div(2 * resident, blocks));
 }
 
-// As many as leave no block waiting for another one, of several tiles each. A neighbour's ratio behind a split is not known
-// there.
+// As many as leave no block waiting for another one, of several tiles each.
 std::int64_t backward_splits_of(const ScanInputs& in, const Device& device) {
   constexpr std::int64_t kLeastTiles = 4;
-  if (selective_scan::neighbour_of(static_cast<int>(in.method)) > 0) return 1;
   const Sizes sizes = sizes_of(in, 1, 0);
   const BackwardStatics statics = backward_statics_of(in);
   const Backward::Problem problem{device, statics, sizes};
