@@ -50,10 +50,11 @@ TORCHKILN_HD constexpr int four_numbers(int lanes, int lane_states) {
 }
 
 // Whether the gradients of B and C are summed over the channels of a warp by way of shared memory, which takes half as many
-// instructions as shuffles. Beside 16 warps there is no room for it, and of few states half of the lanes would sum none.
+// instructions as shuffles. Beside 16 warps there is no room for it, nor beside 12 where a warp has more states; of fewer
+// states half of the lanes would sum none.
 TORCHKILN_HD constexpr bool sums_in_memory(int method, int lanes, int lane_states,
                                            int state_bytes) {
-  return method != kMamba && state_bytes == 4 && lanes * lane_states >= 16;
+  return method != kMamba && state_bytes == 4 && lanes <= 4 && lanes * lane_states >= 16;
 }
 // Numbers from four positions of a gradient, of all lanes, to the next ones: lanes that sum different ones read different banks.
 TORCHKILN_HD constexpr int sums_pitch(int lanes) { return (32 + lanes % 8) * 4; }
