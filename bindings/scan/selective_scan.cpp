@@ -112,8 +112,9 @@ bool fits(const Forward::Problem& p, const Tunables& t) {
 }
 
 // By the number of states. Few rows are split among blocks rather than among more lanes, which would share less. Positions
-// of half types fill a line of 128 bytes with the first one. The last but one is for states that fill the shared memory, the
-// last one for rows that are split, of which so few are at work at once that a lane waits less for eight states of its own.
+// of half types fill a line of 128 bytes with the first one; where steps are not equal, so much is to be done before a tile
+// that long ones pay in float, too. The last but one is for states that fill the shared memory, the last one for rows that
+// are split, of which so few are at work at once that a lane waits less for eight states of its own.
 const std::vector<Tunables> kForwardDefaults = {{4, 8, 2, 256},  {4, 8, 2, 128}, {4, 4, 1, 128},
                                                 {8, 32, 2, 128}, {8, 32, 8, 64}, {2, 32, 8, 64},
                                                 {2, 2, 8, 128}};
@@ -134,7 +135,9 @@ std::uint32_t choose_forward(const Forward::Problem& p) {
   if (states > 16) return 3;
   if (states <= 4) return 2;
   const bool is_half = scalar == TORCHKILN_HALF || scalar == TORCHKILN_BFLOAT16;
-  if (!is_half || p.statics.is_complex) return 1;
+  const bool is_uneven = selective_scan::neighbour_of(static_cast<int>(p.statics.method)) != 0;
+  if (!is_half && !(is_uneven && scalar == TORCHKILN_FLOAT)) return 1;
+  if (p.statics.is_complex) return 1;
   const bool is_split = p.statics.summarises || p.sizes.splits > 1;
   if (is_split && p.statics.method == selective_scan::kMamba && states > 8) return 6;
   return holds_long_tiles(p) ? 0 : 1;
@@ -155,7 +158,11 @@ std::int64_t shared_bytes(const Backward::Problem& p, const BackwardTunables& t)
   const auto padded = static_cast<int>(t.lanes * t.states);
   const std::int64_t of_warp =
       selective_scan::four_numbers(static_cast<int>(t.lanes), static_cast<int>(t.states));
-  return state_bytes(p) * (2 * padded * selective_scan::kTilePitch + t.warps * of_warp) +
+  const std::int64_t of_sums =
+      selective_scan::sums_numbers(static_cast<int>(p.statics.method), static_cast<int>(t.lanes),
+                                   static_cast<int>(t.states), static_cast<int>(state_bytes(p)));
+  return state_bytes(p) *
+             (2 * padded * selective_scan::kTilePitch + t.warps * (of_warp + of_sums)) +
          row_bytes(p, t, t.panels);
 }
 std::int64_t shared_bytes(const Summary::Problem& p, const SummaryTunables& t) {
@@ -716,11 +723,9 @@ std::int64_t splits_of(const ScanInputs& in, const Device& device) {
                                   ceil_div(2 * resident, blocks));
 }
 
-// As many as leave no block waiting for another one, of several tiles each. A neighbour's ratio behind a split is not known
-// there.
+// As many as leave no block waiting for another one, of several tiles each.
 std::int64_t backward_splits_of(const ScanInputs& in, const Device& device) {
   constexpr std::int64_t kLeastTiles = 4;
-  if (selective_scan::neighbour_of(static_cast<int>(in.method)) > 0) return 1;
   const Sizes sizes = sizes_of(in, 1, 0);
   const BackwardStatics statics = backward_statics_of(in);
   const Backward::Problem problem{device, statics, sizes};

@@ -41,15 +41,28 @@ TORCHKILN_HD constexpr int neighbour_of(int method) {
   return method == kPolyTrueTime ? 1 : (method == kHighorderTrueTime ? -1 : 0);
 }
 
-// How long a step's neighbour is, as weights take it: out of the ratio of the neighbour to the step 1 / ratio and
-// 2 / (1 + ratio). Both are 1 where steps are equal.
+// How long a step's neighbour is: what the bend of a parabola takes of the difference of samples across the step itself, and
+// across its neighbour. Out of the ratio of the neighbour to the step these are 2 / (1 + ratio) and that / ratio. Both are 1
+// where steps are equal.
 template <class T>
 struct Uneven {
-  T inverse = T(1), part = T(1);
+  T own = T(1), other = T(1);
 };
 template <class T>
 TORCHKILN_HD Uneven<T> uneven_of(T ratio) {
-  return {quick_reciprocal(ratio), T(2) * quick_reciprocal(T(1) + ratio)};
+  const T own = T(2) * quick_reciprocal(T(1) + ratio);
+  return {own, own * quick_reciprocal(ratio)};
+}
+// 1 / ratio: own + other is 2 / ratio.
+template <class T>
+TORCHKILN_HD T inverse_ratio(Uneven<T> uneven) {
+  return T(0.5) * (uneven.own + uneven.other);
+}
+// Both by the ratio.
+template <class T>
+TORCHKILN_HD Uneven<T> by_ratio_of(Uneven<T> uneven) {
+  const T half = T(0.5) * uneven.own * uneven.own;
+  return {-half, -inverse_ratio(uneven) * (uneven.other + half)};
 }
 
 template <class V>
@@ -232,6 +245,35 @@ TORCHKILN_HD V add_times(V y, T factor, V x) {
   return factor * x + y;
 }
 
+// Of a parabola through three samples: the one at the start of a step, what they rise by across it, and the second
+// derivative, in units of the step; or weights of these.
+template <class V>
+struct Parabola {
+  V start, rise, bend;
+};
+// What a step holds of each, linear in phi_1 ... phi_3.
+template <class V>
+TORCHKILN_HD Parabola<V> held_of_phi(const V* phi) {
+  return {phi[1], phi[2], phi[3] - Real<V>(0.5) * phi[2]};
+}
+
+// The bend, out of the differences of samples across the step and across its neighbour.
+template <int kMethod, class V>
+TORCHKILN_HD V bend_of(V own, V other, Uneven<Real<V>> uneven) {
+  if constexpr (neighbour_of(kMethod) > 0) return uneven.other * other - uneven.own * own;
+  if constexpr (neighbour_of(kMethod) < 0) return uneven.own * own - uneven.other * other;
+  return ahead_of(kMethod) > 0 ? other - own : own - other;
+}
+
+// Weights of `curve` bends.
+template <int kMethod, class V>
+TORCHKILN_HD void weights_of_bend(V curve, Uneven<Real<V>> uneven, V* weight) {
+  constexpr int kOther = ahead_of(kMethod) > 0 ? 2 : 0;
+  weight[2 - kOther] = uneven.own * curve;
+  weight[kOther] = uneven.other * curve;
+  weight[1] = -(uneven.own + uneven.other) * curve;
+}
+
 // Those of the exponential rules, linear in phi_1 ... phi_3: given their derivatives it gives its own.
 template <int kMethod, class V>
 TORCHKILN_HD void weights_of_phi(const V* phi, Uneven<Real<V>> uneven, V* weight) {
@@ -249,34 +291,11 @@ TORCHKILN_HD void weights_of_phi(const V* phi, Uneven<Real<V>> uneven, V* weight
     weight[0] = phi[3] - T(0.5) * phi[2];
     weight[1] = add_times(phi[1], T(-2), phi[3]);
     weight[2] = phi[3] + T(0.5) * phi[2];
-  } else {
-    const V curve = phi[3] - T(0.5) * phi[2], bent = uneven.part * curve;
-    const V twice = T(2) * uneven.inverse * curve;
-    if constexpr (kMethod == kPolyTrueTime) {
-      weight[0] = (phi[1] - phi[2]) + bent;
-      weight[1] = phi[2] - twice;
-      weight[2] = uneven.inverse * bent;
-    } else if constexpr (kMethod == kHighorderTrueTime) {
-      weight[0] = uneven.inverse * bent;
-      weight[1] = (phi[1] - phi[2]) - twice;
-      weight[2] = phi[2] + bent;
-    }
-  }
-}
-
-// Derivatives of the weights by the ratio.
-template <int kMethod, class V>
-TORCHKILN_HD void weights_by_ratio(const V* phi, Uneven<Real<V>> uneven, V* weight) {
-  using T = Real<V>;
-  const T inverse = uneven.inverse, part = uneven.part, half = T(0.5) * part * part;
-  const V curve = phi[3] - T(0.5) * phi[2];
-  const V of_near = -half * curve, of_own = (T(2) * inverse * inverse) * curve;
-  const V of_far = -(inverse * (inverse * part + half)) * curve;
-  if constexpr (neighbour_of(kMethod) != 0) {
-    constexpr bool kIsAhead = neighbour_of(kMethod) > 0;
-    weight[0] = kIsAhead ? of_near : of_far;
-    weight[1] = of_own;
-    weight[2] = kIsAhead ? of_far : of_near;
+  } else if constexpr (neighbour_of(kMethod) != 0) {
+    constexpr int kBegin = back_of(kMethod) - 1;
+    weights_of_bend<kMethod>(held_of_phi(phi).bend, uneven, weight);
+    weight[kBegin] = weight[kBegin] + (phi[1] - phi[2]);
+    weight[kBegin + 1] = weight[kBegin + 1] + phi[2];
   }
 }
 
@@ -374,25 +393,6 @@ TORCHKILN_HD V held_of(const V* weight, const V* v) {
   return sum;
 }
 
-// The second derivative of the parabola through three samples, in units of the step.
-template <int kMethod, class T>
-TORCHKILN_HD T bend_of(const T* v, Uneven<T> uneven) {
-  const T before = v[1] - v[0], behind = v[2] - v[1];
-  if constexpr (neighbour_of(kMethod) > 0) return uneven.part * (uneven.inverse * behind - before);
-  if constexpr (neighbour_of(kMethod) < 0) return uneven.part * (behind - uneven.inverse * before);
-  return behind - before;
-}
-
-// The same of its derivative by the ratio.
-template <int kMethod, class T>
-TORCHKILN_HD T bend_by_ratio(const T* v, Uneven<T> uneven) {
-  const T before = v[1] - v[0], behind = v[2] - v[1];
-  const T of_near = T(0.5) * uneven.part * uneven.part;
-  const T of_far = uneven.inverse * (uneven.inverse * uneven.part + of_near);
-  return neighbour_of(kMethod) > 0 ? of_near * before - of_far * behind
-                                   : of_far * before - of_near * behind;
-}
-
 // The state behind a step by its increment, without alpha or weights: the terms of Taylor's series that precede the last phi,
 // and what remains.
 template <int kMethod>
@@ -406,7 +406,8 @@ TORCHKILN_HD float stepped_near(float state, float d, float a, Uneven<float> une
     constexpr int kBegin = back_of(kMethod) - 1;
     const float slope = a * state + v[kBegin], rise = v[kBegin + 1] - v[kBegin];
     if constexpr (taps_of(kMethod) == 2) return state + d * (slope + phi * (z * slope + rise));
-    const float bend = bend_of<kMethod>(v, uneven);
+    constexpr int kOther = ahead_of(kMethod) > 0 ? 1 : 0;
+    const float bend = bend_of<kMethod>(rise, v[kOther + 1] - v[kOther], uneven);
     const float change = z * slope + (rise - 0.5f * bend);
     return state + d * ((slope + 0.5f * change) + phi * (z * change + bend));
   }
@@ -448,7 +449,7 @@ TORCHKILN_HD Slopes<kMethod, V> slopes_of_phi(const Phi<top_of(kMethod) + 1, V>&
   s.by_z.alpha = phi.at[0];
   weights_of_phi<kMethod>(by_z, uneven, s.by_z.weight);
   if constexpr (neighbour_of(kMethod) != 0) {
-    weights_by_ratio<kMethod>(phi.at, uneven, s.by_ratio);
+    weights_of_bend<kMethod>(held_of_phi(phi.at).bend, by_ratio_of(uneven), s.by_ratio);
   }
   return s;
 }
@@ -496,43 +497,54 @@ TORCHKILN_HD Slopes<kMethod, V> slopes(Real<V> d, Rate<kMethod, V> rate, Uneven<
   }
 }
 
-// What a step holds where z is in [kNear, 0], its derivative by the ratio, and what that by z has less than the step:
-// sum_j w_j' v_{k+j} = sum_j (w_j - lag_j) v_{k+j}, as phi_j' = phi_j - j phi_{j+1}.
+// The same for rules of a parabola by what a step holds of it. `lag` is what the derivatives by z have less than that, as
+// phi_j' = phi_j - j phi_{j+1}: alpha's has nothing less.
+template <class V>
+struct Bent {
+  V alpha;
+  Parabola<V> held, lag;
+};
+template <class V>
+TORCHKILN_HD Bent<V> bent_of_phi(const Phi<4, V>& phi) {
+  using T = Real<V>;
+  return {phi.at[0],
+          held_of_phi(phi.at),
+          {phi.at[2], phi.at[3] + phi.at[3], T(3) * phi.at[4] - phi.at[3]}};
+}
+template <bool kIsNear, int kMethod, class V>
+TORCHKILN_HD Bent<V> bent_of(Real<V> d, Rate<kMethod, V> rate) {
+  if constexpr (kIsNear) {
+    return bent_of_phi(phi_near<4>(d * rate.a));
+  } else if constexpr (sizeof(Real<V>) == 4) {
+    const V alpha = quick_exp_of_product(d, rate.a), inverse = quick_reciprocal(d) * rate.inverse;
+    return bent_of_phi(phi_given<4>(d * rate.a, inverse, alpha));
+  } else {
+    return bent_of_phi(phi_of<4>(d * rate.a));
+  }
+}
+template <class V>
+TORCHKILN_HD V sum_of(Parabola<V> weight, Parabola<V> v) {
+  return weight.start * v.start + weight.rise * v.rise + weight.bend * v.bend;
+}
+
+// What a step of one or two samples holds where z is in [kNear, 0], and its lag.
 template <int kMethod>
 struct Near {
   Coefficients<kMethod, float> c;
-  float held, lag, by_ratio;
+  float held, lag;
 };
 template <int kMethod>
-TORCHKILN_HD Near<kMethod> near_of(float z, Uneven<float> uneven, const float* v) {
+TORCHKILN_HD Near<kMethod> near_of(float z, const float* v) {
   constexpr int kTop = top_of(kMethod);
   const Phi<kTop + 1, float> phi = phi_near<kTop + 1>(z);
   Near<kMethod> near = {};
-  near.c = coefficients_of_phi<kMethod>(phi, uneven);
-  if constexpr (neighbour_of(kMethod) != 0) {
-    constexpr int kBegin = back_of(kMethod) - 1;
-    const float start = v[kBegin], rise = v[kBegin + 1] - start, bend = bend_of<kMethod>(v, uneven);
-    const float curve = phi.at[3] - 0.5f * phi.at[2];
-    near.held = phi.at[1] * start + phi.at[2] * rise + curve * bend;
-    near.lag = phi.at[2] * start + phi.at[3] * (rise + rise) +
-               add_times(-phi.at[3], 3.0f, phi.at[4]) * bend;
-    near.by_ratio = curve * bend_by_ratio<kMethod>(v, uneven);
-    return near;
-  }
+  near.c = coefficients_of_phi<kMethod>(phi, Uneven<float>());
   float lag[taps_of(kMethod)];
   if constexpr (kMethod == kZoh) {
     lag[0] = phi.at[2];
-  } else if constexpr (kMethod == kFoh) {
+  } else {
     lag[1] = 2.0f * phi.at[3];
     lag[0] = phi.at[2] - lag[1];
-  } else if constexpr (kMethod == kPoly) {
-    lag[2] = add_times(-phi.at[3], 3.0f, phi.at[4]);
-    lag[1] = 2.0f * (phi.at[3] - lag[2]);
-    lag[0] = add_times(phi.at[2], -2.0f, phi.at[3]) + lag[2];
-  } else if constexpr (kMethod == kHighorder) {
-    lag[0] = add_times(-phi.at[3], 3.0f, phi.at[4]);
-    lag[1] = add_times(phi.at[2], -6.0f, phi.at[4]);
-    lag[2] = add_times(phi.at[3], 3.0f, phi.at[4]);
   }
   near.held = held_of<kMethod>(near.c.weight, v);
   near.lag = held_of<kMethod>(lag, v);

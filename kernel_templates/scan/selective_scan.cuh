@@ -44,7 +44,7 @@ template <class Of, int kMethod, class V>
 struct Readings {
   using T = Real<V>;
   static constexpr int kMore = ahead_of(kMethod);
-  T d[4], x[4 + kMore], inverse[4], part[4];
+  T d[4], x[4 + kMore], own[4], other[4];  // own, other: of Uneven
   V B[Of::kStates][4 + kMore], C[Of::kStates][4];
 
   // `rows`: where the channel's four lies in the rows of steps.
@@ -56,8 +56,8 @@ struct Readings {
     read_quad(rows + kArray, x);
     if constexpr (kMore > 0) x[4] = rows[kArray + 4];
     if constexpr (neighbour_of(kMethod) != 0) {
-      read_quad(rows + 2 * kArray, inverse);
-      read_quad(rows + 3 * kArray, part);
+      read_quad(rows + 2 * kArray, own);
+      read_quad(rows + 3 * kArray, other);
     }
 #pragma unroll
     for (int s = 0; s < Of::kStates; ++s) {
@@ -77,7 +77,7 @@ __device__ __forceinline__ void scan_four(const Readings<Of, kMethod, V>& in,
   for (int i = 0; i < 4; ++i) {
     y[i] = T(0);
     Uneven<T> uneven;
-    if constexpr (neighbour_of(kMethod) != 0) uneven = {in.inverse[i], in.part[i]};
+    if constexpr (neighbour_of(kMethod) != 0) uneven = {in.own[i], in.other[i]};
 #pragma unroll
     for (int s = 0; s < Of::kStates; ++s) {
       const int at = i + ahead_of(kMethod);

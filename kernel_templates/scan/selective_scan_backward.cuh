@@ -13,59 +13,65 @@
 
 namespace torchkiln::selective_scan_backward {
 
-// What four positions give to sums over all states.
+// What four positions give to sums over all states. own, other: the bend's, of what Uneven has.
 template <class T>
 struct Sums {
-  T u[4], d[4], y[4], ratio[4];
+  T u[4], d[4], y[4], own[4], other[4];
 };
 
-// A step, and its derivatives by z and by the ratio.
+// A step, and its derivative by z.
 template <int kMethod, class V>
 struct Walked {
   Coefficients<kMethod, V> c;
-  V held, state, by_z, by_ratio;
+  V held, state, by_z;
 };
 template <bool kIsNear, int kMethod, class V>
 __device__ __forceinline__ Walked<kMethod, V> walked(V state, Real<V> d, Rate<kMethod, V> rate,
-                                                     Uneven<Real<V>> uneven, const V* v) {
+                                                     const V* v) {
   Walked<kMethod, V> w = {};
   if constexpr (kIsNear) {
-    const Near<kMethod> near = near_of<kMethod>(d * rate.a, uneven, v);
+    const Near<kMethod> near = near_of<kMethod>(d * rate.a, v);
     w.c = near.c;
     w.held = near.held;
-    w.by_ratio = near.by_ratio;
     w.state = w.c.alpha * state + d * w.held;
     w.by_z = w.state - d * near.lag;
   } else {
-    const auto s = slopes(d, rate, uneven);
+    const auto s = slopes(d, rate, Uneven<Real<V>>());
     w.c = s.value;
     w.held = held_of<kMethod>(w.c.weight, v);
     w.state = w.c.alpha * state + d * w.held;
     w.by_z = s.by_z.alpha * state + d * held_of<kMethod>(s.by_z.weight, v);
-    if constexpr (neighbour_of(kMethod) != 0) w.by_ratio = held_of<kMethod>(s.by_ratio, v);
   }
   return w;
 }
 
-// Four positions of one state, from the adjoint state behind them: adds to the sums and to the gradient of A, and leaves
-// the gradients of B and C in `shared`.
+// What walking a state four positions back changes: the adjoint state behind them, the gradient of A, what they push to the
+// samples before them, sums over states, and the gradients of B and C at the four.
+template <class V>
+struct Trail {
+  V &adjoint, &of_A;
+  V (&pushed)[2];
+  Sums<Real<V>>& sums;
+  V* shared;
+};
+
+// Of a rule with one or two samples. `before`: the state before them.
 template <bool kIsNear, int kMethod, class V>
-__device__ __forceinline__ void walk_state(const RowFour<kMethod, Real<V>>& in, const V* B,
-                                           const V* C, V a, V before, V& adjoint, V& of_A,
-                                           V (&pushed)[2], Sums<Real<V>>& sums, V* shared) {
+__device__ __forceinline__ void walk_weights(const RowFour<kMethod, Real<V>>& in, const V* B,
+                                             const V* C, V a, V before, const Trail<V>& to) {
   using T = Real<V>;
-  constexpr int kBack = back_of(kMethod), kAhead = ahead_of(kMethod), kTaps = taps_of(kMethod);
+  constexpr int kBack = back_of(kMethod);
   constexpr T kFactor = is_complex_type<V> ? 2 : 1;
-  V v[kBack + 4 + kAhead], samples[4 + kAhead], to_before[2] = {number<V>(0), number<V>(0)};
+  V v[kBack + 4], samples[5];  // samples: from the one before on
 #pragma unroll
-  for (int i = 0; i < kBack + 4 + kAhead; ++i) v[i] = in.u[i] * B[i];
+  for (int i = 0; i < kBack + 4; ++i) v[i] = in.u[i] * B[i];
 #pragma unroll
-  for (int i = 0; i < 4 + kAhead; ++i) samples[i] = number<V>(0);
+  for (int i = 0; i < 5; ++i) samples[i] = number<V>(0);
 
   const Rate<kMethod, V> rate = rate_of<kMethod>(a);
 
   // What the way back needs of the states: for Mamba's rule those before, otherwise derivatives by z.
-  V alpha[4], weight[4][kTaps], of_z[4], held[4], of_ratio[4];
+  V alpha[4], weight[4][kBack + 1], of_z[4], held[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (kMethod == kMamba) {
@@ -73,74 +79,135 @@ __device__ __forceinline__ void walk_state(const RowFour<kMethod, Real<V>>& in, 
       of_z[i] = before;
       before = alpha[i] * before + (in.d[i] * in.u[i]) * B[i];
     } else {
-      const auto step = walked<kIsNear>(before, in.d[i], rate, uneven_of(in.ratio[i]), v + i);
+      const auto step = walked<kIsNear>(before, in.d[i], rate, v + i);
       alpha[i] = step.c.alpha;
       held[i] = step.held;
       of_z[i] = step.by_z;
-      of_ratio[i] = step.by_ratio;
 #pragma unroll
-      for (int j = 0; j < kTaps; ++j) weight[i][j] = step.c.weight[j];
+      for (int j = 0; j <= kBack; ++j) weight[i][j] = step.c.weight[j];
       before = step.state;
     }
-    sums.y[i] += inner(C[kAhead + i], conjugate(before));
-    shared[4 + i] = (kFactor * in.g[i]) * conjugate(before);
+    to.sums.y[i] += inner(C[i], conjugate(before));
+    to.shared[4 + i] = (kFactor * in.g[i]) * conjugate(before);
   }
 #pragma unroll
   for (int i = 3; i >= 0; --i) {
-    const V lambda = (kFactor * in.g[i]) * conjugate(C[kAhead + i]) + adjoint;
-    adjoint = conjugate(alpha[i]) * lambda;
-    if constexpr (kTaps == 1) {
-      const V by_z = (kMethod == kMamba ? adjoint : lambda) * conjugate(of_z[i]);
-      of_A = of_A + in.d[i] * by_z;
-      sums.d[i] += inner(by_z, a);
+    const V lambda = (kFactor * in.g[i]) * conjugate(C[i]) + to.adjoint;
+    to.adjoint = conjugate(alpha[i]) * lambda;
+    if constexpr (kBack == 0) {
+      const V by_z = (kMethod == kMamba ? to.adjoint : lambda) * conjugate(of_z[i]);
+      to.of_A = to.of_A + in.d[i] * by_z;
+      to.sums.d[i] += inner(by_z, a);
       // u and d get it times the other one, once all states are in.
       const V push = kMethod == kMamba ? lambda : conjugate(weight[i][0]) * lambda;
-      sums.u[i] += inner(push, B[i]);
-      shared[i] = (in.d[i] * in.u[i]) * push;
+      to.sums.u[i] += inner(push, B[i]);
+      to.shared[i] = (in.d[i] * in.u[i]) * push;
     } else {
       const V scaled = in.d[i] * lambda;
-      of_A = of_A + scaled * conjugate(of_z[i]);
-      sums.d[i] += inner(lambda, a * of_z[i] + held[i]);
-      if constexpr (neighbour_of(kMethod) != 0) {
-        sums.ratio[i] += inner(scaled, of_ratio[i]);
-      }
+      to.of_A = to.of_A + scaled * conjugate(of_z[i]);
+      to.sums.d[i] += inner(lambda, a * of_z[i] + held[i]);
 #pragma unroll
-      for (int j = 0; j < kTaps; ++j) {
-        const V push = conjugate(weight[i][j]) * scaled;
-        const int to = i + j - kBack;
-        if (to < 0) {
-          to_before[-to - 1] = to_before[-to - 1] + push;
-        } else {
-          samples[to] = samples[to] + push;
-        }
+      for (int j = 0; j <= kBack; ++j) {
+        samples[i + j] = samples[i + j] + conjugate(weight[i][j]) * scaled;
       }
     }
   }
-  if constexpr (kTaps == 1) return;
+  if constexpr (kBack > 0) {
+    samples[4] = samples[4] + to.pushed[0];
+    to.pushed[0] = samples[0];
+    // The sample before the first is the first.
+    if (in.is_first) samples[1] = samples[1] + samples[0];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      to.shared[i] = in.u[kBack + i] * samples[1 + i];
+      to.sums.u[i] += inner(samples[1 + i], B[kBack + i]);
+    }
+  }
+}
+
+// Of a rule whose input is a parabola through three samples: what it takes of these goes by way of their differences, of which
+// neighbouring steps share one.
+template <bool kIsNear, int kMethod, class V>
+__device__ __forceinline__ void walk_parabolas(const RowFour<kMethod, Real<V>>& in, const V* B,
+                                               const V* C, V a, V before, const Trail<V>& to) {
+  using T = Real<V>;
+  constexpr int kBack = back_of(kMethod), kAhead = ahead_of(kMethod), kSamples = kBack + 4 + kAhead;
+  constexpr int kOther = kAhead > 0 ? 1 : -1;  // from a step's difference to its neighbour's
+  constexpr T kFactor = is_complex_type<V> ? 2 : 1;
+  V v[kSamples], rise[kSamples - 1];
+#pragma unroll
+  for (int i = 0; i < kSamples; ++i) v[i] = in.u[i] * B[i];
+#pragma unroll
+  for (int i = 0; i < kSamples - 1; ++i) rise[i] = v[i + 1] - v[i];
+
+  const Rate<kMethod, V> rate = rate_of<kMethod>(a);
+  Parabola<V> weight[4];
+  V alpha[4], of_z[4], held[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int at = kBack - 1 + i;
+    const V bend = bend_of<kMethod>(rise[at], rise[at + kOther], in.uneven(i));
+    const Parabola<V> parabola = {v[at], rise[at], bend};
+    const Bent<V> step = bent_of<kIsNear>(in.d[i], rate);
+    alpha[i] = step.alpha;
+    weight[i] = step.held;
+    held[i] = sum_of(step.held, parabola);
+    before = step.alpha * before + in.d[i] * held[i];
+    of_z[i] = before - in.d[i] * sum_of(step.lag, parabola);
+    to.sums.y[i] += inner(C[kAhead + i], conjugate(before));
+    to.shared[4 + i] = (kFactor * in.g[i]) * conjugate(before);
+  }
+  V samples[kSamples], of_rise[kSamples - 1];
+#pragma unroll
+  for (int i = 0; i < kSamples; ++i) samples[i] = number<V>(0);
+  of_rise[kSamples - 2] = number<V>(0);
+#pragma unroll
+  for (int i = 3; i >= 0; --i) {
+    const int at = kBack - 1 + i;
+    const V lambda = (kFactor * in.g[i]) * conjugate(C[kAhead + i]) + to.adjoint;
+    const V scaled = in.d[i] * lambda;
+    to.adjoint = conjugate(alpha[i]) * lambda;
+    to.of_A = to.of_A + scaled * conjugate(of_z[i]);
+    to.sums.d[i] += inner(lambda, a * of_z[i] + held[i]);
+    const V of_bend = conjugate(weight[i].bend) * scaled;
+    const V of_own = conjugate(weight[i].rise) * scaled;
+    const Uneven<T> pushed = in.pushed(i);
+    if constexpr (neighbour_of(kMethod) != 0) {
+      to.sums.own[i] += inner(of_bend, rise[at]);
+      to.sums.other[i] += inner(of_bend, rise[at + kOther]);
+    }
+    if constexpr (kAhead > 0) {
+      of_rise[at] = of_own - pushed.own * of_bend;
+      of_rise[at + 1] = of_rise[at + 1] + pushed.other * of_bend;
+    } else {
+      of_rise[at] = of_rise[at] + of_own + pushed.own * of_bend;
+      of_rise[at - 1] = -pushed.other * of_bend;
+    }
+    samples[at] = conjugate(weight[i].start) * scaled;
+  }
+#pragma unroll
+  for (int i = 0; i < kSamples; ++i) {
+    if (i > 0) samples[i] = samples[i] + of_rise[i - 1];
+    if (i < kSamples - 1) samples[i] = samples[i] - of_rise[i];
+  }
 #pragma unroll
   for (int j = 0; j < kBack; ++j) {
-    samples[3 - j] = samples[3 - j] + pushed[j];
-    pushed[j] = to_before[j];
+    samples[kBack + 3 - j] = samples[kBack + 3 - j] + to.pushed[j];
+    to.pushed[j] = samples[kBack - 1 - j];
+    // Samples before the first are the first.
+    if (in.is_first) samples[kBack] = samples[kBack] + to.pushed[j];
   }
-  // Samples before the first are the first.
-  if (in.is_first) samples[0] = samples[0] + to_before[0] + to_before[1];
   if constexpr (kAhead > 0) {
-    // The sample behind the last one is the last one.
-    if (in.last < 4) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        samples[i] = samples[i] + select(i == in.last, samples[i + 1], number<V>(0));
-      }
-    }
     // That of the position before for the first sample of these.
-    const V lambda = (kFactor * in.g_before) * conjugate(C[0]) + adjoint;
-    const auto c = coefficients_at<kIsNear>(in.d_before, rate, uneven_of(in.ratio_before));
-    samples[0] = samples[0] + conjugate(c.weight[kTaps - 1]) * (in.d_before * lambda);
+    const V lambda = (kFactor * in.g_before) * conjugate(C[0]) + to.adjoint;
+    const auto c = coefficients_at<kIsNear>(in.d_before, rate, Uneven<T>());
+    const V of_bend = conjugate(c.weight[2]) * (in.d_before * lambda);
+    samples[kBack] = samples[kBack] + in.other_before * of_bend;
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    shared[i] = in.u[kBack + i] * samples[i];
-    sums.u[i] += inner(samples[i], B[kBack + i]);
+    to.shared[i] = in.u[kBack + i] * samples[kBack + i];
+    to.sums.u[i] += inner(samples[kBack + i], B[kBack + i]);
   }
 }
 
@@ -165,6 +232,7 @@ struct Walk {
   using At = Arrays<kMethod, Of::kPanels>;
   static constexpr int kBack = back_of(kMethod), kAhead = ahead_of(kMethod);
   static constexpr int kUnrolled = is_flat<V> ? Of::kStates : 1;
+  static constexpr int kSumsPitch = sums_pitch(Of::kLanes);
 
   const BackwardArgs& args;
   const Place& place;
@@ -240,27 +308,49 @@ struct Walk {
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          state[s] = stepped<kIsNear>(state[s], in.d[i], rate, uneven_of(in.ratio[i]), v + i);
+          state[s] = stepped<kIsNear>(state[s], in.d[i], rate, in.uneven(i), v + i);
         }
       }
     }
   }
 
-  // The gradients of B and C at a four of a state, summed over the warp's channels, or over positions.
+  // Whether there are gradients that channels share.
+  __device__ __forceinline__ bool shares() const {
+    return kVariable || !(args.problem.constant_B && args.problem.constant_C);
+  }
+  // The gradients of B and C at a four of a state, to be summed over the warp's channels, or over positions.
   __device__ __forceinline__ void give_shared(V* shared, int s, int four, Carry<V>& carry) const {
     const Problem& p = args.problem;
     if constexpr (!kVariable) {
       if (p.constant_B) carry.of_B = carry.of_B + (shared[0] + shared[1] + (shared[2] + shared[3]));
       if (p.constant_C) carry.of_C = carry.of_C + (shared[4] + shared[5] + (shared[6] + shared[7]));
-      if (p.constant_B && p.constant_C) return;
+      if (!shares()) return;
     }
-    fold<8, Of::kRows, Of::kLanes>(shared, lane.row);
-    V* to = kept + (four + 1) * Of::kFourPitch;
-    if (!is_keeper<8, Of::kRows>(lane.row)) return;
+    if constexpr (Of::kSumsInMemory) {
+      V* to = kept + Of::kFourNumbers + s * kSumsPitch + threadIdx.x % kWarpSize * 4;
+      write_quad(to, shared);
+      write_quad(to + Of::kStates * kSumsPitch, shared + 4);
+    } else {
+      fold<8, Of::kRows, Of::kLanes>(shared, lane.row);
+      V* to = kept + (four + 1) * Of::kFourPitch;
+      if (!is_keeper<8, Of::kRows>(lane.row)) return;
 #pragma unroll
-    for (int i = 0; i < kept_of<8, Of::kRows>; ++i) {
-      const int at = kept_first<8, Of::kRows>(lane.row) + i;
-      to[(at / 4 * Of::kPadded + lane.state(s)) * 4 + at % 4] = shared[i];
+      for (int i = 0; i < kept_of<8, Of::kRows>; ++i) {
+        const int at = kept_first<8, Of::kRows>(lane.row) + i;
+        to[(at / 4 * Of::kPadded + lane.state(s)) * 4 + at % 4] = shared[i];
+      }
+    }
+  }
+  // Sums what all lanes have given, once they have.
+  __device__ __forceinline__ void sum_shared(int four) const {
+    if (!Of::kSumsInMemory || !shares()) return;
+    V* to = kept + (four + 1) * Of::kFourPitch;
+#pragma unroll
+    for (int i = threadIdx.x % kWarpSize; i < 2 * Of::kPadded; i += kWarpSize) {
+      const int at = i / Of::kLanes * kSumsPitch + i % Of::kLanes * 4;
+      V sum[4];
+      sum_quads<Of::kRows>(kept + Of::kFourNumbers + at, Of::kLanes * 4, sum);
+      write_quad(to + i * 4, sum);
     }
   }
 
@@ -276,24 +366,39 @@ struct Walk {
         sums.d[i] += in.u[i] * sums.u[i];
         sums.u[i] *= in.d[i];
       }
-      if constexpr (neighbour_of(kMethod) != 0) {
-        // A ratio's gradient goes to the neighbour's step, which is the own one at the end, and to the own.
-        sums.ratio[i] = in.d[i] != T(0) ? in_steps(sums.ratio[i], in.d[i]) : T(0);
-        sums.d[i] -= sums.ratio[i] * in.ratio[i];
-        const bool is_end = neighbour_of(kMethod) > 0 ? i == in.last : in.is_first && i == 0;
-        if (is_end) sums.d[i] += sums.ratio[i];
-      }
       sums.u[i] += skip * in.g[i];
       sums.y[i] = (is_complex_type<V> ? T(2) : T(1)) * sums.y[i] + skip * in.u[kBack + i];
     }
+    fold<4, Of::kLanes, 1>(sums.d, lane.part);
+    fold<4, Of::kLanes, 1>(sums.u, lane.part);
+    if (p.z.data != nullptr) fold<4, Of::kLanes, 1>(sums.y, lane.part);
+    if constexpr (neighbour_of(kMethod) != 0) {
+      fold<4, Of::kLanes, 1>(sums.own, lane.part);
+      fold<4, Of::kLanes, 1>(sums.other, lane.part);
+      finish_ratios(in, sums, four);
+    }
+    if (!is_keeper<4, Of::kLanes>(lane.part)) return;
     put(sums.d, At::kOfSteps, four);
     put(sums.u, At::kOfInputs, four);
     if (p.z.data != nullptr) put(sums.y, At::kOutputs, four);
-    if constexpr (neighbour_of(kMethod) != 0) put(sums.ratio, At::kOfRatios, four);
+    if constexpr (neighbour_of(kMethod) != 0) put(sums.own, At::kOfRatios, four);
   }
-  __device__ __forceinline__ void put(T* values, int array, int four) const {
-    fold<4, Of::kLanes, 1>(values, lane.part);
-    if (!is_keeper<4, Of::kLanes>(lane.part)) return;
+  // Of the sums that a lane has kept: those of own become what the neighbours' steps get. A ratio at the end is 1.
+  __device__ __forceinline__ void finish_ratios(const RowFour<kMethod, T>& in, Sums<T>& sums,
+                                                int four) const {
+#pragma unroll
+    for (int i = 0; i < kept_of<4, Of::kLanes>; ++i) {
+      const int at = kept_first<4, Of::kLanes>(lane.part) + i;
+      const T* from = row + four * 4 + at;
+      const T d = from[At::kSteps * Of::kArray];
+      const Uneven<T> uneven = {from[At::kOwn * Of::kArray], from[At::kOther * Of::kArray]};
+      const bool is_end = neighbour_of(kMethod) > 0 ? at == in.last : in.is_first && at == 0;
+      const T of_ratio = bend_of<kMethod>(sums.own[i], sums.other[i], by_ratio_of(uneven));
+      sums.own[i] = is_end || d == T(0) ? T(0) : in_steps(of_ratio, d);
+      sums.d[i] -= sums.own[i] * quick_reciprocal(inverse_ratio(uneven));
+    }
+  }
+  __device__ __forceinline__ void put(const T* values, int array, int four) const {
     T* to = row + array * Of::kArray + four * 4 + kept_first<4, Of::kLanes>(lane.part);
 #pragma unroll
     for (int i = 0; i < kept_of<4, Of::kLanes>; ++i) {
@@ -316,20 +421,35 @@ struct Walk {
       u_behind = in.u[kBack];
       Sums<T> sums;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums.u[i] = sums.d[i] = sums.y[i] = sums.ratio[i] = T(0);
+      for (int i = 0; i < 4; ++i) {
+        sums.u[i] = sums.d[i] = sums.y[i] = sums.own[i] = sums.other[i] = T(0);
+      }
       const V* before = kept + four * Of::kFourPitch + threadIdx.x % kWarpSize;
-#pragma unroll kUnrolled
-      for (int s = 0; s < Of::kStates; ++s) {
-        V of_B[kBack + 4 + kAhead], of_C[kAhead + 4], shared[8];
+      V of_B[kBack + 4 + kAhead], of_C[kAhead + 4], state;
+      const auto read_state = [&](int s) {
         read<kBack, kAhead>(B, p.constant_B, p.B, s, four, of_B);
         read<kAhead, 0>(C, p.constant_C, p.C, s, four, of_C);
+        state = before[s * kWarpSize];
+      };
+      read_state(0);
+#pragma unroll kUnrolled
+      for (int s = 0; s < Of::kStates; ++s) {
+        V shared[8];
         Carry<V>& own = carry[s];
-        walk_state<kIsNear, kMethod>(in, of_B, of_C, own.a, before[s * kWarpSize], own.adjoint,
-                                     own.of_A, own.pushed, sums, shared);
+        const Trail<V> to = {own.adjoint, own.of_A, own.pushed, sums, shared};
+        if constexpr (taps_of(kMethod) > 2) {
+          walk_parabolas<kIsNear>(in, of_B, of_C, own.a, state, to);
+        } else {
+          walk_weights<kIsNear>(in, of_B, of_C, own.a, state, to);
+        }
+        // Before that is written: nobody knows that it is elsewhere.
+        if (s + 1 < Of::kStates) read_state(s + 1);
         give_shared(shared, s, four, own);
       }
       __syncwarp();  // all have read what is now written over
+      sum_shared(four);
       finish(in, sums, four);
+      __syncwarp();
     }
   }
 };
@@ -402,9 +522,17 @@ __device__ __forceinline__ void write_rows(const BackwardArgs& args, const Place
       values[i] *= more[i];
       if (position + i < p.length) sums.bias += values[i];
     }
-    store_four(grad_delta, position, p, values);
+    if (kNeighbour > 0 && four == 0 && first > 0) {
+      // That of the first step waits for the tile before.
+#pragma unroll
+      for (int i = 1; i < 4; ++i) {
+        if (position + i < p.length) store(grad_delta[memory_of_one(p, position + i)], values[i]);
+      }
+    } else {
+      store_four(grad_delta, position, p, values);
+    }
     if constexpr (kNeighbour > 0) {
-      // What the last ratio has for the first step of the tile behind, which has been written without it.
+      // What the last ratio has for the first step of the tile behind.
       if (four == 0) {
         if (first + Of::kTile < p.length) {
           const T last = row[At::kOfRatios * Of::kArray + Of::kTile - 1] * sums.slope;
@@ -481,7 +609,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
     backward(const BackwardArgs args) {
   using T = Acc<Scalar>;
   using V = State<Scalar, kComplex>;
-  using Of = TileLayout<V, kWarps, kLanes, kStates, kPanels>;
+  using Of = TileLayout<V, kMethod, kWarps, kLanes, kStates, kPanels>;
   using At = Arrays<kMethod, kPanels>;
   constexpr int kBack = back_of(kMethod), kAhead = ahead_of(kMethod);
   constexpr int kUnrolled = is_flat<V> ? kStates : 1;
@@ -552,6 +680,11 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
         Carry<V>& c = carry[i / kStates][i % kStates];
         c.of_A = c.of_B = c.of_C = number<V>(0);
       }
+      if constexpr (neighbour_of(kMethod) > 0) {
+        // The last ratio of the split has something for the first step behind it.
+        sums.slope = rows[At::kSlopes * Of::kArray];
+        sums.waiting = rows[At::kOfSteps * Of::kArray] * sums.slope;
+      }
     }
     if constexpr (neighbour_of(kMethod) < 0) {
       // The first ratio has something for the last step of the tile before.
@@ -589,7 +722,7 @@ template <class Scalar, int kMethod, bool kComplex, bool kVariable, int kWarps, 
 __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArgs args) {
   using T = Acc<Scalar>;
   using V = State<Scalar, kComplex>;
-  using Of = TileLayout<V, kWarps, kLanes, kStates, 1>;
+  using Of = TileLayout<V, kMethod, kWarps, kLanes, kStates, 1>;
   using At = Arrays<kMethod, 1>;
   constexpr int kBack = back_of(kMethod);
   constexpr int kUnrolled = is_flat<V> ? kStates : 1;

@@ -12,14 +12,18 @@ using namespace torchkiln::selective_scan;
 
 // Tiles are what lies between two kept states. States are gone through in panels of kPadded; a lane keeps what goes on
 // from tile to tile of up to kPanels of them.
-template <class V, int kWarpCount, int kLaneCount, int kStateCount, int kPanelCount>
+template <class V, int kMethod, int kWarpCount, int kLaneCount, int kStateCount, int kPanelCount>
 struct TileLayout : Layout<V, kWarpCount, kLaneCount, kStateCount, kCheckpoint* int(sizeof(V))> {
   static constexpr int kPanels = kPanelCount;
   static constexpr int kPitch = kTilePitch, kMatrixPitch = kPitch, kRowPitch = kPitch;
   static constexpr int kArray = kWarpSize / kLaneCount * kPitch;  // rows of a warp's channels
   static constexpr int kMatrix = kLaneCount * kStateCount * kPitch;
   static constexpr int kFourPitch = four_pitch(kLaneCount, kStateCount);
-  static constexpr int kOfWarp = four_numbers(kLaneCount, kStateCount);
+  static constexpr bool kSumsInMemory =
+      sums_in_memory(kMethod, kLaneCount, kStateCount, int(sizeof(V)));
+  static constexpr int kFourNumbers = four_numbers(kLaneCount, kStateCount);
+  static constexpr int kOfWarp =
+      kFourNumbers + sums_numbers(kMethod, kLaneCount, kStateCount, int(sizeof(V)));
 };
 
 template <class T>
@@ -34,11 +38,11 @@ __device__ __forceinline__ constexpr int slot_of(int at) { return at < 0 ? kTile
 // Arrays of rows in a warp's memory. With one panel the results take the places of what has been read.
 template <int kMethod, int kPanels>
 struct Arrays {
-  static constexpr int kSteps = 0, kInputs = 1, kRatios = 2;
-  static constexpr int kGradients = input_arrays(kMethod), kSlopes = kGradients + 1,
+  static constexpr int kSteps = 0, kInputs = 1, kOwn = 2, kOther = 3;  // the last two: of Uneven
+  static constexpr int kGradients = step_arrays(kMethod), kSlopes = kGradients + 1,
                        kGates = kGradients + 2, kOut = kPanels > 1 ? kGradients + 3 : 0;
   static constexpr int kOfSteps = kOut, kOfInputs = kOut + 1, kOfRatios = kOut + 2,
-                       kOutputs = kPanels > 1 ? kOut + input_arrays(kMethod) : kGradients;
+                       kOutputs = kPanels > 1 ? kOut + result_arrays(kMethod) - 1 : kGradients;
 };
 
 // ---- sums over lanes ----
@@ -147,13 +151,15 @@ __device__ __forceinline__ Acc<Scalar> fill_rows(const BackwardArgs& args, const
     if constexpr (neighbour_of(kMethod) != 0) {
       constexpr int kNeighbour = neighbour_of(kMethod);
       const T beside = load(delta[memory_of_one(p, position + (kNeighbour > 0 ? 4 : -1))]);
-      const T other = step_of(beside, bias, p.softplus);
+      T other[4];
+      uneven_of_four<kNeighbour>(d, step_of(beside, bias, p.softplus), more, other);
+      if constexpr (kNeighbour > 0) {
+        // Samples behind the last one are that one: nothing comes from there.
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int j = i + kNeighbour;
-        more[i] = in_steps(j < 0 || j == 4 ? other : d[j & 3], d[i]);
+        for (int i = 0; i < 4; ++i) other[i] = position + i + 1 < p.length ? other[i] : T(0);
       }
-      write_quad(to + At::kRatios * Of::kArray, more);
+      write_quad(to + At::kOwn * Of::kArray, more);
+      write_quad(to + At::kOther * Of::kArray, other);
     }
     const int before = begin - position, behind = place.has(lane.row) ? end - position : 0;
 #pragma unroll
@@ -197,7 +203,7 @@ __device__ __forceinline__ void fill_beside(const BackwardArgs& args, const Plac
     row[At::kGradients * Of::kArray + slot_of(-1)] = g;
     if constexpr (neighbour_of(kMethod) != 0) {
       const T own = step_of(T(load(delta[memory_of_one(p, first)])), bias, p.softplus);
-      row[At::kRatios * Of::kArray + slot_of(-1)] = in_steps(own, d);
+      row[At::kOther * Of::kArray + slot_of(-1)] = uneven_of(d, own).other;
     }
   }
 }
@@ -215,33 +221,41 @@ __device__ __forceinline__ void read_window(const V* row, int four, V* out) {
 template <int kMethod, class T>
 struct RowFour {
   static constexpr int kBack = back_of(kMethod), kAhead = ahead_of(kMethod);
-  T d[4], g[4], ratio[4], u[kBack + 4 + kAhead];
-  T d_before, g_before, ratio_before;
+  T d[4], g[4], own[4], other[4], u[kBack + 4 + kAhead];  // own, other: of Uneven
+  T d_before, g_before, other_before;
   int last;  // which one is the last of all; above 3: none
   bool is_first;
+
+  __device__ __forceinline__ Uneven<T> uneven(int i) const {
+    if constexpr (neighbour_of(kMethod) == 0) return {};
+    return {own[i], other[i]};
+  }
 
   // `u_behind`: that of the position behind; it may have been written over.
   template <class Of>
   __device__ __forceinline__ void read(const T* row, int four, T u_behind) {
     using At = Arrays<kMethod, Of::kPanels>;
     const int before = slot_of(four * 4 - 1);
-    const T* own = row + four * 4;
-    read_quad(own + At::kSteps * Of::kArray, d);
-    read_quad(own + At::kGradients * Of::kArray, g);
+    const T* from = row + four * 4;
+    read_quad(from + At::kSteps * Of::kArray, d);
+    read_quad(from + At::kGradients * Of::kArray, g);
     read_window<kBack, 0>(row + At::kInputs * Of::kArray, four, u);
     if constexpr (kAhead > 0) {
       u[kBack + 4] = u_behind;
       d_before = row[At::kSteps * Of::kArray + before];
       g_before = row[At::kGradients * Of::kArray + before];
+      other_before = T(1);
     }
-    ratio_before = T(1);
     if constexpr (neighbour_of(kMethod) != 0) {
-      read_quad(own + At::kRatios * Of::kArray, ratio);
-      if constexpr (kAhead > 0) ratio_before = row[At::kRatios * Of::kArray + before];
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) ratio[i] = T(1);
+      read_quad(from + At::kOwn * Of::kArray, own);
+      read_quad(from + At::kOther * Of::kArray, other);
+      if constexpr (kAhead > 0) other_before = row[At::kOther * Of::kArray + before];
     }
+  }
+  // What a step's bend pushes to the neighbour's sample and takes from the own one.
+  __device__ __forceinline__ Uneven<T> pushed(int i) const {
+    if constexpr (neighbour_of(kMethod) != 0) return uneven(i);
+    return {T(1), kAhead > 0 && i == last ? T(0) : T(1)};
   }
 };
 

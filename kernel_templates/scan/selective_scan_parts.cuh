@@ -333,11 +333,23 @@ template <class T>
 __device__ __forceinline__ T in_steps(T x, T step) {
   return (kLift * x) * quick_reciprocal(kLift * step);
 }
-// 1 / ratio and 2 / (1 + ratio) out of a step and its neighbour.
+// Out of a step and its neighbour.
 template <class T>
 __device__ __forceinline__ Uneven<T> uneven_of(T step, T neighbour) {
   const T inverse = in_steps(step, neighbour);
-  return {inverse, add_times(T(2), T(-2), quick_reciprocal(T(1) + inverse))};
+  const T own = add_times(T(2), T(-2), quick_reciprocal(T(1) + inverse));
+  return {own, own * inverse};
+}
+// That of four steps, and of the one beside them on their neighbours' side.
+template <int kNeighbour, class T>
+__device__ __forceinline__ void uneven_of_four(const T* d, T beside, T* own, T* other) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int j = i + kNeighbour;
+    const Uneven<T> uneven = uneven_of(d[i], j < 0 || j == 4 ? beside : d[j & 3]);
+    own[i] = uneven.own;
+    other[i] = uneven.other;
+  }
 }
 
 // What the recurrence of a warp's channels takes from u and delta: rows of d, of u (or d * u where kScaled), and where
@@ -404,16 +416,10 @@ struct Steps {
       if constexpr (kNeighbour != 0) other = beside(p, item, k, bias.at[k], d);
       if (!item.exists()) continue;
       if constexpr (kNeighbour != 0) {
-        T inverse[4], part[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int j = i + kNeighbour;
-          const Uneven<T> uneven = uneven_of(d[i], j < 0 || j == 4 ? other : d[j & 3]);
-          inverse[i] = uneven.inverse;
-          part[i] = uneven.part;
-        }
-        write_quad(rows + 2 * kArray + item.slot(), inverse);
-        write_quad(rows + 3 * kArray + item.slot(), part);
+        T of_own[4], of_other[4];
+        uneven_of_four<kNeighbour>(d, other, of_own, of_other);
+        write_quad(rows + 2 * kArray + item.slot(), of_own);
+        write_quad(rows + 3 * kArray + item.slot(), of_other);
       }
       const int steps = place.has(item.row) ? int(p.length) - first - item.four * 4 : 0;
 #pragma unroll

@@ -49,17 +49,33 @@ TORCHKILN_HD constexpr int four_numbers(int lanes, int lane_states) {
   return (kCheckpoint / 4 + 1) * four_pitch(lanes, lane_states);
 }
 
+// Whether the gradients of B and C are summed over the channels of a warp by way of shared memory, which takes half as many
+// instructions as shuffles. Beside 16 warps there is no room for it, nor beside 12 where a warp has more states; of fewer
+// states half of the lanes would sum none.
+TORCHKILN_HD constexpr bool sums_in_memory(int method, int lanes, int lane_states,
+                                           int state_bytes) {
+  return method != kMamba && state_bytes == 4 && lanes <= 4 && lanes * lane_states >= 16;
+}
+// Numbers from four positions of a gradient, of all lanes, to the next ones: lanes that sum different ones read different banks.
+TORCHKILN_HD constexpr int sums_pitch(int lanes) { return (32 + lanes % 8) * 4; }
+// Numbers of all of them in a warp's memory.
+TORCHKILN_HD constexpr int sums_numbers(int method, int lanes, int lane_states, int state_bytes) {
+  return sums_in_memory(method, lanes, lane_states, state_bytes)
+             ? 2 * lane_states * sums_pitch(lanes)
+             : 0;
+}
+
 // Warps that a multiprocessor holds, which says how many registers each has.
 TORCHKILN_HD constexpr int resident_warps(int method, int state_bytes) {
   if (state_bytes > 4) return 8;
   return method == kMamba ? 16 : 12;
 }
 
-// Rows that each channel has: steps, inputs and ratios of steps, three of gradients and slopes, and results where these cannot
-// take the places of what they come from.
-TORCHKILN_HD constexpr int input_arrays(int method) { return neighbour_of(method) != 0 ? 3 : 2; }
+// Rows that each channel has: inputs as the forward's, three of gradients and slopes, and results where these cannot take the
+// places of inputs: the gradients of steps, inputs and ratios of steps, and the output.
+TORCHKILN_HD constexpr int result_arrays(int method) { return neighbour_of(method) != 0 ? 4 : 3; }
 TORCHKILN_HD constexpr int backward_arrays(int method, int panels) {
-  return input_arrays(method) + 3 + (panels > 1 ? input_arrays(method) + 1 : 0);
+  return step_arrays(method) + 3 + (panels > 1 ? result_arrays(method) : 0);
 }
 
 }  // namespace torchkiln::selective_scan

@@ -279,9 +279,9 @@ def parity() -> Parity:
             # Of a rule whose splits have a product for each state.
             Case("splits_bilinear", lambda new: _of_rule(new, "bilinear", length=530)),
             Case("splits_complex", lambda new: _of_rule(new, "zoh", length=530, parts=2)),
-            Case(
-                "splits_true_time",
-                lambda new: _of_rule(new, "highorder", length=530, true_time=True),
+            *(
+                Case(f"splits_{name}_true_time", functools.partial(_split, method=name))
+                for name in ("poly", "highorder")
             ),
             Case("deterministic", lambda new: _scan_of(new, 2, 22, 24, 2, deterministic=True)),
             Case("plain", lambda new: _scan_of(new, 2, 4, 21, 3, without=_NAMES[5:])),
@@ -344,6 +344,10 @@ def _of_rule(new: Inputs, method: str, length: int = 21, **settings: Any) -> dic
 
 def _long(new: Inputs, method: str) -> dict[str, object]:
     return _scan_of(new, 1, 2, 270, 2, groups=1, discretization=method, true_time=True)
+
+
+def _split(new: Inputs, method: str) -> dict[str, object]:
+    return _scan_of(new, 1, 4, 530, 9, discretization=method, true_time=True)
 
 
 def _scan_of(
