@@ -90,7 +90,10 @@ class TestAbsImgPointToRelImgPoint(CompositionSuite):
     autocast = torch.float32
     dynamic: ClassVar = {"abs_img_points": 0}
     failures = (
-        Failure("img", {"img": 7}, ValueError, r"img must be \(height, width\) or a tensor; got 7"),
+        Failure("img", {"img": 7}, ValueError, "img must be .*, or a tensor; got 7$"),
+        Failure("img_side", {"img": (4, "x")}, ValueError, r"img must be \(height, width\), both"),
+        Failure("img_negative", {"img": (4, -1)}, ValueError, r"both at least 0.*got \(4, -1\)$"),
+        Failure("scale", {"spatial_scale": "x"}, TypeError, "spatial_scale must be a number; got"),
         Failure("img_size", {"img": torch.ones(3)}, ValueError, r"img must have shape \(N, C, H"),
     )
 
@@ -132,7 +135,13 @@ class TestGenerateGrid(CompositionSuite):
             "negative",
             {"size": (2, -1)},
             ValueError,
-            r"^generate_grid: num_grid and size must be at least 0; got 7 and \(2, -1\)$",
+            r"^generate_grid: size must be two integers, both at least 0; got \(2, -1\)$",
+        ),
+        Failure(
+            "one_side",
+            {"size": 4},
+            ValueError,
+            r"^generate_grid: size must be two integers, both at least 0; got 4$",
         ),
     )
 

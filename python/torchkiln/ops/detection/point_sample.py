@@ -10,10 +10,14 @@ from torch.nn.functional import grid_sample
 
 from torchkiln.ops._arguments import (
     cast_for_autocast,
+    is_integer,
+    is_number,
     require_choice,
+    require_count,
     require_device,
     require_floating,
     require_last,
+    require_number,
     require_pair,
     shape,
     widened,
@@ -72,6 +76,8 @@ def point_sample(
         tensor([[[1.5000, 2.0000]]])
     """
     _check_sample(input, points, mode, padding_mode)
+    if not isinstance(align_corners, bool):
+        raise TypeError(f"point_sample: align_corners must be a bool; got {align_corners!r}")
     is_list = points.dim() == 3
     places = points[:, :, None] if is_list else points
     if 0 in (input.shape[2], input.shape[3]) or input.shape[1] == 0:
@@ -129,12 +135,14 @@ def generate_grid(
         tensor([[[0.2500, 0.5000],
                  [0.7500, 0.5000]]])
     """
+    require_count("generate_grid", num_grid=num_grid)
+    if (
+        not isinstance(size, (tuple, list))
+        or len(size) != 2
+        or not all(is_integer(side) and side >= 0 for side in size)
+    ):
+        raise ValueError(f"generate_grid: size must be two integers, both at least 0; got {size!r}")
     height, width = size
-    if num_grid < 0 or height < 0 or width < 0:
-        raise ValueError(
-            "generate_grid: num_grid and size must be at least 0; "
-            f"got {num_grid} and {(height, width)}"
-        )
     # Rounded once: on a GPU torch divides by a number by multiplying with its rounded inverse.
     y, x = (
         ((torch.arange(count, device=device, dtype=torch.float64) + 0.5) / max(count, 1)).float()
@@ -228,10 +236,17 @@ def _to_shares(
         if img.dim() != 4:
             raise ValueError(f"{op}: img must have shape (N, C, H, W); got {shape(img)}")
         height, width = img.shape[2:]
-    elif isinstance(img, (tuple, list)) and len(img) == 2:
+    elif (
+        isinstance(img, (tuple, list))
+        and len(img) == 2
+        and all(is_number(side) and side >= 0 for side in img)
+    ):
         height, width = img
     else:
-        raise ValueError(f"{op}: img must be (height, width) or a tensor; got {img!r}")
+        raise ValueError(
+            f"{op}: img must be (height, width), both at least 0, or a tensor; got {img!r}"
+        )
+    require_number(op, spatial_scale=spatial_scale)
     x, y = points.unbind(-1)
     return torch.stack([x * spatial_scale / width, y * spatial_scale / height], -1)
 
