@@ -172,6 +172,10 @@ def batched_nms(
         As the function of the type. Classes are compared: coordinates are not shifted and keep all
         their digits, and however many boxes there are, they need no splitting.
 
+    Source:
+        Girshick et al., "Rich feature hierarchies for accurate object detection", 2014,
+        section 2.2.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import batched_nms
@@ -224,6 +228,10 @@ def batched_nms_padded(
 
     Note:
         Boxes, scores and ties as in the function of the type.
+
+    Source:
+        Girshick et al., "Rich feature hierarchies for accurate object detection", 2014,
+        section 2.2.
 
     Example:
         >>> import torch

@@ -61,7 +61,7 @@ def border_align(
         ValueError: for another shape, device or pool_size, or channels that 4 does not divide.
 
     Differentiable: input. Deterministic: yes, but for the gradient on CUDA, where `deterministic`
-    decides.
+    decides. Autocast: as without.
 
     Note:
         A sample up to a pixel outside takes the border's value; further out, or at a place that is

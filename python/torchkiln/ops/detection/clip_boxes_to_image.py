@@ -34,6 +34,9 @@ def clip_boxes_to_image(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     Note:
         NaN stays NaN.
 
+    Source:
+        Definitions of torchvision's function of this name.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import clip_boxes_to_image

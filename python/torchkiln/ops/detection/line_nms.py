@@ -70,6 +70,9 @@ def line_nms_groups(
     Note:
         Lanes, scores and ties as in `line_nms`.
 
+    Source:
+        Tabelini et al., "Keep your Eyes on the Lane", 2021, section 3.5.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import line_nms_groups
@@ -202,6 +205,9 @@ def line_nms_padded(
 
     Note:
         Lanes, scores and ties as in `line_nms`.
+
+    Source:
+        Tabelini et al., "Keep your Eyes on the Lane", 2021, section 3.5.
 
     Example:
         >>> import torch

@@ -106,6 +106,7 @@ def multi_scale_roi_align(
         IndexError: for a batch index out of range, on the CPU. On CUDA such a region gives 0.
 
     Differentiable: inputs. Deterministic: yes, gradients too.
+    Autocast: as without.
 
     Note:
         `torchkiln.nn.MultiScaleRoIAlign` and `torchkiln.nn.SingleRoIExtractor` have the sides that

@@ -95,6 +95,9 @@ def nms_bev(
     Note:
         As `nms_rotated`.
 
+    Source:
+        Shi et al., "PointRCNN", 2019, where boxes are suppressed by their overlap from above.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import nms_bev
@@ -142,6 +145,9 @@ def nms_bev_padded(
 
     Differentiable: no. Deterministic: yes. Autocast: float32.
 
+    Source:
+        Shi et al., "PointRCNN", 2019, where boxes are suppressed by their overlap from above.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import nms_bev_padded
@@ -182,6 +188,9 @@ def nms_normal_bev(
         CaptureError: while a CUDA graph is captured; `nms_normal_bev_padded` can be.
 
     Differentiable: no. Deterministic: yes. Autocast: float32.
+
+    Source:
+        Shi et al., "PointRCNN", 2019, where boxes are suppressed by their overlap from above.
 
     Example:
         >>> import torch
@@ -224,6 +233,9 @@ def nms_normal_bev_padded(
             threshold that is NaN.
 
     Differentiable: no. Deterministic: yes. Autocast: float32.
+
+    Source:
+        Shi et al., "PointRCNN", 2019, where boxes are suppressed by their overlap from above.
 
     Example:
         >>> import torch

@@ -129,6 +129,9 @@ def generate_grid(
 
     Differentiable: no. Deterministic: yes. Autocast: as without.
 
+    Source:
+        Kirillov et al., "PointRend", 2020.
+
     Example:
         >>> from torchkiln.ops import generate_grid
         >>> generate_grid(1, (1, 2))
@@ -170,6 +173,9 @@ def rel_roi_point_to_abs_img_point(rois: Tensor, rel_roi_points: Tensor) -> Tens
 
     Note:
         Computed in float32 for the half types. mmcv's has no gradient.
+
+    Source:
+        Kirillov et al., "PointRend", 2020.
 
     Example:
         >>> import torch
@@ -215,6 +221,9 @@ def abs_img_point_to_rel_img_point(
         ValueError: for another shape.
 
     Differentiable: abs_img_points. Deterministic: yes. Autocast: float32.
+
+    Source:
+        Kirillov et al., "PointRend", 2020.
 
     Example:
         >>> import torch
@@ -276,6 +285,9 @@ def rel_roi_point_to_rel_img_point(
 
     Note:
         Computed in float32 for the half types. mmcv's has no gradient.
+
+    Source:
+        Kirillov et al., "PointRend", 2020.
 
     Example:
         >>> import torch

@@ -120,7 +120,7 @@ def roi_pool(
         IndexError: on the CPU, for a batch index out of range. On CUDA its bins are 0.
 
     Differentiable: input. Deterministic: yes, but for the gradient of contiguous input on CUDA,
-    where `deterministic` decides.
+    where `deterministic` decides. Autocast: as without.
 
     Note:
         Of equal values the first one wins, row by row. NaN wins over any number. A region with a
