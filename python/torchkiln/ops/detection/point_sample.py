@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+from torchkiln._frame import deterministic_default
 from torchkiln.ops._arguments import (
     cast_for_autocast,
     is_integer,
@@ -42,6 +45,7 @@ def point_sample(
     *,
     mode: str = "bilinear",
     padding_mode: str = "zeros",
+    deterministic: bool | None = None,
 ) -> Tensor:
     """Samples feature maps at points that are given in shares of the image.
 
@@ -51,6 +55,8 @@ def point_sample(
         align_corners: whether 0 and 1 are the centres of the outer pixels, else their outer edges.
         mode: "bilinear", "nearest" or "bicubic".
         padding_mode: what is outside the image: "zeros", "border" or "reflection".
+        deterministic: whether gradients have the same bits every time on CUDA, at more time and
+            memory; None: as `torch.are_deterministic_algorithms_enabled` says.
 
     Returns:
         (N, C, P) or (N, C, H', W'), dtype of `input`.
@@ -59,8 +65,9 @@ def point_sample(
         TypeError: for another dtype.
         ValueError: for another shape, mode or padding, or two different devices.
 
-    Differentiable: input, points. Deterministic: on the CPU; on CUDA the gradient of `input` is
-    summed by atomics. Autocast: as without; features stay in their dtype, as in `roi_align`.
+    Differentiable: input, points. Deterministic: yes, but for the gradient of `input` on CUDA,
+    where `deterministic` decides. Autocast: as without; features stay in their dtype, as in
+    `roi_align`.
 
     Note:
         Positions are computed in float32 for the half types. A point that is not finite gives 0.
@@ -86,8 +93,11 @@ def point_sample(
     features = widened(input)
     places = places.to(features.dtype)
     is_finite = places.isfinite().all(-1, keepdim=True)
-    grid = 2 * torch.where(is_finite, places, 0.5) - 1
-    result = grid_sample(features, grid, mode, padding_mode, align_corners)
+    places = torch.where(is_finite, places, 0.5)
+    if features.is_cuda and deterministic_default(deterministic):
+        result = _gathered(features, places, mode, padding_mode, align_corners)
+    else:
+        result = grid_sample(features, 2 * places - 1, mode, padding_mode, align_corners)
     result = torch.where(is_finite.movedim(-1, 1), result, 0.0).to(input.dtype)
     return result.squeeze(3) if is_list else result
 
@@ -109,6 +119,66 @@ def _check_sample(input: Tensor, points: Tensor, mode: str, padding_mode: str) -
             f"got {points.shape[0]}"
         )
     require_device(op, input=input, points=points)
+
+
+def _gathered(
+    features: Tensor, places: Tensor, mode: str, padding_mode: str, align_corners: bool
+) -> Tensor:
+    """`grid_sample` whose gradient torch sums in one order: that of indexing, which it sorts."""
+    rows, columns = features.shape[2:]
+    x, y = places.unbind(-1)
+    along_x = _taps(x, columns, mode, padding_mode, align_corners)
+    along_y = _taps(y, rows, mode, padding_mode, align_corners)
+    image = torch.arange(features.shape[0], device=features.device)[:, None, None]
+    cells = features.permute(0, 2, 3, 1)
+    total = features.new_zeros((*x.shape, features.shape[1]))
+    for (row, share_y), (column, share_x) in itertools.product(along_y, along_x):
+        is_inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+        y_cell, x_cell = row.clamp(0, rows - 1).long(), column.clamp(0, columns - 1).long()
+        # Both, lest a NaN that is not taken spoils the gradient of its share.
+        taken = torch.where(is_inside[..., None], cells[image, y_cell, x_cell], 0.0)
+        share = torch.where(is_inside, share_y * share_x, 0.0)
+        total = total + taken * share[..., None]
+    return total.movedim(-1, 1)
+
+
+def _taps(
+    share: Tensor, count: int, mode: str, padding_mode: str, align_corners: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Numbers of the pixels of an axis that its points take, and weights."""
+    place = share * (count - 1) if align_corners else share * count - 0.5
+    if mode != "bicubic":
+        place = _moved_inside(place, count, padding_mode, align_corners)
+    if mode == "nearest":
+        return [(place.detach().round(), 1 + 0 * place)]
+    first = place.detach().floor()
+    if mode == "bilinear":
+        return [(first, first + 1 - place), (first + 1, place - first)]
+    pixels = [first + i for i in (-1, 0, 1, 2)]
+    return [
+        (_moved_inside(pixel, count, padding_mode, align_corners), _cubic((place - pixel).abs()))
+        for pixel in pixels
+    ]
+
+
+def _cubic(distance: Tensor) -> Tensor:
+    """The weight of a pixel up to 2 away; torch has -0.75 for the free number."""
+    free = -0.75
+    near = ((free + 2) * distance - (free + 3)) * distance.square() + 1
+    far = free * (((distance - 5) * distance + 8) * distance - 4)
+    return torch.where(distance <= 1, near, far)
+
+
+def _moved_inside(place: Tensor, count: int, padding_mode: str, align_corners: bool) -> Tensor:
+    if padding_mode == "zeros":
+        return place
+    if padding_mode == "reflection":
+        low, span = (0.0, count - 1) if align_corners else (-0.5, count)
+        away = (place - low).abs()
+        turns = (away / max(span, 1)).floor()
+        rest = away - turns * span
+        place = low + torch.where(turns % 2 == 0, rest, span - rest)
+    return place.clamp(0, count - 1)
 
 
 def generate_grid(
