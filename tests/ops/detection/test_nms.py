@@ -272,7 +272,7 @@ def test_equality_with_the_threshold(device: str) -> None:
 
 @pytest.mark.gpu
 def test_more_boxes_than_the_peer_can_take() -> None:
-    """Mmcv's mask goes wrong above 262,144: of two equal boxes at each place the first one stays."""
+    """Mmcv's mask goes wrong above 262,144. Of two equal boxes at a place the first one stays."""
     count = 300_000
     place = torch.arange(count // 2).repeat_interleave(2)
     corner = torch.stack([place % 1000, place // 1000], 1) * 10.0
