@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.amp import autocast_mode
 
+_INT64_END = 2**63
 _CLASS_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -97,10 +98,10 @@ def require_choice(op: str, name: str, value: object, choices: Mapping[str, obje
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a number of Python, numpy or torch, or a tensor of one."""
+    """Whether it is a number of Python, numpy or torch, or a tensor of one; not beyond int64."""
     # First, because torch.compile cannot ask a symbolic number for its attributes.
     if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        return True
+        return not isinstance(value, int) or -_INT64_END <= value < _INT64_END
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex()
     return hasattr(value, "__float__")

@@ -69,6 +69,11 @@ def test_compiles_with_a_number_of_the_call() -> None:
     assert compiled(rows, 1.5).tolist() == [0, 1]
 
 
+def test_refuses_an_integer_beyond_64_bits() -> None:
+    with pytest.raises(TypeError, match=f"min_size must be a number; got {2**63}$"):
+        remove_small_boxes(torch.zeros(1, 4), 2**63)
+
+
 def test_refuses_a_word() -> None:
     with pytest.raises(
         TypeError, match=r"^remove_small_boxes: min_size must be a number; got 'a'$"
