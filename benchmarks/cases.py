@@ -695,6 +695,7 @@ GPU_TABLES: Sequence[Callable[[], Iterator[Case]]] = (
 # Other files of rows; each has GPU_TABLES, cpu_rows(threads) and tiny_rows().
 SUBJECTS = (
     "benchmarks.cases_deformable_aggregation",
+    "benchmarks.cases_losses",
     "benchmarks.cases_mamba",
     "benchmarks.cases_msda",
     "benchmarks.cases_roi_family",

@@ -109,7 +109,7 @@ class Operator(Generic[Result]):
                     output = self.overload._op(*args)
             return output
         except RuntimeError as error:
-            better = self._no_tensor(args) or translate(error)
+            better = self._unfit_tensor(args) or translate(error)
             if better is error:
                 raise
             raise better from None
@@ -136,10 +136,19 @@ class Operator(Generic[Result]):
         """`torch.ops.<namespace>.<name>.default`."""
         return getattr(getattr(torch.ops, self.namespace), self.name).default
 
-    def _no_tensor(self, args: tuple[Any, ...]) -> TypeError | None:
-        """The error for what must be a tensor and is none; None is an undefined one to torch."""
+    def _unfit_tensor(self, args: tuple[Any, ...]) -> TypeError | None:
+        """The error for what must be a tensor with strides and is none.
+
+        None is an undefined tensor to torch; for a sparse one it lists all its backends.
+        """
         for argument, value in zip(self.overload._schema.arguments, args, strict=False):
             kind = str(argument.type)
+            for leaf in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(leaf, Tensor) and leaf.layout != torch.strided:
+                    return TypeError(
+                        f"{self._public}: {argument.name} must be dense; "
+                        f"got {leaf.layout}. Convert it with to_dense()"
+                    )
             is_missing = value is None and kind == "Tensor"
             if is_missing or (kind in _TENSOR_KINDS and not isinstance(value, (Tensor, NoneType))):
                 got = "None" if value is None else type(value).__name__

@@ -8,6 +8,7 @@ Python is a RuntimeError around that text, whatever was thrown.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -107,8 +108,15 @@ _DETAILED: dict[int, type[TorchkilnError]] = {
     7: CaptureError,
     9: MissingKernelError,
 }
-# How torch's argument parser words a wrong Python type.
-_WRONG_PYTHON_TYPE = " Expected a value of type "
+# How torch's argument parser words a wrong Python type, and what it calls the right ones.
+_WRONG_PYTHON_TYPE = re.compile(
+    r"::(?P<op>\w+)\(\) Expected a value of type "
+    r"'(?:Optional\[)?(?P<many>List)?\W?(?P<kind>\w+)\W*' for argument '(?P<argument>\w+)' "
+    r"but instead found type '(?P<found>.+?)'(?:.*\nPosition: .*\nValue: (?P<value>.{1,60})$)?",
+    re.MULTILINE,
+)
+_PYTHON_TYPES = {"int": "integer", "float": "number", "bool": "bool", "Tensor": "tensor"}
+_NUMBERS = ("int", "float", "complex")
 
 
 def _last_record() -> dict[str, Any]:
@@ -144,6 +152,20 @@ def translate(
     if message and message in text:
         if record["kind"] in (*_PLAIN, *_DETAILED):
             return from_record(record)
-    elif _WRONG_PYTHON_TYPE in text:
-        return TypeError(text.partition("\n")[0])
+    elif match := _WRONG_PYTHON_TYPE.search(text):
+        return TypeError(_wrong_type(**match.groupdict()))
     return error
+
+
+def _wrong_type(
+    op: str, many: str | None, kind: str, argument: str, found: str, value: str | None
+) -> str:
+    """The sentence for an argument of another Python type, or a number of more bits."""
+    word = _PYTHON_TYPES.get(kind, kind)
+    rule = f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+    if many:
+        rule = f"a list of {word}s"
+    elif found == "int" and kind in _NUMBERS:
+        rule += " of 64 bits"
+    got = value if value and found in _NUMBERS else found.replace("NoneType", "None")
+    return f"{op}: {argument} must be {rule}; got {got}"

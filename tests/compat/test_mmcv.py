@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import numpy
@@ -136,6 +137,31 @@ def test_soft_nms_function_class():
     assert 0 < len(inds) < 30
     assert torch.equal(dets[: len(inds)], expected[0])
     assert torch.equal(inds, expected[1])
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "call", "settings"),
+    [
+        ("roi_pool", "RoIPoolFunction", "roi_pool", ((2, 2), 0.5)),
+        ("prroi_pool", "PrRoIPoolFunction", "prroi_pool", ((2, 2), 0.5)),
+        ("focal_loss", "SigmoidFocalLossFunction", "sigmoid_focal_loss", (1.5, 0.3, None, "sum")),
+        ("focal_loss", "SoftmaxFocalLossFunction", "softmax_focal_loss", (1.5, 0.3, None, "sum")),
+    ],
+)
+def test_function_classes_have_values_and_gradients(module, name, call, settings):
+    function = getattr(importlib.import_module(f"torchkiln.compat.mmcv._ops.{module}"), name)
+    assert issubclass(function, torch.autograd.Function)
+    if module == "focal_loss":
+        first, second = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), [0, 2, 1, 0]
+        second = torch.tensor(second)
+    else:
+        first, second = features().float(), ROIS
+    first.requires_grad_()
+    found, expected = (f(first, second, *settings) for f in (function.apply, getattr(ops, call)))
+    assert torch.equal(found, expected)
+    grads = [torch.autograd.grad(output.sum(), first)[0] for output in (found, expected)]
+    assert torch.equal(*grads)
+    assert grads[0].abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", ["nms", "soft_nms"])
@@ -291,6 +317,13 @@ def test_batched_nms_split_equals_whole(kind):
     assert_close(whole[0], split[0], rtol=1e-5, atol=1e-6)
 
 
+def test_batched_nms_of_two_classes_as_bools():
+    boxes, scores, labels = boxes_of(40), scores_of(40), torch.arange(40) % 2 == 0
+    whole = ops.batched_nms(boxes, scores, labels, {"iou_threshold": 0.3})
+    split = ops.batched_nms(boxes, scores, labels, {"iou_threshold": 0.3, "split_thr": 10})
+    assert torch.equal(whole[1], split[1])
+
+
 def test_batched_nms_class_agnostic_from_either_place():
     boxes, scores, labels = boxes_of(60), scores_of(60), torch.arange(60) % 3
     expected = greedy(boxes.tolist(), scores.tolist(), 0.3)
@@ -334,6 +367,19 @@ def test_bbox_overlaps(mode, offset):
     half = ops.bbox_overlaps(first.half(), second.half(), mode, offset=offset)
     assert half.dtype == torch.float16
     assert_close(half.float(), result, rtol=1e-2, atol=1e-2)
+
+
+def test_bbox_overlaps_of_integers_are_quotients():
+    boxes = torch.tensor([[0, 0, 10, 10], [5, 5, 15, 15]]) + 2049  # not in float16
+    expected = ops.bbox_overlaps(boxes.double(), boxes.double())
+    assert_close(ops.bbox_overlaps(boxes, boxes), expected.float())
+    assert ops.bbox_overlaps(boxes, boxes[:0]).dtype == torch.float32
+
+
+def test_bbox_overlaps_on_two_devices():
+    boxes = boxes_of(3)
+    with pytest.raises(RuntimeError, match=r"^inconsistent device: box_iou: boxes2 must be on"):
+        ops.bbox_overlaps(boxes, boxes.to("meta"))
 
 
 def test_bbox_overlaps_empty_and_rejects():
@@ -746,10 +792,30 @@ def test_point_sample_and_its_helpers():
     corner, size = rois[:, None, 1:3], rois[:, None, 3:] - rois[:, None, 1:3]
     assert_close(inside, (corner + points * size).detach())
     shares = ops.rel_roi_point_to_rel_img_point(rois, points, (5, 7), 0.5)
+    assert torch.equal(helpers.abs_img_point_to_rel_img_point(inside, (5, 7), 0.5), shares)
+    with pytest.raises(AssertionError):
+        helpers.abs_img_point_to_rel_img_point(inside, 5)
     assert_close(shares, inside * 0.5 / torch.tensor([7.0, 5]))
     assert not shares.requires_grad
     with pytest.raises(AssertionError):
         ops.rel_roi_point_to_rel_img_point(rois, points, 5)
+
+
+def test_quirk_rel_roi_point_has_no_gradient():
+    rois = torch.tensor([[0.0, 1, 1, 3, 5]], requires_grad=True)
+    points = torch.tensor([[[0.5, 0.25]]])
+    from torchkiln.compat.mmcv._ops import point_sample as helpers
+
+    for name, rest in (
+        ("rel_roi_point_to_abs_img_point", ()),
+        ("rel_roi_point_to_rel_img_point", ((5, 7),)),
+    ):
+        theirs = getattr(helpers, name)(rois, points, *rest)
+        ours = getattr(native, name)(rois, points, *rest)
+        assert not theirs.requires_grad
+        assert_close(theirs, ours.detach())
+        (grad,) = torch.autograd.grad(ours.sum(), rois)
+        assert grad.abs().sum() > 0
 
 
 def test_versions():

@@ -54,11 +54,44 @@ def test_translate_ignores_a_stale_record(message: str) -> None:
     assert errors.translate(raised, lambda: record(2, message)) is raised
 
 
-def test_translate_wrong_python_type() -> None:
-    text = "torchkiln::op() Expected a value of type 'int' for argument 'mode'\nPosition: 2"
-    found = errors.translate(RuntimeError(text), lambda: record(0, ""))
-    assert type(found) is TypeError
-    assert "\n" not in str(found)
+WRONG_TYPES = {
+    "roi_align: sampling_ratio must be an integer; got str": {"sampling_ratio": "x"},
+    "roi_align: sampling_ratio must be an integer; got 1.5": {"sampling_ratio": 1.5},
+    f"roi_align: sampling_ratio must be an integer of 64 bits; got {2**63}": {
+        "sampling_ratio": 2**63
+    },
+    "roi_align: spatial_scale must be a number; got None": {"spatial_scale": None},
+    "roi_align: aligned must be a bool; got list": {"aligned": [1]},
+}
+
+
+@pytest.mark.parametrize("sentence", WRONG_TYPES)
+def test_a_wrong_python_type(sentence: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        ops.roi_align(torch.zeros(1, 1, 4, 4), torch.zeros(0, 5), 2, **WRONG_TYPES[sentence])
+    assert str(caught.value) == sentence
+
+
+def test_a_wrong_python_type_in_lists() -> None:
+    maps, boxes = [torch.zeros(1, 1, 4, 4)], torch.zeros(0, 5)
+    with pytest.raises(TypeError, match=r"^multi_scale_roi_align: inputs must be a list of"):
+        ops.multi_scale_roi_align([*maps, 1], boxes, 2, [1.0, 0.5], [8.0])
+    rule = "^multi_scale_roi_align: spatial_scales must be a list"
+    for scales in (["x"], 1.0):
+        with pytest.raises(TypeError, match=rule):
+            ops.multi_scale_roi_align(maps, boxes, 2, scales, [])
+    with pytest.raises(TypeError, match=r"^nms: score_threshold must be a number; got str$"):
+        ops.nms(boxes[:, 1:], boxes[:, 0], 0.5, score_threshold="x")
+
+
+def test_sparse_tensors() -> None:
+    boxes, maps = torch.ones(2, 4), torch.ones(1, 1, 4, 4)
+    with pytest.raises(TypeError, match=r"^box_iou: boxes2 must be dense; got torch.sparse_coo\. "):
+        ops.box_iou(boxes, boxes.to_sparse())
+    with pytest.raises(TypeError, match=r"^multi_scale_roi_align: inputs must be dense; got "):
+        ops.multi_scale_roi_align([maps.to_sparse()], torch.zeros(0, 5), 2, [1.0], [])
+    with pytest.raises(TypeError, match=r"^box_area: boxes must be dense; got torch.sparse_coo\. "):
+        ops.box_area(boxes.to_sparse())
 
 
 @pytest.mark.parametrize("kind", [expected for _, expected in KINDS[3:]])

@@ -68,8 +68,8 @@ class MultiScaleRoIAlign(nn.Module):
             (K, C, height, width), in the order of the boxes.
 
         Raises:
-            ValueError: where no map has a name of `featmap_names`, or a map's sides are not the
-                same share of the images' by a power of two.
+            ValueError: where no map has a name of `featmap_names`, a map or the images have no
+                pixels, or a map's sides are not the same share of the images' by a power of two.
         """
         maps = [map for name, map in x.items() if name in self.featmap_names]
         if not maps:
@@ -106,16 +106,31 @@ def _scale_of(map: Tensor, image_shapes: Sequence[tuple[int, int]]) -> float:
             "MultiScaleRoIAlign: image_shapes must have a shape for each image; got []"
         )
     sides = [max(shape[axis] for shape in image_shapes) for axis in (0, 1)]
-    found = [
-        2.0 ** round(math.log2(size / side))
-        for size, side in zip(map.shape[-2:], sides, strict=True)
-    ]
+    if min(*map.shape[-2:], *sides) < 1:
+        raise ValueError(
+            "MultiScaleRoIAlign: x and image_shapes must have sides of at least 1; got "
+            f"{tuple(map.shape[-2:])} for images of {tuple(sides)}"
+        )
+    found = [_nearest_power(size, side) for size, side in zip(map.shape[-2:], sides, strict=True)]
     if found[0] != found[1]:
         raise ValueError(
             "MultiScaleRoIAlign: x must have maps of the images' proportions; got "
             f"{tuple(map.shape[-2:])} for images of {tuple(sides)}"
         )
     return found[0]
+
+
+def _nearest_power(size: int, side: int) -> float:
+    """2 to the rounded logarithm of size / side, in integers.
+
+    torch.compile can check those of symbolic sizes, and fails on the logarithms.
+    """
+    exponent = 0
+    while size * size >= 2 * side * side:
+        side, exponent = 2 * side, exponent + 1
+    while 2 * size * size < side * side:
+        size, exponent = 2 * size, exponent - 1
+    return 2.0**exponent
 
 
 class SingleRoIExtractor(nn.Module):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.amp import autocast_mode
 
+_INT64_END = 2**63
 _CLASS_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -24,11 +25,15 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 def require_tensor(op: str, **tensors: Tensor) -> None:
-    """Raises a TypeError for what is no tensor."""
+    """Raises a TypeError for what is no tensor, or a sparse one."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             got = "None" if value is None else type(value).__name__
             raise TypeError(f"{op}: {name} must be a tensor; got {got}")
+        if value.layout != torch.strided:
+            raise TypeError(
+                f"{op}: {name} must be dense; got {value.layout}. Convert it with to_dense()"
+            )
 
 
 def require_optional_tensor(op: str, **tensors: Tensor | None) -> None:
@@ -93,8 +98,22 @@ def require_choice(op: str, name: str, value: object, choices: Mapping[str, obje
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a number of Python, numpy or torch, or a tensor of one."""
-    return hasattr(value, "__float__") or isinstance(value, (torch.SymInt, torch.SymFloat))
+    """Whether it is a number of Python, numpy or torch, or a tensor of one; not beyond int64."""
+    # First, because torch.compile cannot ask a symbolic number for its attributes.
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        return not isinstance(value, int) or -_INT64_END <= value < _INT64_END
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return hasattr(value, "__float__")
+
+
+def is_integer(value: object) -> bool:
+    """Whether it is an integer of Python, numpy or torch, or a tensor of one."""
+    if isinstance(value, (int, torch.SymInt)):
+        return True
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.dtype in _CLASS_DTYPES
+    return hasattr(value, "__index__")
 
 
 def require_number(op: str, **numbers: Any) -> None:
@@ -106,10 +125,15 @@ def require_number(op: str, **numbers: Any) -> None:
             raise ValueError(f"{op}: {name} must be a number; got {value}")
 
 
-def require_max_output(op: str, max_output: int) -> None:
-    """Raises a ValueError for a length below 0."""
-    if max_output < 0:
-        raise ValueError(f"{op}: max_output must be at least 0; got {max_output}")
+def require_count(op: str, **counts: Any) -> None:
+    """Raises a TypeError for what is no integer, a ValueError for one below 0; None will do."""
+    for name, value in counts.items():
+        if value is None:
+            continue
+        if not is_integer(value):
+            raise TypeError(f"{op}: {name} must be an integer; got {value!r}")
+        if value < 0:
+            raise ValueError(f"{op}: {name} must be at least 0; got {value}")
 
 
 def shape(tensor: Tensor) -> str:

@@ -185,6 +185,8 @@ def test_soft_nms_sorts_by_the_new_scores(device: str) -> None:
             "^batched_nms: options of type 'nms' must be offset and score_threshold; got foo$",
         ),
         ({"split_thr": -1}, ValueError, "^batched_nms: split_thr must be at least 0; got -1$"),
+        ({"split_thr": "x"}, TypeError, "^batched_nms: split_thr must be an integer; got 'x'$"),
+        ({"max_output": 1.5}, TypeError, r"^batched_nms: max_output must be an integer; got 1\.5$"),
         ({"type": "nms_quadri", "max_output": -1}, ValueError, "max_output must be at least 0"),
         ({"max_output": -1}, ValueError, "^batched_nms: max_output must be at least 0; got -1$"),
         ({"offset": -1.0}, ValueError, "^batched_nms: offset must be a finite number of at least"),
@@ -199,6 +201,14 @@ def test_soft_nms_sorts_by_the_new_scores(device: str) -> None:
 def test_refuses(options: dict[str, Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         ops.batched_nms(torch.zeros(3, 4), torch.zeros(3), torch.zeros(3).int(), 0.5, **options)
+
+
+def test_no_classes_are_not_one_class() -> None:
+    boxes, scores = torch.zeros(3, 4), torch.zeros(3)
+    with pytest.raises(TypeError, match=r"^batched_nms: idxs must be a tensor; got None$"):
+        ops.batched_nms(boxes, scores, None, 0.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^batched_nms_padded: idxs must be a tensor; got None$"):
+        ops.batched_nms_padded(boxes, scores, None, 0.5, 3)  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu

@@ -107,6 +107,13 @@ class TestBorderAlign(OpSuite):
         assert finer.max() <= input.max() + 1e-12
 
 
+def test_boxes_get_no_gradient(device: str) -> None:
+    """Also where the input asks for none, and no winners are kept."""
+    boxes = torch.tensor([[[0.0, 0, 3, 3]]], device=device, requires_grad=True)
+    output = ops.border_align(torch.ones(1, 4, 4, 4, device=device), boxes, 2)
+    assert torch.autograd.grad(output.sum(), boxes, allow_unused=True) == (None,)
+
+
 def test_reference_by_hand() -> None:
     input = torch.arange(9, dtype=torch.float64).reshape(1, 1, 3, 3).repeat(1, 4, 1, 1)
     input[0, 2] *= -1

@@ -186,3 +186,11 @@ def test_the_order_of_the_union_has_the_least_rounding(device: str) -> None:
     units = 0 if device == "cpu" else 2
     own = ops.box_iou(boxes, boxes).diagonal()
     assert (own - 1).abs().max() <= units * torch.finfo(own.dtype).eps
+
+
+@pytest.mark.gpu
+def test_more_pairs_than_32_bits_count() -> None:
+    rows = Inputs().boxes(46_400).half().cuda()  # 2.15 billion pairs, 4.3 GB
+    overlaps = ops.box_iou(rows, rows)
+    for row in (0, -1):
+        assert torch.equal(overlaps[row], ops.box_iou(rows[row][None], rows)[0])

@@ -60,6 +60,7 @@ class TestGeneralizedBoxIouLoss(CompositionSuite):
             '_loss: reduction must be "none", "mean" or "sum"; got \'average\'$',
         ),
         Failure("eps", {"eps": -1.0}, ValueError, r"eps must be at least 0; got -1\.0$"),
+        Failure("no_eps", {"eps": None}, TypeError, "eps must be a number; got None$"),
     )
 
 

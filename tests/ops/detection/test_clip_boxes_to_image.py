@@ -50,6 +50,24 @@ def test_twice_is_once(rows: Tensor) -> None:
     assert bool((clipped <= torch.tensor([5, 3, 5, 3])).all())
 
 
+def test_a_side_beyond_the_dtype_cuts_nothing(device: str) -> None:
+    rows = torch.tensor([[-5, 2, 65504, 9]], dtype=torch.float16, device=device)
+    assert clip_boxes_to_image(rows, (7, 70_000)).tolist() == [[0, 2, 65504, 7]]
+
+
+@pytest.mark.parametrize("size", [(48, 64), (30, 40)])
+def test_compiles_for_the_size_of_any_image(size: tuple[int, int]) -> None:
+    """The sizes are symbolic numbers then."""
+    rows, image = torch.tensor([[-1.0, 2, 90, 99]]), torch.zeros(1, 3, *size)
+    compiled = torch.compile(
+        lambda rows, image: clip_boxes_to_image(rows, image.shape[-2:]),
+        backend="eager",
+        fullgraph=True,
+        dynamic=True,
+    )
+    assert torch.equal(compiled(rows, image), clip_boxes_to_image(rows, size))
+
+
 def test_refuses_words() -> None:
     with pytest.raises(ValueError, match=r"^clip_boxes_to_image: size must be \(height, width\)"):
         clip_boxes_to_image(torch.zeros(1, 4), ("a", "b"))  # type: ignore[arg-type]

@@ -95,5 +95,7 @@ def test_parents(device: str) -> None:
     assert kept.shape == parents.shape == (0,)
     with pytest.raises(ValueError, match=r"^line_nms: top_k must be at least 0; got -1$"):
         ops.line_nms(lanes, scores, 6.0, -1)
+    with pytest.raises(TypeError, match=r"^line_nms: top_k must be an integer; got 1\.5$"):
+        ops.line_nms(lanes, scores, 6.0, 1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^line_nms: labels must be None with return_parents"):
         ops.line_nms(lanes, scores, 6.0, labels=scores.int(), return_parents=True)

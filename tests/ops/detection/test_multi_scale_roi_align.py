@@ -186,6 +186,30 @@ def test_maps_of_other_proportions() -> None:
         module({"a": torch.ones(1, 1, 8, 9)}, [torch.ones(0, 4)], [(32, 128)])
 
 
+def test_maps_without_pixels() -> None:
+    for map, shape in (((8, 0), (32, 32)), ((8, 8), (0, 32))):
+        with pytest.raises(ValueError, match="must have sides of at least 1; got"):
+            nn.MultiScaleRoIAlign(["a"], 3, 2)(
+                {"a": torch.ones(1, 1, *map)}, [torch.ones(0, 4)], [shape]
+            )
+
+
+def test_the_first_call_of_the_module_is_compiled() -> None:
+    """It finds the scales of maps whose sizes are symbolic then."""
+    module = nn.MultiScaleRoIAlign(["a", "b"], 2, 2)
+    maps = {"a": torch.rand(1, 3, 24, 40), "b": torch.rand(1, 3, 12, 20)}
+    boxes = torch.tensor([[0.0, 0, 30, 30], [0, 0, 150, 90]])
+    compiled = torch.compile(
+        lambda a, b: module({"a": a, "b": b}, [boxes], [(96, 160)]),
+        backend="aot_eager",
+        fullgraph=True,
+        dynamic=True,
+    )
+    output = compiled(*maps.values())
+    assert module.scales == [0.25, 0.125]
+    assert torch.equal(output, module(maps, [boxes], [(96, 160)]))
+
+
 def test_single_extractor() -> None:
     """Mmdet's levels: floor(log2(side / finest_scale + 1e-6))."""
     new = Inputs(6)

@@ -268,3 +268,14 @@ def test_equality_with_the_threshold(device: str) -> None:
     scores = torch.tensor([0.75, 0.5], device=device)
     for dtype in (torch.float32, torch.float64):
         assert ops.nms(rows.to(dtype), scores.to(dtype), 0.65).tolist() == [0, 1]
+
+
+@pytest.mark.gpu
+def test_more_boxes_than_the_peer_can_take() -> None:
+    """Mmcv's mask goes wrong above 262,144. Of two equal boxes at a place the first one stays."""
+    count = 300_000
+    place = torch.arange(count // 2).repeat_interleave(2)
+    corner = torch.stack([place % 1000, place // 1000], 1) * 10.0
+    scores = torch.arange(count, 0, -1, dtype=torch.float32)
+    kept = ops.nms(torch.cat([corner, corner + 8], 1).cuda(), scores.cuda(), 0.5)
+    assert torch.equal(kept.cpu(), torch.arange(0, count, 2))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from support.op_suite import CompositionSuite, Failure
 from torchkiln import ops, reference
+from torchkiln.ops.detection.point_sample import _gathered
 from torchkiln.reference.detection.point_sample import parities
 from torchkiln.testing import Case, Inputs, Parity
 
@@ -90,7 +91,10 @@ class TestAbsImgPointToRelImgPoint(CompositionSuite):
     autocast = torch.float32
     dynamic: ClassVar = {"abs_img_points": 0}
     failures = (
-        Failure("img", {"img": 7}, ValueError, r"img must be \(height, width\) or a tensor; got 7"),
+        Failure("img", {"img": 7}, ValueError, "img must be .*, or a tensor; got 7$"),
+        Failure("img_side", {"img": (4, "x")}, ValueError, r"img must be \(height, width\), both"),
+        Failure("img_negative", {"img": (4, -1)}, ValueError, r"both at least 0.*got \(4, -1\)$"),
+        Failure("scale", {"spatial_scale": "x"}, TypeError, "spatial_scale must be a number; got"),
         Failure("img_size", {"img": torch.ones(3)}, ValueError, r"img must have shape \(N, C, H"),
     )
 
@@ -132,7 +136,13 @@ class TestGenerateGrid(CompositionSuite):
             "negative",
             {"size": (2, -1)},
             ValueError,
-            r"^generate_grid: num_grid and size must be at least 0; got 7 and \(2, -1\)$",
+            r"^generate_grid: size must be two integers, both at least 0; got \(2, -1\)$",
+        ),
+        Failure(
+            "one_side",
+            {"size": 4},
+            ValueError,
+            r"^generate_grid: size must be two integers, both at least 0; got 4$",
         ),
     )
 
@@ -159,6 +169,53 @@ def test_all_modes_are_torchs(
     )
     actual = ops.point_sample(image, points, align_corners, mode=mode, padding_mode=padding_mode)
     torch.testing.assert_close(actual, expected.squeeze(3))
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("padding_mode", ["zeros", "border", "reflection"])
+@pytest.mark.parametrize("mode", ["bilinear", "nearest", "bicubic"])
+@pytest.mark.parametrize("size", [(5, 6), (1, 4), (1, 1)], ids=str)
+def test_the_deterministic_way_is_grid_sample(
+    size: tuple[int, int], mode: str, padding_mode: str, align_corners: bool
+) -> None:
+    new = Inputs()
+    image = new.normal(2, 3, *size).requires_grad_()
+    points = new.uniform(2, 9, 4, 2, low=-1.5, high=2.5).requires_grad_()
+    outputs = (
+        _gathered(image, points, mode, padding_mode, align_corners),
+        torch.nn.functional.grid_sample(image, 2 * points - 1, mode, padding_mode, align_corners),
+    )
+    torch.testing.assert_close(*outputs)
+    weight = new.normal(*outputs[0].shape)
+    grads = [torch.autograd.grad((o * weight).sum(), (image, points)) for o in outputs]
+    torch.testing.assert_close(*grads)
+
+
+def test_nan_beside_the_image_stays_there() -> None:
+    """Pixels that points outside are clamped to are not taken."""
+    image = torch.full((1, 1, 2, 2), torch.nan)
+    points = torch.full((1, 1, 1, 2), 3.0, requires_grad=True)
+    output = _gathered(image, points, "bilinear", "zeros", False)
+    assert output.item() == 0
+    assert torch.autograd.grad(output.sum(), points)[0].tolist() == [[[[0, 0]]]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["bilinear", "nearest", "bicubic"])
+def test_deterministic_gradients(mode: str) -> None:
+    """Thousands of points on few pixels; torch refuses the gradient of its own."""
+    new = Inputs()
+    image = new.normal(1, 8, 3, 3).float().cuda().requires_grad_()
+    points = new.uniform(1, 5000, 2).float().cuda()
+    torch.use_deterministic_algorithms(True)
+    try:
+        sampled = [ops.point_sample(image, points, mode=mode).square().sum() for _ in range(3)]
+        first, *others = [torch.autograd.grad(total, image)[0] for total in sampled]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first, other) for other in others)
+    plain = ops.point_sample(image, points, mode=mode, deterministic=False).square().sum()
+    torch.testing.assert_close(first, torch.autograd.grad(plain, image)[0], rtol=1e-4, atol=1e-3)
 
 
 def test_positions_of_half_types_are_computed_in_float32(device: str) -> None:

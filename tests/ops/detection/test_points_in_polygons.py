@@ -99,3 +99,11 @@ def test_the_peers_rule(seed: int) -> None:
     assert torch.equal(
         found, reference.points_in_polygons(points.double(), polygons.double(), True)
     )
+
+
+def test_more_pairs_than_the_peer_tells(device: str) -> None:
+    """What is beyond 2,097,152 stays 0 in mmcv."""
+    points = Inputs().uniform(2000, 2, high=2).float().to(device)
+    square = torch.tensor([[0.0, 0, 1, 0, 1, 1, 0, 1]], device=device)
+    is_inside = points_in_polygons(points, square.repeat(1100, 1))
+    assert torch.equal(is_inside, (points < 1).all(1, keepdim=True).expand(-1, 1100))

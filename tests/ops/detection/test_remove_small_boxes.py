@@ -62,6 +62,18 @@ def test_a_larger_minimum_keeps_fewer(rows: Tensor) -> None:
     assert torch.equal(kept[fewer], remove_small_boxes(rows, 2))
 
 
+def test_compiles_with_a_number_of_the_call() -> None:
+    rows = torch.tensor([[0, 0, 2, 3.0], [0, 0, 2, 1.99]])
+    compiled = torch.compile(remove_small_boxes, backend="eager", fullgraph=True, dynamic=True)
+    assert compiled(rows, 2.0).tolist() == [0]
+    assert compiled(rows, 1.5).tolist() == [0, 1]
+
+
+def test_refuses_an_integer_beyond_64_bits() -> None:
+    with pytest.raises(TypeError, match=f"min_size must be a number; got {2**63}$"):
+        remove_small_boxes(torch.zeros(1, 4), 2**63)
+
+
 def test_refuses_a_word() -> None:
     with pytest.raises(
         TypeError, match=r"^remove_small_boxes: min_size must be a number; got 'a'$"

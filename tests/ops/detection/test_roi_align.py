@@ -176,6 +176,11 @@ class TestRoiAlign(OpSuite):
         assert torch.equal(module(input, rows), expected)
         assert repr(module).startswith("RoIAlign(output_size=2, spatial_scale=1.0")
 
+    def test_list_of_more_boxes_than_bfloat16_has_numbers(self, device: str) -> None:
+        images = torch.arange(300.0, device=device)[:, None, None, None].expand(-1, 1, 2, 2)
+        rows = [torch.tensor([[0.0, 0, 2, 2]], dtype=torch.bfloat16, device=device)] * 300
+        assert torch.equal(ops.roi_align(images, rows, 1).flatten(), torch.arange(300.0).to(device))
+
     @pytest.mark.parametrize("pool_mode", ["avg", "max"])
     def test_nan_reaches_its_bins_only(self, pool_mode: str, device: str) -> None:
         input = torch.zeros(1, 1, 8, 8, device=device)

@@ -109,6 +109,13 @@ def test_channels_last_stays(device: str) -> None:
     assert torch.equal(grad_last, grad)
 
 
+def test_boxes_get_no_gradient(device: str) -> None:
+    """Also where the input asks for none, and no cells are kept."""
+    boxes = torch.tensor([[0.0, 0, 0, 3, 3]], device=device, requires_grad=True)
+    output = roi_pool(torch.ones(1, 1, 4, 4, device=device), boxes, 2)
+    assert torch.autograd.grad(output.sum(), boxes, allow_unused=True) == (None,)
+
+
 @pytest.mark.parametrize("index", [-1.0, 2.0, math.nan, math.inf])
 def test_batch_index_out_of_range(index: float, device: str) -> None:
     image = torch.ones(2, 3, 4, 4, device=device, requires_grad=True)

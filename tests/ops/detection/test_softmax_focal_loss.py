@@ -74,7 +74,8 @@ class TestSoftmaxFocalLoss(CompositionSuite):
             'reduction must be "none", "mean" or "sum"; got \'average\'$',
         ),
         Failure("gamma", {"gamma": -1.0}, ValueError, r"gamma must be at least 0; got -1\.0$"),
-        Failure("alpha", {"alpha": math.nan}, ValueError, "alpha must be at least 0; got nan$"),
+        Failure("alpha", {"alpha": math.nan}, ValueError, "alpha must be a number; got nan$"),
+        Failure("word", {"gamma": "x"}, TypeError, "gamma must be a number; got 'x'$"),
     )
 
     def sized(self, new: Inputs, size: int) -> Mapping[str, Any]:

@@ -71,7 +71,7 @@ def listed_errors(function: _F) -> _F:
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             words = _listed_words(str(error), (*args, *kwargs.values()))
             if not words:
                 raise

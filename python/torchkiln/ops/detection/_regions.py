@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchkiln.ops._arguments import require_device, require_floating, shape
+from torchkiln.ops._arguments import (
+    is_integer,
+    require_device,
+    require_floating,
+    shape,
+    widened,
+)
 
 __all__ = ["as_rows", "bins_of", "is_channels_last", "like"]
 
@@ -39,14 +45,15 @@ def as_rows(op: str, boxes: Tensor | Sequence[Tensor]) -> Tensor:
             raise ValueError(f"{op}: boxes[{i}] must have shape (L, 4); got {shape(rows)}")
         if i > 0:
             require_device(op, **{"boxes[0]": boxes[0], f"boxes[{i}]": rows})
-    images = [torch.full_like(rows[:, :1], i) for i, rows in enumerate(boxes)]
+    # In float32 at least: of the numbers of images, bfloat16 has those up to 256.
+    images = [torch.full_like(widened(rows[:, :1]), i) for i, rows in enumerate(boxes)]
     return torch.cat([torch.cat(images), torch.cat(list(boxes))], dim=1)
 
 
 def bins_of(op: str, output_size: int | Sequence[int]) -> tuple[int, int]:
     """Height and width of a grid of bins; one number for both. Any type of integers will do."""
     sides = output_size if isinstance(output_size, (tuple, list)) else (output_size,) * 2
-    if len(sides) == 2 and all(map(_is_integer, sides)):
+    if len(sides) == 2 and all(map(is_integer, sides)):
         height, width = map(_plain, sides)
         return height, width
     raise ValueError(f"{op}: output_size must be one integer or two; got {output_size!r}")
@@ -54,8 +61,3 @@ def bins_of(op: str, output_size: int | Sequence[int]) -> tuple[int, int]:
 
 def _plain(number: Any) -> Any:
     return number if isinstance(number, torch.SymInt) else operator.index(number)
-
-
-def _is_integer(number: object) -> bool:
-    # What else has an index is numpy's.
-    return isinstance(number, (int, torch.SymInt)) or hasattr(number, "__index__")

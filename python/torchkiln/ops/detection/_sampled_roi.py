@@ -76,7 +76,7 @@ def gradient(
         ctx.save_for_backward(boxes, output[1])
 
     def backward(ctx: Any, grad_output: Tensor | None, _: None = None) -> Tensor | None:
-        if grad_output is None:
+        if grad_output is None or not ctx.needs_input_grad[0]:  # boxes may need one that is None
             return None
         boxes, *argmax = ctx.saved_tensors
         *numbers, deterministic = ctx.settings

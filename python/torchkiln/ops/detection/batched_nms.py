@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from torchkiln.ops._arguments import require_choice
+from torchkiln.ops._arguments import require_choice, require_count, require_tensor
 from torchkiln.ops.detection.line_nms import line_nms, line_nms_padded
 from torchkiln.ops.detection.nms import batched_nms_op, nms, nms_padded
 from torchkiln.ops.detection.nms3d import (
@@ -118,6 +118,12 @@ def _type(op: str, type: str, options: dict[str, Any]) -> _Type:
     return _TYPES[type]
 
 
+def _classes(op: str, idxs: Tensor) -> Tensor:
+    # To the functions None means one class.
+    require_tensor(op, idxs=idxs)
+    return idxs
+
+
 def batched_nms(
     boxes: Tensor,
     scores: Tensor,
@@ -166,6 +172,10 @@ def batched_nms(
         As the function of the type. Classes are compared: coordinates are not shifted and keep all
         their digits, and however many boxes there are, they need no splitting.
 
+    Source:
+        Girshick et al., "Rich feature hierarchies for accurate object detection", 2014,
+        section 2.2.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import batched_nms
@@ -174,10 +184,8 @@ def batched_nms(
         tensor([1, 0])
     """
     function = _type("batched_nms", type, options).sized
-    for name, number in (("max_output", max_output), ("split_thr", split_thr)):
-        if number is not None and number < 0:
-            raise ValueError(f"batched_nms: {name} must be at least 0; got {number}")
-    labels = None if class_agnostic else idxs
+    require_count("batched_nms", max_output=max_output, split_thr=split_thr)
+    labels = None if class_agnostic else _classes("batched_nms", idxs)
     return function(boxes, scores, iou_threshold, labels, **options)[:max_output]
 
 
@@ -221,6 +229,10 @@ def batched_nms_padded(
     Note:
         Boxes, scores and ties as in the function of the type.
 
+    Source:
+        Girshick et al., "Rich feature hierarchies for accurate object detection", 2014,
+        section 2.2.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import batched_nms_padded
@@ -230,5 +242,5 @@ def batched_nms_padded(
         (tensor([ 1,  0, -1]), tensor(2))
     """
     function = _type("batched_nms_padded", type, options).padded
-    labels = None if class_agnostic else idxs
+    labels = None if class_agnostic else _classes("batched_nms_padded", idxs)
     return function(boxes, scores, iou_threshold, max_output, labels, **options)

@@ -77,7 +77,7 @@ def bezier_align(
         IndexError: for a batch index out of range, on the CPU. On CUDA such a region gives 0.
 
     Differentiable: input. Deterministic: yes, but for the gradient on CUDA, where `deterministic`
-    decides.
+    decides. Autocast: as without.
 
     Note:
         Positions are computed in float32, in float64 for a float64 input. A sample up to a pixel

@@ -61,7 +61,7 @@ def border_align(
         ValueError: for another shape, device or pool_size, or channels that 4 does not divide.
 
     Differentiable: input. Deterministic: yes, but for the gradient on CUDA, where `deterministic`
-    decides.
+    decides. Autocast: as without.
 
     Note:
         A sample up to a pixel outside takes the border's value; further out, or at a place that is
@@ -78,7 +78,7 @@ def border_align(
         >>> border_align(input, torch.tensor([[[0.0, 0.0, 2.0, 1.0]]]), 2)
         tensor([[[[2., 3., 5., 5.]]]])
     """
-    with_argmax = input.requires_grad and torch.is_grad_enabled()
+    with_argmax = getattr(input, "requires_grad", False) and torch.is_grad_enabled()
     output, _ = _border_align(
         input, boxes, pool_size, deterministic_default(deterministic), with_argmax
     )

@@ -33,6 +33,9 @@ def box_area(boxes: Tensor, fmt: str = "xyxy") -> Tensor:
         A box with x2 < x1 or y2 < y1, or with a negative size, is empty and has area 0, as in
         `box_iou`.
 
+    Source:
+        Definitions of torchvision's function of this name.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import box_area

@@ -135,6 +135,9 @@ def box_iou(
         torchvision gives NaN; likewise IoF for an empty first box. NaN coordinates give NaN.
         Integer boxes are refused. Rotated boxes as in `box_iou_rotated` and `box_iou_quadri`.
 
+    Source:
+        Everingham et al., "The PASCAL Visual Object Classes Challenge", 2010, for the measure.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import box_iou

@@ -74,6 +74,9 @@ def box_iou_rotated(
         integrals along edges, in float32 for the half types: it is as exact far from the origin,
         for equal boxes and for those that only touch.
 
+    Source:
+        Ma et al., "Arbitrary-Oriented Scene Text Detection via Rotation Proposals", 2018.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import box_iou_rotated
@@ -110,6 +113,9 @@ def box_iou_quadri(
     Note:
         Where the denominator is 0, so is the result. A vertex that is not finite gives NaN.
 
+    Source:
+        Everingham et al., "The PASCAL Visual Object Classes Challenge", 2010, for the measure.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import box_iou_quadri
@@ -142,6 +148,10 @@ def boxes_iou_bev(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     Note:
         Degenerate boxes as in `box_iou_rotated`.
 
+    Source:
+        Geiger et al., "Are we ready for autonomous driving? The KITTI vision benchmark suite",
+        2012, for the measure.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import boxes_iou_bev
@@ -173,6 +183,10 @@ def boxes_overlap_bev(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     Note:
         Degenerate boxes as in `box_iou_rotated`.
 
+    Source:
+        Geiger et al., "Are we ready for autonomous driving? The KITTI vision benchmark suite",
+        2012, for the measure.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import boxes_overlap_bev
@@ -203,6 +217,10 @@ def boxes_iou3d(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
     Note:
         Degenerate boxes as in `box_iou_rotated`. z is that of the centre, not of the bottom.
+
+    Source:
+        Geiger et al., "Are we ready for autonomous driving? The KITTI vision benchmark suite",
+        2012, for the measure.
 
     Example:
         >>> import torch

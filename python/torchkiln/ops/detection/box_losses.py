@@ -13,6 +13,7 @@ from torchkiln.ops._arguments import (
     require_choice,
     require_device,
     require_last,
+    require_number,
     shape,
     widened,
 )
@@ -33,7 +34,8 @@ def _checked(
         raise ValueError(
             f"{op}: boxes2 must have the shape of boxes1 {shape(boxes1)}; got {shape(boxes2)}"
         )
-    if not eps >= 0:
+    require_number(op, eps=eps)
+    if eps < 0:
         raise ValueError(f"{op}: eps must be at least 0; got {eps}")
     return widened(boxes1), widened(boxes2)
 

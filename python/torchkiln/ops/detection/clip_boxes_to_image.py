@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,9 @@ def clip_boxes_to_image(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     Note:
         NaN stays NaN.
 
+    Source:
+        Definitions of torchvision's function of this name.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import clip_boxes_to_image
@@ -47,6 +52,8 @@ def clip_boxes_to_image(boxes: Tensor, size: tuple[int, int]) -> Tensor:
         raise ValueError(
             f"clip_boxes_to_image: size must be (height, width), both at least 0; got {size!r}"
         )
-    height, width = size
+    # A side beyond the dtype, such as 70000 pixels for float16, is none to it.
+    most = torch.finfo(boxes.dtype).max
+    height, width = (side if side <= most else math.inf for side in size)
     x, y = boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
     return torch.stack([x, y], -1).flatten(-2)

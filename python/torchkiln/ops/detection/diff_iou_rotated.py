@@ -67,6 +67,9 @@ def diff_iou_rotated_2d(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         each box has half of them, so that the gradient of two equal boxes is 0. Degenerate boxes as
         in `box_iou_rotated`; a side below 0 has a gradient of 0.
 
+    Source:
+        Zhou et al., "IoU Loss for 2D/3D Object Detection", 2019.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import diff_iou_rotated_2d
@@ -98,6 +101,9 @@ def diff_iou_rotated_3d(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
     Note:
         Kinks and degenerate boxes as in `diff_iou_rotated_2d`.
+
+    Source:
+        Zhou et al., "IoU Loss for 2D/3D Object Detection", 2019.
 
     Example:
         >>> import torch

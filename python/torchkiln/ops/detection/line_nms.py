@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchkiln._frame import operator
+from torchkiln.ops._arguments import require_count
 from torchkiln.ops.detection._nms_fakes import fake_groups, fake_padded, fake_sized
 
 __all__ = ["line_nms", "line_nms_groups", "line_nms_padded"]
@@ -68,6 +69,9 @@ def line_nms_groups(
 
     Note:
         Lanes, scores and ties as in `line_nms`.
+
+    Source:
+        Tabelini et al., "Keep your Eyes on the Lane", 2021, section 3.5.
 
     Example:
         >>> import torch
@@ -156,8 +160,7 @@ def line_nms(
         >>> line_nms(lanes, torch.tensor([0.7, 0.9, 0.8]), 5.0)
         tensor([1, 2])
     """
-    if top_k is not None and top_k < 0:
-        raise ValueError(f"line_nms: top_k must be at least 0; got {top_k}")
+    require_count("line_nms", top_k=top_k)
     if not return_parents:
         return _line_nms(boxes, scores, distance, labels)[:top_k]
     if labels is not None:
@@ -202,6 +205,9 @@ def line_nms_padded(
 
     Note:
         Lanes, scores and ties as in `line_nms`.
+
+    Source:
+        Tabelini et al., "Keep your Eyes on the Lane", 2021, section 3.5.
 
     Example:
         >>> import torch

@@ -40,6 +40,9 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
     Note:
         No loop over masks, and nothing waits for the device.
 
+    Source:
+        Definitions of torchvision's function of this name.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import masks_to_boxes

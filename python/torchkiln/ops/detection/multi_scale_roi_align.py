@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -106,6 +106,7 @@ def multi_scale_roi_align(
         IndexError: for a batch index out of range, on the CPU. On CUDA such a region gives 0.
 
     Differentiable: inputs. Deterministic: yes, gradients too.
+    Autocast: as without.
 
     Note:
         `torchkiln.nn.MultiScaleRoIAlign` and `torchkiln.nn.SingleRoIExtractor` have the sides that
@@ -126,12 +127,20 @@ def multi_scale_roi_align(
     height, width = bins_of("multi_scale_roi_align", output_size)
     rows = as_rows("multi_scale_roi_align", boxes)
     return _multi_scale_roi_align(
-        list(inputs),
+        _listed("inputs", inputs),
         rows,
         height,
         width,
-        list(spatial_scales),
-        list(level_sides),
+        _listed("spatial_scales", spatial_scales),
+        _listed("level_sides", level_sides),
         sampling_ratio,
         aligned,
     )
+
+
+def _listed(name: str, values: Iterable[Any]) -> list[Any]:
+    if not isinstance(values, Iterable):
+        raise TypeError(
+            f"multi_scale_roi_align: {name} must be a list; got {type(values).__name__}"
+        )
+    return list(values)

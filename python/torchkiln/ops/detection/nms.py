@@ -91,6 +91,10 @@ def nms(
         suppress. A box with x2 < x1 or y2 < y1 is empty. A NaN score sorts last, is kept and
         suppresses nothing. On CUDA the call waits for the size of its result.
 
+    Source:
+        Girshick et al., "Rich feature hierarchies for accurate object detection", 2014,
+        section 2.2.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import nms
@@ -137,6 +141,10 @@ def nms_padded(
 
     Note:
         Boxes, scores and ties as in `nms`.
+
+    Source:
+        Girshick et al., "Rich feature hierarchies for accurate object detection", 2014,
+        section 2.2.
 
     Example:
         >>> import torch

@@ -44,6 +44,9 @@ def nms3d(
     Note:
         As `nms_rotated` of the columns x, y, dx, dy, heading.
 
+    Source:
+        Shi et al., "PointRCNN", 2019, where boxes are suppressed by their overlap from above.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import nms3d
@@ -86,6 +89,9 @@ def nms3d_padded(
     Note:
         Boxes, scores and ties as in `nms3d`.
 
+    Source:
+        Shi et al., "PointRCNN", 2019, where boxes are suppressed by their overlap from above.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import nms3d_padded
@@ -120,6 +126,9 @@ def nms3d_normal(
 
     Note:
         As `nms` of the corners.
+
+    Source:
+        Shi et al., "PointRCNN", 2019, where boxes are suppressed by their overlap from above.
 
     Example:
         >>> import torch
@@ -162,6 +171,9 @@ def nms3d_normal_padded(
 
     Note:
         Boxes, scores and ties as in `nms3d_normal`.
+
+    Source:
+        Shi et al., "PointRCNN", 2019, where boxes are suppressed by their overlap from above.
 
     Example:
         >>> import torch

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from torchkiln.ops._arguments import (
     cast_for_autocast,
+    require_count,
     require_device,
     require_floating,
     require_integers,
-    require_max_output,
     require_number,
     require_pair,
     shape,
@@ -54,10 +54,9 @@ def _turned(boxes: Tensor) -> Tensor:
 
 def _best(op: str, scores: Tensor, count: int | None) -> Tensor | None:
     """Rows of the best scores, NaN last; None for all of them."""
+    require_count(op, pre_max_size=count)
     if count is None or count >= scores.shape[0]:
         return None
-    if count < 0:
-        raise ValueError(f"{op}: pre_max_size must be at least 0; got {count}")
     rows = scores.argsort(dim=0, descending=True, stable=True)
     # torch has NaN first. Both sorts are stable.
     last = scores[rows].isnan().to(torch.uint8).argsort(dim=0, stable=True)
@@ -96,6 +95,9 @@ def nms_bev(
     Note:
         As `nms_rotated`.
 
+    Source:
+        Shi et al., "PointRCNN", 2019, where boxes are suppressed by their overlap from above.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import nms_bev
@@ -104,8 +106,7 @@ def nms_bev(
         tensor([0, 2])
     """
     boxes, scores = _checked("nms_bev", boxes, scores, iou_threshold, labels)
-    if post_max_size is not None and post_max_size < 0:
-        raise ValueError(f"nms_bev: post_max_size must be at least 0; got {post_max_size}")
+    require_count("nms_bev", post_max_size=post_max_size)
     rows = _best("nms_bev", scores, pre_max_size)
     turned, scores = _turned(boxes), widened(scores)
     if rows is None:
@@ -144,6 +145,9 @@ def nms_bev_padded(
 
     Differentiable: no. Deterministic: yes. Autocast: float32.
 
+    Source:
+        Shi et al., "PointRCNN", 2019, where boxes are suppressed by their overlap from above.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import nms_bev_padded
@@ -152,7 +156,7 @@ def nms_bev_padded(
         (tensor([ 1, -1]), tensor(1))
     """
     boxes, scores = _checked("nms_bev_padded", boxes, scores, iou_threshold, labels)
-    require_max_output("nms_bev_padded", max_output)
+    require_count("nms_bev_padded", max_output=max_output)
     rows = _best("nms_bev_padded", scores, pre_max_size)
     turned, scores = _turned(boxes), widened(scores)
     if rows is None:
@@ -184,6 +188,9 @@ def nms_normal_bev(
         CaptureError: while a CUDA graph is captured; `nms_normal_bev_padded` can be.
 
     Differentiable: no. Deterministic: yes. Autocast: float32.
+
+    Source:
+        Shi et al., "PointRCNN", 2019, where boxes are suppressed by their overlap from above.
 
     Example:
         >>> import torch
@@ -227,6 +234,9 @@ def nms_normal_bev_padded(
 
     Differentiable: no. Deterministic: yes. Autocast: float32.
 
+    Source:
+        Shi et al., "PointRCNN", 2019, where boxes are suppressed by their overlap from above.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import nms_normal_bev_padded
@@ -235,5 +245,5 @@ def nms_normal_bev_padded(
         (tensor([ 1, -1]), tensor(1))
     """
     boxes, scores = _checked("nms_normal_bev_padded", boxes, scores, iou_threshold, labels)
-    require_max_output("nms_normal_bev_padded", max_output)
+    require_count("nms_normal_bev_padded", max_output=max_output)
     return nms_padded(boxes[:, :4], scores, iou_threshold, max_output, labels)

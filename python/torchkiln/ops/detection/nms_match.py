@@ -43,6 +43,9 @@ def nms_groups(
     Note:
         Boxes and scores as in `nms`, but for the overlap equal to the threshold.
 
+    Source:
+        Cao et al., "Prime Sample Attention in Object Detection", 2020, for which mmcv has it.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import nms_groups
@@ -75,6 +78,9 @@ def nms_match(boxes: Tensor, scores: Tensor, iou_threshold: float) -> list[Tenso
     Note:
         The number of groups is known to the host only when the GPU is done: the call waits for it.
         `nms_groups` does not.
+
+    Source:
+        Cao et al., "Prime Sample Attention in Object Detection", 2020, for which mmcv has it.
 
     Example:
         >>> import torch

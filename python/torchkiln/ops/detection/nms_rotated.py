@@ -102,6 +102,9 @@ def nms_rotated(
         less overlaps nothing, and so does one with a number that is not finite. A NaN score sorts
         last, is kept and suppresses nothing. On CUDA the call waits for the size of its result.
 
+    Source:
+        Ma et al., "Arbitrary-Oriented Scene Text Detection via Rotation Proposals", 2018.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import nms_rotated
@@ -147,6 +150,9 @@ def nms_rotated_padded(
     Note:
         Boxes, scores and ties as in `nms_rotated`.
 
+    Source:
+        Ma et al., "Arbitrary-Oriented Scene Text Detection via Rotation Proposals", 2018.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import nms_rotated_padded
@@ -181,6 +187,10 @@ def nms_quadri(
 
     Note:
         As `nms_rotated`. Quadrilaterals need not be convex.
+
+    Source:
+        Girshick et al., "Rich feature hierarchies for accurate object detection", 2014,
+        section 2.2.
 
     Example:
         >>> import torch
@@ -223,6 +233,10 @@ def nms_quadri_padded(
 
     Note:
         Boxes, scores and ties as in `nms_quadri`.
+
+    Source:
+        Girshick et al., "Rich feature hierarchies for accurate object detection", 2014,
+        section 2.2.
 
     Example:
         >>> import torch

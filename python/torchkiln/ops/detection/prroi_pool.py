@@ -100,6 +100,7 @@ def prroi_pool(
         IndexError: for a batch index out of range, on the CPU. On CUDA such a region gives 0.
 
     Differentiable: input, boxes. Deterministic: yes, gradients too.
+    Autocast: as without.
 
     Note:
         Positions are computed in float32, in float64 for a float64 input. A region without area,

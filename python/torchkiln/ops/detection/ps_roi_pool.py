@@ -127,6 +127,7 @@ def ps_roi_align(
         IndexError: for a batch index out of range, on the CPU. On CUDA such a region gives 0.
 
     Differentiable: input. Deterministic: yes, gradients too.
+    Autocast: as without.
 
     Note:
         Samples lie as those of an aligned `roi_align`; a region without samples gives 0.
@@ -174,6 +175,7 @@ def ps_roi_pool(
         IndexError: for a batch index out of range, on the CPU. On CUDA such a region gives 0.
 
     Differentiable: input. Deterministic: yes, gradients too.
+    Autocast: as without.
 
     Note:
         Corners are rounded, half away from zero; a region has the cells from x1 to before x2, at

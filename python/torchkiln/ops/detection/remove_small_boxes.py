@@ -30,6 +30,9 @@ def remove_small_boxes(boxes: Tensor, min_size: float) -> Tensor:
     Note:
         A box with a NaN coordinate is small. On CUDA the call waits for the size of its result.
 
+    Source:
+        Definitions of torchvision's function of this name.
+
     Example:
         >>> import torch
         >>> from torchkiln.ops import remove_small_boxes

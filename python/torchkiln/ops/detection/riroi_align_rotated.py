@@ -86,7 +86,7 @@ def riroi_align_rotated(
         IndexError: for a batch index out of range, on the CPU. On CUDA such a region gives 0.
 
     Differentiable: input. Deterministic: yes, but for the gradient on CUDA, where `deterministic`
-    decides.
+    decides. Autocast: as without.
 
     Note:
         Regions are at least a pixel wide and high, and pixel centres lie at whole numbers. Angles

@@ -120,6 +120,7 @@ def roi_align(
         IndexError: for a batch index out of range, on the CPU. On CUDA such a region gives 0.
 
     Differentiable: input. Deterministic: yes, gradients too.
+    Autocast: as without.
 
     Note:
         Positions are computed in float32, in float64 for a float64 input. A sample up to a pixel

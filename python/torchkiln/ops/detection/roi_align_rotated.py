@@ -85,7 +85,7 @@ def roi_align_rotated(
         IndexError: for a batch index out of range, on the CPU. On CUDA such a region gives 0.
 
     Differentiable: input. Deterministic: yes, but for the gradient on CUDA, where `deterministic`
-    decides.
+    decides. Autocast: as without.
 
     Note:
         Positions are computed in float32, in float64 for a float64 input. A sample up to a pixel

@@ -73,7 +73,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, _: None = None) -> Tensor | None:
-    if grad_output is None:
+    if grad_output is None or not ctx.needs_input_grad[0]:  # boxes may need one that is None
         return None
     argmax, boxes = ctx.saved_tensors
     grad: Tensor = _roi_pool_backward(grad_output, argmax, boxes, *ctx.image_shape, *ctx.settings)
@@ -120,7 +120,7 @@ def roi_pool(
         IndexError: on the CPU, for a batch index out of range. On CUDA its bins are 0.
 
     Differentiable: input. Deterministic: yes, but for the gradient of contiguous input on CUDA,
-    where `deterministic` decides.
+    where `deterministic` decides. Autocast: as without.
 
     Note:
         Of equal values the first one wins, row by row. NaN wins over any number. A region with a
@@ -140,7 +140,7 @@ def roi_pool(
     """
     height, width = bins_of("roi_pool", output_size)
     rows = as_rows("roi_pool", boxes)
-    with_argmax = input.requires_grad and torch.is_grad_enabled()
+    with_argmax = getattr(input, "requires_grad", False) and torch.is_grad_enabled()
     output, _ = _roi_pool(
         input,
         rows,

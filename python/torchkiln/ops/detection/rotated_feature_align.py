@@ -63,7 +63,7 @@ def rotated_feature_align(
         ValueError: for another shape, device or option.
 
     Differentiable: input. Deterministic: yes, but for the gradient on CUDA, where `deterministic`
-    decides.
+    decides. Autocast: as without.
 
     Note:
         A sample up to a pixel outside takes the border's value; further out, or at a place that is

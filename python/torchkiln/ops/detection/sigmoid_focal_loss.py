@@ -143,7 +143,7 @@ def sigmoid_focal_loss(
     # Under torch.func the gradient would be an output of its own.
     with_gradient = (
         number > 0
-        and inputs.requires_grad
+        and getattr(inputs, "requires_grad", False)
         and torch.is_grad_enabled()
         and not torch._C._are_functorch_transforms_active()
     )

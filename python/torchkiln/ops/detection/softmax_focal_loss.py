@@ -13,6 +13,7 @@ from torchkiln.ops._arguments import (
     require_choice,
     require_device,
     require_floating,
+    require_number,
     require_pair,
     require_tensor,
     shape,
@@ -56,7 +57,8 @@ def _check(
                 f"{_OP}: weight must have shape ({inputs.shape[1]},); got {shape(weight)}"
             )
     for name, value in (("alpha", alpha), ("gamma", gamma)):
-        if not value >= 0:
+        require_number(_OP, **{name: value})
+        if value < 0:
             raise ValueError(f"{_OP}: {name} must be at least 0; got {value}")
 
 

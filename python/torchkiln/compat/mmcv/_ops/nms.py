@@ -447,7 +447,9 @@ _MOVED = {"nms", "nms_rotated", "nms_quadri"}
 
 def _integers(idxs: Tensor) -> Tensor:
     """Integer classes for those of any dtype."""
-    return idxs.unique(return_inverse=True)[1] if idxs.is_floating_point() else idxs
+    if idxs.is_floating_point() or idxs.dtype == torch.bool:
+        _, idxs = idxs.unique(return_inverse=True)
+    return idxs
 
 
 def _function(kind: str | Callable[..., Any]) -> Callable[..., Any]:
