@@ -195,6 +195,37 @@ def test_history_is_needed() -> None:
         selective_state_update(torch.zeros(1, 1, 1), one, one, -one, one, one, discretization="foh")
 
 
+def test_a_history_of_no_use() -> None:
+    """Its samples would be counted without being kept."""
+    one = torch.ones(1, 1)
+    history = scan_history(torch.zeros(1, 1, 0), torch.zeros(1, 1, 0), "foh")
+    arguments = torch.zeros(1, 1, 1), one, one, -one, one, one
+    with pytest.raises(
+        ValueError, match=r"history must be None for a rule .* beside 'zoh'\. Leave"
+    ):
+        selective_state_update(*arguments, discretization="zoh", history=history)
+    pair: Any = (one, one)
+    with pytest.raises(TypeError, match=r"history must be a ScanHistory or None; got tuple\. Make"):
+        selective_state_update(*arguments, discretization="foh", history=pair)
+    assert history is not None
+    assert history.seen.tolist() == [0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_reference_of_half_types_sums_widely(dtype: torch.dtype) -> None:
+    """Steps of 20, whose exponential float16 does not hold, and many states."""
+    new = Inputs()
+    x, state = new.normal(2, 3).to(dtype), new.normal(2, 3, 64).to(dtype)
+    dt = torch.tensor([[16.0, 20, 0.1], [-40, 12, 3]]).to(dtype)
+    rest = -new.uniform(3, 64).to(dtype), *(new.normal(2, 64).to(dtype) for _ in "BC")
+    expected = selective_state_update(
+        state.double(), x.double(), dt.double(), *(t.double() for t in rest), dt_softplus=True
+    )
+    with backend("reference"):
+        out = selective_state_update(state, x, dt, *rest, dt_softplus=True)
+    torch.testing.assert_close(out, expected.to(dtype))
+
+
 def test_a_row_beyond_the_state() -> None:
     one, rows = torch.ones(1, 1), torch.tensor([2], dtype=torch.int32)
     with pytest.raises(IndexError, match=r"state_batch_indices must be below the number of states"):

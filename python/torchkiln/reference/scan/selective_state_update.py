@@ -62,6 +62,10 @@ def selective_state_update(
         Shape of x.
     """
     out = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    # Half types are what is stored; exponentials and sums are wide.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x, dt, A, B, C = (tensor.to(wide) for tensor in (x, dt, A, B, C))
+    D, z, dt_bias = (None if tensor is None else tensor.to(wide) for tensor in (D, z, dt_bias))
     A = _complex(A) if is_complex else A
     for b in range(x.shape[0]):
         row = b if state_batch_indices is None else int(state_batch_indices[b])
