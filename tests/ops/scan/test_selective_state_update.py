@@ -13,6 +13,7 @@ from torch import Tensor
 from support.op_suite import Failure, OpSuite
 from torchkiln import backend
 from torchkiln.ops import scan_history, selective_scan, selective_state_update
+from torchkiln.ops.scan.selective_state_update import _count
 from torchkiln.reference.scan.selective_state_update import parity
 from torchkiln.testing import Inputs
 
@@ -193,6 +194,27 @@ def test_history_is_needed() -> None:
     one = torch.ones(1, 1)
     with pytest.raises(ValueError, match=r"history must be given for a rule that takes in earlier"):
         selective_state_update(torch.zeros(1, 1, 1), one, one, -one, one, one, discretization="foh")
+
+
+def test_rows_that_are_none_are_not_counted(device: str) -> None:
+    """Those beyond the state neither, which a GPU takes."""
+    seen = torch.tensor([3, 4, 5], dtype=torch.int32, device=device)
+    rows = torch.tensor([1, 7, -1, 2**31 - 1], dtype=torch.int32, device=device)
+    _count(seen, rows)
+    assert seen.tolist() == [3, 5, 5]
+
+
+@pytest.mark.gpu
+def test_rows_beyond_the_state_on_a_gpu() -> None:
+    problem = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in _problem(1, False).items()}
+    state, before = torch.zeros(3, 4, 5, device="cuda").double(), torch.zeros(3, 4, 0).cuda()
+    history = scan_history(before.double(), torch.zeros(3, 2, 5, 0, device="cuda").double(), "foh")
+    rows = torch.tensor([3, 1, -1], dtype=torch.int32, device="cuda")
+    out = _step(state, problem, 0, state_batch_indices=rows, discretization="foh", history=history)
+    assert not out[0].any()
+    assert state.flatten(1).any(1).tolist() == [False, True, False]
+    assert history is not None
+    assert history.seen.tolist() == [0, 1, 0]
 
 
 def test_a_history_of_no_use() -> None:

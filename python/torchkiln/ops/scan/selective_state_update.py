@@ -301,7 +301,9 @@ def _pairs(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _count(seen: Tensor, rows: Tensor | None) -> None:
+    """On a GPU an index beyond `seen` would be an assertion there, from which nothing recovers."""
     if rows is None:
         seen += 1
-    else:
-        seen.index_add_(0, rows.clamp(min=0).long(), (rows >= 0).to(seen.dtype))
+    elif len(seen):
+        exists = (rows >= 0) & (rows < len(seen))
+        seen.index_add_(0, torch.where(exists, rows, 0).long(), exists.to(seen.dtype))
