@@ -217,6 +217,18 @@ def test_rows_beyond_the_state_on_a_gpu() -> None:
     assert history.seen.tolist() == [0, 1, 0]
 
 
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_autograd_notices_the_change(is_complex: bool, device: str) -> None:
+    problem = {k: v.to(device) if isinstance(v, Tensor) else v
+               for k, v in _problem(2, is_complex).items()}  # fmt: skip
+    state = torch.ones(3, 4, 5, device=device, dtype=problem["A"].dtype)
+    u = problem["u"].clone().requires_grad_()
+    out = selective_scan(**problem | {"u": u}, initial_state=state)
+    _step(state, problem, 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_a_history_of_no_use() -> None:
     """Its samples would be counted without being kept."""
     one = torch.ones(1, 1)

@@ -306,4 +306,4 @@ def _count(seen: Tensor, rows: Tensor | None) -> None:
         seen += 1
     elif len(seen):
         exists = (rows >= 0) & (rows < len(seen))
-        seen.index_add_(0, torch.where(exists, rows, 0).long(), exists.to(seen.dtype))
+        seen.index_add_(0, (rows * exists).long(), exists.to(seen.dtype))
