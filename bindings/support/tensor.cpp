@@ -51,6 +51,12 @@ std::string text(ScalarType dtype) {
       return "bfloat16";
     case ScalarType::Bool:
       return "bool";
+    case ScalarType::ComplexHalf:
+      return "complex32";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
     default:
       return torch::headeronly::toString(dtype);
   }

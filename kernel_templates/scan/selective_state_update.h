@@ -96,7 +96,8 @@ struct Channel {
   // Fills in the samples before the own one. Those before the first one repeat it.
   TORCHKILN_HD void look_back(i64 channel) {
     const i64 channels = args.heads * args.places;
-    const i64 seen = static_cast<const i32*>(args.seen)[row];
+    // A counter that wrapped, or was changed, must not lead before the rings.
+    const i64 seen = max_of(i64(static_cast<const i32*>(args.seen)[row]), i64(0));
     slot = row * args.slots + seen % args.slots;
     for (int j = 1; j <= kBack; ++j) {
       const i64 index = max_of(seen - j, i64(0));

@@ -107,6 +107,8 @@ class Operator(Generic[Result]):
             else:
                 with _BelowAutograd():
                     output = self.overload._op(*args)
+            for place in self._changed:
+                _count_change(args[place])
             return output
         except RuntimeError as error:
             better = self._unfit_tensor(args) or translate(error)
@@ -135,6 +137,14 @@ class Operator(Generic[Result]):
     def overload(self) -> Any:
         """`torch.ops.<namespace>.<name>.default`."""
         return getattr(getattr(torch.ops, self.namespace), self.name).default
+
+    @functools.cached_property
+    def _changed(self) -> tuple[int, ...]:
+        """Places of the arguments that a public operator writes to."""
+        if self.name.startswith("_"):
+            return ()
+        kinds = (argument.alias_info for argument in self.overload._schema.arguments)
+        return tuple(i for i, kind in enumerate(kinds) if kind is not None and kind.is_write)
 
     def _unfit_tensor(self, args: tuple[Any, ...]) -> TypeError | None:
         """The error for what must be a tensor with strides and is none.
@@ -348,6 +358,12 @@ class Frame:
             return fake_impl.construct_meta_kernel(qualified, holder)(*args, **kwargs)
 
         self._implement(operator.name, "Meta", meta_kernel, with_keyset=False)
+
+
+def _count_change(tensor: Tensor | None) -> None:
+    """So that autograd refuses a gradient that was to read what is no longer there."""
+    if tensor is not None and not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
 
 
 def _run_in_dtype(

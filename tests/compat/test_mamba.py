@@ -339,6 +339,44 @@ def test_decode_wants_tensors() -> None:
         mamba.selective_state_update(torch.ones(1, 1, 1), one, one, one, None, one)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"x": torch.ones(2, 4).int()}, r"x must be a floating-point tensor; got int32"),
+        ({"state": torch.zeros(2, 4, 3).int()}, r"state must have the dtype of x .*; got int32"),
+        ({"A": torch.zeros(4, 3) * 1j}, r"state must be complex64 beside a complex A"),
+        ({"B": torch.zeros(2, 3) * 1j}, r"B must have the dtype of x \(float32\); got complex64"),
+        ({"state_batch_indices": [0, 1]}, r"state_batch_indices must be a tensor; got list"),
+        ({"state_batch_indices": torch.ones(2)}, r"state_batch_indices must be an integer tensor"),
+    ],
+)
+def test_decode_rounds_nothing_away(wrong: dict[str, Any], sentence: str) -> None:
+    """Imaginary parts and fractions would be lost without a word."""
+    arguments = {
+        "state": torch.zeros(2, 4, 3),
+        "x": torch.ones(2, 4),
+        "dt": torch.ones(2, 4),
+        "A": -torch.ones(4, 3),
+        "B": torch.ones(2, 3),
+        "C": torch.ones(2, 3),
+    }
+    with pytest.raises(TypeError, match="^selective_state_update: " + sentence):
+        mamba.selective_state_update(**arguments | wrong)
+
+
+def test_decode_of_a_complex_recurrence() -> None:
+    new = Inputs()
+
+    def pair(*shape: int) -> Tensor:
+        return torch.complex(-new.uniform(*shape, low=0.1), new.normal(*shape)).to(torch.complex64)
+
+    state, x, A, B, C = pair(2, 4, 3), new.uniform(2, 4).half(), pair(4, 3), pair(2, 3), pair(2, 3)
+    states = state.clone(), state.clone()
+    out = mamba.selective_state_update(states[0], x, x, A, B, C)
+    assert torch.equal(out, ops.selective_state_update(states[1], x, x, A, B, C))
+    assert torch.equal(*states)
+
+
 def test_final_states_out() -> None:
     new = Inputs()
     x, weight = new.normal(2, 4, 9).float(), new.normal(4, 4).half()
@@ -369,5 +407,7 @@ def test_no_tensor_for_the_convolution() -> None:
     weight = torch.zeros(4, 3)
     with pytest.raises(TypeError, match=r"^causal_conv1d: x must be a tensor; got None$"):
         causal_conv1d.causal_conv1d_fn(None, weight, initial_states=torch.zeros(1, 4, 2))
+    with pytest.raises(TypeError, match=r"^causal_conv1d: seq_idx must be a tensor; got list$"):
+        causal_conv1d.causal_conv1d_fn(torch.zeros(1, 4, 2), weight, seq_idx=[0, 0])
     with pytest.raises(TypeError, match=r"^causal_conv1d_update: x must be a tensor; got None$"):
         causal_conv1d.causal_conv1d_update(None, weight, weight)

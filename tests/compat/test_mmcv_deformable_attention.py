@@ -82,6 +82,26 @@ def test_composition(dtype):
             torch.testing.assert_close(grads, others)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "absolute", "relative"), [(torch.float64, 1e-18, 1e-15), (torch.float32, 1e-9, 1e-6)]
+)
+def test_last_place(dtype, absolute, relative, device):
+    """mmcv's own test and its limits: about one unit in the last place of values near 0.005."""
+    shapes = torch.tensor([(6, 4), (3, 2)])
+    starts = torch.tensor([0, 24])
+    torch.manual_seed(3)
+    value, locations = torch.rand(1, 30, 2, 2) * 0.01, torch.rand(1, 2, 2, 2, 2, 2)
+    weights = torch.rand(1, 2, 2, 2, 2) + 1e-5
+    weights /= weights.sum((3, 4), keepdim=True)
+    value, locations, weights = (x.to(dtype) for x in (value, locations, weights))
+    expected = peer.multi_scale_deformable_attn_pytorch(value, shapes, locations, weights)
+    given = (x.to(device) for x in (value, shapes, starts, locations, weights))
+    result = peer.MultiScaleDeformableAttnFunction.apply(*given, 2).cpu()
+    error = (result - expected).abs()
+    assert error.max() < absolute
+    assert (error / expected.abs()).max() < relative
+
+
 @pytest.mark.parametrize("channels", [4, 30, 71, 1025])
 def test_gradients_of_any_number_of_channels(channels):
     arguments = call(images=1, levels=((6, 4), (3, 2)), queries=2, heads=1, channels=channels)

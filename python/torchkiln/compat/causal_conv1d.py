@@ -18,7 +18,7 @@ from torch import Tensor
 from torchkiln import ops
 from torchkiln._backend import backend
 from torchkiln.compat._replaced import Replaced, module
-from torchkiln.ops._arguments import sum_dtype
+from torchkiln.ops._arguments import require_integers, require_optional_tensor, sum_dtype
 
 __all__ = [
     "causal_conv1d_fn",
@@ -42,6 +42,14 @@ def _beside(x: Tensor, weight: Tensor | None) -> Tensor | None:
     return weight.to(sum_dtype(x.dtype))
 
 
+def _int32(op: str, name: str, indices: Tensor | None) -> Tensor | None:
+    """The peer's indices, of any integer type."""
+    if indices is None:
+        return None
+    require_integers(op, **{name: indices})
+    return indices.int()
+
+
 def causal_conv1d_fn(
     x: Tensor,
     weight: Tensor,
@@ -54,10 +62,11 @@ def causal_conv1d_fn(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As causal-conv1d's; layouts, widths and states go together as they like."""
     _check(activation)
-    seq_idx = None if seq_idx is None else seq_idx.int()
+    require_optional_tensor("causal_conv1d", initial_states=initial_states)
     if isinstance(x, Tensor) and initial_states is not None:
         initial_states = initial_states.to(x.dtype)
-    taken = _beside(x, weight), _beside(x, bias), seq_idx, initial_states
+    sequences = _int32("causal_conv1d", "seq_idx", seq_idx)
+    taken = _beside(x, weight), _beside(x, bias), sequences, initial_states
     result = ops.causal_conv1d_fn(x, *taken, return_final_states, activation)  # type: ignore[arg-type]
     if not isinstance(result, tuple) or final_states_out is None:
         return result
@@ -76,8 +85,9 @@ def causal_conv1d_update(
     """As causal-conv1d's; on the CPU, too."""
     _check(activation)
     weight, bias = _beside(x, weight), _beside(x, bias)  # type: ignore[assignment]
-    seqlens = None if cache_seqlens is None else cache_seqlens.int()
-    rows = None if conv_state_indices is None else conv_state_indices.int()
+    op = "causal_conv1d_update"
+    seqlens = _int32(op, "cache_seqlens", cache_seqlens)
+    rows = _int32(op, "conv_state_indices", conv_state_indices)
     return ops.causal_conv1d_update(x, conv_state, weight, bias, activation, seqlens, rows)
 
 

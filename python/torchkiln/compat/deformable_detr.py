@@ -95,7 +95,7 @@ class MSDeformAttn(Projections):
         self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4
     ) -> None:
         super().__init__()
-        if d_model % n_heads:
+        if n_heads < 1 or d_model % n_heads:
             raise ValueError(
                 f"MSDeformAttn: d_model must be divisible by n_heads; got {d_model} and {n_heads}"
             )

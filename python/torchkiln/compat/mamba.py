@@ -25,7 +25,13 @@ from torch.nn import functional
 from torchkiln import ops
 from torchkiln._backend import backend
 from torchkiln.compat._replaced import Replaced, module
-from torchkiln.ops._arguments import require_tensor, sum_dtype
+from torchkiln.ops._arguments import (
+    require_floating,
+    require_integers,
+    require_optional_tensor,
+    require_tensor,
+    sum_dtype,
+)
 
 __all__ = [
     "MambaInnerFn",
@@ -145,36 +151,47 @@ def selective_state_update(
     state_batch_indices: Tensor | None = None,
 ) -> Tensor:
     """As mamba-ssm's; on the CPU, too. Inputs may have any floating dtypes."""
-    require_tensor("selective_state_update", state=state, x=x, dt=dt, A=A, B=B, C=C)
+    op = "selective_state_update"
+    require_tensor(op, state=state, A=A, B=B, C=C)
+    require_floating(op, x=x, dt=dt)
+    require_optional_tensor(op, D=D, z=z, dt_bias=dt_bias)
     dtype = x.dtype
     for other in (dt, B, C, z):
-        dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
-    if state.dtype == torch.float64:
+        if other is not None and other.is_floating_point():
+            dtype = torch.promote_types(dtype, other.dtype)
+    if state.dtype in (torch.float64, torch.complex128):
         dtype = torch.float64
-    elif state.dtype not in (dtype, torch.float32):
+    elif state.is_floating_point() and state.dtype not in (dtype, torch.float32):
         dtype = torch.float32
     step = state
-    if state.dtype not in (dtype, torch.float32):
+    if state.is_floating_point() and state.dtype not in (dtype, torch.float32):
         step = state.to(dtype)
 
-    def beside(tensor: Tensor | None) -> Any:
-        if tensor is None or (tensor.dtype in (dtype, torch.float32) and dtype != torch.float64):
-            return tensor
-        return tensor.to(sum_dtype(dtype))
+    # What is not real goes on as it is: complex numbers are taken, integers refused.
+    def like_x(tensor: Tensor | None) -> Any:
+        return tensor if tensor is None or not tensor.is_floating_point() else tensor.to(dtype)
 
-    rows = None if state_batch_indices is None else state_batch_indices.int()
+    def beside(tensor: Tensor | None) -> Any:
+        wide = sum_dtype(dtype)
+        if tensor is None or not tensor.is_floating_point() or tensor.dtype in (dtype, wide):
+            return tensor
+        return tensor.to(wide)
+
+    if state_batch_indices is not None:
+        require_integers(op, state_batch_indices=state_batch_indices)
+        state_batch_indices = state_batch_indices.int()
     out = ops.selective_state_update(
         step,
-        x.to(dtype),
-        dt.to(dtype),
+        like_x(x),
+        like_x(dt),
         beside(A),
-        B.to(dtype),
-        C.to(dtype),
+        like_x(B),
+        like_x(C),
         beside(D),
-        None if z is None else z.to(dtype),
+        like_x(z),
         beside(dt_bias),
         dt_softplus,
-        rows,
+        state_batch_indices,
     )
     if step is not state:
         state.copy_(step)

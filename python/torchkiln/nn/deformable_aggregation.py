@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchkiln.ops._arguments import under_autocast, widened
+from torchkiln.ops._arguments import require_shape, require_tensor, shape, under_autocast, widened
 from torchkiln.ops.deformable.deformable_aggregation import deformable_aggregation
 
 __all__ = [
@@ -65,6 +65,12 @@ class SparseBox3DKeyPointsGenerator(nn.Module):
         Returns:
             (bs, Q, points, 3).
         """
+        require_tensor("SparseBox3DKeyPointsGenerator", anchor=anchor)
+        if anchor.dim() != 3 or anchor.shape[2] <= _COSINE:
+            raise ValueError(
+                "SparseBox3DKeyPointsGenerator: anchor must have shape (bs, Q, 8 or more); "
+                f"got {shape(anchor)}"
+            )
         anchor = widened(anchor)
         scale = self.fix_scale.to(anchor.dtype).expand(*anchor.shape[:2], -1, -1)
         if self.num_learnable_pts > 0 and instance_feature is not None:
@@ -124,6 +130,8 @@ class SparsePoint3DKeyPointsGenerator(nn.Module):
         Returns:
             (bs, Q, points, 3), ordered by vertex, height and learned place.
         """
+        sizes = ("bs", "Q", 2 * self.num_sample)
+        require_shape("SparsePoint3DKeyPointsGenerator", sizes, anchor=anchor)
         parts = (self.num_sample, len(self.fix_height), self.num_learnable_pts, 2)
         moved = _in_own_dtype(self.learnable_fc, instance_feature).unflatten(-1, parts)
         place = moved + widened(anchor).unflatten(-1, (self.num_sample, 1, 1, 2))
@@ -161,6 +169,7 @@ class DeformableFeatureAggregation(nn.Module):
         residual_mode: "add" the instances' features to the output, or "cat" them behind it.
 
     Raises:
+        TypeError: for a temporal fusion that is no module.
         ValueError: for groups that do not divide the channels, another mode or no generator.
     """
 
@@ -181,12 +190,17 @@ class DeformableFeatureAggregation(nn.Module):
     ) -> None:
         super().__init__()
         name = "DeformableFeatureAggregation"
-        if embed_dims % num_groups != 0:
+        if num_groups < 1 or embed_dims % num_groups != 0:
             raise ValueError(
                 f"{name}: num_groups must divide the {embed_dims} channels; got {num_groups}"
             )
         if residual_mode not in ("add", "cat"):
             raise ValueError(f'{name}: residual_mode must be "add" or "cat"; got {residual_mode!r}')
+        if temporal_fusion_module is not None and not isinstance(temporal_fusion_module, nn.Module):
+            raise TypeError(
+                f"{name}: temporal_fusion_module must be a module or None; "
+                f"got {temporal_fusion_module!r}. Build it first"
+            )
         self.embed_dims = embed_dims
         self.num_groups = num_groups
         self.num_levels = num_levels
@@ -236,9 +250,13 @@ class DeformableFeatureAggregation(nn.Module):
         Returns:
             (bs, Q, embed_dims), twice as many channels with "cat".
         """
+        op, sizes = "DeformableFeatureAggregation", ("bs", "Q", self.embed_dims)
+        require_shape(op, sizes, instance_feature=instance_feature, anchor_embed=anchor_embed)
+        matrices = metas["projection_mat"]
+        require_shape(op, ("bs", self.num_cams, 4, 4), projection_mat=matrices)
         points = self.kps_generator(anchor, instance_feature)
-        location = project_points(points, metas["projection_mat"], metas.get("image_wh"))
-        logits = self._logits(instance_feature + anchor_embed, metas["projection_mat"])
+        location = project_points(points, matrices, metas.get("image_wh"))
+        logits = self._logits(instance_feature + anchor_embed, matrices)
         drops = self.training and self.attn_drop > 0
         maps, *indices = feature_maps if self.use_deformable_func else [feature_maps]
         weights = self._dropped(logits) if drops else logits
@@ -310,9 +328,9 @@ def project_points(
 def _generator_of(given: Mapping[str, Any] | nn.Module | None, embed_dims: int) -> nn.Module:
     if isinstance(given, nn.Module):
         return given
-    options = dict(given or {})
+    options = dict(given) if isinstance(given, Mapping) else {"type": given}
     name = options.pop("type", None)
-    if name not in _GENERATORS:
+    if not isinstance(name, str) or name not in _GENERATORS:
         raise ValueError(
             "DeformableFeatureAggregation: kps_generator must be a module, or have a type among "
             f"{', '.join(_GENERATORS)}; got {name!r}"

@@ -20,7 +20,7 @@ from torchkiln.ops import (
     selective_scan,
     selective_state_update,
 )
-from torchkiln.ops._arguments import require_choice, widened
+from torchkiln.ops._arguments import require_choice, require_shape, widened
 from torchkiln.ops.scan.mamba_inner import project
 from torchkiln.ops.scan.selective_scan import METHODS
 from torchkiln.ops.scan.selective_state_update import ScanHistory
@@ -108,6 +108,7 @@ class SelectiveScan(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Returns (batch, dim, length) for x, and a gate z, of that shape."""
+        require_shape("SelectiveScan", ("batch", self.x_proj.in_features, "length"), x=x)
         rows = project(self.x_proj.weight, x)
         rank, n = self.dt_rank, self.d_state
         delta = project(self.dt_proj.weight, rows[:, :rank])
@@ -239,8 +240,9 @@ class Mamba(nn.Module):
         """What lies between the projections: (batch, d_inner, length) of (batch, 2 d_inner, L)."""
         return self._inner(xz, None, None)
 
-    def _project(self, x: Tensor) -> Tensor:
+    def _project(self, x: Tensor, op: str = "Mamba") -> Tensor:
         """X and z as (batch, 2 d_inner, length), positions contiguous."""
+        require_shape(op, ("batch", "length", self.in_proj.in_features), x=x)
         xz = project(self.in_proj.weight, x.transpose(1, 2))
         return xz if self.in_proj.bias is None else xz + self.in_proj.bias[:, None].to(xz.dtype)
 
@@ -298,6 +300,7 @@ class Mamba(nn.Module):
     @torch.no_grad()
     def step(self, x: Tensor, state: MambaState) -> Tensor:
         """Returns (batch, d_model) for the next position x of that shape; changes the state."""
+        require_shape("Mamba.step", ("batch", self.in_proj.in_features), x=x)
         inner, z = self.in_proj(x).chunk(2, dim=1)
         inner = causal_conv1d_update(
             inner, state.conv, self.conv1d.weight[:, 0], self.conv1d.bias, "silu"
@@ -387,7 +390,7 @@ class BidirectionalMamba(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns (batch, length, d_model) for x of that shape."""
-        xz = self.ahead._project(x)
+        xz = self.ahead._project(x, "BidirectionalMamba")
         both = self.ahead.mixed(xz) + self.back.mixed(xz)
         both = both / 2 if self.divide else both
         projected: Tensor = self.ahead.out_proj(both.transpose(1, 2))

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from torchkiln.ops._arguments import require_shape
 from torchkiln.ops.deformable.multi_scale_deformable_attention import (
     agreeing,
     multi_scale_deformable_attention_fused,
@@ -113,7 +114,7 @@ class MultiScaleDeformableAttention(Projections):
         self.num_levels = num_levels
         self.num_points = num_points
         self.value_dims = embed_dims if value_dims is None else value_dims
-        if self.value_dims % num_heads:
+        if num_heads < 1 or self.value_dims % num_heads:
             raise ValueError(
                 "MultiScaleDeformableAttention: value_dims must be a multiple of num_heads "
                 f"({num_heads}); got {self.value_dims}"
@@ -144,6 +145,9 @@ class MultiScaleDeformableAttention(Projections):
         Returns:
             (B, Q, embed_dims).
         """
+        op = "MultiScaleDeformableAttention"
+        require_shape(op, ("B", "Q", self.embed_dims), query=query)
+        require_shape(op, ("B", "S", self.embed_dims), value=value)
         levels = (spatial_shapes, level_start_index)
         return self.attend(query, reference_points, value, *levels, padding_mask)
 

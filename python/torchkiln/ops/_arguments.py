@@ -71,6 +71,18 @@ def require_last(op: str, columns: int, **tensors: Tensor) -> None:
             raise ValueError(f"{op}: {name} must have shape (..., {columns}); got {shape(value)}")
 
 
+def require_shape(op: str, wanted: tuple[int | str, ...], **tensors: Tensor) -> None:
+    """Raises where a tensor has other sizes; words stand for any size."""
+    require_tensor(op, **tensors)
+    for name, value in tensors.items():
+        pairs = zip(wanted, value.shape, strict=False)
+        if value.dim() != len(wanted) or any(
+            isinstance(size, int) and size != got for size, got in pairs
+        ):
+            sizes = ", ".join(str(size) for size in wanted)
+            raise ValueError(f"{op}: {name} must have shape ({sizes}); got {shape(value)}")
+
+
 def require_pair(op: str, **tensors: Tensor) -> None:
     """Raises where two tensors differ in dtype or device."""
     (first, a), (second, b) = tensors.items()

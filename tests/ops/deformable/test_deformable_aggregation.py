@@ -494,7 +494,21 @@ def test_format_refuses_rows_of_other_sizes() -> None:
         ops.feature_maps_format([torch.ones(2, 11, 3), shapes, starts], inverse=True)
 
 
+def test_format_refuses_negative_sizes() -> None:
+    """Two of them have an area."""
+    shapes, starts = torch.tensor([[[-2, -3]]]), torch.tensor([[0]])
+    with pytest.raises(ValueError, match=r"^feature_maps_format: spatial_shape must have no size"):
+        ops.feature_maps_format([torch.ones(2, 6, 3), shapes, starts], inverse=True)
+
+
 # ---- the function of SparseDrive ----
+
+
+def test_function_rounds_no_index() -> None:
+    features, shapes, starts = ops.feature_maps_format(_levels(Inputs(), 2, (2, 3)))
+    points = torch.zeros(2, 1, 1, 2, 2), torch.zeros(2, 1, 1, 2, 1, 1)
+    with pytest.raises(TypeError, match=r"scale_start_index must be an int32 or int64 tensor; got"):
+        ops.deformable_aggregation_function(features.float(), shapes, starts + 0.7, *points)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

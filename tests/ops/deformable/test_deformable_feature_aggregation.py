@@ -248,12 +248,45 @@ def test_projection_in_the_peers_order() -> None:
         ({"residual_mode": "mul"}, 'residual_mode must be "add" or "cat"; got'),
         ({"kps_generator": None}, "kps_generator must be a module, or have a type among"),
         ({"kps_generator": {"type": "Other"}}, "got 'Other'"),
+        ({"kps_generator": "Other"}, "kps_generator must be a module, .*; got 'Other'"),
+        ({"num_groups": 0}, "num_groups must divide the 32 channels; got 0"),
         ({"kps_generator": {**_LINES, "num_learnable_pts": 0}}, "must be at least 1; got 0"),
     ],
 )
 def test_refuses(options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         _module(**options)
+
+
+def test_refuses_a_fusion_that_is_not_built() -> None:
+    with pytest.raises(TypeError, match=r"temporal_fusion_module must be a module or None; got"):
+        _module(temporal_fusion_module={"type": "Fusion"})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("anchor", lambda x: x[..., :7], r"Generator: anchor must have shape \(bs, Q, 8 or more\)"),
+        ("instance_feature", lambda x: x[0], r"instance_feature must have shape \(bs, Q, 32\)"),
+        ("anchor_embed", lambda x: x[..., 1:], r"anchor_embed must have .*; got \(2, 5, 31\)"),
+        (
+            "metas",
+            lambda metas: {"projection_mat": metas["projection_mat"][:, :1]},
+            r"projection_mat must have shape \(bs, 2, 4, 4\); got \(2, 1, 4, 4\)",
+        ),
+    ],
+)
+def test_wrong_shapes(name: str, change: Any, sentence: str) -> None:
+    given = _inputs()
+    given[name] = change(given[name])
+    with pytest.raises(ValueError, match=sentence):
+        _module()(**given)
+
+
+def test_lines_of_another_number_of_vertices() -> None:
+    sentence = r"anchor must have shape \(bs, Q, 40\); got \(2, 5, 11\)"
+    with pytest.raises(ValueError, match=sentence):
+        _module(kps_generator=_LINES)(**_inputs())
 
 
 def test_trains() -> None:

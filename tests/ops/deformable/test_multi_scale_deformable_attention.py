@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from support.op_suite import Failure, OpSuite
 from support.strategies import seeds
-from torchkiln import nn, ops, reference
+from torchkiln import backend, nn, ops, reference
 from torchkiln.reference.deformable import multi_scale_deformable_attention as module
 from torchkiln.testing import FLOATS, Inputs
 
@@ -442,6 +442,37 @@ class TestModule:
     def test_heads_divide_the_channels(self) -> None:
         with pytest.raises(ValueError, match=r"must be a multiple of num_heads \(5\); got"):
             nn.MultiScaleDeformableAttention(32, 5)
+        with pytest.raises(ValueError, match=r"must be a multiple of num_heads \(0\); got"):
+            nn.MultiScaleDeformableAttention(32, 0)
+
+    @pytest.mark.parametrize("name", ["query", "value"])
+    def test_other_channels(self, name: str) -> None:
+        layer = nn.MultiScaleDeformableAttention(32, 4, 2, 3)
+        made = self.inputs(layer)
+        made[name] = made[name][..., 1:]
+        sentence = (
+            rf"^MultiScaleDeformableAttention: {name} must have shape \(B, ., 32\); got \(2, "
+        )
+        with pytest.raises(ValueError, match=sentence):
+            layer(**made)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_reference_of_half_types_sums_widely(fused: bool) -> None:
+    """Places too: 16 bits do not tell pixels of a large level apart."""
+    new = Inputs()
+    value, shapes = new.normal(1, 1200, 2, 4).half(), torch.tensor([[2, 600]])
+    at = [new.uniform(1, 5, 1, 2)] * fused + [new.uniform(1, 5, 2, 1, 9, 2)]
+    given = [x.half() for x in (*at, new.uniform(1, 5, 2, 1, 9))]
+    function = (
+        ops.multi_scale_deformable_attention_fused
+        if fused
+        else ops.multi_scale_deformable_attention
+    )
+    expected = function(value.double(), shapes, None, *(x.double() for x in given))
+    with backend("reference"):
+        result = function(value, shapes, None, *given)
+    torch.testing.assert_close(result, expected.half(), rtol=2e-3, atol=2e-3)
 
 
 def test_reference_by_hand() -> None:

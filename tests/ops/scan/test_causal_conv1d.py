@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from support.op_suite import Failure, OpSuite
 from support.strategies import seeds
-from torchkiln import reference
+from torchkiln import backend, reference
 from torchkiln.ops import causal_conv1d_fn
 from torchkiln.reference.scan.causal_conv1d import parity
 from torchkiln.testing import Inputs
@@ -95,6 +95,14 @@ def test_reference_by_hand() -> None:
     assert reference.causal_conv1d(x, weight, None, None, before).tolist() == [[[781, 812, 123]]]
     ids = torch.tensor([[0, 1, 1]], dtype=torch.int32)
     assert reference.causal_conv1d(x, weight, None, ids, before).tolist() == [[[781, 2, 23]]]
+
+
+def test_the_reference_of_half_types_sums_widely() -> None:
+    new = Inputs()
+    x, weight = new.normal(2, 3, 40).half(), new.normal(3, 32).half()
+    expected = causal_conv1d_fn(x.double(), weight.double())
+    with backend("reference"):
+        torch.testing.assert_close(causal_conv1d_fn(x, weight), expected.half())
 
 
 def test_equals_torchs_convolution(device: str) -> None:

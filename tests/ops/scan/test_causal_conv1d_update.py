@@ -112,6 +112,15 @@ def test_a_row_beyond_the_state() -> None:
         )
 
 
+def test_autograd_notices_the_change(device: str) -> None:
+    x, weight = torch.ones(1, 2, device=device), torch.ones(2, 3, device=device)
+    state = torch.ones(1, 2, 2, device=device)
+    out = state * torch.ones(2, device=device, requires_grad=True)
+    causal_conv1d_update(x, state, weight)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_an_expanded_state_is_refused() -> None:
     state = torch.zeros(1, 2, 3).expand(4, 2, 3)
     with pytest.raises(ValueError, match=r"conv_state must have memory for each element"):

@@ -54,6 +54,12 @@ class TestMambaInner(CompositionSuite):
             r"^mamba_inner_fn: B must be a tensor; got list$",
         ),
         Failure(
+            "bias_alone",
+            {"out_proj_weight": None, "out_proj_bias": torch.zeros(5)},
+            ValueError,
+            r"out_proj_bias must be None without out_proj_weight; got a tensor",
+        ),
+        Failure(
             "level",
             {"checkpoint_lvl": 2},
             ValueError,

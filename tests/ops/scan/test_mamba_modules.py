@@ -159,6 +159,30 @@ def test_wrong_settings(wrong: dict[str, Any], sentence: str) -> None:
         nn.Mamba(6, **wrong)
 
 
+@pytest.mark.parametrize(
+    ("block", "x", "sentence"),
+    [
+        (
+            nn.Mamba(6),
+            (2, 5, 7),
+            r"^Mamba: x must have shape \(batch, length, 6\); got \(2, 5, 7\)",
+        ),
+        (nn.BidirectionalMamba(6), (5, 6), r"^BidirectionalMamba: x must have .*; got \(5, 6\)"),
+        (nn.SelectiveScan(6), (2, 5, 6), r"^SelectiveScan: x must have shape \(batch, 6, length\)"),
+    ],
+)
+def test_wrong_shapes(block: torch_nn.Module, x: tuple[int, ...], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        block(torch.zeros(x))
+
+
+def test_a_step_is_one_position() -> None:
+    block = _block("mamba")
+    _, state = block.prefill(torch.zeros(1, 0, 6).double())
+    with pytest.raises(ValueError, match=r"^Mamba.step: x must have shape \(batch, 6\); got"):
+        block.step(torch.zeros(1, 1, 6).double(), state)
+
+
 def test_the_names_of_the_namespace() -> None:
     """Classes only: no modules."""
     space: dict[str, Any] = {}

@@ -34,6 +34,7 @@ class TestSelectiveScan(OpSuite):
     dynamic: ClassVar = {"u": 0, "delta": 0, "B": 0, "C": 0, "z": 0, "initial_state": 0}
     failures = (
         Failure("integer_u", {"u": lambda x: x.long()}, TypeError, r"u must be a floating-point"),
+        Failure("complex_u", {"u": lambda x: x + 0j}, TypeError, r"u must be .*; got complex64"),
         Failure("u_of_two_dimensions", {"u": lambda x: x[0]}, ValueError, r"u must have shape"),
         Failure(
             "dtype_of_delta",
@@ -160,24 +161,24 @@ def test_golden_values(rule: tuple[str, bool], where: str) -> None:
 # ---- what defines the rules ----
 
 
-def scan_of(v: Tensor, steps: Tensor, a: Tensor, start: Tensor, name: str) -> Tensor:
-    """States for samples v, all of shape (length,), of a complex a."""
-    length = len(v)
-    _, state = selective_scan(
-        torch.ones(1, 1, length, dtype=torch.float64),
-        steps.view(1, 1, -1),
-        a.view(1, 1),
-        v.view(1, 1, -1),
-        torch.zeros(1, 1, length, dtype=torch.complex128),
-        discretization=name,
-        true_time=True,
-        initial_state=start.view(1, 1, 1),
-        return_last_state=True,
+def states_of(v: Tensor, steps: Tensor, a: Tensor, name: str) -> Tensor:
+    """After every position, for samples v, all of shape (length,), of a complex a."""
+    arguments = (torch.ones(1, 1, len(v)).double(), steps.view(1, 1, -1), a.view(1, 1))
+    # 2 Re(c h) is a part of h.
+    parts = (
+        selective_scan(
+            *arguments,
+            v.view(1, 1, -1),
+            torch.full((1, 1, len(v)), c, dtype=torch.complex128),
+            discretization=name,
+            true_time=True,
+        ).flatten()
+        for c in (0.5, -0.5j)
     )
-    return state.flatten()[0]
+    return torch.complex(*parts)
 
 
-@given(seeds, st.sampled_from([("zoh", 0), ("foh", 1), ("highorder", 2)]))
+@given(seeds, st.sampled_from([("zoh", 0), ("foh", 1), ("poly", 2), ("highorder", 2)]))
 def test_holds_are_exact_for_polynomials(seed: int, rule: tuple[str, int]) -> None:
     """Against the closed form of the differential equation, with unequal steps and complex a."""
     name, degree = rule
@@ -196,23 +197,37 @@ def test_holds_are_exact_for_polynomials(seed: int, rule: tuple[str, int]) -> No
         slope = sum(j * c[j] * t ** (j - 1) for j in range(1, degree + 1)) + 0j * t
         return slope - a * h(t)
 
-    # The first steps take in samples that repeat: begin behind them, from the exact state.
-    begin = 0 if degree == 0 else 2
-    every = scan_path(v(times[1:]), steps, a, name)
+    # The first steps take in samples that repeat: begin behind them, from the exact state; so does
+    # the last one of the rule that looks ahead.
+    begin, end = 0 if degree == 0 else 2, -2 if name == "poly" else -1
+    every = states_of(v(times[1:]), steps, a, name)
     exact = h(times)
     error = exact[begin] - (every[begin - 1] if begin else 0)
     # What the wrong start has left decays by exp(a t).
-    left = error * torch.exp(a * (times[-1] - times[begin]))
-    torch.testing.assert_close(every[-1] + left[0], exact[-1], rtol=1e-11, atol=1e-11)
+    left = error * torch.exp(a * (times[end] - times[begin]))
+    torch.testing.assert_close(every[end] + left[0], exact[end], rtol=1e-11, atol=1e-11)
 
 
-def scan_path(v: Tensor, steps: Tensor, a: Tensor, name: str) -> Tensor:
-    """The states after every position."""
-    state, states = torch.zeros(1, dtype=torch.complex128), []
-    for end in range(1, len(v) + 1):
-        state = scan_of(v[:end], steps[:end], a, torch.zeros(1, dtype=torch.complex128), name)
-        states.append(state)
-    return torch.stack(states)
+_RUNNING_SUMS: dict[str, dict[int, float]] = {
+    **dict.fromkeys(("mamba", "zoh", "bilinear", "rk4_constant"), {0: 1}),
+    **dict.fromkeys(("foh", "tustin", "rk4"), {-1: 1 / 2, 0: 1 / 2}),
+    "poly": {-1: 5 / 12, 0: 8 / 12, 1: -1 / 12},
+    "highorder": {0: 5 / 12, -1: 8 / 12, -2: -1 / 12},
+}
+
+
+@pytest.mark.parametrize("a", [0.0, -1e-12])
+@pytest.mark.parametrize("rule", METHODS)
+def test_nothing_decays(rule: str, a: float) -> None:
+    """Of integrals there are left running sums, trapezoids and parabolas."""
+    new = Inputs(6)
+    v, steps = new.normal(9), new.uniform(9, low=0.1)
+    ones = torch.ones(1, 1, 9, dtype=torch.float64)
+    decay = torch.full((1, 1), a, dtype=torch.float64)
+    out = selective_scan(ones, steps.view(1, 1, 9), decay, v.view(1, 1, 9), ones,
+                         discretization=rule)  # fmt: skip
+    held = sum(w * v[(torch.arange(9) + j).clamp(0, 8)] for j, w in _RUNNING_SUMS[rule].items())
+    torch.testing.assert_close(out.flatten(), (steps * held).cumsum(0), rtol=0, atol=1e-10)
 
 
 @given(seeds, st.sampled_from([rule for rule in RULES if rule[0] != "mamba"]))

@@ -13,6 +13,7 @@ from torch import Tensor
 from support.op_suite import Failure, OpSuite
 from torchkiln import backend
 from torchkiln.ops import scan_history, selective_scan, selective_state_update
+from torchkiln.ops.scan.selective_state_update import _count
 from torchkiln.reference.scan.selective_state_update import parity
 from torchkiln.testing import Inputs
 
@@ -189,10 +190,92 @@ def test_tied_heads_cost_no_memory(device: str) -> None:
     assert torch.equal(outs[1], outs[3])
 
 
+@pytest.mark.parametrize("name", ["kernel", "reference"])
+def test_a_counter_below_0_counts_as_0(name: str) -> None:
+    """One that wrapped led before the rings."""
+    results = []
+    for seen in (0, -1, -(2**31)):
+        history = scan_history(torch.zeros(1, 4, 0), torch.zeros(1, 3, 0), "foh")
+        assert history is not None
+        history.seen.fill_(seen)
+        state, step, rate, row = (torch.ones(s) for s in ((1, 4, 3), (1, 4), (4, 3), (1, 3)))
+        with backend(name):
+            out = selective_state_update(
+                state, step, step, -rate, row, row, discretization="foh", history=history
+            )
+        results.append(torch.cat([out.flatten(), state.flatten(), history.x.flatten()]))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
 def test_history_is_needed() -> None:
     one = torch.ones(1, 1)
     with pytest.raises(ValueError, match=r"history must be given for a rule that takes in earlier"):
         selective_state_update(torch.zeros(1, 1, 1), one, one, -one, one, one, discretization="foh")
+
+
+def test_rows_that_are_none_are_not_counted(device: str) -> None:
+    """Those beyond the state neither, which a GPU takes."""
+    seen = torch.tensor([3, 4, 5], dtype=torch.int32, device=device)
+    rows = torch.tensor([1, 7, -1, 2**31 - 1], dtype=torch.int32, device=device)
+    _count(seen, rows)
+    assert seen.tolist() == [3, 5, 5]
+
+
+@pytest.mark.gpu
+def test_rows_beyond_the_state_on_a_gpu() -> None:
+    problem = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in _problem(1, False).items()}
+    state, before = torch.zeros(3, 4, 5, device="cuda").double(), torch.zeros(3, 4, 0).cuda()
+    history = scan_history(before.double(), torch.zeros(3, 2, 5, 0, device="cuda").double(), "foh")
+    rows = torch.tensor([3, 1, -1], dtype=torch.int32, device="cuda")
+    out = _step(state, problem, 0, state_batch_indices=rows, discretization="foh", history=history)
+    assert not out[0].any()
+    assert state.flatten(1).any(1).tolist() == [False, True, False]
+    assert history is not None
+    assert history.seen.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_autograd_notices_the_change(is_complex: bool, device: str) -> None:
+    problem = {k: v.to(device) if isinstance(v, Tensor) else v
+               for k, v in _problem(2, is_complex).items()}  # fmt: skip
+    state = torch.ones(3, 4, 5, device=device, dtype=problem["A"].dtype)
+    u = problem["u"].clone().requires_grad_()
+    out = selective_scan(**problem | {"u": u}, initial_state=state)
+    _step(state, problem, 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_history_of_no_use() -> None:
+    """Its samples would be counted without being kept."""
+    one = torch.ones(1, 1)
+    history = scan_history(torch.zeros(1, 1, 0), torch.zeros(1, 1, 0), "foh")
+    arguments = torch.zeros(1, 1, 1), one, one, -one, one, one
+    with pytest.raises(
+        ValueError, match=r"history must be None for a rule .* beside 'zoh'\. Leave"
+    ):
+        selective_state_update(*arguments, discretization="zoh", history=history)
+    pair: Any = (one, one)
+    with pytest.raises(TypeError, match=r"history must be a ScanHistory or None; got tuple\. Make"):
+        selective_state_update(*arguments, discretization="foh", history=pair)
+    assert history is not None
+    assert history.seen.tolist() == [0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_reference_of_half_types_sums_widely(dtype: torch.dtype) -> None:
+    """Steps of 20, whose exponential float16 does not hold, and many states."""
+    new = Inputs()
+    x, state = new.normal(2, 3).to(dtype), new.normal(2, 3, 64).to(dtype)
+    dt = torch.tensor([[16.0, 20, 0.1], [-40, 12, 3]]).to(dtype)
+    rest = -new.uniform(3, 64).to(dtype), *(new.normal(2, 64).to(dtype) for _ in "BC")
+    expected = selective_state_update(
+        state.double(), x.double(), dt.double(), *(t.double() for t in rest), dt_softplus=True
+    )
+    with backend("reference"):
+        out = selective_state_update(state, x, dt, *rest, dt_softplus=True)
+    torch.testing.assert_close(out, expected.to(dtype))
 
 
 def test_a_row_beyond_the_state() -> None:

@@ -341,7 +341,7 @@ def deformable_aggregation_function(
     require_tensor("deformable_aggregation", **indices)
     if weights.dtype not in (feature_maps.dtype, sum_dtype(feature_maps.dtype)):
         weights = weights.to(sum_dtype(feature_maps.dtype))
-    if scale_start_index.dtype != spatial_shape.dtype:
+    if scale_start_index.dtype != spatial_shape.dtype and not scale_start_index.is_floating_point():
         scale_start_index = scale_start_index.to(spatial_shape.dtype)
     return deformable_aggregation(
         feature_maps,
@@ -392,7 +392,7 @@ def indices_of(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
     found = _indices.get(key)
     if found is None:
         if len(_indices) >= _MOST_INDICES:
-            _indices.pop(next(iter(_indices)))
+            _indices.pop(next(iter(_indices)), None)  # another thread may have been here
         found = _indices[key] = _make_indices(sizes, device)
     return found
 
@@ -530,6 +530,8 @@ def _taken_apart(
     sizes: Sizes | None = getattr(spatial_shape, "_torchkiln_sizes", None)
     if sizes is None:
         sizes = tuple(tuple((h, w) for h, w in camera) for camera in spatial_shape.tolist())
+        if any(side < 0 for camera in sizes for level in camera for side in level):
+            raise ValueError(f"{op}: spatial_shape must have no size below 0; got {sizes}")
     total = sum(height * width for camera in sizes for height, width in camera)
     if features.dim() != 3 or features.shape[1] != total:
         raise ValueError(

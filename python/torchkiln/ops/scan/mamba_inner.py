@@ -348,6 +348,8 @@ def check_others(
     weight, bias = out_proj
     if weight is not None:
         _check_out_proj(op, xz, weight, bias)
+    elif bias is not None:
+        raise ValueError(f"{op}: out_proj_bias must be None without out_proj_weight; got a tensor")
     return columns
 
 

@@ -196,8 +196,9 @@ def selective_state_update(
         The shape and dtype of `x`, contiguous.
 
     Raises:
-        TypeError: for another dtype.
-        ValueError: for another shape or discretization, different devices, or a missing history.
+        TypeError: for another dtype, or a history of another kind.
+        ValueError: for another shape or discretization, different devices, or a history that is
+            missing or of no use.
         IndexError: for a row beyond the state, on the CPU.
 
     Differentiable: no. Deterministic: yes. Autocast: as without.
@@ -219,6 +220,7 @@ def selective_state_update(
     """
     require_tensor("selective_state_update", state=state, x=x, dt=dt, A=A, B=B, C=C)
     method = method_of("selective_state_update", discretization, true_time)
+    _check_history(history, discretization)
     is_complex, changed = A.is_complex(), state
     if is_complex:
         changed = _parts_to_change(state, x)
@@ -249,6 +251,22 @@ def selective_state_update(
     if history is not None:
         _count(history.seen, state_batch_indices)
     return out
+
+
+def _check_history(history: ScanHistory | None, discretization: str) -> None:
+    if history is None:
+        return
+    if not isinstance(history, ScanHistory):
+        raise TypeError(
+            "selective_state_update: history must be a ScanHistory or None; got "
+            f"{type(history).__name__}. Make one with torchkiln.ops.scan_history"
+        )
+    # Its samples would be counted, but not kept.
+    if discretization not in (*_BACK, "poly"):
+        raise ValueError(
+            "selective_state_update: history must be None for a rule that takes in its own sample "
+            f"only; got one beside {discretization!r}. Leave it out"
+        )
 
 
 def _is_copied(state: Tensor) -> bool:
@@ -283,7 +301,9 @@ def _pairs(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _count(seen: Tensor, rows: Tensor | None) -> None:
+    """On a GPU an index beyond `seen` would be an assertion there, from which nothing recovers."""
     if rows is None:
         seen += 1
-    else:
-        seen.index_add_(0, rows.clamp(min=0).long(), (rows >= 0).to(seen.dtype))
+    elif len(seen):
+        exists = (rows >= 0) & (rows < len(seen))
+        seen.index_add_(0, (rows * exists).long(), exists.to(seen.dtype))

@@ -242,7 +242,7 @@ def parity() -> Parity:
             Case("wide_output", lambda new: _arguments(new, output_dtype=torch.float32)),
             Case("a_group_a_channel", lambda new: _arguments(new, channels=6, groups=6)),
             Case("odd", lambda new: _arguments(new, channels=15, groups=5, softmax=True)),
-            Case("edges", _edges, gradient=False),
+            Case("edges", _edges),
             Case("nobody_sees", _nobody_sees),
             Case("no_queries", lambda new: _arguments(new, queries=0, softmax=True)),
             Case("no_points", lambda new: _arguments(new, points=0)),

@@ -38,8 +38,9 @@ def causal_conv1d(
     """
     width, length = weight.shape[1], x.shape[2]
     before = x.new_zeros(*x.shape[:2], width - 1) if initial_states is None else initial_states
-    extended = torch.cat([before, x], 2)
-    out = torch.zeros_like(x) if bias is None else bias[:, None].expand_as(x)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    extended = torch.cat([before, x], 2).to(wide)
+    out = torch.zeros_like(x, dtype=wide) if bias is None else bias.to(wide)[:, None].expand_as(x)
     for j in range(width):
         seen = extended[:, :, j : j + length]
         if seq_idx is not None and length:

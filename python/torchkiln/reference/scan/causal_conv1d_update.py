@@ -56,7 +56,7 @@ def causal_conv1d_update(
             continue
         inputs = torch.cat([state[:, places], x[b]], 1)
         steps = inputs[:, size - width + 1 :].unfold(1, width, 1)
-        sums = (steps * weight[:, None]).sum(2)
+        sums = (steps.to(torch.promote_types(x.dtype, torch.float32)) * weight[:, None]).sum(2)
         if bias is not None:
             sums = sums + bias[:, None]
         out[b] = torch.nn.functional.silu(sums) if silu else sums

@@ -316,6 +316,7 @@ def parity() -> Parity:
             *(_reversed(rule, parts) for rule in golden.GOLDEN for parts in (1, 2)),
             *(_golden(rule, parts) for rule in golden.GOLDEN for parts in (1, 2)),
             Case("steep", lambda new: _steep(new)),
+            Case("steps_far_from_0", lambda new: _far_from_0(new)),
             Case("single", lambda new: _scan_of(new, 1, 1, 1, 1, groups=1)),
             Case("one_step_poly", lambda new: _of_rule(new, "poly", length=1)),
             Case("two_steps_highorder", lambda new: _of_rule(new, "highorder", length=2)),
@@ -472,6 +473,13 @@ def _steep(new: Inputs) -> dict[str, object]:
         "delta": new.uniform(2, 4, 21, low=0.01, high=5),
         "A": -new.uniform(4, 3, high=16),
     }
+
+
+def _far_from_0(new: Inputs) -> dict[str, object]:
+    """Steps before softplus whose exponential float32 does not hold, in whole numbers."""
+    case = _scan_of(new, 1, 2, 49, 3, groups=1, without=("delta_bias",))
+    delta = torch.arange(-120.0, 125.0, 2.5).floor().double()
+    return {**case, "delta": delta.view(1, 2, 49), "A": new.uniform(2, 3, low=-0.02, high=-0.01)}
 
 
 def _arranged(without: tuple[str, ...] = (), **arguments: Any) -> dict[str, Any]:

@@ -56,12 +56,16 @@ def selective_state_update(
         x_history: (rows, slots, channels).
         B_history: (rows, slots, G, N).
         dt_history: (rows, slots, channels).
-        seen: (rows,) int32, samples before this one.
+        seen: (rows,) int32, samples before this one; negative ones count as 0.
 
     Returns:
         Shape of x.
     """
     out = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    # Half types are what is stored; exponentials and sums are wide.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x, dt, A, B, C = (tensor.to(wide) for tensor in (x, dt, A, B, C))
+    D, z, dt_bias = (None if tensor is None else tensor.to(wide) for tensor in (D, z, dt_bias))
     A = _complex(A) if is_complex else A
     for b in range(x.shape[0]):
         row = b if state_batch_indices is None else int(state_batch_indices[b])
@@ -69,7 +73,7 @@ def selective_state_update(
             continue
         step = dt[b] if dt_bias is None else dt[b] + dt_bias
         step = _softplus(step) if dt_softplus else step
-        count = 0 if seen is None else int(seen[row])
+        count = 0 if seen is None else max(int(seen[row]), 0)
 
         def earlier(ring: Tensor, own: Tensor, offset: int, k: int = count, r: int = row) -> Tensor:
             """The sample before the own one by so many; before the first one, that."""

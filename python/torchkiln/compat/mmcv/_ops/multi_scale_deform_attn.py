@@ -14,6 +14,7 @@ from torch.nn import functional
 from torchkiln import ops
 from torchkiln.compat.mmcv._common import function_class, renamed
 from torchkiln.nn.multi_scale_deformable_attention import Projections
+from torchkiln.ops._arguments import require_tensor
 from torchkiln.ops.deformable.multi_scale_deformable_attention import agreeing
 
 
@@ -49,6 +50,12 @@ def attend(
     im2col_step: int,
 ) -> Tensor:
     """`torchkiln.ops.multi_scale_deformable_attention`; `im2col_step` has no effect."""
+    require_tensor(
+        "multi_scale_deformable_attention",
+        value=value,
+        sampling_locations=sampling_locations,
+        attention_weights=attention_weights,
+    )
     levels = (value_spatial_shapes, value_level_start_index)
     places = agreeing(value, sampling_locations, attention_weights)
     return ops.multi_scale_deformable_attention(value, *levels, *places)
@@ -102,7 +109,7 @@ class MultiScaleDeformableAttention(BaseModule, Projections):
         value_proj_ratio: float = 1.0,
     ) -> None:
         super().__init__(init_cfg)
-        if embed_dims % num_heads:
+        if num_heads < 1 or embed_dims % num_heads:
             raise ValueError(
                 "MultiScaleDeformableAttention: embed_dims must be divisible by num_heads; "
                 f"got {embed_dims} and {num_heads}"
