@@ -190,7 +190,7 @@ def test_tied_heads_cost_no_memory(device: str) -> None:
     assert torch.equal(outs[1], outs[3])
 
 
-@pytest.mark.parametrize("name", ["kernel", "reference"])
+@pytest.mark.parametrize("name", ["native", "reference"])
 def test_a_counter_below_0_counts_as_0(name: str) -> None:
     """One that wrapped led before the rings."""
     results = []
