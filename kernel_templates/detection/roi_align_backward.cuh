@@ -163,21 +163,16 @@ __device__ __forceinline__ void add_average(const Regions& r, const Scalar* grad
       asked_row = rows.begin;
       asked += to_column;
     }
-    // A loop, so that what adds stands there once; registers have no index, so that they move on.
-#pragma unroll 1
-    for (i32 left = min_of(count - first, kAtOnce); left > 0; --left) {
+#pragma unroll
+    for (i32 k = 0; k < kAtOnce; ++k) {
+      if (first + k >= count) break;
       T row_weights[kPatchH];
       read_weights(weights.rows[row] + patch.y, row_weights);
 #pragma unroll
       for (int y = 0; y < kPatchH; ++y) {
         if (row_weights[y] == T(0)) continue;
 #pragma unroll
-        for (int i = 0; i < kLaneChannels; ++i) of_rows[y][i] += row_weights[y] * load(next[0][i]);
-      }
-#pragma unroll
-      for (i32 k = 1; k < kAtOnce; ++k) {
-#pragma unroll
-        for (int i = 0; i < kLaneChannels; ++i) next[k - 1][i] = next[k][i];
+        for (int i = 0; i < kLaneChannels; ++i) of_rows[y][i] += row_weights[y] * load(next[k][i]);
       }
       if (++row < rows.end) continue;
       add_rows(weights.columns[column++] + patch.x, of_rows, sums);
