@@ -112,9 +112,8 @@ bool fits(const Forward::Problem& p, const Tunables& t) {
 }
 
 // By the number of states. Few rows are split among blocks rather than among more lanes, which would share less. Positions
-// of half types fill a line of 128 bytes with the first one; where steps are not equal, so much is to be done before a tile
-// that long ones pay in float, too. The last but one is for states that fill the shared memory, the last one for rows that
-// are split, of which so few are at work at once that a lane waits less for eight states of its own.
+// of half types fill a line of 128 bytes with the first one. The last but one is for states that fill the shared memory, the
+// last one for rows that are split, of which so few are at work at once that a lane waits less for eight states of its own.
 const std::vector<Tunables> kForwardDefaults = {{4, 8, 2, 256},  {4, 8, 2, 128}, {4, 4, 1, 128},
                                                 {8, 32, 2, 128}, {8, 32, 8, 64}, {2, 32, 8, 64},
                                                 {2, 2, 8, 128}};
@@ -135,9 +134,7 @@ std::uint32_t choose_forward(const Forward::Problem& p) {
   if (states > 16) return 3;
   if (states <= 4) return 2;
   const bool is_half = scalar == TORCHKILN_HALF || scalar == TORCHKILN_BFLOAT16;
-  const bool is_uneven = selective_scan::neighbour_of(static_cast<int>(p.statics.method)) != 0;
-  if (!is_half && !(is_uneven && scalar == TORCHKILN_FLOAT)) return 1;
-  if (p.statics.is_complex) return 1;
+  if (!is_half || p.statics.is_complex) return 1;
   const bool is_split = p.statics.summarises || p.sizes.splits > 1;
   if (is_split && p.statics.method == selective_scan::kMamba && states > 8) return 6;
   return holds_long_tiles(p) ? 0 : 1;
