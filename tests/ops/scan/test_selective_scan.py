@@ -209,8 +209,8 @@ def test_holds_are_exact_for_polynomials(seed: int, rule: tuple[str, int]) -> No
 
 
 _RUNNING_SUMS: dict[str, dict[int, float]] = {
-    **dict.fromkeys(("mamba", "zoh", "bilinear", "rk4_constant"), {0: 1}),
-    **dict.fromkeys(("foh", "tustin", "rk4"), {-1: 1 / 2, 0: 1 / 2}),
+    **{rule: {0: 1} for rule in ("mamba", "zoh", "bilinear", "rk4_constant")},
+    **{rule: {-1: 1 / 2, 0: 1 / 2} for rule in ("foh", "tustin", "rk4")},
     "poly": {-1: 5 / 12, 0: 8 / 12, 1: -1 / 12},
     "highorder": {0: 5 / 12, -1: 8 / 12, -2: -1 / 12},
 }

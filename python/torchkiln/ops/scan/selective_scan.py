@@ -229,8 +229,8 @@ def selective_scan(
         delta_bias: (dim,).
         delta_softplus: whether the steps go through softplus.
         discretization: see above.
-        initial_state: (batch, dim, N), complex if A is; None: 0. The gradient reads it again, and is
-            refused where it was changed in place, as by `selective_state_update`.
+        initial_state: (batch, dim, N), complex if A is; None: 0. The gradient reads it again, and
+            is refused where it was changed in place, as by `selective_state_update`.
         return_last_state: whether the state after the last step is returned, too.
         reverse: whether the scan goes from the last position to the first.
         true_time: whether the quadratic rules (poly, highorder) take the lengths of neighbouring
