@@ -258,16 +258,10 @@ __device__ __forceinline__ bool touches(const Args& args, const OwnMaps& own, co
   if (region >= args.regions.k || roi_align::image_of<T>(args.regions, region) != own.image) {
     return false;
   }
-  // A loop over the axes, so that its code is there once, and columns are rarely asked for.
-#pragma unroll 1
-  for (int axis = 0; axis < 2; ++axis) {
-    const bool columns = axis != 0;
-    const Range pixels =
-        pixels_around<kPooling, T>(args, region, columns, columns ? own.column_bin : own.row_bin);
-    const i32 begin = columns ? tile.x : tile.y, count = columns ? tile.width : tile.height;
-    if (pixels.is_empty() || !overlap(pixels, begin, begin + count)) return false;
-  }
-  return true;
+  const Range rows = pixels_around<kPooling, T>(args, region, false, own.row_bin);
+  const Range columns = pixels_around<kPooling, T>(args, region, true, own.column_bin);
+  return overlap(rows, tile.y, tile.y + tile.height) && !rows.is_empty() &&
+         overlap(columns, tile.x, tile.x + tile.width) && !columns.is_empty();
 }
 
 // One axis of a tile, for one of an entry.
