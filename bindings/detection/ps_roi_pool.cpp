@@ -8,6 +8,7 @@
 #include <limits>
 #include <tuple>
 
+#include "bindings/detection/layout_copy.h"
 #include "bindings/detection/roi_taps.h"
 
 namespace torchkiln::bindings {
@@ -23,11 +24,8 @@ struct TableStatics {
 struct MapStatics {
   std::int64_t scalar, index, channels_last;
 };
-struct TileStatics {
-  std::int64_t scalar, index;
-};
 struct StagedStatics {
-  std::int64_t scalar, pooling;
+  std::int64_t scalar, index, pooling;
 };
 struct Sizes {
   std::int64_t n, c, h, w, k, pooled_h, pooled_w;
@@ -55,7 +53,6 @@ const std::vector<torchkiln_size> kSizes = {
 
 using Tables = Kernel<Args, TableStatics, Sizes, BlockTunables>;
 using Forward = Kernel<Args, MapStatics, Sizes, BlockTunables>;
-using Backward = Kernel<Args, TileStatics, Sizes, TileTunables>;
 using Staged = Kernel<Args, StagedStatics, Sizes, StagedTunables>;
 using StagedBackward = Kernel<Args, StagedStatics, Sizes, RowTunables>;
 
@@ -101,27 +98,6 @@ const Forward forward_kernel({
         },
 });
 
-std::int64_t tile_blocks(const Sizes& s, const TileTunables& t) {
-  return s.n * ceil_div(s.h, t.tile_h) * ceil_div(s.w, t.tile_w) *
-         ceil_div(s.c, 32 * t.lane_channels);
-}
-
-// A bin has few rows, which warps would share: a block is one warp or few.
-const Backward backward_kernel({
-    .path = "detection/ps_roi_pool.cuh",
-    .entry = "backward",
-    .operators = kOperators,
-    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes)},
-    .sizes = kSizes,
-    .tunables = {ints("tile_h", {4, 8, 16}), ints("tile_w", {8, 16}), ints("lane_channels", {1, 2}),
-                 ints("block_size", {32, 64, 128})},
-    .defaults = {{8, 8, 1, 32}},
-    .legal = [](const Backward::Problem& p,
-                const TileTunables& t) { return t.fits(p.statics.scalar); },
-    .geometry = [](const Backward::Problem& p,
-                   const TileTunables& t) { return linear(tile_blocks(p.sizes, t), t.block_size); },
-});
-
 // Threads for one region each, or for a part of them; three maps share a bin's geometry, and one is what fits always.
 const std::vector<std::int64_t> kStagedMaps = {1, 2, 3, 4}, kStagedBlocks = {128, 256, 320, 512};
 const std::vector<StagedTunables> kStagedDefaults = {{3, 128}, {3, 320}, {3, 512},
@@ -152,7 +128,7 @@ const Staged staged_kernel({
     .path = "detection/ps_roi_pool.cuh",
     .entry = "staged",
     .operators = kOperators,
-    .statics = {types("scalar", kFloatTypes), ints("pooling", {0, 1})},
+    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes), ints("pooling", {0, 1})},
     .sizes = kSizes,
     .tunables = {ints("maps", kStagedMaps), ints("block_size", kStagedBlocks)},
     .defaults = kStagedDefaults,
@@ -200,7 +176,7 @@ const StagedBackward staged_backward_kernel({
     .path = "detection/ps_roi_pool.cuh",
     .entry = "staged_backward",
     .operators = kOperators,
-    .statics = {types("scalar", kFloatTypes), ints("pooling", {0, 1})},
+    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes), ints("pooling", {0, 1})},
     .sizes = kSizes,
     .tunables = {ints("rows", {1, 4, 8, 16}), ints("outputs", {8, 16, 32}),
                  ints("block_size", {128, 256, 512})},
@@ -247,11 +223,11 @@ MapStatics statics_of(const PsRoiPoolPlan& p) {
   return {kernel_type(p.maps.scalar_type()), index_type(p.maps, p.bins), p.channels_last};
 }
 
-// Few regions are not worth whole maps.
+// Few regions are not worth whole maps, nor their copy in another layout.
 bool is_staged(const Device& device, const PsRoiPoolPlan& p) {
   constexpr std::int64_t kFewRegions = 2;
   const std::int64_t scalar = kernel_type(p.maps.scalar_type());
-  return !p.channels_last && p.args.regions.k > kFewRegions * p.args.regions.n &&
+  return p.args.regions.k > kFewRegions * p.args.regions.n &&
          is_stageable(device, sizes_of(p), scalar, 1);
 }
 
@@ -262,10 +238,29 @@ Buffer channel_buffer(const PsRoiPoolPlan& p) {
 
 void launch_staged(const CudaPlace& place, const PsRoiPoolPlan& p) {
   staged_kernel.run(
-      place, {kernel_type(p.maps.scalar_type()), p.kind.pooling}, sizes_of(p), p.args,
+      place, {kernel_type(p.maps.scalar_type()), index_type(p.maps, p.bins), p.kind.pooling},
+      sizes_of(p), p.args,
       {reads(offsetof(Args, regions), p.boxes), reads(offsetof(Args, maps), p.maps),
        writes(offsetof(Args, bins), p.bins), channel_buffer(p), unused(offsetof(Args, taps)),
        unused(offsetof(Args, ranges)), unused(offsetof(Args, spans))});
+}
+
+// All of it in NCHW. A bin's maps lie far apart in channels_last: to copy takes less than to read them there.
+PsRoiPoolPlan channels_first(const CudaPlace& place, const PsRoiPoolPlan& p) {
+  const auto empty = [](const Tensor& like) {
+    return empty_layout(like, like.scalar_type(),
+                        {like.size(0), like.size(1), like.size(2), like.size(3)}, false);
+  };
+  PsRoiPoolPlan q = p;
+  q.channels_last = false;
+  q.maps = as_layout(place, p.maps, false);
+  q.bins = empty(p.bins);
+  q.args.maps = const_cast<void*>(q.maps.const_data_ptr());
+  q.args.bins = q.bins.mutable_data_ptr();
+  if (p.args.channels == nullptr) return q;
+  q.channels = empty(p.channels);
+  q.args.channels = mutable_data<i32>(q.channels);
+  return q;
 }
 
 PsRoiPoolPlan run_cuda(PsRoiPoolPlan p) {
@@ -277,7 +272,14 @@ PsRoiPoolPlan run_cuda(PsRoiPoolPlan p) {
   }
   const CudaPlace place(p.maps);
   if (is_staged(place.facts(), p)) {
-    launch_staged(place, p);
+    if (!p.channels_last) {
+      launch_staged(place, p);
+      return p;
+    }
+    const PsRoiPoolPlan q = channels_first(place, p);
+    launch_staged(place, q);
+    copy_layout(place, q.bins, p.bins);
+    if (p.args.channels != nullptr) copy_layout(place, q.channels, p.channels);
     return p;
   }
   const TapTable<Args> table = make_table(place, p);
@@ -326,22 +328,20 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes, std::int64_
   const CudaPlace place(p.maps);
   p.bins = as_contiguous(p.bins);
   p.args.bins = const_cast<void*>(p.bins.const_data_ptr());
-  const std::int64_t scalar = kernel_type(p.maps.scalar_type());
-  const Buffer bins = reads(offsetof(Args, bins), p.bins);
-  const Buffer maps = writes(offsetof(Args, maps), p.maps);
-  const Buffer channels = unused(offsetof(Args, channels));
-  if (!channels_last) {
-    staged_backward_kernel.run(place, {scalar, pooling}, sizes_of(p), p.args,
-                               {reads(offsetof(Args, regions), p.boxes), bins, maps, channels,
-                                unused(offsetof(Args, taps)), unused(offsetof(Args, ranges)),
-                                unused(offsetof(Args, spans))});
-    return p.maps;
+  const Tensor result = p.maps;
+  if (channels_last) {
+    p.maps = empty_layout(result, result.scalar_type(), {n, c, h, w}, false);
+    p.args.maps = p.maps.mutable_data_ptr();
   }
-  const TapTable<Args> table = make_table(place, p);
-  const auto [taps, ranges, spans] = table.read();
-  backward_kernel.run(place, {scalar, index_type(p.maps, p.bins)}, sizes_of(p), p.args,
-                      {bins, taps, ranges, spans, maps, unused(offsetof(Args, regions)), channels});
-  return p.maps;
+  staged_backward_kernel.run(
+      place, {kernel_type(p.maps.scalar_type()), index_type(p.maps, p.bins), pooling}, sizes_of(p),
+      p.args,
+      {reads(offsetof(Args, regions), p.boxes), reads(offsetof(Args, bins), p.bins),
+       writes(offsetof(Args, maps), p.maps), unused(offsetof(Args, channels)),
+       unused(offsetof(Args, taps)), unused(offsetof(Args, ranges)),
+       unused(offsetof(Args, spans))});
+  if (channels_last) copy_layout(place, p.maps, result);
+  return result;
 }
 
 // ---- checks and shapes ----

@@ -13,8 +13,8 @@
 //   tables    one thread per bin of an axis of a region: merged samples, or whole cells
 //   forward   a block stays on the maps of a row of bins (channels that are neighbours) and walks all regions of their
 //             image, so that these maps are fetched from L2 once and then hit L1; one thread, one bin
-//   backward  channels_last: roi_align's tiles of the gradient, lanes on channels. A lane's bin is that of its channel, so
-//             it adds its own taps; gradients of bins lie as channels do, and are read as one piece
+//
+// Maps in channels_last are copied for the staged ones: those of one bin lie far apart there.
 // spills: up to 24 bytes in staged_backward, outside of the loop over pixels.
 // compile time: staged_backward takes above 250 ms; it lists regions, lays out their bins and adds them in one kernel
 // SPDX-License-Identifier: Apache-2.0
@@ -29,8 +29,6 @@ namespace torchkiln::ps_roi_pool {
 using roi_align::AxisBin;
 using roi_align::Span;
 using roi_align::Table;
-using roi_align_backward::Tile;
-using roi_align_backward::TileAt;
 
 template <class Scalar, int kPooling, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) tables(const Args args) {
@@ -143,8 +141,8 @@ __device__ __forceinline__ void average_cells(const Args& args, i64 region, cons
 
 // Copies maps that lie `step` apart to shared memory, kWidth elements at once, those of all maps in flight together. In the
 // place of those that are not there stands the last one: they are read all the same.
-template <int kWidth, int kMaps, int kBlockSize, class Scalar>
-__device__ __forceinline__ void copy_maps(const Scalar* from, i64 step, i32 count, i32 size,
+template <int kWidth, int kMaps, int kBlockSize, class Scalar, class Index>
+__device__ __forceinline__ void copy_maps(const Scalar* from, Index step, i32 count, i32 size,
                                           Scalar* to, i32 pitch) {
   struct Cells {
     Pack<Scalar, kWidth> of_map[kMaps];
@@ -166,9 +164,8 @@ __device__ __forceinline__ void copy_maps(const Scalar* from, i64 step, i32 coun
   at_once<4, kBlockSize>(size / kWidth, load_cells, store_cells);
 }
 
-// Grid: x over groups of kMaps maps, y over groups of regions. Dynamic shared memory: the maps. Offsets in tensors are wide:
-// few are worked out.
-template <class Scalar, int kPooling, int kMaps, int kBlockSize>
+// Grid: x over groups of kMaps maps, y over groups of regions. Dynamic shared memory: the maps.
+template <class Scalar, class Index, int kPooling, int kMaps, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize) staged(const Args args) {
   using T = Acc<Scalar>;
   extern __shared__ uint4 memory[];
@@ -177,9 +174,9 @@ __global__ void __launch_bounds__(kBlockSize) staged(const Args args) {
   u32 block = blockIdx.x;
   const OwnMaps own = own_maps<kMaps>(r, block);
   const i32 size = i32(r.h * r.w), pitch = roi_align::band_pitch(i32(r.h), i32(r.w));
-  const Scalar* maps = static_cast<const Scalar*>(args.maps) + own.image * r.c * size;
-  const i64 step = i64(own.bins) * size;
-  const Scalar* first = maps + i64(own.channel(0)) * size;
+  const Scalar* maps = static_cast<const Scalar*>(args.maps) + Index(own.image) * Index(r.c) * size;
+  const Index step = Index(own.bins) * size;
+  const Scalar* first = maps + Index(own.channel(0)) * size;
   if (size % 2 == 0 && reinterpret_cast<u64>(first) % (2 * sizeof(Scalar)) == 0) {
     copy_maps<2, kMaps, kBlockSize>(first, step, own.count, size, cells, pitch);
   } else {
@@ -199,7 +196,7 @@ __global__ void __launch_bounds__(kBlockSize) staged(const Args args) {
     } else {
       average_cells<Scalar, kMaps>(args, region, own, cells, pitch, sums);
     }
-    const i64 first = region * r.c;
+    const Index first = Index(region) * Index(r.c);
 #pragma unroll
     for (int m = 0; m < kMaps; ++m) {
       if (m >= own.count) break;
@@ -341,7 +338,7 @@ struct Gradients {
   Scalar at[kOfThread];
 };
 // Asks for all of them at once.
-template <class Scalar, int kOutputs, int kBlockSize>
+template <class Index, class Scalar, int kOutputs, int kBlockSize>
 __device__ __forceinline__ void ask_gradients(const Args& args, const OwnMaps& own, i64 begin,
                                               const i32* regions, int count,
                                               Gradients<Scalar, kOutputs, kBlockSize>& asked) {
@@ -353,7 +350,7 @@ __device__ __forceinline__ void ask_gradients(const Args& args, const OwnMaps& o
     asked.at[i] = {};
     if (exists) {
       const i64 region = begin + regions[item / kOutputs];
-      asked.at[i] = all[region * args.regions.c + own.channel(output)];
+      asked.at[i] = all[Index(region) * Index(args.regions.c) + own.channel(output)];
     }
   }
 }
@@ -430,7 +427,7 @@ __device__ __forceinline__ void add_batch(const OwnMaps& own, const OwnTile& til
 }
 
 // Grid: one-dimensional, groups of kOutputs maps for each tile. Dynamic shared memory: the sums of a tile.
-template <class Scalar, int kPooling, int kRows, int kOutputs, int kBlockSize>
+template <class Scalar, class Index, int kPooling, int kRows, int kOutputs, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize, sizeof(Acc<Scalar>) == 8 ? 1 : 1024 / kBlockSize)
     staged_backward(const Args args) {
   using T = Acc<Scalar>;
@@ -460,7 +457,7 @@ __global__ void __launch_bounds__(kBlockSize, sizeof(Acc<Scalar>) == 8 ? 1 : 102
     for (int first = 0; first < total; first += kEntries) {
       const int count = min_of(total - first, kEntries);
       Gradients<Scalar, kOutputs, kBlockSize> asked;
-      ask_gradients(args, own, begin, list + first, count, asked);
+      ask_gradients<Index>(args, own, begin, list + first, count, asked);
       fill_entries<kPooling, kRows, kBlockSize>(args, own, tile, begin, list + first, count,
                                                 entries);
       __syncthreads();
@@ -471,13 +468,14 @@ __global__ void __launch_bounds__(kBlockSize, sizeof(Acc<Scalar>) == 8 ? 1 : 102
       __syncthreads();
     }
   }
-  const i64 size = r.h * r.w, step = own.bins * size;
-  Scalar* maps = static_cast<Scalar*>(args.maps) + (own.image * r.c + own.channel(0)) * size;
+  const Index size = Index(r.h) * Index(r.w), step = Index(own.bins) * size;
+  Scalar* maps =
+      static_cast<Scalar*>(args.maps) + (Index(own.image) * Index(r.c) + own.channel(0)) * size;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
 #pragma unroll 1
   for (int item = warp; item < own.count * tile.height; item += kWarps) {
     const int m = item / tile.height, y = item - m * tile.height;
-    Scalar* to = maps + m * step + (tile.y + y) * r.w + tile.x;
+    Scalar* to = maps + Index(m) * step + Index(tile.y + y) * Index(r.w) + tile.x;
     const T* from = sums + y * tile.width * pitch + m;
 #pragma unroll 1
     for (int x = lane; x < tile.width; x += kWarpSize) store(to[x], from[x * pitch]);
@@ -536,52 +534,6 @@ __global__ void __launch_bounds__(kBlockSize) forward(const Args args) {
       if (args.channels) args.channels[at] = channel;
     }
   }
-}
-
-// Adds one region to the rows of the tile that this warp owns.
-template <class Scalar, class Index, int kTileH, int kTileW, int kLaneChannels, int kWarps,
-          class T = Acc<Scalar>>
-__device__ __forceinline__ void add_region(const Args& args, i64 region, const TileAt& at,
-                                           Tile<T, kTileH, kTileW, kLaneChannels>& tile) {
-  const Regions& r = args.regions;
-  const i32 pooled_h = i32(r.pooled_h), pooled_w = i32(r.pooled_w);
-  const Table<T> table = roi_align::table_of<T>(args, region);
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const Scalar* bins = static_cast<const Scalar*>(args.bins) + Index(region) * Index(r.c);
-#pragma unroll
-  for (int i = 0; i < kLaneChannels; ++i) {
-    const i64 channel = at.channel + lane + i * kWarpSize;
-    if (channel >= r.c) continue;
-    const i32 row_of_bins = i32(channel) / pooled_w, bin = i32(channel) - row_of_bins * pooled_w;
-    const Range rows = table.row_bins[row_of_bins % pooled_h], columns = table.column_bins[bin];
-    const T gradient = load(bins[channel]);
-#pragma unroll 1
-    for (i32 y = rows.begin; y < rows.end; ++y) {
-      const Tap<T> row = table.rows[y];
-      const i32 local_y = row.pixel - at.y;
-      if (local_y < 0 || local_y >= kTileH || local_y % kWarps != warp) continue;
-      const T of_row = row.weight * gradient;
-      T* sums = tile.sums + local_y * kTileW * tile.kPitch + i * kWarpSize + lane;
-#pragma unroll 1
-      for (i32 x = columns.begin; x < columns.end; ++x) {
-        const Tap<T> column = table.columns[x];
-        const i32 local_x = column.pixel - at.x;
-        if (local_x < 0 || local_x >= kTileW) continue;
-        sums[local_x * tile.kPitch] += column.weight * of_row;
-      }
-    }
-  }
-}
-
-// Maps of channels_last; the gradient of bins comes channels first all the same.
-template <class Scalar, class Index, int kTileH, int kTileW, int kLaneChannels, int kBlockSize>
-__global__ void __launch_bounds__(kBlockSize) backward(const Args args) {
-  constexpr int kWarps = kBlockSize / kWarpSize;
-  const auto add = [&](i64 region, const TileAt& at, auto& tile) {
-    add_region<Scalar, Index, kTileH, kTileW, kLaneChannels, kWarps>(args, region, at, tile);
-  };
-  roi_align_backward::gather_tile<Scalar, Index, true, kTileH, kTileW, kLaneChannels, kBlockSize>(
-      args.regions, args.spans, args.maps, blockIdx.x, add);
 }
 
 }  // namespace torchkiln::ps_roi_pool

@@ -86,7 +86,7 @@ def test_composition(dtype):
     ("dtype", "absolute", "relative"), [(torch.float64, 1e-18, 1e-15), (torch.float32, 1e-9, 1e-6)]
 )
 def test_last_place(dtype, absolute, relative, device):
-    """The test of mmcv itself and its limits: about one unit in the last place of values near 0.005."""
+    """The test of mmcv itself: about one unit in the last place of values near 0.005."""
     shapes = torch.tensor([(6, 4), (3, 2)])
     starts = torch.tensor([0, 24])
     torch.manual_seed(3)
