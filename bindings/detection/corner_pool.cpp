@@ -190,7 +190,9 @@ Plan plan_backward(const Tensor& grad_output, const Tensor& input, const Tensor&
 constexpr std::int64_t kSpan = 128, kRows = 32, kTile = 16;
 // Lines of columns, and tiles of rows, that are read ahead.
 constexpr std::int64_t kAhead = 16, kTilesAhead = 2;
-// Maxima of a block that a thread keeps.
+// Whether a number is a maximum, and for how many of a block a thread keeps that: a byte each, so that they stay in the L1
+// cache.
+using Mark = std::uint8_t;
 constexpr std::int64_t kMostMarks = 1 << 20;
 
 // Everything is inlined into each body.
@@ -208,7 +210,7 @@ inline void pool_step(const Scalar* x, T* running, Scalar* out, std::int64_t n) 
   }
 }
 template <class Scalar, class T>
-inline void mark_step(const Scalar* x, T* running, std::int32_t* maxima, std::int64_t n) {
+inline void mark_step(const Scalar* x, T* running, Mark* maxima, std::int64_t n) {
 #pragma GCC ivdep
   for (std::int64_t i = 0; i < n; ++i) {
     const T value = load(x[i]);
@@ -218,7 +220,7 @@ inline void mark_step(const Scalar* x, T* running, std::int32_t* maxima, std::in
   }
 }
 template <class Scalar, class T>
-inline void sum_step(const Scalar* gradient, const std::int32_t* maxima, T* running, Scalar* out,
+inline void sum_step(const Scalar* gradient, const Mark* maxima, T* running, Scalar* out,
                      std::int64_t n) {
 #pragma GCC ivdep
   for (std::int64_t i = 0; i < n; ++i) {
@@ -290,7 +292,7 @@ inline void pool_columns(const Plan& p, const Block& block) {
 }
 
 template <class Scalar>
-inline void sum_columns(const Plan& p, const Block& block, std::int32_t* maxima) {
+inline void sum_columns(const Plan& p, const Block& block, Mark* maxima) {
   using T = Acc<Scalar>;
   T running[kSpan];
   std::fill_n(running, kSpan, corner_pool::Forward<T>::start());
@@ -401,7 +403,7 @@ inline void pool_rows(const Plan& p, const Block& block) {
 }
 
 template <class Scalar>
-inline void sum_rows(const Plan& p, const Block& block, std::int32_t* maxima) {
+inline void sum_rows(const Plan& p, const Block& block, Mark* maxima) {
   using T = Acc<Scalar>;
   Tile<T> tile{};
   T running[kRows];
@@ -468,7 +470,7 @@ struct Blocks {
 
 template <class Scalar>
 inline void run_blocks(const Plan& p, const Blocks& blocks, std::int64_t begin, std::int64_t end,
-                       std::int32_t* maxima) {
+                       Mark* maxima) {
   for (std::int64_t i = begin; i < end; ++i) {
     const Block block = blocks.at(p.args, i);
     if (p.backward && maxima == nullptr) {
@@ -481,7 +483,7 @@ inline void run_blocks(const Plan& p, const Blocks& blocks, std::int64_t begin, 
   }
 }
 TORCHKILN_POOL_LOOPS void run_floats(const Plan& p, const Blocks& blocks, std::int64_t begin,
-                                     std::int64_t end, std::int32_t* maxima) {
+                                     std::int64_t end, Mark* maxima) {
   run_blocks<float>(p, blocks, begin, end, maxima);
 }
 
@@ -493,9 +495,8 @@ Tensor run_cpu(const Plan& p) {
   const bool marked = p.backward && marks <= kMostMarks;
   with_float(p.out.scalar_type(), [&]<class Scalar>() {
     parallel_for(blocks.count, p.args.length * lines, [&](std::int64_t begin, std::int64_t end) {
-      std::unique_ptr<std::int32_t[]> maxima;
-      if (marked)
-        maxima = std::make_unique_for_overwrite<std::int32_t[]>(static_cast<std::size_t>(marks));
+      std::unique_ptr<Mark[]> maxima;
+      if (marked) maxima = std::make_unique_for_overwrite<Mark[]>(static_cast<std::size_t>(marks));
       if constexpr (std::is_same_v<Scalar, float>) {
         run_floats(p, blocks, begin, end, maxima.get());
       } else {
