@@ -188,17 +188,13 @@ Plan plan_backward(const Tensor& grad_output, const Tensor& input, const Tensor&
 
 // Neighbouring columns, or rows, that are scanned side by side; rows are turned into columns a tile at a time.
 constexpr std::int64_t kSpan = 128, kRows = 32, kTile = 16;
-// Lines of columns, and tiles of rows, that are read ahead.
-constexpr std::int64_t kAhead = 16, kTilesAhead = 2;
-// Whether a number is a maximum, and for how many of a block a thread keeps that: a byte each, so that they stay in the L1
-// cache.
-using Mark = std::uint8_t;
+// Lines of a map that are read ahead: towards its beginning processors do not do that well themselves.
+constexpr std::int64_t kAhead = 16;
+// Maxima of a block that a thread keeps.
 constexpr std::int64_t kMostMarks = 1 << 20;
 
 // Everything is inlined into each body.
 #define TORCHKILN_POOL_LOOPS __attribute__((flatten, TORCHKILN_CLONES))
-// Before anything else is: g++ takes a function that only reads ahead for one without effect, and drops calls of it.
-#define TORCHKILN_READS_AHEAD __attribute__((always_inline))
 
 // Steps of n scans side by side. The gradient of lines that are not too long does not read the forward's output: to find the
 // maxima anew costs less than to move it through memory.
@@ -210,7 +206,7 @@ inline void pool_step(const Scalar* x, T* running, Scalar* out, std::int64_t n) 
   }
 }
 template <class Scalar, class T>
-inline void mark_step(const Scalar* x, T* running, Mark* maxima, std::int64_t n) {
+inline void mark_step(const Scalar* x, T* running, std::int32_t* maxima, std::int64_t n) {
 #pragma GCC ivdep
   for (std::int64_t i = 0; i < n; ++i) {
     const T value = load(x[i]);
@@ -220,7 +216,7 @@ inline void mark_step(const Scalar* x, T* running, Mark* maxima, std::int64_t n)
   }
 }
 template <class Scalar, class T>
-inline void sum_step(const Scalar* gradient, const Mark* maxima, T* running, Scalar* out,
+inline void sum_step(const Scalar* gradient, const std::int32_t* maxima, T* running, Scalar* out,
                      std::int64_t n) {
 #pragma GCC ivdep
   for (std::int64_t i = 0; i < n; ++i) {
@@ -228,11 +224,12 @@ inline void sum_step(const Scalar* gradient, const Mark* maxima, T* running, Sca
   }
 }
 
-// Lines that are scanned together: where the first one starts, how many there are, and where the next block starts.
+// Lines that are scanned together: where the first one starts, and how many there are.
 struct Block {
-  std::int64_t begin, count, next;
+  std::int64_t begin, count;
 };
 
+<<<<<<< HEAD
 // A scan of a block, and its tensors. These are read ahead, past the end of a scan into the next one: most of a map comes
 // from outside the caches, and what scans go through, back and forth and from map to map, processors do not foresee.
 struct Scan {
@@ -257,25 +254,28 @@ inline void in_direction(const Scan& scan, const Scan& next, std::int64_t steps,
   }
 }
 
+=======
+>>>>>>> parent of 5d50d27 (corner_pool on the CPU reads ahead past the end of each scan, and marks maxima in a byte each)
 // f(k) for all k in [0, n).
 template <class F>
 inline void in_direction(bool reverse, std::int64_t n, const F& f) {
   for (std::int64_t k = 0; k < n; ++k) f(reverse ? n - 1 - k : k);
 }
 
-// Columns. f(at, k): the line k of the block begins at `at`.
+// Columns. f(at, k): the line k of the block begins at `at`; each of `tensors` is read ahead.
 template <class Scalar, class F>
-inline void for_lines(const Args& args, const Block& block, const Scan& scan, const Scan& next,
-                      const F& f) {
+inline void for_lines(const Args& args, const Block& block, bool reverse,
+                      std::initializer_list<const void*> tensors, const F& f) {
   constexpr auto kLine = static_cast<std::int64_t>(64 / sizeof(Scalar));
-  const auto ahead = [&](const Scan& of, std::int64_t k) TORCHKILN_READS_AHEAD {
-    for (const void* tensor : of.tensors) {
-      const auto* line = static_cast<const Scalar*>(tensor) + of.begin + k * args.inner;
+  in_direction(reverse, args.length, [&](std::int64_t k) {
+    const std::int64_t ahead =
+        std::clamp<std::int64_t>(reverse ? k - kAhead : k + kAhead, 0, args.length - 1);
+    for (const void* tensor : tensors) {
+      const auto* line = static_cast<const Scalar*>(tensor) + block.begin + ahead * args.inner;
       for (std::int64_t i = 0; i < block.count; i += kLine) __builtin_prefetch(line + i);
     }
-  };
-  in_direction(scan, next, args.length, kAhead, ahead,
-               [&](std::int64_t k) { f(block.begin + k * args.inner, k); });
+    f(block.begin + k * args.inner, k);
+  });
 }
 
 template <class Scalar>
@@ -285,27 +285,24 @@ inline void pool_columns(const Plan& p, const Block& block) {
   std::fill_n(running, kSpan, corner_pool::Forward<T>::start());
   const auto* input = static_cast<const Scalar*>(p.args.input);
   auto* out = static_cast<Scalar*>(p.args.out);
-  const Scan scan{block.begin, p.reverse, {input, out}}, next{block.next, p.reverse, {input, out}};
-  for_lines<Scalar>(p.args, block, scan, next, [&](std::int64_t at, std::int64_t) {
+  for_lines<Scalar>(p.args, block, p.reverse, {input, out}, [&](std::int64_t at, std::int64_t) {
     pool_step(input + at, running, out + at, block.count);
   });
 }
 
 template <class Scalar>
-inline void sum_columns(const Plan& p, const Block& block, Mark* maxima) {
+inline void sum_columns(const Plan& p, const Block& block, std::int32_t* maxima) {
   using T = Acc<Scalar>;
   T running[kSpan];
   std::fill_n(running, kSpan, corner_pool::Forward<T>::start());
   const auto* input = static_cast<const Scalar*>(p.args.input);
-  const auto* grad = static_cast<const Scalar*>(p.args.grad_output);
-  auto* out = static_cast<Scalar*>(p.args.out);
-  const Scan marking{block.begin, !p.reverse, {input}},
-      summing{block.begin, p.reverse, {grad, out}}, next{block.next, !p.reverse, {input}};
-  for_lines<Scalar>(p.args, block, marking, summing, [&](std::int64_t at, std::int64_t k) {
+  for_lines<Scalar>(p.args, block, !p.reverse, {input}, [&](std::int64_t at, std::int64_t k) {
     mark_step(input + at, running, maxima + k * kSpan, block.count);
   });
   std::fill_n(running, kSpan, corner_pool::Backward<T>::start());
-  for_lines<Scalar>(p.args, block, summing, next, [&](std::int64_t at, std::int64_t k) {
+  const auto* grad = static_cast<const Scalar*>(p.args.grad_output);
+  auto* out = static_cast<Scalar*>(p.args.out);
+  for_lines<Scalar>(p.args, block, p.reverse, {grad, out}, [&](std::int64_t at, std::int64_t k) {
     sum_step(grad + at, maxima + k * kSpan, running, out + at, block.count);
   });
 }
@@ -369,16 +366,9 @@ inline void write_tile(const Tile<T>& tile, const TilePlace& place, void* tensor
 }
 
 // f(place, column): the tile there starts with this column of the block.
-template <class Scalar, class F>
-inline void for_tiles(const Args& args, const Block& block, const Scan& scan, const Scan& next,
-                      const F& f) {
-  const auto ahead = [&](const Scan& of, std::int64_t k) TORCHKILN_READS_AHEAD {
-    for (const void* tensor : of.tensors) {
-      const auto* tile = static_cast<const Scalar*>(tensor) + of.begin + k * kTile;
-      for (std::int64_t i = 0; i < block.count; ++i) __builtin_prefetch(tile + i * args.length);
-    }
-  };
-  in_direction(scan, next, ceil_div(args.length, kTile), kTilesAhead, ahead, [&](std::int64_t k) {
+template <class F>
+inline void for_tiles(const Args& args, const Block& block, bool reverse, const F& f) {
+  in_direction(reverse, ceil_div(args.length, kTile), [&](std::int64_t k) {
     const std::int64_t column = k * kTile;
     f(TilePlace{block.begin + column, args.length, block.count,
                 std::min<std::int64_t>(kTile, args.length - column)},
@@ -392,9 +382,7 @@ inline void pool_rows(const Plan& p, const Block& block) {
   Tile<T> tile{};
   T running[kRows];
   std::fill_n(running, kRows, corner_pool::Forward<T>::start());
-  const auto *input = p.args.input, *out = p.args.out;
-  const Scan scan{block.begin, p.reverse, {input, out}}, next{block.next, p.reverse, {input, out}};
-  for_tiles<Scalar>(p.args, block, scan, next, [&](const TilePlace& place, std::int64_t) {
+  for_tiles(p.args, block, p.reverse, [&](const TilePlace& place, std::int64_t) {
     read_tile<Scalar>(p.args.input, place, tile);
     in_direction(p.reverse, place.columns,
                  [&](std::int64_t c) { pool_step(tile.at[c], running, tile.at[c], kRows); });
@@ -403,23 +391,19 @@ inline void pool_rows(const Plan& p, const Block& block) {
 }
 
 template <class Scalar>
-inline void sum_rows(const Plan& p, const Block& block, Mark* maxima) {
+inline void sum_rows(const Plan& p, const Block& block, std::int32_t* maxima) {
   using T = Acc<Scalar>;
   Tile<T> tile{};
   T running[kRows];
   std::fill_n(running, kRows, corner_pool::Forward<T>::start());
-  const auto *input = p.args.input, *grad = p.args.grad_output, *out = p.args.out;
-  const Scan marking{block.begin, !p.reverse, {input}},
-      summing{block.begin, p.reverse, {grad, out}}, next{block.next, !p.reverse, {input}};
-  for_tiles<Scalar>(p.args, block, marking, summing,
-                    [&](const TilePlace& place, std::int64_t column) {
-                      read_tile<Scalar>(p.args.input, place, tile);
-                      in_direction(!p.reverse, place.columns, [&](std::int64_t c) {
-                        mark_step(tile.at[c], running, maxima + (column + c) * kRows, kRows);
-                      });
-                    });
+  for_tiles(p.args, block, !p.reverse, [&](const TilePlace& place, std::int64_t column) {
+    read_tile<Scalar>(p.args.input, place, tile);
+    in_direction(!p.reverse, place.columns, [&](std::int64_t c) {
+      mark_step(tile.at[c], running, maxima + (column + c) * kRows, kRows);
+    });
+  });
   std::fill_n(running, kRows, corner_pool::Backward<T>::start());
-  for_tiles<Scalar>(p.args, block, summing, next, [&](const TilePlace& place, std::int64_t column) {
+  for_tiles(p.args, block, p.reverse, [&](const TilePlace& place, std::int64_t column) {
     read_tile<Scalar>(p.args.grad_output, place, tile);
     in_direction(p.reverse, place.columns, [&](std::int64_t c) {
       sum_step(tile.at[c], maxima + (column + c) * kRows, running, tile.at[c], kRows);
@@ -454,23 +438,18 @@ struct Blocks {
         across(ceil_div(inner, lines)),
         count(inner == 1 ? ceil_div(args.outer, lines) : args.outer * across) {}
 
-  // Behind the last block comes that one again: it is no matter what is read ahead then.
   Block at(const Args& args, std::int64_t i) const {
-    const std::int64_t next = begin_of(args, std::min(i + 1, count - 1));
-    const std::int64_t of_inner = inner == 1 ? args.outer - i * lines : inner - i % across * lines;
-    return {begin_of(args, i), std::min(lines, of_inner), next};
-  }
-
- private:
-  std::int64_t begin_of(const Args& args, std::int64_t i) const {
-    if (inner == 1) return i * lines * args.length;
-    return i / across * args.length * inner + i % across * lines;
+    if (inner == 1)
+      return {i * lines * args.length, std::min<std::int64_t>(lines, args.outer - i * lines)};
+    const std::int64_t column = i % across * lines;
+    return {i / across * args.length * inner + column,
+            std::min<std::int64_t>(lines, inner - column)};
   }
 };
 
 template <class Scalar>
 inline void run_blocks(const Plan& p, const Blocks& blocks, std::int64_t begin, std::int64_t end,
-                       Mark* maxima) {
+                       std::int32_t* maxima) {
   for (std::int64_t i = begin; i < end; ++i) {
     const Block block = blocks.at(p.args, i);
     if (p.backward && maxima == nullptr) {
@@ -483,7 +462,7 @@ inline void run_blocks(const Plan& p, const Blocks& blocks, std::int64_t begin, 
   }
 }
 TORCHKILN_POOL_LOOPS void run_floats(const Plan& p, const Blocks& blocks, std::int64_t begin,
-                                     std::int64_t end, Mark* maxima) {
+                                     std::int64_t end, std::int32_t* maxima) {
   run_blocks<float>(p, blocks, begin, end, maxima);
 }
 
@@ -495,8 +474,9 @@ Tensor run_cpu(const Plan& p) {
   const bool marked = p.backward && marks <= kMostMarks;
   with_float(p.out.scalar_type(), [&]<class Scalar>() {
     parallel_for(blocks.count, p.args.length * lines, [&](std::int64_t begin, std::int64_t end) {
-      std::unique_ptr<Mark[]> maxima;
-      if (marked) maxima = std::make_unique_for_overwrite<Mark[]>(static_cast<std::size_t>(marks));
+      std::unique_ptr<std::int32_t[]> maxima;
+      if (marked)
+        maxima = std::make_unique_for_overwrite<std::int32_t[]>(static_cast<std::size_t>(marks));
       if constexpr (std::is_same_v<Scalar, float>) {
         run_floats(p, blocks, begin, end, maxima.get());
       } else {

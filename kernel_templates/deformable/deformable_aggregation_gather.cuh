@@ -343,17 +343,16 @@ __device__ __forceinline__ i32 merge_shares(const Args& args, const Chunk& chunk
   T sums[kMostGroups];
 #pragma unroll
   for (int group = 0; group < kMostGroups; ++group) sums[group] = list.weights[lane_of()][group];
-  u32 left = ~begin;  // while there are more than `distance` neighbours to make one of
-#pragma unroll 1
-  for (i32 distance = 1; left != 0; distance *= 2) {
-    const bool adds = lane_of() - distance >= first;
+  if (begin != 0xffffffffu) {
 #pragma unroll
     for (int group = 0; group < kMostGroups; ++group) {
       if (group >= chunk.groups) break;
-      const T other = __shfl_up_sync(0xffffffffu, sums[group], distance);
-      if (adds) sums[group] += other;
+#pragma unroll
+      for (i32 distance = 1; distance < kWarpSize; distance *= 2) {
+        const T other = __shfl_up_sync(0xffffffffu, sums[group], distance);
+        if (lane_of() - distance >= first) sums[group] += other;
+      }
     }
-    left &= left >> distance;
   }
   __syncwarp();
   if ((merged >> lane_of() & 1) != 0) {
