@@ -229,33 +229,6 @@ struct Block {
   std::int64_t begin, count;
 };
 
-<<<<<<< HEAD
-// A scan of a block, and its tensors. These are read ahead, past the end of a scan into the next one: most of a map comes
-// from outside the caches, and what scans go through, back and forth and from map to map, processors do not foresee.
-struct Scan {
-  std::int64_t begin;
-  bool reverse;
-  std::initializer_list<const void*> tensors;
-
-  std::int64_t at(std::int64_t step, std::int64_t steps) const {
-    return reverse ? steps - 1 - step : step;
-  }
-};
-
-// f(k) for the steps of a scan, in its order; ahead(scan, k) is called for those `distance` steps later.
-template <class Ahead, class F>
-inline void in_direction(const Scan& scan, const Scan& next, std::int64_t steps,
-                         std::int64_t distance, const Ahead& ahead, const F& f) {
-  for (std::int64_t step = 0; step < steps; ++step) {
-    const std::int64_t later = step + distance;
-    const Scan& of = later < steps ? scan : next;
-    ahead(of, of.at(std::min(later < steps ? later : later - steps, steps - 1), steps));
-    f(scan.at(step, steps));
-  }
-}
-
-=======
->>>>>>> parent of 5d50d27 (corner_pool on the CPU reads ahead past the end of each scan, and marks maxima in a byte each)
 // f(k) for all k in [0, n).
 template <class F>
 inline void in_direction(bool reverse, std::int64_t n, const F& f) {
