@@ -191,8 +191,7 @@ class Growth {
   // Whether some of the neighbours may stay open.
   bool claim_neighbours(Strip& strip, const Reached& from) {
     bool open = false;
-    for (const i32 other :
-         region_growing::neighbours(from.pixel, map_.height(), map_.width()).at) {
+    for (const i32 other : region_growing::neighbours(from.pixel, map_.height(), map_.width()).at) {
       const bool is_own = other >= strip.begin && other < strip.end;
       open |= is_own ? claim(strip, from, other) : !map_.allows(other);
     }
