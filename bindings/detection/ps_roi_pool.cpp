@@ -272,12 +272,9 @@ PsRoiPoolPlan run_cuda(PsRoiPoolPlan p) {
   }
   const CudaPlace place(p.maps);
   if (is_staged(place.facts(), p)) {
-    if (!p.channels_last) {
-      launch_staged(place, p);
-      return p;
-    }
-    const PsRoiPoolPlan q = channels_first(place, p);
+    const PsRoiPoolPlan q = p.channels_last ? channels_first(place, p) : p;
     launch_staged(place, q);
+    if (!p.channels_last) return p;
     copy_layout(place, q.bins, p.bins);
     if (p.args.channels != nullptr) copy_layout(place, q.channels, p.channels);
     return p;

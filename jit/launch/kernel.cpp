@@ -183,13 +183,13 @@ std::vector<std::vector<std::int64_t>> legal_points(const Kernel& kernel,
 bool runs_somewhere(const Kernel& kernel, std::span<const std::int64_t> statics,
                     std::span<const std::int64_t> point,
                     std::span<const torchkiln_device> devices) {
-  const torchkiln_declaration& d = kernel.declaration;
-  if (d.legal == nullptr) return true;
+  if (kernel.declaration.legal == nullptr) return true;
   const auto runs = [&](const torchkiln_device& device, std::int64_t size) {
     std::array<std::int64_t, TORCHKILN_MAX_SIZES> sizes{};
     sizes.fill(size);
-    const torchkiln_problem problem{&device, statics.data(), sizes.data(), d.context};
-    return d.legal(&problem, point.data()) != 0;
+    const torchkiln_problem problem{&device, statics.data(), sizes.data(),
+                                    kernel.declaration.context};
+    return is_legal(kernel, problem, point);
   };
   return std::any_of(devices.begin(), devices.end(), [&](const torchkiln_device& device) {
     return std::any_of(kUsualSizes.begin(), kUsualSizes.end(),

@@ -15,12 +15,20 @@ union Pack {
   u32 words[kBytes >= 4 ? kBytes / 4 : 1];
 };
 
-// A number that the compiler keeps in a register; otherwise it is read again from the arguments wherever it is used.
-__device__ __forceinline__ u32 held(u32 value) {
+// Keep the compiler from reading a number or working a pointer out again wherever it is used, which takes longer than what is
+// done with it.
+__device__ __forceinline__ u32 worked_out(u32 value) {
 #if defined(__CUDACC_RTC__)
   asm("" : "+r"(value));
 #endif
   return value;
+}
+template <class T>
+__device__ __forceinline__ T* worked_out(T* pointer) {
+#if defined(__CUDACC_RTC__)
+  asm("" : "+l"(pointer));
+#endif
+  return pointer;
 }
 
 // A row of many, of `bytes` bytes each.

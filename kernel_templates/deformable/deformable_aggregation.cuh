@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kBlockSize, 1024 / kBlockSize) forward(const A
   const i32 first_channel = i32(rest % chunks) * kChannels, channels = i32(args.channels);
   const i32 lane = i32(threadIdx.x) % kLanes, slice = i32(threadIdx.x) / kLanes;
   const i32 channel = first_channel + lane * kVector;
-  const u32 row_bytes = held(u32(channels) * u32(sizeof(Scalar)));
+  const u32 row_bytes = worked_out(u32(channels) * u32(sizeof(Scalar)));
   const bool active = channel < channels;
   const i32 group = active ? channel / (channels / i32(args.groups)) : 0;
   const Normalizer<T> normalized = normalizer_of<T>(args, query, group);

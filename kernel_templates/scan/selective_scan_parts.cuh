@@ -239,15 +239,6 @@ __device__ __forceinline__ const Scalar* row_begin(const Rows& rows, const Place
          place.channel_of(row) * rows.channel;
 }
 
-// Keeps the compiler from working a pointer out again wherever it is used: that takes longer than to scan a four.
-template <class T>
-__device__ __forceinline__ T* worked_out(T* pointer) {
-#if defined(__CUDACC_RTC__)
-  asm("" : "+l"(pointer));
-#endif
-  return pointer;
-}
-
 // Where the rows of a lane's fours begin.
 template <class Of, class Scalar>
 struct RowSources {

@@ -155,14 +155,10 @@ class Operator(Generic[Result]):
             kind = str(argument.type)
             for leaf in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(leaf, Tensor) and leaf.layout != torch.strided:
-                    return TypeError(
-                        f"{self._public}: {argument.name} must be dense; "
-                        f"got {leaf.layout}. Convert it with to_dense()"
-                    )
+                    return unfit(self._public, argument.name, leaf)
             is_missing = value is None and kind == "Tensor"
             if is_missing or (kind in _TENSOR_KINDS and not isinstance(value, (Tensor, NoneType))):
-                got = "None" if value is None else type(value).__name__
-                return TypeError(f"{self._public}: {argument.name} must be a tensor; got {got}")
+                return unfit(self._public, argument.name, value)
         return None
 
     def require_meta(self, *args: Any, **kwargs: Any) -> None:
@@ -358,6 +354,16 @@ class Frame:
             return fake_impl.construct_meta_kernel(qualified, holder)(*args, **kwargs)
 
         self._implement(operator.name, "Meta", meta_kernel, with_keyset=False)
+
+
+def unfit(op: str, name: str, value: object) -> TypeError:
+    """The error for an argument that must be a tensor with strides and is none."""
+    if isinstance(value, Tensor):
+        return TypeError(
+            f"{op}: {name} must be dense; got {value.layout}. Convert it with to_dense()"
+        )
+    got = "None" if value is None else type(value).__name__
+    return TypeError(f"{op}: {name} must be a tensor; got {got}")
 
 
 def _count_change(tensor: Tensor | None) -> None:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.amp import autocast_mode
 
+from torchkiln._frame import unfit
+
 _INT64_END = 2**63
 _CLASS_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -27,13 +29,8 @@ def dtype_name(tensor: Tensor) -> str:
 def require_tensor(op: str, **tensors: Tensor) -> None:
     """Raises a TypeError for what is no tensor, or a sparse one."""
     for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            got = "None" if value is None else type(value).__name__
-            raise TypeError(f"{op}: {name} must be a tensor; got {got}")
-        if value.layout != torch.strided:
-            raise TypeError(
-                f"{op}: {name} must be dense; got {value.layout}. Convert it with to_dense()"
-            )
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise unfit(op, name, value)
 
 
 def require_optional_tensor(op: str, **tensors: Tensor | None) -> None:
