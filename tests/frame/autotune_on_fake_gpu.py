@@ -41,9 +41,9 @@ def grid(p: Any) -> int:
     return torchkiln.ceil_div(p.n, p.block_size * p.unroll)
 
 
-def declare(name: str) -> Kernel:
+def declare(name: str, source: str = SOURCE) -> Kernel:
     return Kernel(
-        SOURCE,
+        source,
         "twice",
         name=name,
         args={"x": "in float", "out": "out float", "n": "size i64"},
@@ -149,12 +149,13 @@ def test_a_short_budget_is_gone_on_with() -> None:
 
 
 def test_ctrl_c_keeps_what_is_known_and_the_launch_happens() -> None:
-    kernel = declare("interrupted")
+    # A source that no other test has compiled: the search waits for the compiler, and is met.
+    kernel = declare("interrupted", SOURCE.replace("2 * x[i]", "x[i] + x[i]"))
     kernel(*tensors())  # the default is warm: what is asked next is about a candidate
 
     def interrupt_soon() -> None:
         def interrupt() -> None:
-            time.sleep(0.02)
+            time.sleep(0.005)  # grid() has returned
             os.kill(os.getpid(), signal.SIGINT)
 
         threading.Thread(target=interrupt).start()
