@@ -93,10 +93,11 @@ def softmax_focal_loss(
     Differentiable: inputs, weight. Deterministic: yes. Autocast: float32.
 
     Note:
-        Computed in float32 for the half types. Never saturates: the loss of a wrong row grows with
-        its logits, where mmcv's stops at 87. A logit of -inf excludes its class; where all are
-        excluded, and beside NaN or +inf, the loss of the row is NaN, as that of a softmax. Nothing
-        synchronises with the device. The mean of no rows is NaN, as in `sigmoid_focal_loss`.
+        Computed in float32 for the half types, what follows the softmax in float64. Never
+        saturates: the loss of a wrong row grows with its logits, where mmcv's stops at 87. A logit
+        of -inf excludes its class; where all are excluded, and beside NaN or +inf, the loss of the
+        row is NaN, as that of a softmax. Nothing synchronises with the device. The mean of no rows
+        is NaN, as in `sigmoid_focal_loss`.
 
     Source:
         Lin et al., "Focal Loss for Dense Object Detection", 2017, equation 5, of a softmax.
@@ -116,7 +117,8 @@ def softmax_focal_loss(
     else:
         has_class = (targets >= 0) & (targets < classes)
         row_class = torch.where(has_class, targets, 0)
-        log_p = logits.log_softmax(1).gather(1, row_class[:, None]).squeeze(1)
+        # One number a row from here on: float64 costs nothing and rounds once.
+        log_p = logits.log_softmax(1).gather(1, row_class[:, None]).squeeze(1).double()
         # 1 - p, with all digits where p is near 1.
         rest = -torch.expm1(log_p)
         # A power below 1 has an infinite slope at 0, where its factor log_p is 0.
