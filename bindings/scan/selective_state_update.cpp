@@ -23,6 +23,9 @@ using selective_state_update::Channel;
 using Optional = std::optional<Tensor>;
 
 constexpr const char* kOp = "selective_state_update";
+constexpr std::int64_t kMaxGridY = 65'535;
+// So few do not fill a GPU: more threads for each.
+constexpr std::int64_t kFewChannels = 1 << 14;
 
 // ---- kernels ----
 
@@ -30,7 +33,7 @@ struct Statics {
   std::int64_t scalar, state, is_complex, method, vector;
 };
 struct Sizes {
-  std::int64_t channels, states;
+  std::int64_t sequences, channels, states;
 };
 struct Tunables {
   std::int64_t block_size, lanes;
@@ -51,9 +54,11 @@ const Update update_kernel({
     .operators = {kOp},
     .statics = {types("scalar", kFloatTypes), types("state", kFloatTypes), bools("complex"),
                 ints("method", kCausal), ints("vector", {1, 4})},
-    .sizes = {{"channels", TORCHKILN_BUCKET_POW2}, {"states", TORCHKILN_BUCKET_POW2}},
+    .sizes = {{"sequences", TORCHKILN_BUCKET_POW2},
+              {"channels", TORCHKILN_BUCKET_POW2},
+              {"states", TORCHKILN_BUCKET_POW2}},
     .tunables = {ints("block_size", {64, 128, 256}), ints("lanes", {2, 4, 8, 16, 32})},
-    .defaults = {{128, 4}, {128, 16}},
+    .defaults = {{128, 2}, {128, 16}, {128, 4}},
     .valid =
         [](const Statics& s) {
           const std::int64_t sums =
@@ -62,11 +67,18 @@ const Update update_kernel({
           return is_state && (s.vector == 1 || s.vector == full_vector(s));
         },
     .choose = [](const Update::Problem& p) -> std::uint32_t {
-      return p.sizes.states > 8 * p.statics.vector ? 1 : 0;
+      if (p.sizes.states > 8 * p.statics.vector) return 1;
+      return p.sizes.sequences * p.sizes.channels <= kFewChannels ? 2 : 0;
     },
     .geometry =
         [](const Update::Problem& p, const Tunables& t) {
-          return linear(ceil_div(p.sizes.channels, t.block_size / t.lanes), t.block_size);
+          const std::int64_t in_y = std::min(p.sizes.sequences, kMaxGridY);
+          return Geometry{
+              {static_cast<std::uint32_t>(ceil_div(p.sizes.channels, t.block_size / t.lanes)),
+               static_cast<std::uint32_t>(in_y),
+               static_cast<std::uint32_t>(ceil_div(p.sizes.sequences, in_y))},
+              {static_cast<std::uint32_t>(t.block_size), 1, 1},
+              0};
         },
 });
 
@@ -210,13 +222,13 @@ void check_history(const Inputs& in) {
 
 // Strides of up to `count` dimensions; where there are no heads, a channel is a head of one place, and its stride 0
 // stands at `places`. A complex number counts as one.
-template <std::size_t kCount>
-void set_strides(i64 (&to)[kCount], const Tensor& tensor, std::int64_t places, bool has_heads,
+template <class Stride, std::size_t kCount>
+void set_strides(Stride (&to)[kCount], const Tensor& tensor, std::int64_t places, bool has_heads,
                  bool is_complex) {
   std::int64_t from = 0;
   for (std::size_t i = 0; i < kCount; ++i) {
     const bool is_missing = !has_heads && static_cast<std::int64_t>(i) == places;
-    to[i] = is_missing ? 0 : tensor.stride(from++) / (is_complex ? 2 : 1);
+    to[i] = is_missing ? 0 : static_cast<Stride>(tensor.stride(from++) / (is_complex ? 2 : 1));
   }
 }
 
@@ -226,6 +238,24 @@ Tensor as_pairs(const Tensor& tensor, bool is_complex) {
   for (std::int64_t i = 0; i + 1 < tensor.dim(); ++i)
     if (tensor.stride(i) % 2 != 0) return torch::stable::contiguous(tensor);
   return tensor.stride(tensor.dim() - 1) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+// Strides of what is only read have 32 bits; a tensor in steps of more is a slice of one that has as many bytes.
+Tensor near(const char* name, const Tensor& tensor) {
+  const auto is_near = [](const Tensor& t) {
+    return std::all_of(t.strides().begin(), t.strides().end(),
+                       [](std::int64_t s) { return s < std::int64_t(1) << 32; });
+  };
+  if (is_near(tensor)) return tensor;
+  const Tensor copy = torch::stable::contiguous(tensor);
+  if (!is_near(copy)) {
+    fail(TORCHKILN_ERROR_VALUE, kOp, name, "have strides below 2^32", text(copy),
+         "Split the batch or the states");
+  }
+  return copy;
+}
+Optional near(const char* name, const Optional& tensor) {
+  return tensor ? Optional(near(name, *tensor)) : std::nullopt;
 }
 
 const void* pointer(const Optional& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
@@ -242,15 +272,15 @@ Plan plan(const Inputs& in) {
   check_history(in);
   const bool heads = in.has_heads();
   Plan p{.state = in.state,
-         .x = in.x,
-         .dt = in.dt,
-         .A = as_pairs(in.A, in.is_complex),
-         .B = as_pairs(in.B, in.is_complex),
-         .C = as_pairs(in.C, in.is_complex),
+         .x = near("x", in.x),
+         .dt = near("dt", in.dt),
+         .A = near("A", as_pairs(in.A, in.is_complex)),
+         .B = near("B", as_pairs(in.B, in.is_complex)),
+         .C = near("C", as_pairs(in.C, in.is_complex)),
          .out = empty(in.x, in.x.scalar_type(), shape_of(in.x)),
-         .D = in.D,
-         .z = in.z,
-         .dt_bias = in.dt_bias,
+         .D = near("D", in.D),
+         .z = near("z", in.z),
+         .dt_bias = near("dt_bias", in.dt_bias),
          .indices = in.indices ? Optional(as_contiguous(*in.indices)) : std::nullopt,
          .seen = in.seen,
          .x_history = in.x_history,
@@ -287,7 +317,6 @@ Plan plan(const Inputs& in) {
   a.places = heads ? p.x.size(2) : 1;
   a.states = p.B.size(2);
   a.groups = p.B.size(1);
-  a.all_channels = static_cast<u32>(p.x.numel());
   a.channels = static_cast<u32>(a.heads * a.places);
   a.group_heads = static_cast<u32>(a.heads / a.groups);
   a.rows = p.state.size(0);
@@ -387,11 +416,11 @@ void run_cpu(const Plan& p, const Inputs& in) {
 // ---- CUDA ----
 
 // Whether so many states lie next to each other, aligned, wherever a vector of them begins.
-template <std::size_t kCount>
-bool is_in_vectors(const Tensor& tensor, const i64 (&strides)[kCount], std::int64_t vector) {
+template <class Stride, std::size_t kCount>
+bool is_in_vectors(const Tensor& tensor, const Stride (&strides)[kCount], std::int64_t vector) {
   const auto bytes = static_cast<std::uint64_t>(vector) * element_size(tensor.scalar_type());
   return strides[kCount - 1] == 1 &&
-         std::all_of(strides, strides + kCount - 1, [&](i64 s) { return s % vector == 0; }) &&
+         std::all_of(strides, strides + kCount - 1, [&](Stride s) { return s % vector == 0; }) &&
          reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
 }
 
@@ -418,7 +447,7 @@ void run_cuda(const Plan& p, const Inputs& in) {
     return tensor ? updates(offset, *tensor) : unused(offset);
   };
   update_kernel.run(
-      place, statics_of(p, in), {p.args.all_channels, p.args.states}, p.args,
+      place, statics_of(p, in), {p.args.batch, p.args.channels, p.args.states}, p.args,
       {updates(offsetof(Args, state), p.state), reads(offsetof(Args, x), p.x),
        reads(offsetof(Args, dt), p.dt), reads(offsetof(Args, A), p.A),
        reads(offsetof(Args, B), p.B), reads(offsetof(Args, C), p.C),

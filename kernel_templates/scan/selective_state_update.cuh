@@ -23,15 +23,13 @@ template <class Scalar, class V, int kMethod>
 struct Ahead : Channel<Scalar, V, kMethod> {
   using Base = Channel<Scalar, V, kMethod>;
   using T = Acc<Scalar>;
-  u32 channel;
+  u32 channel;                             // of the sequence
   i64 state_from, A_from, B_from, C_from;  // of state 0
   Scalar dt, x, z{};
   Either<Scalar> D, bias;
 
-  // `index`: among the channels of all sequences.
-  __device__ __forceinline__ Ahead(const Args& a, u32 index) : Base(a) {
-    const u32 b = index / a.channels, places = u32(a.places);
-    channel = index - b * a.channels;
+  __device__ __forceinline__ Ahead(const Args& a, u32 b, u32 own) : Base(a), channel(own) {
+    const u32 places = u32(a.places);
     const u32 h = places == 1 ? channel : channel / places;
     this->batch = b;
     this->head = h;
@@ -45,10 +43,10 @@ struct Ahead : Channel<Scalar, V, kMethod> {
     if (a.dt_bias != nullptr)
       bias.read(a.dt_bias, a.bias_is_float != 0, this->of_channel(a.bias_strides));
     if (a.D != nullptr) D.read(a.D, a.D_is_float != 0, this->of_channel(a.D_strides));
-    state_from = u32(this->row) * a.state_strides[0] + this->of_channel(a.state_strides + 1);
+    state_from = times(u32(this->row), a.state_strides[0]) + this->of_channel(a.state_strides + 1);
     A_from = this->of_channel(a.A_strides);
-    B_from = b * a.B_strides[0] + this->group * a.B_strides[1];
-    C_from = b * a.C_strides[0] + this->group * a.C_strides[1];
+    B_from = this->of_group(a.B_strides);
+    C_from = this->of_group(a.C_strides);
   }
 
   // Only where there is a state.
@@ -74,7 +72,7 @@ struct Lane {
   Pack<Scalar, kVector> A, B, C;
 
   template <class Of>
-  __device__ __forceinline__ void read(const Of& channel, i64 n) {
+  __device__ __forceinline__ void read(const Of& channel, u32 n) {
     const Args& args = channel.args;
     from = static_cast<State*>(args.state) + (channel.state_from + n);
     states = read_pack<kVector>(from);
@@ -89,7 +87,7 @@ struct Lane {
   // Heads of Mamba-2 have one number for all states: a stride of 0.
   template <class Number>
   __device__ __forceinline__ static void read_A(Pack<Number, kVector>& to, const Args& args,
-                                                i64 from, i64 n) {
+                                                i64 from, u32 n) {
     const Number* values = static_cast<const Number*>(args.A) + from;
     if (args.A_strides[2] == 0) {
       to.at[0] = *values;
@@ -128,7 +126,7 @@ struct Lane<Scalar, State, V, 1> {
   V state;
 
   template <class Of>
-  __device__ __forceinline__ void read(const Of& channel, i64 n) {
+  __device__ __forceinline__ void read(const Of& channel, u32 n) {
     from = channel.state_from + n * channel.args.state_strides[3];
     state = load_number<V, State>(channel.args.state, from);
   }
@@ -139,27 +137,31 @@ struct Lane<Scalar, State, V, 1> {
 };
 
 // Unless kVector is 1, states, A (or a single number), B and C lie next to each other along states, aligned to kVector of
-// them, which divides their number. Grid: one-dimensional.
+// them, which divides their number. Grid: blocks of a sequence's channels, and sequences in two dimensions; what belongs to
+// the sequence is then the same for all threads of a block.
 template <class Scalar, class State, bool kComplex, int kMethod, int kVector, int kBlockSize,
           int kLanes>
 __global__ void __launch_bounds__(kBlockSize) update(const Args args) {
   using T = Acc<Scalar>;
   using V = typename StateOf<Scalar, kComplex>::Type;
   constexpr int kStep = kLanes * kVector;
+  const u32 sequence = blockIdx.z * gridDim.y + blockIdx.y;
+  if (sequence >= args.batch) return;
   const u32 at = blockIdx.x * (kBlockSize / kLanes) + threadIdx.x / kLanes;
-  const bool is_channel = at < args.all_channels;  // the others only take part in the shuffles
-  Ahead<Scalar, V, kMethod> channel(args, is_channel ? at : 0);
+  const bool is_channel = at < args.channels;  // the others only take part in the shuffles
+  Ahead<Scalar, V, kMethod> channel(args, sequence, is_channel ? at : 0);
   T sum = T(0);
   if (is_channel && channel.row >= 0) {
-    i64 n = threadIdx.x % kLanes * kVector;
+    const u32 states = u32(args.states);
+    u32 n = threadIdx.x % kLanes * kVector;
     Lane<Scalar, State, V, kVector> lane;
-    if (n < args.states) lane.read(channel, n);
+    if (n < states) lane.read(channel, n);
     channel.start();
 #pragma unroll 1
-    while (n < args.states) {
+    while (n < states) {
       lane.advance(channel, n, sum);
       n += kStep;
-      if (n < args.states) lane.read(channel, n);
+      if (n < states) lane.read(channel, n);
     }
   }
 #pragma unroll

@@ -33,12 +33,13 @@ struct Args {
   void* dt_history;     // (rows, slots, heads * places) steps in the type of sums, changed, or null
   void* out;            // (batch, heads, places), contiguous
   i64 state_strides[4];
-  i64 x_strides[3], dt_strides[3], z_strides[3], A_strides[3], B_strides[3], C_strides[3];
-  i64 D_strides[2], bias_strides[2];
+  // 32 bits: a product with an index is one instruction then, and there are twenty of them.
+  u32 x_strides[3], dt_strides[3], z_strides[3], A_strides[3], B_strides[3], C_strides[3];
+  u32 D_strides[2], bias_strides[2];
   i64 batch, heads, places, states, groups, rows, slots;
   i32 softplus;
   i32 A_is_float, D_is_float, bias_is_float;
-  u32 all_channels, channels, group_heads;  // of all sequences, of one, heads of a group
+  u32 channels, group_heads;  // of a sequence; heads of a group
 };
 
 // Element `at` of a tensor of real numbers, or of pairs of them.
@@ -62,6 +63,12 @@ TORCHKILN_HD void store_number(void* values, i64 at, V value) {
   }
 }
 
+// An index times a stride.
+template <class Stride>
+TORCHKILN_HD i64 times(u32 index, Stride stride) {
+  return i64(index) * i64(stride);
+}
+
 // One channel of one sequence. V: a state, real or complex.
 template <class Scalar, class V, int kMethod>
 struct Channel {
@@ -69,8 +76,8 @@ struct Channel {
   static constexpr int kBack = back_of(kMethod);
 
   const Args& args;
-  i64 batch, head, place, group;
-  i64 row;  // below 0: there is no state
+  u32 batch, head, place, group;
+  i32 row;  // below 0: there is no state
   T step, ratio;
   T u[kBack + 1];         // samples, the own one first
   i64 sample[kBack + 1];  // of what is before it: index in B_history, below 0: the own one
@@ -78,9 +85,9 @@ struct Channel {
 
   TORCHKILN_HD explicit Channel(const Args& a) : args(a) {}
   TORCHKILN_HD Channel(const Args& a, i64 b, i64 channel)
-      : args(a), batch(b), head(channel / a.places), place(channel - head * a.places) {
-    group = head / (a.heads / a.groups);
-    row = a.indices != nullptr ? static_cast<const i32*>(a.indices)[b] : b;
+      : args(a), batch(u32(b)), head(u32(channel / a.places)), place(u32(channel % a.places)) {
+    group = head / a.group_heads;
+    row = a.indices != nullptr ? static_cast<const i32*>(a.indices)[b] : i32(b);
     if (row >= a.rows) row = -1;
     if (row < 0) return;
     step = load(static_cast<const Scalar*>(a.dt)[at(a.dt_strides)]);
@@ -112,15 +119,19 @@ struct Channel {
     }
   }
 
-  TORCHKILN_HD i64 at(const i64* strides) const {
-    return batch * strides[0] + head * strides[1] + place * strides[2];
+  TORCHKILN_HD i64 at(const u32* strides) const {
+    return times(batch, strides[0]) + of_channel(strides + 1);
   }
-  TORCHKILN_HD i64 of_channel(const i64* strides) const {
-    return head * strides[0] + place * strides[1];
+  template <class Stride>
+  TORCHKILN_HD i64 of_channel(const Stride* strides) const {
+    return times(head, strides[0]) + times(place, strides[1]);
+  }
+  TORCHKILN_HD i64 of_group(const u32* strides) const {
+    return times(batch, strides[0]) + times(group, strides[1]);
   }
   TORCHKILN_HD i64 state_at(i64 n) const {
-    return row * args.state_strides[0] + head * args.state_strides[1] +
-           place * args.state_strides[2] + n * args.state_strides[3];
+    return row * args.state_strides[0] + of_channel(args.state_strides + 1) +
+           n * args.state_strides[3];
   }
 
   TORCHKILN_HD V A_of(i64 n) const {
@@ -132,12 +143,10 @@ struct Channel {
   }
 
   TORCHKILN_HD V B_of(i64 n) const {
-    return load_number<V, Scalar>(
-        args.B, batch * args.B_strides[0] + group * args.B_strides[1] + n * args.B_strides[2]);
+    return load_number<V, Scalar>(args.B, of_group(args.B_strides) + n * args.B_strides[2]);
   }
   TORCHKILN_HD V C_of(i64 n) const {
-    return load_number<V, Scalar>(
-        args.C, batch * args.C_strides[0] + group * args.C_strides[1] + n * args.C_strides[2]);
+    return load_number<V, Scalar>(args.C, of_group(args.C_strides) + n * args.C_strides[2]);
   }
 
   // State n from what it was; adds its part of the output to `sum`.
