@@ -38,8 +38,11 @@ struct BlockTunables {
 struct StagedTunables {
   std::int64_t maps, block_size;
 };
-struct RowTunables {
-  std::int64_t rows, outputs, block_size;
+struct GatherStatics {
+  std::int64_t scalar, pooling, channels_last;
+};
+struct GatherTunables {
+  std::int64_t outputs, block_size;
 };
 
 const std::vector<const char*> kOperators = {"ps_roi_align", "ps_roi_pool"};
@@ -54,7 +57,7 @@ const std::vector<torchkiln_size> kSizes = {
 using Tables = Kernel<Args, TableStatics, Sizes, BlockTunables>;
 using Forward = Kernel<Args, MapStatics, Sizes, BlockTunables>;
 using Staged = Kernel<Args, StagedStatics, Sizes, StagedTunables>;
-using StagedBackward = Kernel<Args, StagedStatics, Sizes, RowTunables>;
+using Gather = Kernel<Args, GatherStatics, Sizes, GatherTunables>;
 
 std::int64_t sum_bytes(std::int64_t scalar) { return scalar == TORCHKILN_DOUBLE ? 8 : 4; }
 std::int64_t element_bytes(std::int64_t scalar) {
@@ -154,46 +157,34 @@ const Staged staged_kernel({
         },
 });
 
-// The sums of a tile.
-std::int64_t row_bytes(const Sizes& s, std::int64_t scalar, const RowTunables& t) {
-  const ps_roi_pool::TileSize tile = ps_roi_pool::tile_size(s.h, s.w, t.rows);
-  const auto outputs = static_cast<i32>(std::min(s.outputs(), t.outputs));
-  return std::int64_t{tile.height} * tile.width * ps_roi_pool::sum_pitch(outputs) *
-         sum_bytes(scalar);
+ps_roi_pool::Cut cut_of(const Gather::Problem& p, const GatherTunables& t) {
+  const Sizes& s = p.sizes;
+  return ps_roi_pool::cut_of(s.outputs(), s.pooled_w, s.h, s.w, p.statics.channels_last != 0,
+                             static_cast<int>(p.statics.pooling), static_cast<i32>(t.outputs),
+                             static_cast<i32>(t.block_size),
+                             static_cast<i32>(sum_bytes(p.statics.scalar)));
 }
 
-// A batch of entries and their gradients is static.
-bool rows_fit(const StagedBackward::Problem& p, const RowTunables& t) {
-  constexpr std::int64_t kStatic = 47 * 1024;
-  return t.block_size / 32 % t.rows == 0 &&
-         kStatic + row_bytes(p.sizes, p.statics.scalar, t) <= p.device.shared_bytes_per_block;
-}
-
-const std::vector<RowTunables> kRowDefaults = {
-    {8, 32, 512}, {8, 16, 512}, {8, 8, 512}, {1, 8, 128}};
-
-const StagedBackward staged_backward_kernel({
-    .path = "detection/ps_roi_pool.cuh",
-    .entry = "staged_backward",
+const Gather gather_kernel({
+    .path = "detection/ps_roi_pool_backward.cuh",
+    .entry = "gather",
     .operators = kOperators,
-    .statics = {types("scalar", kFloatTypes), types("index", kIndexTypes), ints("pooling", {0, 1})},
+    .statics = {types("scalar", kFloatTypes), ints("pooling", {0, 1}), bools("channels_last")},
     .sizes = kSizes,
-    .tunables = {ints("rows", {1, 4, 8, 16}), ints("outputs", {8, 16, 32}),
-                 ints("block_size", {128, 256, 512})},
-    .defaults = kRowDefaults,
-    .legal = &rows_fit,
-    .choose = [](const StagedBackward::Problem& p) -> std::uint32_t {
-      const std::int64_t outputs = p.sizes.outputs();
-      const std::uint32_t wanted = outputs > 16 ? 0 : (outputs > 8 ? 1 : 2);
-      return rows_fit(p, kRowDefaults[wanted]) ? wanted : 3;
-    },
+    .tunables = {ints("outputs", {4, 8, 12}), ints("block_size", {256, 512})},
+    .defaults = {{12, 512}, {4, 512}},
+    .choose = [](const Gather::Problem& p) { return p.sizes.outputs() > 4 ? 0u : 1u; },
     .geometry =
-        [](const StagedBackward::Problem& p, const RowTunables& t) {
-          const ps_roi_pool::TileSize tile = ps_roi_pool::tile_size(p.sizes.h, p.sizes.w, t.rows);
-          const std::int64_t tiles =
-              ceil_div(p.sizes.h, tile.height) * ceil_div(p.sizes.w, tile.width);
-          return linear(map_groups(p.sizes, t.outputs) * tiles, t.block_size,
-                        static_cast<std::uint32_t>(row_bytes(p.sizes, p.statics.scalar, t)));
+        [](const Gather::Problem& p, const GatherTunables& t) {
+          const Sizes& s = p.sizes;
+          const ps_roi_pool::Cut cut = cut_of(p, t);
+          const std::int64_t tiles = ceil_div(s.h, cut.height) * ceil_div(s.w, cut.width);
+          const std::int64_t maps = s.n * ceil_div(s.outputs(), cut.outputs) * s.pooled_h *
+                                    ceil_div(s.pooled_w, cut.bins);
+          const i32 bytes = ps_roi_pool::batch_bytes(
+              cut, static_cast<int>(p.statics.pooling), static_cast<i32>(t.outputs),
+              static_cast<i32>(sum_bytes(p.statics.scalar)));
+          return linear(maps * tiles, t.block_size, static_cast<std::uint32_t>(bytes));
         },
 });
 
@@ -245,24 +236,6 @@ void launch_staged(const CudaPlace& place, const PsRoiPoolPlan& p) {
        unused(offsetof(Args, ranges)), unused(offsetof(Args, spans))});
 }
 
-// All of it in NCHW. A bin's maps lie far apart in channels_last: to copy takes less than to read them there.
-PsRoiPoolPlan channels_first(const CudaPlace& place, const PsRoiPoolPlan& p) {
-  const auto empty = [](const Tensor& like) {
-    return empty_layout(like, like.scalar_type(),
-                        {like.size(0), like.size(1), like.size(2), like.size(3)}, false);
-  };
-  PsRoiPoolPlan q = p;
-  q.channels_last = false;
-  q.maps = as_layout(place, p.maps, false);
-  q.bins = empty(p.bins);
-  q.args.maps = const_cast<void*>(q.maps.const_data_ptr());
-  q.args.bins = q.bins.mutable_data_ptr();
-  if (p.args.channels == nullptr) return q;
-  q.channels = empty(p.channels);
-  q.args.channels = mutable_data<i32>(q.channels);
-  return q;
-}
-
 PsRoiPoolPlan run_cuda(PsRoiPoolPlan p) {
   if (p.bins.numel() == 0) return p;
   if (p.maps.numel() == 0) {  // no pixel, no tap
@@ -272,11 +245,10 @@ PsRoiPoolPlan run_cuda(PsRoiPoolPlan p) {
   }
   const CudaPlace place(p.maps);
   if (is_staged(place.facts(), p)) {
-    const PsRoiPoolPlan q = p.channels_last ? channels_first(place, p) : p;
-    launch_staged(place, q);
-    if (!p.channels_last) return p;
-    copy_layout(place, q.bins, p.bins);
-    if (p.args.channels != nullptr) copy_layout(place, q.channels, p.channels);
+    // A bin's maps lie far apart in channels_last: to copy takes less than to read them there.
+    p.maps = as_layout(place, p.maps, false);
+    p.args.maps = const_cast<void*>(p.maps.const_data_ptr());
+    launch_staged(place, p);
     return p;
   }
   const TapTable<Args> table = make_table(place, p);
@@ -323,22 +295,17 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes, std::int64_
     return p.maps;
   }
   const CudaPlace place(p.maps);
-  p.bins = as_contiguous(p.bins);
-  p.args.bins = const_cast<void*>(p.bins.const_data_ptr());
-  const Tensor result = p.maps;
-  if (channels_last) {
-    p.maps = empty_layout(result, result.scalar_type(), {n, c, h, w}, false);
-    p.args.maps = p.maps.mutable_data_ptr();
+  if (!p.args.bins_last) {
+    p.bins = as_contiguous(p.bins);
+    p.args.bins = const_cast<void*>(p.bins.const_data_ptr());
   }
-  staged_backward_kernel.run(
-      place, {kernel_type(p.maps.scalar_type()), index_type(p.maps, p.bins), pooling}, sizes_of(p),
-      p.args,
+  gather_kernel.run(
+      place, {kernel_type(p.maps.scalar_type()), pooling, channels_last}, sizes_of(p), p.args,
       {reads(offsetof(Args, regions), p.boxes), reads(offsetof(Args, bins), p.bins),
        writes(offsetof(Args, maps), p.maps), unused(offsetof(Args, channels)),
        unused(offsetof(Args, taps)), unused(offsetof(Args, ranges)),
        unused(offsetof(Args, spans))});
-  if (channels_last) copy_layout(place, p.maps, result);
-  return result;
+  return p.maps;
 }
 
 // ---- checks and shapes ----
@@ -364,6 +331,7 @@ ps_roi_pool::Args args_of(const PsRoiPoolPlan& p, const RoiAlignShape& shape,
   args.regions = regions_of(p.boxes, shape, options);
   args.maps = const_cast<void*>(p.maps.const_data_ptr());
   args.bins = const_cast<void*>(p.bins.const_data_ptr());
+  args.bins_last = is_channels_last(p.bins);
   const bool samples = p.kind.pooling == ps_roi_pool::kSamples;
   args.margin = p.kind.as_torchvision && !samples ? 1 : 0;
   const bool nan_for_none = p.kind.as_torchvision && samples && options.sampling_ratio <= 0;

@@ -23,24 +23,45 @@ struct Args {
   Range* ranges;
   void* spans;
   i64 row_capacity, column_capacity;
+  i64 bins_last;  // (k, pooled_h, pooled_w, outputs) instead
   i64 margin;     // kCells: so many of the last rows and columns are never pooled
   float of_none;  // kSamples: the bins of a region without samples
 };
 
-// The tiles that staged_backward cuts maps into: a few rows.
-constexpr i32 kMostTileWidth = 32;
-struct TileSize {
-  i32 height, width;
+// How gradients of maps are cut into parts, one for each block of gather: a tile of the maps of `bins` neighbouring bins of
+// `outputs` outputs, a thread for each of its pixels and bins. `entries` regions are laid out at once.
+struct Cut {
+  i32 outputs, bins, height, width, entries;
+
+  // Rows of the tile, then columns for each of the bins.
+  TORCHKILN_HD i32 lines() const { return height + bins * width; }
+  // Numbers of an entry: for each line what samples give to it, or of cells one for all rows, and for the columns of each bin.
+  TORCHKILN_HD i32 weights(int pooling) const { return pooling == kCells ? 1 + bins : lines(); }
 };
-TORCHKILN_HD i32 even_part(u32 size, u32 most) {
-  const u32 parts = (size + most - 1) / most;
-  return i32((size + parts - 1) / parts);
+TORCHKILN_HD i32 even_part(i64 size, i32 most) {
+  const u32 parts = (u32(size) + u32(most) - 1) / u32(most);
+  return i32((u32(size) + parts - 1) / parts);
 }
-TORCHKILN_HD TileSize tile_size(i64 h, i64 w, i64 most_rows) {
-  return {even_part(u32(h), u32(most_rows)), even_part(u32(w), u32(kMostTileWidth))};
+// Of a batch: gradients, weights, and which entries take any of a line.
+TORCHKILN_HD i32 batch_bytes(const Cut& cut, int pooling, i32 most_outputs, i32 sum_bytes) {
+  const i32 sums = cut.bins * most_outputs + cut.weights(pooling);
+  return cut.entries * sums * sum_bytes + cut.entries / 8 * cut.lines();
 }
-// Sums from one pixel to the next: odd, so that neither outputs nor pixels meet in a bank.
-TORCHKILN_HD i32 sum_pitch(i32 outputs) { return outputs | 1; }
+TORCHKILN_HD Cut cut_of(i64 outputs, i64 pooled_w, i64 h, i64 w, bool channels_last, int pooling,
+                        i32 most_outputs, i32 threads, i32 sum_bytes) {
+  constexpr i32 kMostHeight = 32, kMostBytes = 48 * 1024;
+  Cut cut;
+  cut.outputs = even_part(outputs, most_outputs);
+  // Those of a row lie side by side in channels_last.
+  cut.bins = channels_last ? even_part(pooled_w, 8) : 1;
+  cut.width = even_part(w, channels_last ? 16 : 32);
+  cut.height = even_part(h, min_of(i32(u32(threads) / u32(cut.bins * cut.width)), kMostHeight));
+  cut.entries = 128;
+  while (cut.entries > 32 && batch_bytes(cut, pooling, most_outputs, sum_bytes) > kMostBytes) {
+    cut.entries /= 2;
+  }
+  return cut;
+}
 
 // The cells of a region on one axis, with the functions of roi_align::Axis.
 template <class T>
@@ -80,10 +101,8 @@ TORCHKILN_HD i32 first_tap(const Cells<T>& axis, i64 bin, i64, i64, i64) {
 }
 
 template <class T>
-TORCHKILN_HD Cells<T> cells_at(const Args& args, i64 region, bool columns) {
+TORCHKILN_HD Cells<T> cells_of(const Args& args, T low, T high, bool columns) {
   const Regions& r = args.regions;
-  const T low = roi_align::coordinate<T>(r, region, columns ? 1 : 2);
-  const T high = roi_align::coordinate<T>(r, region, columns ? 3 : 4);
   const i64 pooled = columns ? r.pooled_w : r.pooled_h;
   const i64 limit = (columns ? r.w : r.h) - args.margin;
   const bool finite = roi_pool::is_finite(low) && roi_pool::is_finite(high);
@@ -96,6 +115,12 @@ TORCHKILN_HD Cells<T> cells_at(const Args& args, i64 region, bool columns) {
                         roi_pool::round_away(rounded_product(high, scale)) - T(1));
   }
   return axis;
+}
+template <class T>
+TORCHKILN_HD Cells<T> cells_at(const Args& args, i64 region, bool columns) {
+  const Regions& r = args.regions;
+  return cells_of(args, roi_align::coordinate<T>(r, region, columns ? 1 : 2),
+                  roi_align::coordinate<T>(r, region, columns ? 3 : 4), columns);
 }
 
 }  // namespace torchkiln::ps_roi_pool
