@@ -12,7 +12,7 @@
 #include <cstddef>
 #include <initializer_list>
 #include <limits>
-#include <memory>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -113,9 +113,13 @@ const Columns columns_kernel({
 // The kernel arguments, and the tensors that keep their pointers alive.
 struct Plan {
   Tensor input, pooled, grad_output, out;
+  Tensor maxima;           // on the CPU: what the forward keeps for the gradient
   bool backward, reverse;  // reverse: the scan of this pass starts at the end
   Args args;
 };
+
+// Places of a line whose maxima share an int32 of `maxima`, the first one its lowest bit.
+constexpr std::int64_t kWord = 32;
 
 void check(const Tensor& input, std::int64_t mode) {
   check_floating(kOp, "input", input);
@@ -130,11 +134,22 @@ std::array<std::int64_t, 4> sizes_of(const Tensor& tensor) {
   return {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)};
 }
 
+bool is_vertical(std::int64_t mode) {
+  return mode == corner_pool::kTop || mode == corner_pool::kBottom;
+}
+
+// Of `maxima`, which has the layout of the map.
+std::array<std::int64_t, 4> maxima_sizes(const Tensor& input, std::int64_t mode) {
+  const auto [n, c, h, w] = sizes_of(input);
+  if (is_vertical(mode)) return {n, c, ceil_div(h, kWord), w};
+  return {n, c, h, ceil_div(w, kWord)};
+}
+
 // Fills in the sizes that both passes share. Rows of the map go through memory one after the other in either layout.
 void set_sizes(Plan& p, std::int64_t mode, bool channels_last) {
   const auto [n, c, h, w] = sizes_of(p.input);
   const std::int64_t cell = channels_last ? c : 1, maps = channels_last ? n : n * c;
-  const bool vertical = mode == corner_pool::kTop || mode == corner_pool::kBottom;
+  const bool vertical = is_vertical(mode);
   p.args.outer = vertical ? maps : maps * h;
   p.args.length = vertical ? h : w;
   p.args.inner = vertical ? w * cell : cell;
@@ -142,13 +157,16 @@ void set_sizes(Plan& p, std::int64_t mode, bool channels_last) {
   p.reverse = from_end != p.backward;
 }
 
-Plan plan(const Tensor& input, std::int64_t mode) {
+Plan plan(const Tensor& input, std::int64_t mode, bool with_maxima) {
   check(input, mode);
   const bool channels_last = is_channels_last(input);
   Plan p{.input = as_layout(input, channels_last),
          .pooled = {},
          .grad_output = {},
          .out = empty_layout(input, input.scalar_type(), sizes_of(input), channels_last),
+         .maxima = with_maxima ? empty_layout(input, ScalarType::Int, maxima_sizes(input, mode),
+                                              channels_last)
+                               : empty(input, ScalarType::Int, {0}),
          .backward = false,
          .reverse = false,
          .args = {}};
@@ -173,6 +191,7 @@ Plan plan_backward(const Tensor& grad_output, const Tensor& input, const Tensor&
          .pooled = as_layout(pooled, channels_last),
          .grad_output = as_layout(grad_output, channels_last),
          .out = empty_layout(input, input.scalar_type(), sizes_of(input), channels_last),
+         .maxima = {},
          .backward = true,
          .reverse = false,
          .args = {}};
@@ -187,46 +206,49 @@ Plan plan_backward(const Tensor& grad_output, const Tensor& input, const Tensor&
 // ---- CPU ----
 
 // Neighbouring columns, or rows, that are scanned side by side; rows are turned into columns a tile at a time.
-constexpr std::int64_t kSpan = 128, kRows = 32, kTile = 16;
+constexpr std::int64_t kSpan = 128, kRows = 32, kTile = kWord;
 // Lines of a map that are read ahead: towards its beginning processors do not do that well themselves.
 constexpr std::int64_t kAhead = 16;
-// Maxima of a block that a thread keeps.
-constexpr std::int64_t kMostMarks = 1 << 20;
+
+using Word = std::uint32_t;
 
 // Everything is inlined into each body.
 #define TORCHKILN_POOL_LOOPS __attribute__((flatten, TORCHKILN_CLONES))
 
-// Steps of n scans side by side. The gradient of lines that are not too long does not read the forward's output: to find the
-// maxima anew costs less than to move it through memory.
-template <class Scalar, class T>
-inline void pool_step(const Scalar* x, T* running, Scalar* out, std::int64_t n) {
-#pragma GCC ivdep
-  for (std::int64_t i = 0; i < n; ++i) {
-    store(out[i], corner_pool::Forward<T>::step(running[i], {load(x[i])}));
-  }
-}
-template <class Scalar, class T>
-inline void mark_step(const Scalar* x, T* running, std::int32_t* maxima, std::int64_t n) {
+// Steps of n scans side by side; `bit` stands for this step in the words of maxima. The gradient reads these words alone:
+// the map and the forward's output are 32 and more times as large.
+template <bool kMarks, class Scalar, class T>
+inline void pool_step(const Scalar* x, Word bit, T* running, Word* words, Scalar* out,
+                      std::int64_t n) {
 #pragma GCC ivdep
   for (std::int64_t i = 0; i < n; ++i) {
     const T value = load(x[i]);
-    const bool takes = corner_pool::Forward<T>::takes(running[i], value);
-    running[i] = takes ? value : running[i];
-    maxima[i] = takes;
+    if constexpr (kMarks) words[i] |= corner_pool::Forward<T>::takes(running[i], value) ? bit : 0;
+    store(out[i], corner_pool::Forward<T>::step(running[i], {value}));
   }
 }
 template <class Scalar, class T>
-inline void sum_step(const Scalar* gradient, const std::int32_t* maxima, T* running, Scalar* out,
+inline void sum_step(const Scalar* gradient, Word bit, T* running, const Word* words, Scalar* out,
                      std::int64_t n) {
 #pragma GCC ivdep
   for (std::int64_t i = 0; i < n; ++i) {
-    store(out[i], corner_pool::Backward<T>::step(running[i], {load(gradient[i]), maxima[i] != 0}));
+    const bool is_maximum = (words[i] & bit) != 0;
+    store(out[i], corner_pool::Backward<T>::step(running[i], {load(gradient[i]), is_maximum}));
   }
 }
 
-// Lines that are scanned together: where the first one starts, and how many there are.
+// Lines that are scanned together: where the first one and its words start, and how many there are.
 struct Block {
-  std::int64_t begin, count;
+  std::int64_t begin, words, count;
+};
+
+// The pointers of a pass.
+template <class Scalar>
+struct Pointers {
+  const Scalar* from;  // the map, or the gradient
+  Scalar* out;
+  Word* marks;         // of the forward; none: they are not asked for
+  const Word* maxima;  // of the gradient
 };
 
 // f(k) for all k in [0, n).
@@ -235,48 +257,43 @@ inline void in_direction(bool reverse, std::int64_t n, const F& f) {
   for (std::int64_t k = 0; k < n; ++k) f(reverse ? n - 1 - k : k);
 }
 
-// Columns. f(at, k): the line k of the block begins at `at`; each of `tensors` is read ahead.
+// Columns. f(at, words, bit): a line of the block begins at `at`, its words at `words`.
 template <class Scalar, class F>
-inline void for_lines(const Args& args, const Block& block, bool reverse,
-                      std::initializer_list<const void*> tensors, const F& f) {
+inline void for_lines(const Plan& p, const Pointers<Scalar>& to, const Block& block, const F& f) {
   constexpr auto kLine = static_cast<std::int64_t>(64 / sizeof(Scalar));
-  in_direction(reverse, args.length, [&](std::int64_t k) {
+  const auto [length, inner] = std::pair{p.args.length, p.args.inner};
+  in_direction(p.reverse, length, [&](std::int64_t k) {
     const std::int64_t ahead =
-        std::clamp<std::int64_t>(reverse ? k - kAhead : k + kAhead, 0, args.length - 1);
-    for (const void* tensor : tensors) {
-      const auto* line = static_cast<const Scalar*>(tensor) + block.begin + ahead * args.inner;
-      for (std::int64_t i = 0; i < block.count; i += kLine) __builtin_prefetch(line + i);
+        std::clamp<std::int64_t>(p.reverse ? k - kAhead : k + kAhead, 0, length - 1);
+    for (std::int64_t i = 0; i < block.count; i += kLine) {
+      __builtin_prefetch(to.from + block.begin + ahead * inner + i);
+      __builtin_prefetch(to.out + block.begin + ahead * inner + i);
     }
-    f(block.begin + k * args.inner, k);
+    f(block.begin + k * inner, block.words + k / kWord * inner, Word{1} << (k % kWord));
+  });
+}
+
+template <bool kMarks, class Scalar>
+inline void pool_columns(const Plan& p, const Pointers<Scalar>& to, const Block& block) {
+  using T = Acc<Scalar>;
+  T running[kSpan];
+  std::fill_n(running, kSpan, corner_pool::Forward<T>::start());
+  if constexpr (kMarks) {
+    for (std::int64_t k = 0; k < p.args.length; k += kWord)
+      std::fill_n(to.marks + block.words + k / kWord * p.args.inner, block.count, Word{0});
+  }
+  for_lines(p, to, block, [&](std::int64_t at, std::int64_t words, Word bit) {
+    pool_step<kMarks>(to.from + at, bit, running, to.marks + words, to.out + at, block.count);
   });
 }
 
 template <class Scalar>
-inline void pool_columns(const Plan& p, const Block& block) {
+inline void sum_columns(const Plan& p, const Pointers<Scalar>& to, const Block& block) {
   using T = Acc<Scalar>;
   T running[kSpan];
-  std::fill_n(running, kSpan, corner_pool::Forward<T>::start());
-  const auto* input = static_cast<const Scalar*>(p.args.input);
-  auto* out = static_cast<Scalar*>(p.args.out);
-  for_lines<Scalar>(p.args, block, p.reverse, {input, out}, [&](std::int64_t at, std::int64_t) {
-    pool_step(input + at, running, out + at, block.count);
-  });
-}
-
-template <class Scalar>
-inline void sum_columns(const Plan& p, const Block& block, std::int32_t* maxima) {
-  using T = Acc<Scalar>;
-  T running[kSpan];
-  std::fill_n(running, kSpan, corner_pool::Forward<T>::start());
-  const auto* input = static_cast<const Scalar*>(p.args.input);
-  for_lines<Scalar>(p.args, block, !p.reverse, {input}, [&](std::int64_t at, std::int64_t k) {
-    mark_step(input + at, running, maxima + k * kSpan, block.count);
-  });
   std::fill_n(running, kSpan, corner_pool::Backward<T>::start());
-  const auto* grad = static_cast<const Scalar*>(p.args.grad_output);
-  auto* out = static_cast<Scalar*>(p.args.out);
-  for_lines<Scalar>(p.args, block, p.reverse, {grad, out}, [&](std::int64_t at, std::int64_t k) {
-    sum_step(grad + at, maxima + k * kSpan, running, out + at, block.count);
+  for_lines(p, to, block, [&](std::int64_t at, std::int64_t words, Word bit) {
+    sum_step(to.from + at, bit, running, to.maxima + words, to.out + at, block.count);
   });
 }
 
@@ -289,115 +306,122 @@ struct Tile {
 // Where a tile lies in a tensor.
 struct TilePlace {
   std::int64_t begin, stride, rows, columns;
-  bool is_full() const { return rows == kRows && columns == kTile; }
 };
 
 // Number by number, once for all bodies.
 template <class Scalar, class T>
-[[gnu::noinline]] void read_numbers(const Scalar* from, const TilePlace& place, Tile<T>& tile) {
-  for (std::int64_t row = 0; row < place.rows; ++row) {
-    for (std::int64_t c = 0; c < place.columns; ++c)
-      tile.at[c][row] = load(from[row * place.stride + c]);
+[[gnu::noinline]] void read_numbers(const Scalar* from, std::int64_t stride, std::int64_t rows,
+                                    std::int64_t columns, T* to) {
+  for (std::int64_t row = 0; row < rows; ++row) {
+    for (std::int64_t c = 0; c < columns; ++c) to[c * kRows + row] = load(from[row * stride + c]);
   }
 }
 template <class Scalar, class T>
-[[gnu::noinline]] void write_numbers(const Tile<T>& tile, const TilePlace& place, Scalar* to) {
-  for (std::int64_t row = 0; row < place.rows; ++row) {
-    for (std::int64_t c = 0; c < place.columns; ++c)
-      store(to[row * place.stride + c], tile.at[c][row]);
+[[gnu::noinline]] void write_numbers(const T* from, std::int64_t stride, std::int64_t rows,
+                                     std::int64_t columns, Scalar* to) {
+  for (std::int64_t row = 0; row < rows; ++row) {
+    for (std::int64_t c = 0; c < columns; ++c) store(to[row * stride + c], from[c * kRows + row]);
   }
 }
 
-template <class Scalar, class T>
-inline void read_tile(const void* tensor, const TilePlace& place, Tile<T>& tile) {
-  const Scalar* from = static_cast<const Scalar*>(tensor) + place.begin;
-  if constexpr (std::is_same_v<Scalar, T>) {
-    if (place.is_full()) {
-      for (std::int64_t row = 0; row < kRows; row += 4) {
-        for (std::int64_t c = 0; c < kTile; c += 4)
-          turn_four(from + row * place.stride + c, place.stride, &tile.at[c][row], kRows);
-      }
-      return;
-    }
-  }
-  read_numbers(from, place, tile);
-}
-
-template <class Scalar, class T>
-inline void write_tile(const Tile<T>& tile, const TilePlace& place, void* tensor) {
-  Scalar* to = static_cast<Scalar*>(tensor) + place.begin;
-  if constexpr (std::is_same_v<Scalar, T>) {
-    if (place.is_full()) {
-      for (std::int64_t row = 0; row < kRows; row += 4) {
-        for (std::int64_t c = 0; c < kTile; c += 4)
-          turn_four(&tile.at[c][row], kRows, to + row * place.stride + c, place.stride);
-      }
-      return;
-    }
-  }
-  write_numbers(tile, place, to);
-}
-
-// f(place, column): the tile there starts with this column of the block.
+// f(row, column, rows, columns, is_full) for the squares of a tile, a row of squares after the other.
 template <class F>
-inline void for_tiles(const Args& args, const Block& block, bool reverse, const F& f) {
-  in_direction(reverse, ceil_div(args.length, kTile), [&](std::int64_t k) {
-    const std::int64_t column = k * kTile;
-    f(TilePlace{block.begin + column, args.length, block.count,
-                std::min<std::int64_t>(kTile, args.length - column)},
-      column);
-  });
-}
-
-template <class Scalar>
-inline void pool_rows(const Plan& p, const Block& block) {
-  using T = Acc<Scalar>;
-  Tile<T> tile{};
-  T running[kRows];
-  std::fill_n(running, kRows, corner_pool::Forward<T>::start());
-  for_tiles(p.args, block, p.reverse, [&](const TilePlace& place, std::int64_t) {
-    read_tile<Scalar>(p.args.input, place, tile);
-    in_direction(p.reverse, place.columns,
-                 [&](std::int64_t c) { pool_step(tile.at[c], running, tile.at[c], kRows); });
-    write_tile<Scalar>(tile, place, p.args.out);
-  });
-}
-
-template <class Scalar>
-inline void sum_rows(const Plan& p, const Block& block, std::int32_t* maxima) {
-  using T = Acc<Scalar>;
-  Tile<T> tile{};
-  T running[kRows];
-  std::fill_n(running, kRows, corner_pool::Forward<T>::start());
-  for_tiles(p.args, block, !p.reverse, [&](const TilePlace& place, std::int64_t column) {
-    read_tile<Scalar>(p.args.input, place, tile);
-    in_direction(!p.reverse, place.columns, [&](std::int64_t c) {
-      mark_step(tile.at[c], running, maxima + (column + c) * kRows, kRows);
-    });
-  });
-  std::fill_n(running, kRows, corner_pool::Backward<T>::start());
-  for_tiles(p.args, block, p.reverse, [&](const TilePlace& place, std::int64_t column) {
-    read_tile<Scalar>(p.args.grad_output, place, tile);
-    in_direction(p.reverse, place.columns, [&](std::int64_t c) {
-      sum_step(tile.at[c], maxima + (column + c) * kRows, running, tile.at[c], kRows);
-    });
-    write_tile<Scalar>(tile, place, p.args.out);
-  });
-}
-
-// Lines whose maxima would take too much memory: where these are, the forward's output says.
-template <class Scalar>
-[[gnu::noinline]] void sum_lines(const Plan& p, const Block& block) {
-  using Pass = corner_pool::Backward<Acc<Scalar>>;
-  Acc<Scalar> running[kSpan];
-  std::fill_n(running, kSpan, Pass::start());
-  const std::int64_t across = p.args.inner == 1 ? p.args.length : 1;
-  auto* out = static_cast<Scalar*>(p.args.out);
-  in_direction(p.reverse, p.args.length, [&](std::int64_t k) {
-    for (std::int64_t i = 0; i < block.count; ++i) {
-      const std::int64_t at = block.begin + k * p.args.inner + i * across;
-      store(out[at], Pass::step(running[i], Pass::template item<Scalar>(p.args, at)));
+inline void for_squares(const TilePlace& place, const F& f) {
+  constexpr std::int64_t kSide = 8;
+  for (std::int64_t row = 0; row < place.rows; row += kSide) {
+    for (std::int64_t c = 0; c < place.columns; c += kSide) {
+      const std::int64_t rows = std::min(kSide, place.rows - row);
+      const std::int64_t columns = std::min(kSide, place.columns - c);
+      f(row, c, rows, columns, rows == kSide && columns == kSide);
     }
+  }
+}
+
+template <class Scalar, class T>
+inline void read_tile(const Scalar* tensor, const TilePlace& place, Tile<T>& tile) {
+  const Scalar* from = tensor + place.begin;
+  if constexpr (std::is_same_v<Scalar, T>) {
+    for_squares(place, [&](std::int64_t row, std::int64_t c, std::int64_t rows,
+                           std::int64_t columns, bool is_full) {
+      const Scalar* square = from + row * place.stride + c;
+      if (is_full) {
+        turn_eight(square, place.stride, &tile.at[c][row], kRows);
+      } else {
+        read_numbers(square, place.stride, rows, columns, &tile.at[c][row]);
+      }
+    });
+  } else {
+    read_numbers(from, place.stride, place.rows, place.columns, &tile.at[0][0]);
+  }
+}
+
+template <class Scalar, class T>
+inline void write_tile(const Tile<T>& tile, const TilePlace& place, Scalar* tensor) {
+  Scalar* to = tensor + place.begin;
+  if constexpr (std::is_same_v<Scalar, T>) {
+    for_squares(place, [&](std::int64_t row, std::int64_t c, std::int64_t rows,
+                           std::int64_t columns, bool is_full) {
+      Scalar* square = to + row * place.stride + c;
+      if (is_full) {
+        turn_eight(&tile.at[c][row], kRows, square, place.stride);
+      } else {
+        write_numbers(&tile.at[c][row], place.stride, rows, columns, square);
+      }
+    });
+  } else {
+    write_numbers(&tile.at[0][0], place.stride, place.rows, place.columns, to);
+  }
+}
+
+// f(place, word): the tile there, whose rows' words are `words` apart from the row before.
+template <class F>
+inline void for_tiles(const Plan& p, const Block& block, const F& f) {
+  const std::int64_t length = p.args.length;
+  in_direction(p.reverse, ceil_div(length, kTile), [&](std::int64_t k) {
+    const std::int64_t column = k * kTile;
+    f(TilePlace{block.begin + column, length, block.count,
+                std::min<std::int64_t>(kTile, length - column)},
+      block.words + k);
+  });
+}
+
+template <bool kMarks, class Scalar>
+inline void pool_rows(const Plan& p, const Pointers<Scalar>& to, const Block& block) {
+  using T = Acc<Scalar>;
+  Tile<T> tile{};
+  T running[kRows];
+  std::fill_n(running, kRows, corner_pool::Forward<T>::start());
+  for_tiles(p, block, [&](const TilePlace& place, std::int64_t first) {
+    Word words[kRows] = {};
+    read_tile(to.from, place, tile);
+    in_direction(p.reverse, place.columns, [&](std::int64_t c) {
+      pool_step<kMarks>(tile.at[c], Word{1} << c, running, words, tile.at[c], kRows);
+    });
+    write_tile(tile, place, to.out);
+    if constexpr (kMarks) {
+      const std::int64_t stride = ceil_div(p.args.length, kWord);
+      for (std::int64_t row = 0; row < place.rows; ++row)
+        to.marks[first + row * stride] = words[row];
+    }
+  });
+}
+
+template <class Scalar>
+inline void sum_rows(const Plan& p, const Pointers<Scalar>& to, const Block& block) {
+  using T = Acc<Scalar>;
+  Tile<T> tile{};
+  T running[kRows];
+  std::fill_n(running, kRows, corner_pool::Backward<T>::start());
+  const std::int64_t stride = ceil_div(p.args.length, kWord);
+  for_tiles(p, block, [&](const TilePlace& place, std::int64_t first) {
+    Word words[kRows] = {};
+    for (std::int64_t row = 0; row < place.rows; ++row)
+      words[row] = to.maxima[first + row * stride];
+    read_tile(to.from, place, tile);
+    in_direction(p.reverse, place.columns, [&](std::int64_t c) {
+      sum_step(tile.at[c], Word{1} << c, running, words, tile.at[c], kRows);
+    });
+    write_tile(tile, place, to.out);
   });
 }
 
@@ -412,59 +436,81 @@ struct Blocks {
         count(inner == 1 ? ceil_div(args.outer, lines) : args.outer * across) {}
 
   Block at(const Args& args, std::int64_t i) const {
-    if (inner == 1)
-      return {i * lines * args.length, std::min<std::int64_t>(lines, args.outer - i * lines)};
-    const std::int64_t column = i % across * lines;
-    return {i / across * args.length * inner + column,
+    const std::int64_t words = ceil_div(args.length, kWord);
+    if (inner == 1) {
+      const std::int64_t row = i * lines;
+      return {row * args.length, row * words, std::min<std::int64_t>(lines, args.outer - row)};
+    }
+    const std::int64_t map = i / across * inner, column = i % across * lines;
+    return {map * args.length + column, map * words + column,
             std::min<std::int64_t>(lines, inner - column)};
   }
 };
 
 template <class Scalar>
-inline void run_blocks(const Plan& p, const Blocks& blocks, std::int64_t begin, std::int64_t end,
-                       std::int32_t* maxima) {
+inline void run_blocks(const Plan& p, const Pointers<Scalar>& to, const Blocks& blocks,
+                       std::int64_t begin, std::int64_t end) {
+  const bool rows = blocks.inner == 1;
   for (std::int64_t i = begin; i < end; ++i) {
     const Block block = blocks.at(p.args, i);
-    if (p.backward && maxima == nullptr) {
-      sum_lines<Scalar>(p, block);
-    } else if (blocks.inner == 1) {
-      p.backward ? sum_rows<Scalar>(p, block, maxima) : pool_rows<Scalar>(p, block);
+    if (p.backward) {
+      rows ? sum_rows(p, to, block) : sum_columns(p, to, block);
+    } else if (to.marks != nullptr) {
+      rows ? pool_rows<true>(p, to, block) : pool_columns<true>(p, to, block);
     } else {
-      p.backward ? sum_columns<Scalar>(p, block, maxima) : pool_columns<Scalar>(p, block);
+      rows ? pool_rows<false>(p, to, block) : pool_columns<false>(p, to, block);
     }
   }
 }
-TORCHKILN_POOL_LOOPS void run_floats(const Plan& p, const Blocks& blocks, std::int64_t begin,
-                                     std::int64_t end, std::int32_t* maxima) {
-  run_blocks<float>(p, blocks, begin, end, maxima);
+TORCHKILN_POOL_LOOPS void run_floats(const Plan& p, const Pointers<float>& to, const Blocks& blocks,
+                                     std::int64_t begin, std::int64_t end) {
+  run_blocks(p, to, blocks, begin, end);
 }
 
-Tensor run_cpu(const Plan& p) {
+template <class Scalar>
+Pointers<Scalar> pointers(const Plan& p) {
+  const bool marks = !p.backward && p.maxima.numel() > 0;
+  return {.from = static_cast<const Scalar*>(p.backward ? p.args.grad_output : p.args.input),
+          .out = static_cast<Scalar*>(p.args.out),
+          .marks = marks ? static_cast<Word*>(p.maxima.mutable_data_ptr()) : nullptr,
+          .maxima = static_cast<const Word*>(p.maxima.const_data_ptr())};
+}
+
+void run_cpu(const Plan& p) {
   const Blocks blocks(p.args);
   const auto lines =
       std::min<std::int64_t>(blocks.lines, blocks.inner == 1 ? p.args.outer : blocks.inner);
-  const std::int64_t marks = p.args.length * blocks.lines;
-  const bool marked = p.backward && marks <= kMostMarks;
   with_float(p.out.scalar_type(), [&]<class Scalar>() {
+    const Pointers<Scalar> to = pointers<Scalar>(p);
     parallel_for(blocks.count, p.args.length * lines, [&](std::int64_t begin, std::int64_t end) {
-      std::unique_ptr<std::int32_t[]> maxima;
-      if (marked)
-        maxima = std::make_unique_for_overwrite<std::int32_t[]>(static_cast<std::size_t>(marks));
       if constexpr (std::is_same_v<Scalar, float>) {
-        run_floats(p, blocks, begin, end, maxima.get());
+        run_floats(p, to, blocks, begin, end);
       } else {
-        run_blocks<Scalar>(p, blocks, begin, end, maxima.get());
+        run_blocks(p, to, blocks, begin, end);
       }
     });
   });
-  return p.out;
 }
 
-Tensor cpu(const Tensor& input, std::int64_t mode) { return run_cpu(plan(input, mode)); }
+std::tuple<Tensor, Tensor> cpu(const Tensor& input, std::int64_t mode, bool with_maxima) {
+  const Plan p = plan(input, mode, with_maxima);
+  run_cpu(p);
+  return {p.out, p.maxima};
+}
 
+// What is no public call may have kept no maxima: they are found anew.
 Tensor backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& pooled,
-                    std::int64_t mode) {
-  return run_cpu(plan_backward(grad_output, input, pooled, mode));
+                    const Tensor& maxima, std::int64_t mode) {
+  Plan p = plan_backward(grad_output, input, pooled, mode);
+  const Tensor kept = maxima.numel() > 0 ? maxima : std::get<1>(cpu(input, mode, true));
+  check_same_device(kOp, "maxima", kept, "input", input);
+  if (kept.scalar_type() != ScalarType::Int)
+    fail(TORCHKILN_ERROR_TYPE, kOp, "maxima", "be an int32 tensor", text(kept.scalar_type()));
+  const auto [n, c, h, w] = maxima_sizes(input, mode);
+  check_shape(kOp, "maxima", kept, {n, c, h, w});
+  p.maxima = as_layout(kept, is_channels_last(input));
+  run_cpu(p);
+  return p.out;
 }
 
 // ---- CUDA ----
@@ -501,15 +547,16 @@ void launch(const Plan& p, std::initializer_list<Buffer> buffers) {
                      p.args, buffers);
 }
 
-Tensor cuda(const Tensor& input, std::int64_t mode) {
-  const Plan p = plan(input, mode);
-  if (p.out.numel() == 0) return p.out;
-  launch(p, {reads(offsetof(Args, input), p.input), writes(offsetof(Args, out), p.out)});
-  return p.out;
+// The gradient finds the maxima in the map and the output.
+std::tuple<Tensor, Tensor> cuda(const Tensor& input, std::int64_t mode, bool /*with_maxima*/) {
+  const Plan p = plan(input, mode, false);
+  if (p.out.numel() > 0)
+    launch(p, {reads(offsetof(Args, input), p.input), writes(offsetof(Args, out), p.out)});
+  return {p.out, p.maxima};
 }
 
 Tensor backward_cuda(const Tensor& grad_output, const Tensor& input, const Tensor& pooled,
-                     std::int64_t mode) {
+                     const Tensor& /*maxima*/, std::int64_t mode) {
   const Plan p = plan_backward(grad_output, input, pooled, mode);
   if (p.out.numel() == 0) return p.out;
   launch(p,
@@ -521,9 +568,10 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& input, const Tenso
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torchkiln, m) {
-  m.def("corner_pool(Tensor input, int mode) -> Tensor");
+  m.def("corner_pool(Tensor input, int mode, bool with_maxima=False) -> (Tensor, Tensor)");
   m.def(
-      "_corner_pool_backward(Tensor grad_output, Tensor input, Tensor pooled, int mode) -> Tensor");
+      "_corner_pool_backward(Tensor grad_output, Tensor input, Tensor pooled, Tensor maxima, "
+      "int mode) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(torchkiln, CPU, m) {
   m.impl("corner_pool", TORCH_BOX(&cpu));

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchkiln._frame import operator
 from torchkiln.ops._arguments import require_choice
+from torchkiln.ops.detection._regions import like
 
 __all__ = ["corner_pool"]
 
@@ -18,25 +19,41 @@ __all__ = ["corner_pool"]
 _MODES = {"top": 0, "bottom": 1, "left": 2, "right": 3}
 
 
-def _fake(input: Tensor, mode: int) -> Tensor:
-    last = not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
-    memory_format = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(
-        input.shape, dtype=input.dtype, device=input.device, memory_format=memory_format
-    )
+# Places of a line whose maxima share a number; kWord of corner_pool.cpp.
+_WORD = 32
 
 
-def _fake_backward(grad_output: Tensor, input: Tensor, pooled: Tensor, mode: int) -> Tensor:
-    return _fake(input, mode)
+def _fake(input: Tensor, mode: int, with_maxima: bool = False) -> tuple[Tensor, Tensor]:
+    if not (with_maxima and input.is_cpu):  # only loops on the CPU keep any
+        return like(input, input.shape), input.new_empty(0, dtype=torch.int32)
+    n, c, h, w = input.shape
+    words = (_words(h), w) if mode in (_MODES["top"], _MODES["bottom"]) else (h, _words(w))
+    return like(input, input.shape), like(input, (n, c, *words), torch.int32)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, ctx.mode = inputs
-    ctx.save_for_backward(input, output)
+def _words(length: int) -> int:
+    return (length + _WORD - 1) // _WORD
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> Tensor:
-    return _corner_pool_backward(grad_output, *ctx.saved_tensors, ctx.mode)
+def _fake_backward(
+    grad_output: Tensor, input: Tensor, pooled: Tensor, maxima: Tensor, mode: int
+) -> Tensor:
+    return like(input, input.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    input, ctx.mode, _ = inputs
+    ctx.save_for_backward(input, *output)
+    ctx.mark_non_differentiable(output[1])
+    # Nobody reads zeros for the maxima.
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_output: Tensor | None, _: None = None) -> Tensor | None:
+    if grad_output is None:
+        return None
+    grad: Tensor = _corner_pool_backward(grad_output, *ctx.saved_tensors, ctx.mode)
+    return grad
 
 
 _corner_pool_backward = operator("_corner_pool_backward", fake=_fake_backward)
@@ -80,4 +97,8 @@ def corner_pool(input: Tensor, mode: str) -> Tensor:
         tensor([1., 3., 3., 3.])
     """
     require_choice("corner_pool", "mode", mode, _MODES)
-    return _corner_pool(input, _MODES[mode])
+    with_maxima = (
+        getattr(input, "requires_grad", False) and input.is_cpu and torch.is_grad_enabled()
+    )
+    pooled, _ = _corner_pool(input, _MODES[mode], with_maxima)
+    return pooled

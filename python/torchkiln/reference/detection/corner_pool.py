@@ -16,20 +16,23 @@ from torchkiln.testing import _scenes as scenes
 __all__ = ["corner_pool"]
 
 
-def corner_pool(input: Tensor, mode: int) -> Tensor:
+def corner_pool(input: Tensor, mode: int, with_maxima: bool = False) -> tuple[Tensor, Tensor]:
     """The largest value from each cell on in one direction.
 
     Args:
         input: (N, C, H, W).
         mode: 0 top, 1 bottom, 2 left, 3 right.
+        with_maxima: whether the operator keeps maxima for its gradient; not needed here.
 
     Returns:
-        (N, C, H, W).
+        (N, C, H, W); an empty tensor.
     """
     dim = 2 if mode in (0, 1) else 3
     if mode in (1, 3):
-        return torch.cummax(input, dim).values
-    return torch.cummax(input.flip(dim), dim).values.flip(dim)
+        pooled = torch.cummax(input, dim).values
+    else:
+        pooled = torch.cummax(input.flip(dim), dim).values.flip(dim)
+    return pooled, input.new_empty(0, dtype=torch.int32)
 
 
 def parity() -> Parity:
