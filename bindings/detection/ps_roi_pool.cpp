@@ -39,10 +39,7 @@ struct StagedTunables {
   std::int64_t maps, block_size;
 };
 struct GatherStatics {
-  std::int64_t scalar, pooling, channels_last;
-};
-struct GatherTunables {
-  std::int64_t outputs, block_size;
+  std::int64_t scalar, pooling, channels_last, outputs;
 };
 
 const std::vector<const char*> kOperators = {"ps_roi_align", "ps_roi_pool"};
@@ -57,7 +54,7 @@ const std::vector<torchkiln_size> kSizes = {
 using Tables = Kernel<Args, TableStatics, Sizes, BlockTunables>;
 using Forward = Kernel<Args, MapStatics, Sizes, BlockTunables>;
 using Staged = Kernel<Args, StagedStatics, Sizes, StagedTunables>;
-using Gather = Kernel<Args, GatherStatics, Sizes, GatherTunables>;
+using Gather = Kernel<Args, GatherStatics, Sizes, BlockTunables>;
 
 std::int64_t sum_bytes(std::int64_t scalar) { return scalar == TORCHKILN_DOUBLE ? 8 : 4; }
 std::int64_t element_bytes(std::int64_t scalar) {
@@ -157,34 +154,59 @@ const Staged staged_kernel({
         },
 });
 
-ps_roi_pool::Cut cut_of(const Gather::Problem& p, const GatherTunables& t) {
-  const Sizes& s = p.sizes;
-  return ps_roi_pool::cut_of(s.outputs(), s.pooled_w, s.h, s.w, p.statics.channels_last != 0,
-                             static_cast<int>(p.statics.pooling), static_cast<i32>(t.outputs),
-                             static_cast<i32>(t.block_size),
-                             static_cast<i32>(sum_bytes(p.statics.scalar)));
+// A part has as many bytes of shared memory at most, unless so few entries have more, and as many pixels: the threads of
+// the default.
+constexpr i32 kMostBytes = 48 * 1024, kFewestEntries = 32, kMostPixels = 512;
+
+// At least one, also of sizes that are not known.
+i32 even_part(std::int64_t size, std::int64_t most) {
+  const std::int64_t some = std::max<std::int64_t>(1, size);
+  return static_cast<i32>(ceil_div(some, ceil_div(some, most)));
+}
+
+// Of a batch: gradients, weights, and which entries take any of a line.
+i32 batch_bytes(const ps_roi_pool::Cut& cut, const GatherStatics& t) {
+  const std::int64_t numbers = cut.bins * t.outputs + cut.weights(static_cast<int>(t.pooling));
+  return static_cast<i32>(cut.entries * numbers * sum_bytes(t.scalar)) +
+         cut.entries / 8 * cut.lines();
+}
+
+ps_roi_pool::Cut cut_of(const Sizes& s, const GatherStatics& t) {
+  const bool channels_last = t.channels_last != 0;
+  ps_roi_pool::Cut cut{};
+  cut.outputs = even_part(s.outputs(), t.outputs);
+  cut.bins = channels_last ? even_part(s.pooled_w, 8) : 1;  // a row's lie side by side there
+  cut.width = even_part(s.w, channels_last ? 16 : 32);
+  cut.height = even_part(s.h, std::min(kMostPixels / (cut.bins * cut.width), 32));
+  cut.entries = 128;
+  while (cut.entries > kFewestEntries && batch_bytes(cut, t) > kMostBytes) cut.entries /= 2;
+  cut.of_outputs = static_cast<i32>(ceil_div(s.outputs(), cut.outputs));
+  cut.of_bins = static_cast<i32>(ceil_div(s.pooled_w, cut.bins));
+  cut.down = static_cast<i32>(ceil_div(s.h, cut.height));
+  cut.across = static_cast<i32>(ceil_div(s.w, cut.width));
+  return cut;
 }
 
 const Gather gather_kernel({
     .path = "detection/ps_roi_pool_backward.cuh",
     .entry = "gather",
     .operators = kOperators,
-    .statics = {types("scalar", kFloatTypes), ints("pooling", {0, 1}), bools("channels_last")},
+    .statics = {types("scalar", kFloatTypes), ints("pooling", {0, 1}), bools("channels_last"),
+                ints("outputs", {4, 12})},
     .sizes = kSizes,
-    .tunables = {ints("outputs", {4, 8, 12}), ints("block_size", {256, 512})},
-    .defaults = {{12, 512}, {4, 512}},
-    .choose = [](const Gather::Problem& p) { return p.sizes.outputs() > 4 ? 0u : 1u; },
+    .tunables = {ints("block_size", {256, 512, 768, 1024})},
+    .defaults = {{512}},
+    .legal =
+        [](const Gather::Problem& p, const BlockTunables& t) {
+          const ps_roi_pool::Cut cut = cut_of(p.sizes, p.statics);
+          return cut.bins * cut.height * cut.width <= t.block_size;
+        },
     .geometry =
-        [](const Gather::Problem& p, const GatherTunables& t) {
-          const Sizes& s = p.sizes;
-          const ps_roi_pool::Cut cut = cut_of(p, t);
-          const std::int64_t tiles = ceil_div(s.h, cut.height) * ceil_div(s.w, cut.width);
-          const std::int64_t maps = s.n * ceil_div(s.outputs(), cut.outputs) * s.pooled_h *
-                                    ceil_div(s.pooled_w, cut.bins);
-          const i32 bytes = ps_roi_pool::batch_bytes(
-              cut, static_cast<int>(p.statics.pooling), static_cast<i32>(t.outputs),
-              static_cast<i32>(sum_bytes(p.statics.scalar)));
-          return linear(maps * tiles, t.block_size, static_cast<std::uint32_t>(bytes));
+        [](const Gather::Problem& p, const BlockTunables& t) {
+          const ps_roi_pool::Cut cut = cut_of(p.sizes, p.statics);
+          const std::int64_t maps = p.sizes.n * cut.of_outputs * p.sizes.pooled_h * cut.of_bins;
+          return linear(maps * cut.down * cut.across, t.block_size,
+                        static_cast<std::uint32_t>(batch_bytes(cut, p.statics)));
         },
 });
 
@@ -299,8 +321,12 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes, std::int64_
     p.bins = as_contiguous(p.bins);
     p.args.bins = const_cast<void*>(p.bins.const_data_ptr());
   }
+  const Sizes sizes = sizes_of(p);
+  const GatherStatics statics{kernel_type(p.maps.scalar_type()), pooling, channels_last,
+                              sizes.outputs() > 4 ? 12 : 4};
+  p.args.cut = cut_of(sizes, statics);
   gather_kernel.run(
-      place, {kernel_type(p.maps.scalar_type()), pooling, channels_last}, sizes_of(p), p.args,
+      place, statics, sizes, p.args,
       {reads(offsetof(Args, regions), p.boxes), reads(offsetof(Args, bins), p.bins),
        writes(offsetof(Args, maps), p.maps), unused(offsetof(Args, channels)),
        unused(offsetof(Args, taps)), unused(offsetof(Args, ranges)),
@@ -332,6 +358,7 @@ ps_roi_pool::Args args_of(const PsRoiPoolPlan& p, const RoiAlignShape& shape,
   args.maps = const_cast<void*>(p.maps.const_data_ptr());
   args.bins = const_cast<void*>(p.bins.const_data_ptr());
   args.bins_last = is_channels_last(p.bins);
+  args.outputs = shape.c / (options.pooled_height * options.pooled_width);
   const bool samples = p.kind.pooling == ps_roi_pool::kSamples;
   args.margin = p.kind.as_torchvision && !samples ? 1 : 0;
   const bool nan_for_none = p.kind.as_torchvision && samples && options.sampling_ratio <= 0;

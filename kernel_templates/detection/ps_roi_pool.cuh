@@ -169,7 +169,6 @@ __global__ void __launch_bounds__(kBlockSize) staged(const Args args) {
   const i32 size = i32(r.h * r.w), pitch = roi_align::band_pitch(i32(r.h), i32(r.w));
   const Scalar* maps = static_cast<const Scalar*>(args.maps) + Index(own.image) * Index(r.c) * size;
   const Index step = Index(own.bins) * size;
-  const i32 outputs = divided(i32(r.c), own.bins);
   const Scalar* first = maps + Index(own.channel(0)) * size;
   if (size % 2 == 0 && reinterpret_cast<u64>(first) % (2 * sizeof(Scalar)) == 0) {
     copy_maps<2, kMaps, kBlockSize>(first, step, own.count, size, cells, pitch);
@@ -195,7 +194,7 @@ __global__ void __launch_bounds__(kBlockSize) staged(const Args args) {
     for (int m = 0; m < kMaps; ++m) {
       if (m >= own.count) break;
       const i32 channel = own.channel(m);
-      const Index at = first + (args.bins_last ? own.bin * outputs + own.output + m : channel);
+      const Index at = first + (args.bins_last ? own.bin * i32(args.outputs) + own.output + m : channel);
       store(static_cast<Scalar*>(args.bins)[at], sums[m]);
       if (args.channels) args.channels[at] = channel;
     }

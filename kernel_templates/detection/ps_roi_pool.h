@@ -14,6 +14,18 @@ using roi_align::Tap;
 
 enum Pooling { kSamples = 0, kCells = 1 };
 
+// How gradients of maps are cut into parts, one for each block of gather: a tile of the maps of `bins` neighbouring bins of
+// `outputs` outputs. `entries` regions are laid out at once.
+struct Cut {
+  i32 outputs, bins, height, width, entries;
+  i32 of_outputs, of_bins, down, across;  // the number of parts
+
+  // Rows of the tile, then columns for each of the bins.
+  TORCHKILN_HD i32 lines() const { return height + bins * width; }
+  // Numbers of an entry: what samples give to each line; of cells one for all rows, and one for the columns of each bin.
+  TORCHKILN_HD i32 weights(int pooling) const { return pooling == kCells ? 1 + bins : lines(); }
+};
+
 struct Args {
   Regions regions;  // c: channels of the maps, pooled_h * pooled_w for each of the bins
   void* maps;       // the input, or its gradient
@@ -26,42 +38,9 @@ struct Args {
   i64 bins_last;  // (k, pooled_h, pooled_w, outputs) instead
   i64 margin;     // kCells: so many of the last rows and columns are never pooled
   float of_none;  // kSamples: the bins of a region without samples
+  i64 outputs;    // c / pooled_h / pooled_w
+  Cut cut;        // of the gradient
 };
-
-// How gradients of maps are cut into parts, one for each block of gather: a tile of the maps of `bins` neighbouring bins of
-// `outputs` outputs, a thread for each of its pixels and bins. `entries` regions are laid out at once.
-struct Cut {
-  i32 outputs, bins, height, width, entries;
-
-  // Rows of the tile, then columns for each of the bins.
-  TORCHKILN_HD i32 lines() const { return height + bins * width; }
-  // Numbers of an entry: for each line what samples give to it, or of cells one for all rows, and for the columns of each bin.
-  TORCHKILN_HD i32 weights(int pooling) const { return pooling == kCells ? 1 + bins : lines(); }
-};
-TORCHKILN_HD i32 even_part(i64 size, i32 most) {
-  const u32 parts = (u32(size) + u32(most) - 1) / u32(most);
-  return i32((u32(size) + parts - 1) / parts);
-}
-// Of a batch: gradients, weights, and which entries take any of a line.
-TORCHKILN_HD i32 batch_bytes(const Cut& cut, int pooling, i32 most_outputs, i32 sum_bytes) {
-  const i32 sums = cut.bins * most_outputs + cut.weights(pooling);
-  return cut.entries * sums * sum_bytes + cut.entries / 8 * cut.lines();
-}
-TORCHKILN_HD Cut cut_of(i64 outputs, i64 pooled_w, i64 h, i64 w, bool channels_last, int pooling,
-                        i32 most_outputs, i32 threads, i32 sum_bytes) {
-  constexpr i32 kMostHeight = 32, kMostBytes = 48 * 1024;
-  Cut cut;
-  cut.outputs = even_part(outputs, most_outputs);
-  // Those of a row lie side by side in channels_last.
-  cut.bins = channels_last ? even_part(pooled_w, 8) : 1;
-  cut.width = even_part(w, channels_last ? 16 : 32);
-  cut.height = even_part(h, min_of(i32(u32(threads) / u32(cut.bins * cut.width)), kMostHeight));
-  cut.entries = 128;
-  while (cut.entries > 32 && batch_bytes(cut, pooling, most_outputs, sum_bytes) > kMostBytes) {
-    cut.entries /= 2;
-  }
-  return cut;
-}
 
 // The cells of a region on one axis, with the functions of roi_align::Axis.
 template <class T>

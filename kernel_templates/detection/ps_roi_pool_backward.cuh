@@ -21,30 +21,28 @@ constexpr int kWordBits = 32;
 
 // What a block sums: bins from `bin` on of a row, outputs from `output` on, and a tile.
 struct Part {
-  Cut cut;
   i32 image, row_bin, bin, bins, output, outputs;
   i32 y, x, height, width;
 };
 
 // Neighbouring blocks have neighbouring bins.
-__device__ __forceinline__ Part own_part(const Regions& r, const Cut& cut, u32 block) {
+__device__ __forceinline__ Part own_part(const Args& args, u32 block) {
+  const Regions& r = args.regions;
+  const Cut& cut = args.cut;
   Part part;
-  part.cut = cut;
-  const auto next = [&](i64 size, i32 step) {
-    const u32 parts = (u32(size) + u32(step) - 1) / u32(step), above = block / parts;
-    const i32 begin = i32(block - above * parts) * step;
+  const auto next = [&](i64 parts) {
+    const u32 above = block / u32(parts), own = block - above * u32(parts);
     block = above;
-    return begin;
+    return i32(own);
   };
-  const i32 outputs = divided(i32(r.c), i32(r.pooled_h * r.pooled_w));
-  part.bin = next(r.pooled_w, cut.bins);
-  part.row_bin = next(r.pooled_h, 1);
-  part.output = next(outputs, cut.outputs);
-  part.x = next(r.w, cut.width);
-  part.y = next(r.h, cut.height);
+  part.bin = next(cut.of_bins) * cut.bins;
+  part.row_bin = next(r.pooled_h);
+  part.output = next(cut.of_outputs) * cut.outputs;
+  part.x = next(cut.across) * cut.width;
+  part.y = next(cut.down) * cut.height;
   part.image = i32(block);
   part.bins = min_of(cut.bins, i32(r.pooled_w) - part.bin);
-  part.outputs = min_of(cut.outputs, outputs - part.output);
+  part.outputs = min_of(cut.outputs, i32(args.outputs) - part.output);
   part.width = min_of(cut.width, i32(r.w) - part.x);
   part.height = min_of(cut.height, i32(r.h) - part.y);
   return part;
@@ -139,30 +137,35 @@ __device__ __forceinline__ Batch<T> batch_in(void* memory, const Cut& cut, int p
   return batch;
 }
 
-template <class Scalar, int kOutputs, int kBlockSize, class T = Acc<Scalar>>
+template <class Scalar, bool kLast, int kOutputs, int kBlockSize, class T = Acc<Scalar>>
 __device__ __forceinline__ void copy_gradients(const Args& args, const Part& part, i64 begin,
                                                const i32* regions, int count, T* to) {
+  constexpr int kAtOnce = kLast ? 4 : 2;
   const Regions& r = args.regions;
-  const i32 bins = i32(r.pooled_h * r.pooled_w), outputs = divided(i32(r.c), bins);
-  const i64 bin_step = args.bins_last ? outputs : 1, output_step = args.bins_last ? 1 : bins;
-  const Scalar* from = static_cast<const Scalar*>(args.bins) + part.output * output_step +
-                       (part.row_bin * r.pooled_w + part.bin) * bin_step;
+  const i32 bins = i32(r.pooled_h * r.pooled_w), outputs = i32(args.outputs);
+  const i32 bin_step = args.bins_last ? outputs : 1, output_step = args.bins_last ? 1 : bins;
+  const u32 bytes = u32(r.c) * u32(sizeof(Scalar));
+  const Scalar* from = static_cast<const Scalar*>(args.bins) + begin * r.c +
+                       part.output * output_step +
+                       (part.row_bin * i32(r.pooled_w) + part.bin) * bin_step;
   const float inverse = count_quotient(1.0f, static_cast<float>(part.bins));
-  const auto row_of = [&](i32 item) { return part.bins == 1 ? item : quotient(item, inverse); };
+  const auto output_of = [&](i32 item) { return kLast ? quotient(item, inverse) : item; };
   const auto ask = [&](i32 item) {
-    const i32 row = row_of(item), output = row % kOutputs;
+    const i32 row = output_of(item), output = row % kOutputs;
     Scalar gradient = {};
     if (output < part.outputs) {
-      gradient = from[(begin + regions[row / kOutputs]) * r.c + output * output_step +
-                      (item - row * part.bins) * bin_step];
+      const i32 bin = item - row * part.bins;
+      gradient = row_at(from, regions[row / kOutputs],
+                        bytes)[output * output_step + (kLast ? bin * bin_step : 0)];
     }
     return gradient;
   };
   const auto keep = [&](i32 item, Scalar gradient) {
-    const i32 row = row_of(item), bin = item - row * part.bins;
-    to[(row / kOutputs * part.cut.bins + bin) * kOutputs + row % kOutputs] = load(gradient);
+    const i32 row = output_of(item), bin = kLast ? item - row * part.bins : 0;
+    const i32 at = kLast ? (row / kOutputs * args.cut.bins + bin) * kOutputs + row % kOutputs : row;
+    to[at] = load(gradient);
   };
-  at_once<4, kBlockSize>(count * kOutputs * part.bins, ask, keep);
+  at_once<kAtOnce, kBlockSize>(count * kOutputs * part.bins, ask, keep);
 }
 
 // The rows of a tile, or its columns for one bin: what an entry gives to them.
@@ -212,7 +215,7 @@ template <int kPooling, int kBlockSize, class T>
 __device__ __forceinline__ void fill_sides(const Args& args, const Part& part, i64 begin,
                                            const i32* regions, int count, const Batch<T>& batch) {
   const Regions& r = args.regions;
-  const Cut& cut = part.cut;
+  const Cut& cut = args.cut;
   const i32 sides = 1 + part.bins;
   const float inverse = count_quotient(1.0f, static_cast<float>(sides));
 #pragma unroll 1
@@ -242,8 +245,7 @@ struct Pixel {
   i32 row_line, column_line, row_weight, column_weight;
 };
 template <int kPooling>
-__device__ __forceinline__ Pixel own_pixel(const Part& part) {
-  const Cut& cut = part.cut;
+__device__ __forceinline__ Pixel own_pixel(const Cut& cut, const Part& part) {
   Pixel own;
   const i32 pixel = divided(i32(threadIdx.x), cut.bins);
   own.bin = i32(threadIdx.x) - pixel * cut.bins;
@@ -294,11 +296,13 @@ __device__ __forceinline__ void write_sums(const Args& args, const Part& part, c
                (kLast ? pixel * r.c + channel : channel * size + pixel);
 #pragma unroll
   for (int i = 0; i < kOutputs; ++i) {
-    if (i < part.outputs) store(to[i * step], sums[i]);
+    if (i < part.outputs) store(*to, sums[i]);
+    to += step;
   }
 }
 
 // Grid: one-dimensional, the parts of the gradient. Dynamic shared memory: a batch.
+// Threads without a pixel help to find and to lay out regions.
 template <class Scalar, int kPooling, bool kLast, int kOutputs, int kBlockSize>
 __global__ void __launch_bounds__(kBlockSize, sizeof(Acc<Scalar>) == 8 ? 1 : 1024 / kBlockSize)
     gather(const Args args) {
@@ -307,11 +311,10 @@ __global__ void __launch_bounds__(kBlockSize, sizeof(Acc<Scalar>) == 8 ? 1 : 102
   __shared__ i32 list[kBlockSize];
   __shared__ int partial[kBlockSize / kWarpSize];
   const Regions& r = args.regions;
-  const Cut cut = cut_of(divided(i32(r.c), i32(r.pooled_h * r.pooled_w)), r.pooled_w, r.h, r.w,
-                         kLast, kPooling, kOutputs, kBlockSize, i32(sizeof(T)));
-  const Part part = own_part(r, cut, blockIdx.x);
+  const Cut& cut = args.cut;
+  const Part part = own_part(args, blockIdx.x);
   const Batch<T> batch = batch_in<kOutputs, T>(memory, cut, kPooling);
-  const Pixel own = own_pixel<kPooling>(part);
+  const Pixel own = own_pixel<kPooling>(cut, part);
   T sums[kOutputs] = {};
 #pragma unroll 1
   for (i64 begin = 0; begin < r.k; begin += kBlockSize) {
@@ -327,8 +330,8 @@ __global__ void __launch_bounds__(kBlockSize, sizeof(Acc<Scalar>) == 8 ? 1 : 102
         batch.masks[i] = 0;
       }
       __syncthreads();
-      copy_gradients<Scalar, kOutputs, kBlockSize>(args, part, begin, list + first, count,
-                                                   batch.gradients);
+      copy_gradients<Scalar, kLast, kOutputs, kBlockSize>(args, part, begin, list + first, count,
+                                                          batch.gradients);
       fill_sides<kPooling, kBlockSize>(args, part, begin, list + first, count, batch);
       __syncthreads();
       if (own.exists) add_batch<kPooling>(cut, own, batch, count, sums);
