@@ -117,7 +117,7 @@ struct Operators {
     return pad(plan_lanes("line_nms_padded", boxes, scores, distance, labels), max_output);
   }
   static Pair pad(const NmsPlan& p, std::int64_t max_output) {
-    check_max_output(p.op, max_output);
+    check_padded_output(p.op, max_output);
     Padded result = padded(p, max_output);
     return {result.indices, result.count};
   }
@@ -230,6 +230,13 @@ void check_offset(const char* op, double offset) {
 void check_max_output(const char* op, std::int64_t max_output) {
   if (max_output >= 0) return;
   fail(TORCHKILN_ERROR_VALUE, op, "max_output", "be at least 0", std::to_string(max_output));
+}
+
+void check_padded_output(const char* op, std::int64_t max_output) {
+  check_max_output(op, max_output);
+  if (max_output <= kMaxBoxes) return;
+  fail(TORCHKILN_ERROR_VALUE, op, "max_output", "be at most 2^30", std::to_string(max_output),
+       "No more rows can be kept than there are boxes");
 }
 
 }  // namespace torchkiln::bindings

@@ -40,6 +40,8 @@ NmsPlan plan_nms(const char* op, const Tensor& boxes, const Tensor& scores,
 std::int64_t class_bytes(const char* op, const char* argument, const Tensor& idxs);
 void check_offset(const char* op, double offset);
 void check_max_output(const char* op, std::int64_t max_output);
+// The same where the result is as long, whatever the number of boxes is.
+void check_padded_output(const char* op, std::int64_t max_output);
 
 // Boxes on the device in the order of suppression: arguments for the kernels that follow, and the memory behind them.
 struct Ordered {

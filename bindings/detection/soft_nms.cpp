@@ -228,7 +228,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_nms_padded_cuda(const Tensor& boxes, con
   constexpr const char* kOp = "soft_nms_padded";
   const SoftPlan p =
       plan_soft_nms(kOp, boxes, scores, {iou_threshold, sigma, min_score, method, offset}, idxs);
-  check_max_output(kOp, max_output);
+  check_padded_output(kOp, max_output);
   Tensor indices = empty(boxes, ScalarType::Long, {max_output});
   if (p.args.n == 0) {
     torch::stable::fill_(indices, -1);

@@ -357,7 +357,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_nms_padded_cpu(const Tensor& boxes, cons
   constexpr const char* kOp = "soft_nms_padded";
   const SoftPlan p =
       plan_soft_nms(kOp, boxes, scores, {iou_threshold, sigma, min_score, method, offset}, idxs);
-  check_max_output(kOp, max_output);
+  check_padded_output(kOp, max_output);
   const auto [indices, out, kept] = run(p, max_output, max_output);
   Tensor count = empty(boxes, ScalarType::Long, {});
   *mutable_data<std::int64_t>(count) = kept;

@@ -168,7 +168,40 @@ TORCHKILN_HD void begin_nearest(Quad<T>& q, T x, T y) {
   }
 }
 
-// The area that two quadrilaterals share: from 0 to the lesser of their areas, or NaN.
+// Does a line along a side of `a`, or of `b` which lies (dx, dy) from it, part the two?
+template <class T>
+TORCHKILN_HD bool parted(Quad<T> a, Quad<T> b, T dx, T dy) {
+  TORCHKILN_ROLLED
+  for (int side = 0; side < 8; ++side) {
+    const T nx = a.py[0] - a.py[1], ny = a.px[1] - a.px[0];  // inwards
+    T a_low = T(0), a_high = T(0), b_low = T(0), b_high = T(0);
+    for (int i = 0; i < 4; ++i) {
+      const T at = nx * (a.px[i] - a.px[0]) + ny * (a.py[i] - a.py[0]);
+      const T b_at = nx * (b.px[i] + (dx - a.px[0])) + ny * (b.py[i] + (dy - a.py[0]));
+      a_low = min_of(at, a_low);
+      a_high = max_of(at, a_high);
+      b_low = i == 0 ? b_at : min_of(b_at, b_low);
+      b_high = i == 0 ? b_at : max_of(b_at, b_high);
+    }
+    if (b_high - a_low < kTouching<T> * ((a_high - a_low) + (b_high - b_low))) return true;
+    const T x = a.px[0], y = a.py[0];
+    for (int i = 0; i < 3; ++i) {  // on to the next side; registers have no index
+      a.px[i] = a.px[i + 1];
+      a.py[i] = a.py[i + 1];
+    }
+    a.px[3] = x;
+    a.py[3] = y;
+    if (side != 3) continue;
+    const Quad<T> first = a;
+    a = b;
+    b = first;
+    dx = -dx;
+    dy = -dy;
+  }
+  return false;
+}
+
+// The area that two quadrilaterals share: from 0, which it is where a side parts them, to the lesser of their areas, or NaN.
 template <class T>
 TORCHKILN_HD T shared_area(const Quad<T>& a, const Quad<T>& b) {
   T value;
@@ -189,6 +222,9 @@ TORCHKILN_HD T shared_area(const Quad<T>& a, const Quad<T>& b) {
     bx = small.px[3] - small.px[0];
     by = small.py[3] - small.py[0];
   }
+  // Rounding leaves this much at the most to shapes that do not meet.
+  const T reach = a.radius + b.radius, little = T(16) * kTouching<T> * reach * reach;
+  if (sum < little && parted(small, large, dx, dy)) return T(0);
   return clamped(sum, T(0), small.area);
 }
 

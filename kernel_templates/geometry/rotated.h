@@ -96,6 +96,19 @@ TORCHKILN_HD bool apart(const Shape& a, const Shape& b, T& value) {
   return !(squared <= reach * reach);
 }
 
+// Shapes that overlap by less than this share of what they cover together, across a line, only touch: rounding decides.
+template <class T>
+constexpr T kTouching = sizeof(T) == 8 ? T(4e-15) : T(2e-6);
+
+// Does a line along a side of `a` part the two? `r` is a as b sees it. (Of a line along a side of b the integral is 0.)
+template <class T>
+TORCHKILN_HD bool parted(const Rotated<T>& a, const Rotated<T>& b, const Relative<T>& r) {
+  const T c = abs_of(r.cos), s = abs_of(r.sin), share = T(1) - kTouching<T>;
+  const T w = a.half_w + (b.half_w * c + b.half_h * s), h = a.half_h + (b.half_w * s + b.half_h * c);
+  return abs_of(r.x * r.cos + r.y * r.sin) >= w * share ||
+         abs_of(r.y * r.cos - r.x * r.sin) >= h * share;
+}
+
 template <class T>
 struct Window {
   T left, right, bottom, top;
@@ -129,12 +142,14 @@ TORCHKILN_HD T finite_slope(T dx, T dy) {
   return abs_of(dy) > T(1e-30) ? fast_quotient(dx, dy) : T(0);
 }
 
-// The area that two rotated rectangles share: from 0 to the lesser of their areas, or NaN.
+// The area that two rotated rectangles share: from 0, which it is where they do not meet, to the lesser of their areas, or
+// NaN.
 template <class T>
 TORCHKILN_HD T shared_area(const Rotated<T>& a, const Rotated<T>& b) {
   T value;
   if (apart(a, b, value)) return value;
   Relative<T> r = relative(a, b);
+  if (parted(a, b, r)) return T(0);  // rounding would leave the integral a little
   // The origin is the point of b that is nearest to the centre of a: no number is larger than it must be.
   const T x = clamped(r.x, -b.half_w, b.half_w), y = clamped(r.y, -b.half_h, b.half_h);
   const Window<T> window = {-b.half_w - x, b.half_w - x, -b.half_h - y, b.half_h - y};

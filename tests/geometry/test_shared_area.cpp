@@ -8,6 +8,7 @@
 #include <limits>
 #include <numbers>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "geometry/quad.h"
@@ -89,6 +90,32 @@ void add(Errors& worst, const Rows& a, const Rows& b) {
   const double error = std::abs(double{shared_area(shape(a), shape(b))} - exact);
   worst.iou = std::max(worst.iou, error / (area_p + area_q - exact));
   worst.share = std::max(worst.share, error / std::min(area_p, area_q));
+}
+
+// The greatest distance between two convex shapes across a line along a side; negative where they meet.
+double gap(const Polygon& a, const Polygon& b) {
+  double widest = -std::numeric_limits<double>::infinity();
+  for (const auto& [of, other] : {std::pair{&a, &b}, std::pair{&b, &a}}) {
+    for (std::size_t i = 0; i < of->size(); ++i) {
+      const Point from = (*of)[i], to = (*of)[(i + 1) % of->size()];
+      double nearest = std::numeric_limits<double>::infinity();
+      for (const Point& point : *other) nearest = std::min(nearest, -turn(from, to, point));
+      widest = std::max(widest, nearest / std::hypot(to.x - from.x, to.y - from.y));
+    }
+  }
+  return widest;
+}
+
+// How many of the pairs that are at least 1e-5 apart share anything.
+template <class Rows>
+int sharing(const std::vector<std::pair<Rows, Rows>>& pairs, int& apart) {
+  int wrong = 0;
+  for (const auto& [a, b] : pairs) {
+    if (gap(counter_clockwise(polygon(a)), counter_clockwise(polygon(b))) < 1e-5) continue;
+    ++apart;
+    wrong += shared_area(shape(a), shape(b)) != 0 || shared_area(shape(b), shape(a)) != 0 ? 1 : 0;
+  }
+  return wrong;
 }
 
 class SharedAreaTest : public testing::Test {
@@ -183,6 +210,31 @@ TEST_F(SharedAreaTest, ContainedRectanglesShareAllTheyHave) {
     worst = std::max(worst, 1 - shared_area(small, large) / small.area);
   }
   EXPECT_LT(worst, 4e-5);  // of sides 800 : 1
+}
+
+TEST_F(SharedAreaTest, ShapesThatDoNotMeetShareNothing) {
+  std::vector<std::pair<Row, Row>> rectangles;
+  std::vector<std::pair<Vertices, Vertices>> quadrilaterals;
+  for (int i = 0; i < 10 * kPairs; ++i) {
+    rectangles.emplace_back(box(1, 8), box(1, 8));
+    quadrilaterals.emplace_back(quadrilateral(0.3), quadrilateral(0.3));
+  }
+  int apart = 0;
+  EXPECT_EQ(sharing(rectangles, apart), 0);
+  EXPECT_EQ(sharing(quadrilaterals, apart), 0);
+  EXPECT_GT(apart, 10 * kPairs);
+}
+
+TEST_F(SharedAreaTest, RectanglesSideBySideShareNothing) {
+  for (int i = 0; i < kPairs; ++i) {
+    const Row a = box(1, 8);
+    const double c = std::cos(double{a[4]}), s = std::sin(double{a[4]});
+    const bool along = i % 2 == 0;  // the side w, or the side h
+    const double step = a[along ? 2 : 3];
+    const Row b = {static_cast<float>(a[0] + step * (along ? c : -s)),
+                   static_cast<float>(a[1] + step * (along ? s : c)), a[2], a[3], a[4]};
+    EXPECT_EQ(shared_area(shape(a), shape(b)), 0);
+  }
 }
 
 TEST_F(SharedAreaTest, EmptyRectanglesShareNothing) {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchkiln.reference.detection.nms import by_score, greedy, padded
+from torchkiln.reference.detection.nms import by_score, greedy, output_size, padded
 from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 
 __all__ = ["line_nms", "line_nms_groups", "line_nms_padded"]
@@ -128,7 +128,7 @@ def _for(function: str, make: _Make) -> Callable[[Inputs], Mapping[str, Any]]:
     return lambda new: {**make(new), **cut}
 
 
-def _rows(new: Inputs, count: int, heights: int = 20) -> Tensor:
+def straight_lanes(new: Inputs, count: int, heights: int = 20) -> Tensor:
     """Straight lanes that lean a little."""
     head = torch.cat(
         [new.uniform(count, 2), new.uniform(count, 2), new.uniform(count, 1, high=heights)], 1
@@ -139,7 +139,7 @@ def _rows(new: Inputs, count: int, heights: int = 20) -> Tensor:
 
 def _lanes(count: int) -> _Make:
     return lambda new: {
-        "boxes": _rows(new, count),
+        "boxes": straight_lanes(new, count),
         "scores": new.uniform(count),
         "distance": 15.321,
     }
@@ -152,7 +152,7 @@ def _labelled(new: Inputs) -> dict[str, Any]:
 def _degenerate(new: Inputs) -> dict[str, Any]:
     """Equal lanes and scores; starts, lengths, places and scores that are no numbers."""
     nan, inf = math.nan, math.inf
-    boxes, scores = _rows(new, 10).repeat(2, 1), new.uniform(10).repeat(2)
+    boxes, scores = straight_lanes(new, 10).repeat(2, 1), new.uniform(10).repeat(2)
     boxes[1, 2], boxes[2, 4], boxes[3, 5:] = nan, nan, nan
     boxes[4, 2], boxes[5, 4], boxes[6, 2] = -1.0, 0.5, inf
     boxes[7, 4], scores[8] = inf, nan
@@ -163,7 +163,7 @@ def _scene(sizes: Sizes) -> dict[str, Any]:
     new = Inputs(20)
     count = sizes["boxes"]
     arguments: dict[str, Any] = {
-        "boxes": _rows(new, count, 72).float(),
+        "boxes": straight_lanes(new, count, 72).float(),
         "scores": new.uniform(count).float(),
         "distance": 50.0,
     }
@@ -183,7 +183,7 @@ def _fuzz(draw: Draw) -> dict[str, Any]:
         "distance": draw.pick(-1.0, draw.number(0.1, 30.0), 1e4),
     }
     if draw.function == "line_nms_padded":
-        arguments["max_output"] = draw.size(20)
+        arguments["max_output"] = output_size(draw)
     if draw.function != "line_nms_groups" and draw.option("labels", False, True):
         arguments["labels"] = draw.labels(count, 3)
     return arguments

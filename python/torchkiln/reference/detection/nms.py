@@ -253,12 +253,22 @@ def _at_threshold(function: str) -> Callable[[Inputs], Mapping[str, Any]]:
     return make
 
 
+def output_size(draw: Draw) -> int:
+    """The length of a padded result; now and then one that no memory has."""
+    if draw.chance(0.03):
+        draw.promise(ValueError)
+        return draw.pick(2**30 + 1, 2**40)
+    return draw.size(30)
+
+
 def _fuzz(draw: Draw) -> dict[str, Any]:
     boxes = draw.boxes(draw.size(60), draw.pick(100.0, 40.0))
     arguments: dict[str, Any] = {"boxes": boxes, "scores": draw.scores(len(boxes))}
     arguments["iou_threshold"] = draw.threshold(boxes)
-    if draw.function == "nms_padded" or draw.chance(0.25):
-        arguments["max_output"] = draw.size(30)
+    if draw.function == "nms_padded":
+        arguments["max_output"] = output_size(draw)
+    elif draw.chance(0.25):
+        arguments["max_output"] = draw.pick(2**40, draw.size(30), draw.size(30))
     if draw.chance(0.25):
         arguments["score_threshold"] = draw.pick(0.5, 0.0, -1.0)
     if draw.chance(0.25):

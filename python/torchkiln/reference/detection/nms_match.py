@@ -14,7 +14,7 @@ from torchkiln.reference.detection.nms import at_threshold, by_score
 from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
-__all__ = ["nms_groups"]
+__all__ = ["nms_groups", "nms_match"]
 
 
 def _overlaps(box: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,24 +56,53 @@ def nms_groups(
     return rows, groups, torch.tensor(count, dtype=torch.int64, device=boxes.device)
 
 
-def parity() -> Parity:
-    """What it is tried on."""
-    return Parity(
-        op="nms_groups",
-        tier="X",
-        fuzz=_fuzz,
-        cases=(
-            Case("typical", _random(70, 40.0)),
-            Case("empty", _random(0)),
-            Case("single", _random(1)),
-            Case("panels", _random(257)),
-            # More than one tile of the sort.
-            Case("tiles", _random(1100)),
-            Case("ties", _grid),
-            Case("at_threshold", _at_threshold),
-        ),
-        workloads=(Workload("proposals", {"boxes": 4000}, _scene),),
+def nms_match(boxes: Tensor, scores: Tensor, iou_threshold: float) -> list[Tensor]:
+    """The rows of each group of `nms_groups`."""
+    rows, groups, count = nms_groups(boxes, scores, iou_threshold)
+    return [rows[groups == group] for group in range(int(count))]
+
+
+def parities() -> tuple[Parity, ...]:
+    """What both are tried on."""
+    cases = (
+        Case("typical", _random(70, 40.0)),
+        Case("empty", _random(0)),
+        Case("single", _random(1)),
+        Case("panels", _random(257)),
+        # More than one tile of the sort.
+        Case("tiles", _random(1100)),
+        Case("ties", _grid),
+        Case("at_threshold", _at_threshold),
     )
+    workloads = (Workload("proposals", {"boxes": 4000}, _scene),)
+    return (
+        Parity(op="nms_groups", tier="X", fuzz=_fuzz, cases=cases, workloads=workloads),
+        Parity(
+            op="nms_match",
+            tier="X",
+            function=_matched,
+            reference=_matched_plainly,
+            fuzz=_fuzz,
+            cases=cases,
+            workloads=workloads,
+        ),
+    )
+
+
+def _in_one(groups: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The rows of all groups, and how many each has: as many tensors whatever is found."""
+    sizes = torch.tensor([len(group) for group in groups], dtype=torch.int64)
+    return torch.cat(groups) if groups else sizes, sizes
+
+
+def _matched(**arguments: Any) -> tuple[Tensor, Tensor]:
+    from torchkiln import ops
+
+    return _in_one(ops.nms_match(**arguments))
+
+
+def _matched_plainly(**arguments: Any) -> tuple[Tensor, Tensor]:
+    return _in_one(nms_match(**arguments))
 
 
 def _random(count: int, extent: float = 60.0) -> Callable[[Inputs], dict[str, Any]]:

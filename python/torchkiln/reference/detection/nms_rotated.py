@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchkiln.reference.detection.box_iou_rotated import box_iou_rotated, corners
-from torchkiln.reference.detection.nms import batched_nms, greedy, padded
+from torchkiln.reference.detection.nms import batched_nms, greedy, output_size, padded
 from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
@@ -31,7 +31,7 @@ __all__ = [
 _RECTANGLE, _QUAD, _GROUND = 0, 1, 3
 
 
-def _kept(
+def kept_of_form(
     form: int,
     boxes: Tensor,
     scores: Tensor,
@@ -39,6 +39,7 @@ def _kept(
     labels: Tensor | None,
     clockwise: bool = True,
 ) -> Tensor:
+    """Rows that stay among boxes in a form of `box_iou_rotated`."""
     wide = torch.promote_types(boxes.dtype, torch.float32)
     boxes, scores = boxes.to(wide), scores.to(wide)
     area = box_iou_rotated(boxes, boxes, form, mode=2, aligned=True)
@@ -59,14 +60,14 @@ def nms_rotated(
     clockwise: bool = True,
 ) -> Tensor:
     """Rows (K,) of the kept ones among x, y, w, h, angle (N, 5), inside each label."""
-    return _kept(_RECTANGLE, boxes, scores, iou_threshold, labels, clockwise)
+    return kept_of_form(_RECTANGLE, boxes, scores, iou_threshold, labels, clockwise)
 
 
 def nms_quadri(
     boxes: Tensor, scores: Tensor, iou_threshold: float, labels: Tensor | None = None
 ) -> Tensor:
     """Rows (K,) of the kept ones among convex quadrilaterals (N, 8), inside each label."""
-    return _kept(_QUAD, boxes, scores, iou_threshold, labels)
+    return kept_of_form(_QUAD, boxes, scores, iou_threshold, labels)
 
 
 def nms3d(
@@ -75,7 +76,7 @@ def nms3d(
     """Rows (K,) of the kept ones among x, y, z, dx, dy, dz, angle (N, 7), seen from above."""
     flat = torch.cat([boxes[:, :2], torch.zeros_like(boxes[:, :1]), boxes[:, 3:5]], 1)
     flat = torch.cat([flat, torch.ones_like(boxes[:, :1]), boxes[:, 6:]], 1)
-    return _kept(_GROUND, flat, scores, iou_threshold, labels)
+    return kept_of_form(_GROUND, flat, scores, iou_threshold, labels)
 
 
 def nms3d_normal(
@@ -181,6 +182,7 @@ def _parity(op: str, rows: _Rows, scene: Callable[[Sizes], dict[str, Any]]) -> P
         # More than one tile of the sort.
         "tiles": _random(rows, 1100, labels=2, iou_threshold=0.02),
         "degenerate": _degenerate(rows),
+        "apart": _apart(rows),
     }
     if op == "nms_rotated":
         made["counterclockwise"] = _random(rows, 70, clockwise=False)
@@ -231,6 +233,22 @@ def _degenerate(rows: _Rows) -> _Make:
     return make
 
 
+def _apart(rows: _Rows) -> _Make:
+    """Pairs that do not meet, each with a label: all of them stay. (The reference needs more than 0.)"""
+
+    def make(new: Inputs) -> dict[str, Any]:
+        first, second = rows(new, 9000), rows(new, 9000)
+        form = {5: _RECTANGLE, 7: _GROUND, 8: _QUAD}[first.shape[1]]
+        area = box_iou_rotated(first, second, form, mode=2, aligned=True)
+        pairs = (area == 0).nonzero()[:200, 0]
+        boxes = torch.stack([first[pairs], second[pairs]], 1).flatten(0, 1)
+        labels = torch.arange(len(boxes)) // 2
+        return {"boxes": boxes, "scores": new.uniform(len(boxes)), "iou_threshold": 1e-9,
+                "labels": labels}  # fmt: skip
+
+    return make
+
+
 def _scene(boxes: Tensor, sizes: Sizes, threshold: float) -> dict[str, Any]:
     g = scenes.generator(scenes.SEED + 1)
     count = boxes.shape[0]
@@ -273,7 +291,7 @@ def _fuzz(draw: Draw) -> dict[str, Any]:
         "iou_threshold": draw.pick(-0.5, 1.5, draw.number(0.01, 0.99)),
     }
     if draw.function.endswith("_padded"):
-        arguments["max_output"] = draw.size(30)
+        arguments["max_output"] = output_size(draw)
     if draw.option("labels", False, True):
         arguments["labels"] = draw.labels(count, 3)
     if op == "nms_rotated":

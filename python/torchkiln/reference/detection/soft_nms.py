@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchkiln.reference.detection.nms import at_threshold
+from torchkiln.reference.detection.nms import at_threshold, output_size
 from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
 
@@ -255,7 +255,7 @@ def _fuzz(draw: Draw) -> dict[str, Any]:
     if draw.option("offset", False, True):
         arguments["offset"] = draw.pick(1.0, 0.25)
     if draw.function == "soft_nms_padded":
-        arguments["max_output"] = draw.size(20)
+        arguments["max_output"] = output_size(draw)
     if draw.option("classes", False, True):
         arguments["idxs"] = draw.labels(len(boxes), 3)
     return arguments
