@@ -98,18 +98,24 @@ const Forward forward_kernel({
         },
 });
 
-// Threads for one region each, or for a part of them; three maps share a bin's geometry, and one is what fits always.
-const std::vector<std::int64_t> kStagedMaps = {1, 2, 3, 4}, kStagedBlocks = {128, 256, 320, 512};
-const std::vector<StagedTunables> kStagedDefaults = {{3, 128}, {3, 320}, {3, 512},
-                                                     {1, 128}, {1, 320}, {1, 512}};
-
-std::uint32_t choose_staged(const Sizes& s, bool several) {
-  const std::uint32_t block = s.k <= 128 ? 0 : (s.k <= 320 ? 1 : 2);
-  return several && s.outputs() >= 3 ? block : block + 3;
-}
-
 std::int64_t map_groups(const Sizes& s, std::int64_t maps) {
   return s.n * s.pooled_h * s.pooled_w * ceil_div(s.outputs(), maps);
+}
+
+// Threads for one region each, or for a part of them; three maps share a bin's geometry, two where that leaves less to the
+// multiprocessor with the most, and one is what fits always.
+const std::vector<std::int64_t> kStagedMaps = {1, 2, 3, 4}, kStagedBlocks = {128, 256, 320, 512};
+const std::vector<StagedTunables> kStagedDefaults = {{3, 128}, {3, 320}, {3, 512}, {1, 128},
+                                                     {1, 320}, {1, 512}, {2, 512}};
+
+std::uint32_t choose_staged(const Sizes& s, bool several, std::int64_t multiprocessors) {
+  const std::uint32_t block = s.k <= 128 ? 0 : (s.k <= 320 ? 1 : 2);
+  if (!several || s.outputs() < 3) return block + 3;
+  // The geometry takes about as long as two maps.
+  const auto longest = [&](std::int64_t maps) {
+    return ceil_div(map_groups(s, maps), multiprocessors) * (maps + 2);
+  };
+  return block == 2 && longest(2) < longest(3) ? 6 : block;
 }
 
 std::int64_t staged_bytes(const Sizes& s, std::int64_t scalar, std::int64_t maps) {
@@ -138,7 +144,8 @@ const Staged staged_kernel({
         },
     .choose =
         [](const Staged::Problem& p) {
-          return choose_staged(p.sizes, is_stageable(p.device, p.sizes, p.statics.scalar, 3));
+          return choose_staged(p.sizes, is_stageable(p.device, p.sizes, p.statics.scalar, 3),
+                               std::max<std::int64_t>(1, p.device.multiprocessors));
         },
     .geometry =
         [](const Staged::Problem& p, const StagedTunables& t) {
