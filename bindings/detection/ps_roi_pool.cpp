@@ -332,12 +332,11 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& boxes, std::int64_
   const GatherStatics statics{kernel_type(p.maps.scalar_type()), pooling, channels_last,
                               sizes.outputs() > 4 ? 12 : 4};
   p.args.cut = cut_of(sizes, statics);
-  gather_kernel.run(
-      place, statics, sizes, p.args,
-      {reads(offsetof(Args, regions), p.boxes), reads(offsetof(Args, bins), p.bins),
-       writes(offsetof(Args, maps), p.maps), unused(offsetof(Args, channels)),
-       unused(offsetof(Args, taps)), unused(offsetof(Args, ranges)),
-       unused(offsetof(Args, spans))});
+  gather_kernel.run(place, statics, sizes, p.args,
+                    {reads(offsetof(Args, regions), p.boxes), reads(offsetof(Args, bins), p.bins),
+                     writes(offsetof(Args, maps), p.maps), unused(offsetof(Args, channels)),
+                     unused(offsetof(Args, taps)), unused(offsetof(Args, ranges)),
+                     unused(offsetof(Args, spans))});
   return p.maps;
 }
 

@@ -194,7 +194,8 @@ __global__ void __launch_bounds__(kBlockSize) staged(const Args args) {
     for (int m = 0; m < kMaps; ++m) {
       if (m >= own.count) break;
       const i32 channel = own.channel(m);
-      const Index at = first + (args.bins_last ? own.bin * i32(args.outputs) + own.output + m : channel);
+      const Index at =
+          first + (args.bins_last ? own.bin * i32(args.outputs) + own.output + m : channel);
       store(static_cast<Scalar*>(args.bins)[at], sums[m]);
       if (args.channels) args.channels[at] = channel;
     }

@@ -111,8 +111,8 @@ __device__ __forceinline__ bool touches(const Args& args, const Part& part, i64 
     const i32 first = columns ? part.bin : part.row_bin;
     const i32 last = columns ? first + part.bins - 1 : first;
     const i32 begin = columns ? part.x : part.y;
-    const Range pixels = pixels_of(axis_of<kPooling>(args, box, columns != 0), first, last,
-                                   columns ? r.w : r.h);
+    const Range pixels =
+        pixels_of(axis_of<kPooling>(args, box, columns != 0), first, last, columns ? r.w : r.h);
     does = does && !pixels.is_empty() && pixels.end > begin &&
            pixels.begin < begin + (columns ? part.width : part.height);
   }
