@@ -36,6 +36,13 @@ struct Forward {
   // Of equal values the later one, and NaN for good: torch.cummax's rules.
   TORCHKILN_HD static bool takes(T running, T x) { return x >= running || is_nan(x); }
   TORCHKILN_HD static T step(T& running, const Item& item) {
+#if defined(__CUDACC_RTC__) && __CUDA_ARCH__ >= 800
+    // One instruction instead of four, of which a column has dozens. Of two zeros it takes the positive one.
+    if constexpr (sizeof(T) == sizeof(float)) {
+      asm("max.NaN.f32 %0, %0, %1;" : "+f"(running) : "f"(item.x));
+      return running;
+    }
+#endif
     running = takes(running, item.x) ? item.x : running;
     return running;
   }

@@ -60,12 +60,13 @@ __device__ __forceinline__ void for_each_list(const Span* spans, i64 count, cons
                                               const Work& work) {
 #pragma unroll 1
   for (i64 begin = 0; begin < count; begin += kBlockSize * kPerThread) {
+    const i32 left = i32(min_of(count - begin, i64(kBlockSize * kPerThread)));
     u32 touching = 0;
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      const i64 region = begin + i * kBlockSize + threadIdx.x;
-      const Span span = spans[min_of(region, count - 1)];
-      touching |= u32(int(region < count) & int(touches(span, at, tile_h, tile_w))) << i;
+      const i32 region = i * kBlockSize + i32(threadIdx.x);
+      const Span span = spans[begin + min_of(region, left - 1)];
+      touching |= u32(int(region < left) & int(touches(span, at, tile_h, tile_w))) << i;
     }
     int total;
     int slot = block_exclusive_sum<kBlockSize>(__popc(touching), list.partial, total);
@@ -86,8 +87,9 @@ template <class T, int kTileH, int kTileW>
 struct alignas(16) Weights {
   T rows[kHeldBins][kTileH];
   T columns[kHeldBins][kTileW];
-  Range row_bins[kTileH / kPatchH];  // of `rows`, that take any of a patch
-  Range column_bins[kTileW / kPatchW];
+  // Of `rows` and then of `columns`: the bins that take any of a patch.
+  static constexpr int kRowPatches = kTileH / kPatchH, kPatches = kRowPatches + kTileW / kPatchW;
+  Range bins[kPatches];
   i64 bin;  // the number of the first bin on both axes, among those of all regions
 };
 
@@ -138,14 +140,14 @@ __device__ __forceinline__ void add_average(const Regions& r, const Scalar* grad
                                             const Weights<T, kTileH, kTileW>& weights,
                                             const Patch& patch,
                                             T (&sums)[kPatchH][kPatchW][kLaneChannels]) {
-  const Range rows = weights.row_bins[patch.y / kPatchH];
-  const Range columns = weights.column_bins[patch.x / kPatchW];
+  const Range rows = weights.bins[patch.y / kPatchH];
+  const Range columns = weights.bins[Weights<T, kTileH, kTileW>::kRowPatches + patch.x / kPatchW];
   if (rows.is_empty() || columns.is_empty()) return;
   // Gradients of so many bins are on their way together: a warp has little else to do until they come.
   constexpr i32 kAtOnce = 3;
   const i32 bins_x = i32(r.pooled_w), height = rows.end - rows.begin;
   const i32 count = height * (columns.end - columns.begin);
-  const Index to_row = Index(bins_x) * Index(r.c), to_column = Index(r.c) - Index(height) * to_row;
+  const Index to_row = Index(bins_x) * Index(r.c), to_column = Index(r.c) - Index(height - 1) * to_row;
   const Scalar* asked =
       gradients + Index(weights.bin + rows.begin * bins_x + columns.begin) * Index(r.c);
   i32 asked_row = rows.begin, row = rows.begin, column = columns.begin;
@@ -157,22 +159,23 @@ __device__ __forceinline__ void add_average(const Regions& r, const Scalar* grad
     for (i32 k = 0; k < kAtOnce; ++k) {
 #pragma unroll
       for (int i = 0; i < kLaneChannels; ++i) next[k][i] = asked[i * kWarpSize];
-      if (first + k + 1 >= count) continue;  // the last one again
-      asked += to_row;
-      if (++asked_row < rows.end) continue;
-      asked_row = rows.begin;
-      asked += to_column;
+      const bool ends_column = ++asked_row == rows.end;
+      const Index step = ends_column ? to_column : to_row;
+      asked += first + k + 1 < count ? step : Index(0);  // the last one again
+      asked_row = ends_column ? rows.begin : asked_row;
     }
 #pragma unroll
     for (i32 k = 0; k < kAtOnce; ++k) {
       if (first + k >= count) break;
-      T row_weights[kPatchH];
+      T row_weights[kPatchH], gradient[kLaneChannels];
       read_weights(weights.rows[row] + patch.y, row_weights);
+#pragma unroll
+      for (int i = 0; i < kLaneChannels; ++i) gradient[i] = load(next[k][i]);
 #pragma unroll
       for (int y = 0; y < kPatchH; ++y) {
         if (row_weights[y] == T(0)) continue;
 #pragma unroll
-        for (int i = 0; i < kLaneChannels; ++i) of_rows[y][i] += row_weights[y] * load(next[k][i]);
+        for (int i = 0; i < kLaneChannels; ++i) of_rows[y][i] += row_weights[y] * gradient[i];
       }
       if (++row < rows.end) continue;
       add_rows(weights.columns[column++] + patch.x, of_rows, sums);
@@ -313,38 +316,6 @@ struct MoreBins {
   bool rows, columns;
 };
 
-// Tells each patch which of the held bins take any of it: lanes look at bins of rows and columns at once. A warp calls.
-template <class T, int kTileH, int kTileW>
-__device__ __forceinline__ void find_bins(Weights<T, kTileH, kTileW>& held) {
-  constexpr int kMost = kTileH > kTileW ? kTileH : kTileW, kAtOnce = 16 / sizeof(T);
-  constexpr int kMostPatches =
-      kTileH / kPatchH > kTileW / kPatchW ? kTileH / kPatchH : kTileW / kPatchW;
-  const int lane = threadIdx.x % kWarpSize, bin = lane % kHeldBins;
-  const bool of_rows = lane < kHeldBins;
-  const T* weights = of_rows ? held.rows[bin] : held.columns[bin];
-  const int pixels = of_rows ? kTileH : kTileW, patches = pixels / (of_rows ? kPatchH : kPatchW);
-  u32 takes = 0;  // a bit for each patch
-#pragma unroll
-  for (int i = 0; i < kMost; i += kAtOnce) {
-    if (i >= pixels) break;
-    const Pack<T, kAtOnce> some = read_pack<kAtOnce>(weights + i);
-#pragma unroll
-    for (int j = i; j < i + kAtOnce; ++j) {
-      const u32 patch = u32(1) << (of_rows ? j / kPatchH : j / kPatchW);
-      if (some.at[j - i] != T(0)) takes |= patch;
-    }
-  }
-  Range* ranges = of_rows ? held.row_bins : held.column_bins;
-#pragma unroll 1
-  for (int patch = 0; patch < kMostPatches; ++patch) {
-    const u32 both = __ballot_sync(kAllLanes, takes >> patch & 1);
-    const u32 bins = of_rows ? both & ((u32(1) << kHeldBins) - 1) : both >> kHeldBins;
-    if (bin == 0 && patch < patches) {
-      ranges[patch] = {bins != 0 ? __ffs(bins) - 1 : 0, kWarpSize - __clz(bins)};
-    }
-  }
-}
-
 // Holds a region's bins that take any pixel of the tile, less the first ones; a warp calls it.
 template <class AnyArgs, class T, int kTileH, int kTileW>
 __device__ __forceinline__ MoreBins hold_region(const AnyArgs& args, const Regions& r,
@@ -354,6 +325,9 @@ __device__ __forceinline__ MoreBins hold_region(const AnyArgs& args, const Regio
   const int lane = threadIdx.x % kWarpSize;
   constexpr int kAtOnce = 16 / sizeof(T);
   T* all = held.rows[0];
+  using Held = Weights<T, kTileH, kTileW>;
+  static_assert(Held::kPatches <= kWarpSize);
+  if (lane < Held::kPatches) held.bins[lane] = {kHeldBins, 0};
 #pragma unroll
   for (int i = lane * kAtOnce; i < kHeldBins * (kTileH + kTileW); i += kWarpSize * kAtOnce) {
     store_pack<kAtOnce>(all + i, zero_pack<kAtOnce, T>());
@@ -371,25 +345,29 @@ __device__ __forceinline__ MoreBins hold_region(const AnyArgs& args, const Regio
     const i32 low = of_rows ? at.y : at.x, skip = of_rows ? skip_y : skip_x;
     const i32 pixels = of_rows ? kTileH : kTileW;
     T* weights = of_rows ? held.rows[0] : held.columns[0];
+    Range* bins = held.bins + (of_rows ? 0 : Held::kRowPatches);
     i32 first = -1;
     bool has_more = false;
 #pragma unroll 1
     for (i32 begin = 0; begin < count; begin += kWarpSize) {
       const Tap<T> tap = begin + lane < count ? taps[begin + lane] : Tap<T>{T(0), -1, 0};
       const i32 pixel = tap.pixel - low;
-      const bool inside = u32(pixel) < u32(pixels);
+      const bool inside = u32(pixel) < u32(pixels) && tap.weight != T(0);
       const u32 found = __ballot_sync(kAllLanes, inside);
       if (found == 0) continue;
       if (first < 0) first = __shfl_sync(kAllLanes, tap.bin, __ffs(found) - 1) + skip;
       const i32 bin = tap.bin - first;
-      if (inside && u32(bin) < u32(kHeldBins)) weights[bin * pixels + pixel] = tap.weight;
+      if (inside && u32(bin) < u32(kHeldBins)) {
+        weights[bin * pixels + pixel] = tap.weight;
+        Range& of_patch = bins[of_rows ? pixel / kPatchH : pixel / kPatchW];
+        atomicMin(&of_patch.begin, bin);
+        atomicMax(&of_patch.end, bin + 1);
+      }
       has_more = has_more || (inside && bin >= kHeldBins);
     }
     first_bin = first_bin * pooled + first;
     (of_rows ? more.rows : more.columns) = has_more;
   }
-  __syncwarp();
-  find_bins(held);
   if (lane == 0) held.bin = first_bin;
   return more;
 }
