@@ -147,7 +147,8 @@ __device__ __forceinline__ void add_average(const Regions& r, const Scalar* grad
   constexpr i32 kAtOnce = 3;
   const i32 bins_x = i32(r.pooled_w), height = rows.end - rows.begin;
   const i32 count = height * (columns.end - columns.begin);
-  const Index to_row = Index(bins_x) * Index(r.c), to_column = Index(r.c) - Index(height - 1) * to_row;
+  const Index to_row = Index(bins_x) * Index(r.c),
+              to_column = Index(r.c) - Index(height - 1) * to_row;
   const Scalar* asked =
       gradients + Index(weights.bin + rows.begin * bins_x + columns.begin) * Index(r.c);
   i32 asked_row = rows.begin, row = rows.begin, column = columns.begin;

@@ -125,16 +125,15 @@ __global__ void __launch_bounds__(kBlockSize) scatter(const BackwardArgs args) {
 
   Scalar* grad_input = static_cast<Scalar*>(args.grad_input) +
                        input_offset<Index, false>(s, image, channel, top, left);
-  if (width == s.width) {  // the band is one piece
-    at_once<4, kBlockSize>(
-        height * width, [&](i32 i) { return sums[i]; },
-        [&](i32 i, T sum) { store(grad_input[i], sum); });
-    return;
-  }
+  // The band is one piece where it has all columns.
+  const bool whole = width == i32(s.width);
+  const i32 pieces = whole ? 1 : height, length = whole ? height * width : width;
 #pragma unroll 1
-  for (i32 i = threadIdx.x; i < height * width; i += kBlockSize) {
-    const i32 y = divided(i, width);
-    store(grad_input[Index(y) * Index(s.width) + (i - y * width)], sums[i]);
+  for (i32 piece = 0; piece < pieces; ++piece) {
+    at_once<4, kBlockSize>(
+        length, [&](i32 i) { return sums[i]; }, [&](i32 i, T sum) { store(grad_input[i], sum); });
+    sums += width;
+    grad_input += Index(s.width);
   }
 }
 
