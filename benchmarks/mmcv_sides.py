@@ -78,12 +78,19 @@ def _nms_match(ops: Any, i: Inputs) -> Call:
     return call
 
 
+def _batched_nms(ops: Any, i: Inputs) -> Call:
+    config = {"type": "nms", "iou_threshold": i["iou_threshold"], "max_num": i["max_output"]}
+    return lambda: ops.batched_nms(i["boxes"], i["scores"], i["idxs"], config)
+
+
 def suppression(operator: str, labelled: bool) -> PeerCall | None:
     """How mmcv's users get what one of our suppressions gives."""
     if operator in ("soft_nms", "soft_nms_padded"):
         return _soft_nms
-    if operator == "nms_groups":
+    if operator in ("nms_groups", "nms_match"):
         return _nms_match
+    if operator == "batched_nms_padded":
+        return _batched_nms
     name = operator.removesuffix("_padded")
     return None if labelled else _kept(name)
 

@@ -145,6 +145,16 @@ def require_count(op: str, **counts: Any) -> None:
             raise ValueError(f"{op}: {name} must be at least 0; got {value}")
 
 
+def require_output_size(op: str, max_output: Any) -> None:
+    """Raises what `require_count` does, and a ValueError for more rows than boxes can be."""
+    require_count(op, max_output=max_output)
+    if max_output is not None and max_output > 2**30:
+        raise ValueError(
+            f"{op}: max_output must be at most 2^30; got {max_output}. "
+            "No more rows can be kept than there are boxes"
+        )
+
+
 def shape(tensor: Tensor) -> str:
     """Such as "(64, 3)"."""
     return str(tuple(tensor.shape))

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, ClassVar
 
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor
 
 from support.op_suite import CompositionSuite, Failure
-from torchkiln import ops, reference
-from torchkiln.testing import Case, Inputs, Parity
+from torchkiln import ops
+from torchkiln.reference.detection.batched_nms import parity
+from torchkiln.testing import Inputs
 
 TYPES = (
     "nms",
@@ -44,46 +44,8 @@ def _rows(type: str, count: int, new: Inputs) -> Tensor:
     return corners
 
 
-def _reference(
-    boxes: Tensor,
-    scores: Tensor,
-    idxs: Tensor,
-    iou_threshold: float,
-    max_output: int,
-    class_agnostic: bool = False,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    classes = None if class_agnostic else idxs
-    return reference.nms_padded(boxes, scores, iou_threshold, max_output, idxs=classes, **options)
-
-
-def _case(count: int, new: Inputs, **options: Any) -> dict[str, Any]:
-    return {
-        "boxes": _rows("nms", count, new).double(),
-        "scores": new.uniform(count),
-        "idxs": new.integers(count, high=4),
-        "iou_threshold": 0.3,
-        "max_output": 40,
-        **options,
-    }
-
-
 class TestBatchedNmsPadded(CompositionSuite):
-    parity = Parity(
-        op="batched_nms_padded",
-        tier="X",
-        function="batched_nms_padded",
-        reference=_reference,
-        cases=(
-            Case("typical", functools.partial(_case, 70)),
-            Case("empty", functools.partial(_case, 0)),
-            Case("single", functools.partial(_case, 1)),
-            Case("panels", functools.partial(_case, 257)),
-            Case("agnostic", functools.partial(_case, 70, class_agnostic=True)),
-            Case("options", functools.partial(_case, 70, offset=1.0, score_threshold=0.25)),
-            Case("nothing_asked", functools.partial(_case, 70, max_output=0)),
-        ),
-    )
+    parity = parity()
     autocast = torch.float32
     dynamic: ClassVar = {"boxes": 0, "scores": 0, "idxs": 0}
     failures = (
@@ -98,6 +60,9 @@ class TestBatchedNmsPadded(CompositionSuite):
             "got sigma$",
         ),
         Failure("max_output", {"max_output": -1}, ValueError, "max_output must be .* got -1$"),
+        Failure(
+            "huge", {"max_output": 2**40}, ValueError, r"max_output must be at most 2\^30; got "
+        ),
     )
 
 

@@ -4,10 +4,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,7 +13,10 @@ from torch import Tensor
 
 from support.op_suite import CompositionSuite
 from torchkiln import ops, reference
-from torchkiln.testing import Case, Inputs, Parity
+from torchkiln.reference.detection.nms_bev import parities
+from torchkiln.testing import Inputs
+
+PARITIES = {parity.op: parity for parity in parities()}
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -36,42 +37,33 @@ def expected(boxes: Tensor, scores: Tensor, most: int | None = None) -> list[int
     return [rows[row] for row in kept.tolist()]
 
 
-def _turned(boxes: Tensor) -> Tensor:
-    center, size = (boxes[:, :2] + boxes[:, 2:4]) / 2, boxes[:, 2:4] - boxes[:, :2]
-    return torch.cat([center, size, boxes[:, 4:]], 1)
-
-
-def _bev(
-    boxes: Tensor, scores: Tensor, iou_threshold: float, max_output: int
-) -> tuple[Tensor, Tensor]:
-    return reference.nms_rotated_padded(_turned(boxes), scores, iou_threshold, max_output)
-
-
-def _normal_bev(
-    boxes: Tensor, scores: Tensor, iou_threshold: float, max_output: int
-) -> tuple[Tensor, Tensor]:
-    return reference.nms_padded(boxes[:, :4], scores, iou_threshold, max_output)
-
-
-def _case(count: int, new: Inputs) -> dict[str, Any]:
-    boxes, scores = scene(count, torch.float64)
-    return {"boxes": boxes, "scores": scores, "iou_threshold": 0.2, "max_output": 40}
-
-
-def _parity(op: str, reference: Callable[..., Any]) -> Parity:
-    sizes = {"typical": 70, "empty": 0, "single": 1, "panels": 150}
-    cases = tuple(Case(name, functools.partial(_case, count)) for name, count in sizes.items())
-    return Parity(op=op, tier="X", function=op, reference=reference, cases=cases)
-
-
-class TestNmsBevPadded(CompositionSuite):
-    parity = _parity("nms_bev_padded", _bev)
+class _Suite(CompositionSuite):
     autocast = torch.float32
     dynamic: ClassVar = {"boxes": 0, "scores": 0}
 
 
-class TestNmsNormalBevPadded(TestNmsBevPadded):
-    parity = _parity("nms_normal_bev_padded", _normal_bev)
+class TestNmsBevPadded(_Suite):
+    parity = PARITIES["nms_bev_padded"]
+
+
+class TestNmsNormalBevPadded(_Suite):
+    parity = PARITIES["nms_normal_bev_padded"]
+
+
+_WAITS: dict[str, str] = {
+    **CompositionSuite.without,
+    "cuda_graph": "waits for the number of boxes that are kept",
+}
+
+
+class TestNmsBev(_Suite):
+    parity = PARITIES["nms_bev"]
+    without: ClassVar = _WAITS
+
+
+class TestNmsNormalBev(_Suite):
+    parity = PARITIES["nms_normal_bev"]
+    without: ClassVar = _WAITS
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -189,3 +181,5 @@ def test_errors_name_the_function(name: str) -> None:
     if most:
         with pytest.raises(ValueError, match=f"^{name}: max_output must be at least 0; got -1$"):
             getattr(ops, name)(boxes, scores, 0.5, -1)
+        with pytest.raises(ValueError, match=rf"^{name}: max_output must be at most 2\^30; got"):
+            getattr(ops, name)(boxes, scores, 0.5, 2**40)

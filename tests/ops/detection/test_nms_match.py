@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import ClassVar
 
@@ -16,12 +15,14 @@ from torch import Tensor
 from support.op_suite import CompositionSuite, Failure, OpSuite
 from support.strategies import boxes, seeds
 from torchkiln import ops, reference
-from torchkiln.reference.detection.nms_match import parity
+from torchkiln.reference.detection.nms_match import parities
 from torchkiln.testing import Inputs
+
+PARITIES = {parity.op: parity for parity in parities()}
 
 
 class TestNmsGroups(OpSuite):
-    parity = parity()
+    parity = PARITIES["nms_groups"]
     autocast = torch.float32
     dynamic: ClassVar = {"boxes": 0, "scores": 0}
     failures = (
@@ -40,15 +41,8 @@ class TestNmsGroups(OpSuite):
     )
 
 
-def _listed(boxes: Tensor, scores: Tensor, iou_threshold: float) -> list[Tensor]:
-    rows, groups, count = reference.nms_groups(boxes, scores, iou_threshold)
-    return [rows[groups == group] for group in range(int(count))]
-
-
 class TestNmsMatch(CompositionSuite):
-    parity = dataclasses.replace(
-        parity(), op="nms_match", functions=(), function="nms_match", reference=_listed
-    )
+    parity = PARITIES["nms_match"]
     autocast = torch.float32
     dynamic: ClassVar = {"boxes": 0, "scores": 0}
     failures = (

@@ -222,6 +222,90 @@ def test_reference_by_hand() -> None:
     assert reference.nms3d_normal(upright, scores, 0.99).tolist() == [2, 1]
 
 
+def _apart(count: int) -> tuple[Tensor, Tensor]:
+    """Rotated boxes in pairs, moved towards each other until they all but touch."""
+    new = Inputs()
+    first, second = declared._turned(new, count).float(), declared._turned(new, count).float()
+    near, far = torch.ones(count), torch.zeros(count)
+    for _ in range(24):
+        middle = (near + far) / 2
+        meets = (
+            _gap(corners(first.double()), corners(_moved(first, second, middle).double())) < 1e-4
+        )
+        near, far = torch.where(meets, middle, near), torch.where(meets, far, middle)
+    second = _moved(first, second, far)
+    apart = _gap(corners(first.double()), corners(second.double())) > 1e-5
+    return first[apart], second[apart]
+
+
+def _moved(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
+    center = second[:, :2] + share[:, None] * (first - second)[:, :2]
+    return torch.cat([center, second[:, 2:]], 1)
+
+
+def _gap(a: Tensor, b: Tensor) -> Tensor:
+    """The widest one across a line along a side of polygons (N, 4, 2); below 0 where they meet."""
+    sides = torch.cat([polygon.roll(-1, 1) - polygon for polygon in (a, b)], 1)
+    normal = torch.nn.functional.normalize(torch.stack([-sides[..., 1], sides[..., 0]], -1), dim=-1)
+    a, b = normal @ a.mT, normal @ b.mT
+    return torch.maximum(b.amin(2) - a.amax(2), a.amin(2) - b.amax(2)).amax(1)
+
+
+@pytest.mark.parametrize("op", ["nms_rotated", "nms_quadri", "nms3d", "nms_bev", "batched_nms"])
+def test_boxes_that_do_not_meet_stay_at_a_threshold_of_0(op: str, device: str) -> None:
+    """Rounding must not leave them an overlap, however near they are."""
+    first, second = _apart(8000)
+    assert len(first) > 5000
+    boxes = torch.stack([first, second], 1).flatten(0, 1)
+    labels = torch.arange(len(boxes)) // 2
+    options: dict[str, Any] = {}
+    if op == "nms_quadri":
+        boxes = corners(boxes.double()).float().flatten(1)
+    elif op == "nms3d":
+        height = torch.ones(len(boxes), 1)
+        boxes = torch.cat([boxes[:, :2], height, boxes[:, 2:4], height, boxes[:, 4:]], 1)
+    elif op == "nms_bev":
+        half = boxes[:, 2:4] / 2
+        boxes = torch.cat([boxes[:, :2] - half, boxes[:, :2] + half, boxes[:, 4:]], 1)
+    elif op == "batched_nms":
+        options["type"] = "nms_rotated"
+    name = "idxs" if op == "batched_nms" else "labels"
+    options[name] = labels.to(device)
+    scores = Inputs().uniform(len(boxes)).float()
+    kept = getattr(ops, op)(boxes.to(device), scores.to(device), iou_threshold=0.0, **options)
+    assert len(kept) == len(boxes)
+
+
+_COLUMNS = {
+    "nms_padded": 4,
+    "soft_nms_padded": 4,
+    "line_nms_padded": 9,
+    "nms_rotated_padded": 5,
+    "nms_quadri_padded": 8,
+    "nms3d_padded": 7,
+    "nms3d_normal_padded": 7,
+}
+
+
+@pytest.mark.parametrize("op", list(_COLUMNS))
+def test_a_length_that_no_memory_has(op: str, device: str) -> None:
+    boxes = torch.ones(3, _COLUMNS[op], device=device)
+    threshold = {"distance" if op == "line_nms_padded" else "iou_threshold": 0.5}
+    for most in (2**30 + 1, 2**40):
+        sentence = (
+            rf"^{op}: max_output must be at most 2\^30; got {most}\. No more rows can be kept"
+        )
+        with pytest.raises(ValueError, match=sentence):
+            getattr(ops, op)(boxes, boxes[:, 0], max_output=most, **threshold)
+
+
+def test_the_most_boxes_may_be_any_number(device: str) -> None:
+    boxes = torch.tensor([[0.0, 0, 4, 4], [5, 5, 9, 9]], device=device)
+    scores, idxs = torch.tensor([0.8, 0.9], device=device), torch.tensor([0, 1], device=device)
+    assert ops.nms(boxes, scores, 0.5, max_output=2**40).tolist() == [1, 0]
+    assert ops.batched_nms(boxes, scores, idxs, 0.5, max_output=2**62).tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("size", [2.0**-200, 2.0**-100, 2.0**200])
 def test_quads_of_any_size_in_float64(size: float, device: str) -> None:
     new = Inputs()

@@ -9,7 +9,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from torchkiln.ops._arguments import require_choice, require_count, require_tensor
+from torchkiln.ops._arguments import (
+    require_choice,
+    require_count,
+    require_output_size,
+    require_tensor,
+)
 from torchkiln.ops.detection.line_nms import line_nms, line_nms_padded
 from torchkiln.ops.detection.nms import batched_nms_op, nms, nms_padded
 from torchkiln.ops.detection.nms3d import (
@@ -210,7 +215,7 @@ def batched_nms_padded(
         scores: (N,), dtype and device of `boxes`.
         idxs: (N,), uint8 or signed integers, any values; the class of each box.
         iou_threshold: a box goes when its IoU with a kept one of its class is greater.
-        max_output: length of the result, at least 0; the best boxes fill it.
+        max_output: length of the result, 0 to 2^30; the best boxes fill it.
         type: as in `batched_nms`.
         class_agnostic: boxes of different classes meet; `idxs` is not looked at.
         options: further arguments of the function, as in `batched_nms`.
@@ -242,5 +247,6 @@ def batched_nms_padded(
         (tensor([ 1,  0, -1]), tensor(2))
     """
     function = _type("batched_nms_padded", type, options).padded
+    require_output_size("batched_nms_padded", max_output)
     labels = None if class_agnostic else _classes("batched_nms_padded", idxs)
     return function(boxes, scores, iou_threshold, max_output, labels, **options)

@@ -189,7 +189,7 @@ def line_nms_padded(
         boxes: (N, 5 + S), float16, bfloat16, float32 or float64; lanes as in `line_nms`.
         scores: (N,), dtype and device of `boxes`.
         distance: a lane goes when its mean distance from a kept one is less.
-        max_output: length of the result, at least 0; the best lanes fill it.
+        max_output: length of the result, 0 to 2^30; the best lanes fill it.
         labels: (N,), uint8 or signed integers; lanes of different labels do not meet. None: all do.
 
     Returns:

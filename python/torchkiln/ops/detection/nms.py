@@ -123,7 +123,7 @@ def nms_padded(
         boxes: (N, 4), float16, bfloat16, float32 or float64; x1, y1, x2, y2 in any unit.
         scores: (N,), dtype and device of `boxes`.
         iou_threshold: a box goes when its IoU with a kept one is greater.
-        max_output: length of the result, at least 0; the best boxes fill it.
+        max_output: length of the result, 0 to 2^30; the best boxes fill it.
         idxs: (N,), uint8 or signed integers; the class of each box, or None for one class.
         offset: added to x2 and y2, at least 0: 1 for boxes whose last pixel belongs to them.
         score_threshold: boxes without a greater score are left out, those with NaN too. None: none.

@@ -72,7 +72,7 @@ def nms3d_padded(
         boxes: (N, 7), float16, bfloat16, float32 or float64; x, y, z, dx, dy, dz, heading.
         scores: (N,), dtype and device of `boxes`.
         iou_threshold: a box goes when its IoU from above with a kept one is greater.
-        max_output: length of the result, at least 0; the best boxes fill it.
+        max_output: length of the result, 0 to 2^30; the best boxes fill it.
         labels: (N,), uint8 or signed integers; boxes of different labels do not meet. None: all do.
 
     Returns:
@@ -155,7 +155,7 @@ def nms3d_normal_padded(
         boxes: (N, 7), float16, bfloat16, float32 or float64; x, y, z, dx, dy, dz, heading.
         scores: (N,), dtype and device of `boxes`.
         iou_threshold: a box goes when its IoU from above with a kept one is greater.
-        max_output: length of the result, at least 0; the best boxes fill it.
+        max_output: length of the result, 0 to 2^30; the best boxes fill it.
         labels: (N,), uint8 or signed integers; boxes of different labels do not meet. None: all do.
 
     Returns:

@@ -14,6 +14,7 @@ from torchkiln.ops._arguments import (
     require_floating,
     require_integers,
     require_number,
+    require_output_size,
     require_pair,
     shape,
     widened,
@@ -131,7 +132,7 @@ def nms_bev_padded(
         boxes: (N, 5), as in `nms_bev`.
         scores: (N,), dtype and device of `boxes`.
         iou_threshold: a box goes when its IoU with a kept one is greater.
-        max_output: length of the result, at least 0; the best boxes fill it.
+        max_output: length of the result, 0 to 2^30; the best boxes fill it.
         pre_max_size: how many of the best boxes are looked at, at least 0. None: all.
         labels: (N,), uint8 or signed integers; boxes of different labels do not meet. None: all do.
 
@@ -156,7 +157,7 @@ def nms_bev_padded(
         (tensor([ 1, -1]), tensor(1))
     """
     boxes, scores = _checked("nms_bev_padded", boxes, scores, iou_threshold, labels)
-    require_count("nms_bev_padded", max_output=max_output)
+    require_output_size("nms_bev_padded", max_output)
     rows = _best("nms_bev_padded", scores, pre_max_size)
     turned, scores = _turned(boxes), widened(scores)
     if rows is None:
@@ -220,7 +221,7 @@ def nms_normal_bev_padded(
         boxes: (N, 5), as in `nms_normal_bev`.
         scores: (N,), dtype and device of `boxes`.
         iou_threshold: a box goes when its IoU with a kept one is greater.
-        max_output: length of the result, at least 0; the best boxes fill it.
+        max_output: length of the result, 0 to 2^30; the best boxes fill it.
         labels: (N,), uint8 or signed integers; boxes of different labels do not meet. None: all do.
 
     Returns:
@@ -245,5 +246,5 @@ def nms_normal_bev_padded(
         (tensor([ 1, -1]), tensor(1))
     """
     boxes, scores = _checked("nms_normal_bev_padded", boxes, scores, iou_threshold, labels)
-    require_count("nms_normal_bev_padded", max_output=max_output)
+    require_output_size("nms_normal_bev_padded", max_output)
     return nms_padded(boxes[:, :4], scores, iou_threshold, max_output, labels)

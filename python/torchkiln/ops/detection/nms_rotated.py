@@ -132,7 +132,7 @@ def nms_rotated_padded(
             radians.
         scores: (N,), dtype and device of `boxes`.
         iou_threshold: a box goes when its IoU with a kept one is greater.
-        max_output: length of the result, at least 0; the best boxes fill it.
+        max_output: length of the result, 0 to 2^30; the best boxes fill it.
         labels: (N,), uint8 or signed integers; boxes of different labels do not meet. None: all do.
         clockwise: whether a positive angle turns from x towards y.
 
@@ -217,7 +217,7 @@ def nms_quadri_padded(
         boxes: (N, 8), float16, bfloat16, float32 or float64; consecutive vertices.
         scores: (N,), dtype and device of `boxes`.
         iou_threshold: a box goes when its IoU with a kept one is greater.
-        max_output: length of the result, at least 0; the best boxes fill it.
+        max_output: length of the result, 0 to 2^30; the best boxes fill it.
         labels: (N,), uint8 or signed integers; boxes of different labels do not meet. None: all do.
 
     Returns:

@@ -126,7 +126,7 @@ def soft_nms_padded(
     Args:
         boxes: (N, 4), float16, bfloat16, float32 or float64; x1, y1, x2, y2 in any unit.
         scores: (N,), dtype and device of `boxes`; at least 0.
-        max_output: length of the results, at least 0; the best boxes fill it.
+        max_output: length of the results, 0 to 2^30; the best boxes fill it.
         iou_threshold: from this IoU on the methods naive and linear act.
         sigma: width of the gaussian method, greater than 0 whatever the method is.
         min_score: a box goes when its score is below it, or has fallen so far.

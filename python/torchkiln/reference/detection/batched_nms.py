@@ -89,9 +89,7 @@ def parity() -> Parity:
         fuzz=_fuzz,
         label=lambda arguments: str(arguments["type"]),
         cases=tuple(Case(name, make) for name, make in made.items()),
-        workloads=(
-            Workload("padded", {"boxes": 10_000, "classes": 80, "most": 300}, _classified),
-        ),
+        workloads=(Workload("padded", {"boxes": 10_000, "classes": 80, "most": 300}, _classified),),
     )
 
 
@@ -132,7 +130,13 @@ def _classified(sizes: Sizes) -> dict[str, Any]:
     boxes, scores, owner = scenes.clustered_scene(sizes["boxes"], scenes.SEED)
     idxs = scenes.classes_of(owner, sizes["classes"], scenes.SEED)
     most = sizes["most"]
-    return {"boxes": boxes, "scores": scores, "idxs": idxs, "iou_threshold": 0.5, "max_output": most}
+    return {
+        "boxes": boxes,
+        "scores": scores,
+        "idxs": idxs,
+        "iou_threshold": 0.5,
+        "max_output": most,
+    }
 
 
 def _fuzz(draw: Draw) -> dict[str, Any]:
@@ -146,7 +150,7 @@ def _fuzz(draw: Draw) -> dict[str, Any]:
         "boxes": draw.repeated(boxes, boxes),
         "scores": draw.scores(count),
         "idxs": draw.labels(count, 3),
-        # Touching or equal, areas of turned boxes are off by rounding alone: 0 and 1 decide nothing.
+        # Touching or equal, areas of turned boxes are off by rounding: 0 and 1 decide nothing.
         "iou_threshold": draw.threshold() if is_exact else draw.number(0.01, 0.99),
         "max_output": output_size(draw),
         "type": type,
