@@ -127,13 +127,16 @@ struct Batch {
   T* gradients;  // (entries, bins, kOutputs)
   T* weights;    // (entries, cut.weights())
   u32* masks;    // (entries / 32, cut.lines()): a bit for each entry that takes any of a line
+  i32 cleared;   // words of both, which begin with zeros
 };
 template <int kOutputs, class T>
 __device__ __forceinline__ Batch<T> batch_in(void* memory, const Cut& cut, int pooling) {
   Batch<T> batch;
   batch.gradients = static_cast<T*>(memory);
   batch.weights = batch.gradients + cut.entries * cut.bins * kOutputs;
-  batch.masks = reinterpret_cast<u32*>(batch.weights + cut.entries * cut.weights(pooling));
+  const i32 weights = cut.entries * cut.weights(pooling);
+  batch.masks = reinterpret_cast<u32*>(batch.weights + weights);
+  batch.cleared = weights * i32(sizeof(T) / sizeof(u32)) + cut.entries / kWordBits * cut.lines();
   return batch;
 }
 
@@ -190,7 +193,6 @@ template <class T>
 __device__ __forceinline__ void fill_side(const roi_align::Axis<T>& axis, const Side<T>& side) {
   if (is_empty(axis)) return;
   const T share = count_quotient(T(1), T(axis.count));
-  Range lines = {side.count, 0};
   i32 first, last;
   sample_range(axis, side.bin, side.size, first, last);
 #pragma unroll 1
@@ -202,8 +204,6 @@ __device__ __forceinline__ void fill_side(const roi_align::Axis<T>& axis, const 
       const i32 line = (tap == 0 ? taps.low : taps.high) - side.low;
       // Nothing is multiplied by 0: gradients need not be finite.
       if (weight == T(0) || line < 0 || line >= side.count) continue;
-      if (lines.is_empty()) lines = {line, line};
-      for (; lines.end <= line; ++lines.end) side.weights[lines.end] = T(0);  // they ascend
       side.weights[line] += weight * share;
       atomicOr(side.masks + line, side.bit);
     }
@@ -244,11 +244,11 @@ struct Pixel {
   i32 y, x, bin;
   i32 row_line, column_line, row_weight, column_weight;
 };
-template <int kPooling>
+template <int kPooling, bool kLast>
 __device__ __forceinline__ Pixel own_pixel(const Cut& cut, const Part& part) {
   Pixel own;
-  const i32 pixel = divided(i32(threadIdx.x), cut.bins);
-  own.bin = i32(threadIdx.x) - pixel * cut.bins;
+  const i32 bins = kLast ? cut.bins : 1, pixel = divided(i32(threadIdx.x), bins);
+  own.bin = i32(threadIdx.x) - pixel * bins;
   own.y = divided(pixel, cut.width);
   own.x = pixel - own.y * cut.width;
   own.exists = own.y < part.height && own.x < part.width && own.bin < part.bins;
@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(kBlockSize, sizeof(Acc<Scalar>) == 8 ? 1 : 102
   const Cut& cut = args.cut;
   const Part part = own_part(args, blockIdx.x);
   const Batch<T> batch = batch_in<kOutputs, T>(memory, cut, kPooling);
-  const Pixel own = own_pixel<kPooling>(cut, part);
+  const Pixel own = own_pixel<kPooling, kLast>(cut, part);
   T sums[kOutputs] = {};
 #pragma unroll 1
   for (i64 begin = 0; begin < r.k; begin += kBlockSize) {
@@ -326,8 +326,8 @@ __global__ void __launch_bounds__(kBlockSize, sizeof(Acc<Scalar>) == 8 ? 1 : 102
     for (int first = 0; first < total; first += cut.entries) {
       const int count = min_of(total - first, cut.entries);
 #pragma unroll 1
-      for (int i = threadIdx.x; i < cut.entries / kWordBits * cut.lines(); i += kBlockSize) {
-        batch.masks[i] = 0;
+      for (int i = threadIdx.x; i < batch.cleared; i += kBlockSize) {
+        reinterpret_cast<u32*>(batch.weights)[i] = 0;
       }
       __syncthreads();
       copy_gradients<Scalar, kLast, kOutputs, kBlockSize>(args, part, begin, list + first, count,
