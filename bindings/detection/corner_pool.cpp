@@ -9,7 +9,9 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstddef>
+#include <cstring>
 #include <initializer_list>
 #include <limits>
 #include <tuple>
@@ -206,9 +208,13 @@ Plan plan_backward(const Tensor& grad_output, const Tensor& input, const Tensor&
 // ---- CPU ----
 
 // Neighbouring columns, or rows, that are scanned side by side; rows are turned into columns a tile at a time.
-constexpr std::int64_t kSpan = 128, kRows = 32, kTile = kWord;
+constexpr std::int64_t kSpan = 128, kRows = 32, kTile = 16;
 // Lines of a map that are read ahead: towards its beginning processors do not do that well themselves.
 constexpr std::int64_t kAhead = 16;
+// Rows that are read ahead for the same reason.
+constexpr std::int64_t kRowsAhead = 2;
+template <class Scalar>
+constexpr auto kLine = static_cast<std::int64_t>(64 / sizeof(Scalar));
 
 using Word = std::uint32_t;
 
@@ -260,12 +266,11 @@ inline void in_direction(bool reverse, std::int64_t n, const F& f) {
 // Columns. f(at, words, bit): a line of the block begins at `at`, its words at `words`.
 template <class Scalar, class F>
 inline void for_lines(const Plan& p, const Pointers<Scalar>& to, const Block& block, const F& f) {
-  constexpr auto kLine = static_cast<std::int64_t>(64 / sizeof(Scalar));
   const auto [length, inner] = std::pair{p.args.length, p.args.inner};
   in_direction(p.reverse, length, [&](std::int64_t k) {
     const std::int64_t ahead =
         std::clamp<std::int64_t>(p.reverse ? k - kAhead : k + kAhead, 0, length - 1);
-    for (std::int64_t i = 0; i < block.count; i += kLine) {
+    for (std::int64_t i = 0; i < block.count; i += kLine<Scalar>) {
       __builtin_prefetch(to.from + block.begin + ahead * inner + i);
       __builtin_prefetch(to.out + block.begin + ahead * inner + i);
     }
@@ -306,34 +311,22 @@ struct Tile {
 // Where a tile lies in a tensor.
 struct TilePlace {
   std::int64_t begin, stride, rows, columns;
+  bool is_full() const { return rows == kRows && columns == kTile; }
 };
 
 // Number by number, once for all bodies.
 template <class Scalar, class T>
-[[gnu::noinline]] void read_numbers(const Scalar* from, std::int64_t stride, std::int64_t rows,
-                                    std::int64_t columns, T* to) {
-  for (std::int64_t row = 0; row < rows; ++row) {
-    for (std::int64_t c = 0; c < columns; ++c) to[c * kRows + row] = load(from[row * stride + c]);
+[[gnu::noinline]] void read_numbers(const Scalar* from, const TilePlace& place, Tile<T>& tile) {
+  for (std::int64_t row = 0; row < place.rows; ++row) {
+    for (std::int64_t c = 0; c < place.columns; ++c)
+      tile.at[c][row] = load(from[row * place.stride + c]);
   }
 }
 template <class Scalar, class T>
-[[gnu::noinline]] void write_numbers(const T* from, std::int64_t stride, std::int64_t rows,
-                                     std::int64_t columns, Scalar* to) {
-  for (std::int64_t row = 0; row < rows; ++row) {
-    for (std::int64_t c = 0; c < columns; ++c) store(to[row * stride + c], from[c * kRows + row]);
-  }
-}
-
-// f(row, column, rows, columns, is_full) for the squares of a tile, a row of squares after the other.
-template <class F>
-inline void for_squares(const TilePlace& place, const F& f) {
-  constexpr std::int64_t kSide = 8;
-  for (std::int64_t row = 0; row < place.rows; row += kSide) {
-    for (std::int64_t c = 0; c < place.columns; c += kSide) {
-      const std::int64_t rows = std::min(kSide, place.rows - row);
-      const std::int64_t columns = std::min(kSide, place.columns - c);
-      f(row, c, rows, columns, rows == kSide && columns == kSide);
-    }
+[[gnu::noinline]] void write_numbers(const Tile<T>& tile, const TilePlace& place, Scalar* to) {
+  for (std::int64_t row = 0; row < place.rows; ++row) {
+    for (std::int64_t c = 0; c < place.columns; ++c)
+      store(to[row * place.stride + c], tile.at[c][row]);
   }
 }
 
@@ -341,39 +334,33 @@ template <class Scalar, class T>
 inline void read_tile(const Scalar* tensor, const TilePlace& place, Tile<T>& tile) {
   const Scalar* from = tensor + place.begin;
   if constexpr (std::is_same_v<Scalar, T>) {
-    for_squares(place, [&](std::int64_t row, std::int64_t c, std::int64_t rows,
-                           std::int64_t columns, bool is_full) {
-      const Scalar* square = from + row * place.stride + c;
-      if (is_full) {
-        turn_eight(square, place.stride, &tile.at[c][row], kRows);
-      } else {
-        read_numbers(square, place.stride, rows, columns, &tile.at[c][row]);
+    if (place.is_full()) {
+      for (std::int64_t row = 0; row < kRows; row += 4) {
+        for (std::int64_t c = 0; c < kTile; c += 4)
+          turn_four(from + row * place.stride + c, place.stride, &tile.at[c][row], kRows);
       }
-    });
-  } else {
-    read_numbers(from, place.stride, place.rows, place.columns, &tile.at[0][0]);
+      return;
+    }
   }
+  read_numbers(from, place, tile);
 }
 
 template <class Scalar, class T>
 inline void write_tile(const Tile<T>& tile, const TilePlace& place, Scalar* tensor) {
   Scalar* to = tensor + place.begin;
   if constexpr (std::is_same_v<Scalar, T>) {
-    for_squares(place, [&](std::int64_t row, std::int64_t c, std::int64_t rows,
-                           std::int64_t columns, bool is_full) {
-      Scalar* square = to + row * place.stride + c;
-      if (is_full) {
-        turn_eight(&tile.at[c][row], kRows, square, place.stride);
-      } else {
-        write_numbers(&tile.at[c][row], place.stride, rows, columns, square);
+    if (place.is_full()) {
+      for (std::int64_t row = 0; row < kRows; row += 4) {
+        for (std::int64_t c = 0; c < kTile; c += 4)
+          turn_four(&tile.at[c][row], kRows, to + row * place.stride + c, place.stride);
       }
-    });
-  } else {
-    write_numbers(&tile.at[0][0], place.stride, place.rows, place.columns, to);
+      return;
+    }
   }
+  write_numbers(tile, place, to);
 }
 
-// f(place, word): the tile there, whose rows' words are `words` apart from the row before.
+// f(place, column): the tile there starts with this column of the block.
 template <class F>
 inline void for_tiles(const Plan& p, const Block& block, const F& f) {
   const std::int64_t length = p.args.length;
@@ -381,48 +368,157 @@ inline void for_tiles(const Plan& p, const Block& block, const F& f) {
     const std::int64_t column = k * kTile;
     f(TilePlace{block.begin + column, length, block.count,
                 std::min<std::int64_t>(kTile, length - column)},
-      block.words + k);
+      column);
   });
 }
 
 template <bool kMarks, class Scalar>
 inline void pool_rows(const Plan& p, const Pointers<Scalar>& to, const Block& block) {
   using T = Acc<Scalar>;
+  const std::int64_t words_a_row = ceil_div(p.args.length, kWord);
+  if constexpr (kMarks) std::fill_n(to.marks + block.words, block.count * words_a_row, Word{0});
   Tile<T> tile{};
   T running[kRows];
   std::fill_n(running, kRows, corner_pool::Forward<T>::start());
-  for_tiles(p, block, [&](const TilePlace& place, std::int64_t first) {
+  for_tiles(p, block, [&](const TilePlace& place, std::int64_t column) {
     Word words[kRows] = {};
     read_tile(to.from, place, tile);
     in_direction(p.reverse, place.columns, [&](std::int64_t c) {
-      pool_step<kMarks>(tile.at[c], Word{1} << c, running, words, tile.at[c], kRows);
+      const Word bit = Word{1} << ((column + c) % kWord);
+      pool_step<kMarks>(tile.at[c], bit, running, words, tile.at[c], kRows);
     });
     write_tile(tile, place, to.out);
     if constexpr (kMarks) {
-      const std::int64_t stride = ceil_div(p.args.length, kWord);
-      for (std::int64_t row = 0; row < place.rows; ++row)
-        to.marks[first + row * stride] = words[row];
+      Word* marks = to.marks + block.words + column / kWord;
+      for (std::int64_t row = 0; row < place.rows; ++row) marks[row * words_a_row] |= words[row];
     }
+  });
+}
+
+// Vectors of 32 bytes. They go by reference: how one is passed by value depends on the instruction set.
+template <class T, class = std::make_index_sequence<32 / sizeof(T)>>
+struct Lanes;
+template <class T, std::size_t... kLane>
+struct Lanes<T, std::index_sequence<kLane...>> {
+  static constexpr int kCount = sizeof...(kLane);
+  using Int = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+  typedef T Values __attribute__((vector_size(32)));
+  typedef Int Bits __attribute__((vector_size(32)));
+
+  // All bits of the lanes whose bit is set.
+  static void select(Word bits, Bits& to) {
+    const Bits own = {(Int{1} << kLane)...};
+    to = (own & static_cast<Int>(bits)) != 0;
+  }
+  static void keep(const Bits& lanes, Values& of) {
+    of = reinterpret_cast<Values>(reinterpret_cast<Bits>(of) & lanes);
+  }
+  // For each lane the one that comes kBy lanes earlier in the scan, or zero.
+  template <bool kReverse, int kBy, class V>
+  static void earlier(const V& from, V& to) {
+    const V none = {};
+    to = kReverse ? __builtin_shufflevector(from, none, (kLane + kBy)...)
+                  : __builtin_shufflevector(none, from, (kLane + kCount - kBy)...);
+  }
+  // Adds sums of kBy lanes up to sums of all.
+  template <int kBy = 1>
+  static void add_up(Values& of) {
+    of += __builtin_shufflevector(of, of, (kLane ^ kBy)...);
+    if constexpr (2 * kBy < kCount) add_up<2 * kBy>(of);
+  }
+  // Adds to each lane those before it in the scan, back to the last maximum. `closed`: one lies in the kBy lanes before.
+  template <bool kReverse, int kBy = 1>
+  static void add_runs(Bits& closed, Values& of) {
+    Values more;
+    earlier<kReverse, kBy>(of, more);
+    keep(~closed, more);
+    of += more;
+    if constexpr (2 * kBy < kCount) {
+      Bits before;
+      earlier<kReverse, kBy>(closed, before);
+      closed |= before;
+      add_runs<kReverse, 2 * kBy>(closed, of);
+    }
+  }
+
+  // `pending`: sums of what the next maximum gets besides.
+  template <bool kReverse>
+  static void step(Word bits, const T* gradients, T* out, Values& pending) {
+    Values sums;
+    std::memcpy(&sums, gradients, sizeof(Values));
+    if (bits == 0) {
+      pending += sums;
+      std::memset(out, 0, sizeof(Values));
+      return;
+    }
+    Bits is_maximum, is_first, is_last, closed;
+    select(bits, is_maximum);
+    select(kReverse ? std::bit_floor(bits) : bits & (~bits + 1), is_first);
+    select(kReverse ? Word{1} : Word{1} << (kCount - 1), is_last);
+    earlier<kReverse, 1>(is_maximum, closed);
+    add_runs<kReverse>(closed, sums);
+    add_up(pending);
+    keep(is_first, pending);
+    Values own = sums;
+    keep(is_maximum, own);
+    own += pending;
+    std::memcpy(out, &own, sizeof(Values));
+    keep(is_last & ~is_maximum, sums);
+    pending = sums;
+  }
+};
+
+// Zeros behind the last item. Once for all bodies, as what stores them.
+template <class Scalar, class T>
+[[gnu::noinline]] void load_some(const Scalar* from, std::int64_t count, T* to) {
+  std::fill_n(to, kWord, T(0));
+  for (std::int64_t i = 0; i < count; ++i) to[i] = load(from[i]);
+}
+template <class Scalar, class T>
+[[gnu::noinline]] void store_some(const T* from, std::int64_t count, Scalar* to) {
+  for (std::int64_t i = 0; i < count; ++i) store(to[i], from[i]);
+}
+
+// One row, for which nothing is turned: few items are maxima, and vectors between these are added up.
+template <bool kReverse, class Scalar>
+inline void sum_row(const Scalar* from, Scalar* to, const Word* words, std::int64_t length) {
+  using T = Acc<Scalar>;
+  using L = Lanes<T>;
+  typename L::Values pending = {};
+  in_direction(kReverse, ceil_div(length, kWord), [&](std::int64_t k) {
+    const Word word = words[k];
+    const std::int64_t begin = k * kWord, end = std::min(begin + kWord, length);
+    if constexpr (kReverse) {
+      for (std::int64_t at = begin + kRowsAhead * length, i = 0; i < kWord; i += kLine<Scalar>) {
+        __builtin_prefetch(from + at + i);
+        __builtin_prefetch(to + at + i, 1);
+      }
+    }
+    // Full words of T are read and written in place.
+    const bool in_place = std::is_same_v<Scalar, T> && end - begin == kWord;
+    T items[kWord];
+    if (!in_place) load_some(from + begin, end - begin, items);
+    const T* gradients = in_place ? reinterpret_cast<const T*>(from + begin) : items;
+    T* sums = in_place ? reinterpret_cast<T*>(to + begin) : items;
+#pragma GCC unroll 1
+    for (std::int64_t part = 0; part < kWord; part += L::kCount) {
+      const std::int64_t lane = kReverse ? kWord - L::kCount - part : part;
+      const Word bits = word >> lane & ((Word{1} << L::kCount) - 1);
+      L::template step<kReverse>(bits, gradients + lane, sums + lane, pending);
+    }
+    if (!in_place) store_some(items, end - begin, to + begin);
   });
 }
 
 template <class Scalar>
 inline void sum_rows(const Plan& p, const Pointers<Scalar>& to, const Block& block) {
-  using T = Acc<Scalar>;
-  Tile<T> tile{};
-  T running[kRows];
-  std::fill_n(running, kRows, corner_pool::Backward<T>::start());
-  const std::int64_t stride = ceil_div(p.args.length, kWord);
-  for_tiles(p, block, [&](const TilePlace& place, std::int64_t first) {
-    Word words[kRows] = {};
-    for (std::int64_t row = 0; row < place.rows; ++row)
-      words[row] = to.maxima[first + row * stride];
-    read_tile(to.from, place, tile);
-    in_direction(p.reverse, place.columns, [&](std::int64_t c) {
-      sum_step(tile.at[c], Word{1} << c, running, words, tile.at[c], kRows);
-    });
-    write_tile(tile, place, to.out);
-  });
+  const std::int64_t length = p.args.length, words = ceil_div(length, kWord);
+  for (std::int64_t row = 0; row < block.count; ++row) {
+    const std::int64_t at = block.begin + row * length;
+    const Word* maxima = to.maxima + block.words + row * words;
+    p.reverse ? sum_row<true>(to.from + at, to.out + at, maxima, length)
+              : sum_row<false>(to.from + at, to.out + at, maxima, length);
+  }
 }
 
 // The blocks of a map or a tensor, by number.

@@ -37,36 +37,4 @@ inline void turn_four(const double* from, std::ptrdiff_t stride, double* to,
   }
 }
 
-// Eight neighbours of each of eight rows. Where vectors hold eight floats, that takes half the steps of four times four.
-inline void turn_eight(const float* from, std::ptrdiff_t stride, float* to,
-                       std::ptrdiff_t to_stride) {
-  typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
-  typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
-  const auto four = [&](int i, int half) -> const Four& {
-    return *reinterpret_cast<const Four*>(from + i * stride + half);
-  };
-  const auto eight = [&](int i) -> Eight& { return *reinterpret_cast<Eight*>(to + i * to_stride); };
-  for (int half = 0; half < 8; half += 4) {
-    // Four neighbours of a row and of the fourth one after it.
-    Eight row[4];
-    for (int i = 0; i < 4; ++i)
-      row[i] = __builtin_shufflevector(four(i, half), four(i + 4, half), 0, 1, 2, 3, 4, 5, 6, 7);
-    const Eight a = __builtin_shufflevector(row[0], row[1], 0, 8, 1, 9, 4, 12, 5, 13);
-    const Eight b = __builtin_shufflevector(row[2], row[3], 0, 8, 1, 9, 4, 12, 5, 13);
-    const Eight c = __builtin_shufflevector(row[0], row[1], 2, 10, 3, 11, 6, 14, 7, 15);
-    const Eight d = __builtin_shufflevector(row[2], row[3], 2, 10, 3, 11, 6, 14, 7, 15);
-    eight(half) = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
-    eight(half + 1) = __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
-    eight(half + 2) = __builtin_shufflevector(c, d, 0, 1, 8, 9, 4, 5, 12, 13);
-    eight(half + 3) = __builtin_shufflevector(c, d, 2, 3, 10, 11, 6, 7, 14, 15);
-  }
-}
-inline void turn_eight(const double* from, std::ptrdiff_t stride, double* to,
-                       std::ptrdiff_t to_stride) {
-  for (int i = 0; i < 8; i += 4) {
-    for (int j = 0; j < 8; j += 4)
-      turn_four(from + i * stride + j, stride, to + j * to_stride + i, to_stride);
-  }
-}
-
 }  // namespace torchkiln::bindings
