@@ -123,9 +123,9 @@ struct Plan {
 // Places of a line whose maxima share an int32 of `maxima`, the first one its lowest bit.
 constexpr std::int64_t kWord = 32;
 
-void check(const Tensor& input, std::int64_t mode) {
-  check_floating(kOp, "input", input);
-  check_dim(kOp, "input", input, 4, "(N, C, H, W)");
+void check(const char* name, const Tensor& map, std::int64_t mode) {
+  check_floating(kOp, name, map);
+  check_dim(kOp, name, map, 4, "(N, C, H, W)");
   if (mode < corner_pool::kTop || mode > corner_pool::kRight) {
     fail(TORCHKILN_ERROR_VALUE, kOp, "mode", "be 0 (top), 1 (bottom), 2 (left) or 3 (right)",
          std::to_string(mode));
@@ -141,15 +141,15 @@ bool is_vertical(std::int64_t mode) {
 }
 
 // Of `maxima`, which has the layout of the map.
-std::array<std::int64_t, 4> maxima_sizes(const Tensor& input, std::int64_t mode) {
-  const auto [n, c, h, w] = sizes_of(input);
+std::array<std::int64_t, 4> maxima_sizes(const Tensor& map, std::int64_t mode) {
+  const auto [n, c, h, w] = sizes_of(map);
   if (is_vertical(mode)) return {n, c, ceil_div(h, kWord), w};
   return {n, c, h, ceil_div(w, kWord)};
 }
 
 // Fills in the sizes that both passes share. Rows of the map go through memory one after the other in either layout.
 void set_sizes(Plan& p, std::int64_t mode, bool channels_last) {
-  const auto [n, c, h, w] = sizes_of(p.input);
+  const auto [n, c, h, w] = sizes_of(p.out);
   const std::int64_t cell = channels_last ? c : 1, maps = channels_last ? n : n * c;
   const bool vertical = is_vertical(mode);
   p.args.outer = vertical ? maps : maps * h;
@@ -160,7 +160,7 @@ void set_sizes(Plan& p, std::int64_t mode, bool channels_last) {
 }
 
 Plan plan(const Tensor& input, std::int64_t mode, bool with_maxima) {
-  check(input, mode);
+  check("input", input, mode);
   const bool channels_last = is_channels_last(input);
   Plan p{.input = as_layout(input, channels_last),
          .pooled = {},
@@ -178,9 +178,9 @@ Plan plan(const Tensor& input, std::int64_t mode, bool with_maxima) {
   return p;
 }
 
-Plan plan_backward(const Tensor& grad_output, const Tensor& input, const Tensor& pooled,
-                   std::int64_t mode) {
-  check(input, mode);
+void check_backward(const Tensor& grad_output, const Tensor& input, const Tensor& pooled,
+                    std::int64_t mode) {
+  check("input", input, mode);
   const auto [n, c, h, w] = sizes_of(input);
   for (const auto& [name, tensor] :
        {std::pair{"grad_output", &grad_output}, std::pair{"pooled", &pooled}}) {
@@ -188,6 +188,11 @@ Plan plan_backward(const Tensor& grad_output, const Tensor& input, const Tensor&
     check_same_device(kOp, name, *tensor, "input", input);
     check_shape(kOp, name, *tensor, {n, c, h, w});
   }
+}
+
+Plan plan_backward(const Tensor& grad_output, const Tensor& input, const Tensor& pooled,
+                   std::int64_t mode) {
+  check_backward(grad_output, input, pooled, mode);
   const bool channels_last = is_channels_last(input);
   Plan p{.input = as_layout(input, channels_last),
          .pooled = as_layout(pooled, channels_last),
@@ -594,19 +599,36 @@ std::tuple<Tensor, Tensor> cpu(const Tensor& input, std::int64_t mode, bool with
   return {p.out, p.maxima};
 }
 
-// What is no public call may have kept no maxima: they are found anew.
-Tensor backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& pooled,
-                    const Tensor& maxima, std::int64_t mode) {
-  Plan p = plan_backward(grad_output, input, pooled, mode);
-  const Tensor kept = maxima.numel() > 0 ? maxima : std::get<1>(cpu(input, mode, true));
-  check_same_device(kOp, "maxima", kept, "input", input);
-  if (kept.scalar_type() != ScalarType::Int)
-    fail(TORCHKILN_ERROR_TYPE, kOp, "maxima", "be an int32 tensor", text(kept.scalar_type()));
-  const auto [n, c, h, w] = maxima_sizes(input, mode);
-  check_shape(kOp, "maxima", kept, {n, c, h, w});
-  p.maxima = as_layout(kept, is_channels_last(input));
+Tensor backward_maxima_cpu(const Tensor& grad_output, const Tensor& maxima, std::int64_t mode,
+                           bool channels_last) {
+  check("grad_output", grad_output, mode);
+  const auto [n, c, h, w] = maxima_sizes(grad_output, mode);
+  check_shape(kOp, "maxima", maxima, {n, c, h, w});
+  check_same_device(kOp, "maxima", maxima, "grad_output", grad_output);
+  if (maxima.scalar_type() != ScalarType::Int)
+    fail(TORCHKILN_ERROR_TYPE, kOp, "maxima", "be an int32 tensor", text(maxima.scalar_type()));
+  Plan p{.input = {},
+         .pooled = {},
+         .grad_output = as_layout(grad_output, channels_last),
+         .out = empty_layout(grad_output, grad_output.scalar_type(), sizes_of(grad_output),
+                             channels_last),
+         .maxima = as_layout(maxima, channels_last),
+         .backward = true,
+         .reverse = false,
+         .args = {}};
+  p.args.grad_output = p.grad_output.const_data_ptr();
+  p.args.out = p.out.mutable_data_ptr();
+  set_sizes(p, mode, channels_last);
   run_cpu(p);
   return p.out;
+}
+
+// Calls that kept no maxima: they are found anew.
+Tensor backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& pooled,
+                    std::int64_t mode) {
+  check_backward(grad_output, input, pooled, mode);
+  const Tensor maxima = std::get<1>(cpu(input, mode, true));
+  return backward_maxima_cpu(grad_output, maxima, mode, is_channels_last(input));
 }
 
 // ---- CUDA ----
@@ -643,7 +665,7 @@ void launch(const Plan& p, std::initializer_list<Buffer> buffers) {
                      p.args, buffers);
 }
 
-// The gradient finds the maxima in the map and the output.
+// Nothing is kept: the gradient finds the maxima in the map and the output.
 std::tuple<Tensor, Tensor> cuda(const Tensor& input, std::int64_t mode, bool /*with_maxima*/) {
   const Plan p = plan(input, mode, false);
   if (p.out.numel() > 0)
@@ -652,7 +674,7 @@ std::tuple<Tensor, Tensor> cuda(const Tensor& input, std::int64_t mode, bool /*w
 }
 
 Tensor backward_cuda(const Tensor& grad_output, const Tensor& input, const Tensor& pooled,
-                     const Tensor& /*maxima*/, std::int64_t mode) {
+                     std::int64_t mode) {
   const Plan p = plan_backward(grad_output, input, pooled, mode);
   if (p.out.numel() == 0) return p.out;
   launch(p,
@@ -666,12 +688,15 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& input, const Tenso
 STABLE_TORCH_LIBRARY_FRAGMENT(torchkiln, m) {
   m.def("corner_pool(Tensor input, int mode, bool with_maxima=False) -> (Tensor, Tensor)");
   m.def(
-      "_corner_pool_backward(Tensor grad_output, Tensor input, Tensor pooled, Tensor maxima, "
-      "int mode) -> Tensor");
+      "_corner_pool_backward(Tensor grad_output, Tensor input, Tensor pooled, int mode) -> Tensor");
+  m.def(
+      "_corner_pool_backward_maxima(Tensor grad_output, Tensor maxima, int mode, "
+      "bool channels_last) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(torchkiln, CPU, m) {
   m.impl("corner_pool", TORCH_BOX(&cpu));
   m.impl("_corner_pool_backward", TORCH_BOX(&backward_cpu));
+  m.impl("_corner_pool_backward_maxima", TORCH_BOX(&backward_maxima_cpu));
 }
 STABLE_TORCH_LIBRARY_IMPL(torchkiln, CUDA, m) {
   m.impl("corner_pool", TORCH_BOX(&cuda));

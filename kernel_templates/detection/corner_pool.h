@@ -12,7 +12,7 @@ enum Mode { kTop = 0, kBottom = 1, kLeft = 2, kRight = 3 };
 // Tensors seen as (outer, length, inner), contiguous; the maximum runs along `length`.
 struct Args {
   const void* input;
-  const void* pooled;       // of the gradient: the forward's output; on the CPU for long lines only
+  const void* pooled;       // of the gradient on the GPU: the forward's output
   const void* grad_output;  // of the gradient
   void* out;                // the running maximum, or the gradient of the input
   i64 outer, length, inner;

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchkiln._frame import operator
 from torchkiln.ops._arguments import require_choice
-from torchkiln.ops.detection._regions import like
+from torchkiln.ops.detection._regions import is_channels_last, like
 
 __all__ = ["corner_pool"]
 
@@ -35,28 +35,47 @@ def _words(length: int) -> int:
     return (length + _WORD - 1) // _WORD
 
 
-def _fake_backward(
-    grad_output: Tensor, input: Tensor, pooled: Tensor, maxima: Tensor, mode: int
-) -> Tensor:
+def _fake_backward(grad_output: Tensor, input: Tensor, pooled: Tensor, mode: int) -> Tensor:
     return like(input, input.shape)
 
 
+def _fake_backward_maxima(
+    grad_output: Tensor, maxima: Tensor, mode: int, channels_last: bool
+) -> Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(
+        grad_output.shape,
+        dtype=grad_output.dtype,
+        device=grad_output.device,
+        memory_format=layout,
+    )
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    input, ctx.mode, _ = inputs
-    ctx.save_for_backward(input, *output)
-    ctx.mark_non_differentiable(output[1])
+    input, ctx.mode, with_maxima = inputs
+    pooled, maxima = output
+    ctx.mark_non_differentiable(maxima)
     # Nobody reads zeros for the maxima.
     ctx.set_materialize_grads(False)
+    ctx.has_maxima = with_maxima and input.is_cpu
+    if ctx.has_maxima:
+        ctx.channels_last = is_channels_last(input)
+        ctx.save_for_backward(maxima)
+    else:
+        ctx.save_for_backward(input, pooled)
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, _: None = None) -> Tensor | None:
     if grad_output is None:
         return None
-    grad: Tensor = _corner_pool_backward(grad_output, *ctx.saved_tensors, ctx.mode)
-    return grad
+    if ctx.has_maxima:
+        (maxima,) = ctx.saved_tensors
+        return _corner_pool_backward_maxima(grad_output, maxima, ctx.mode, ctx.channels_last)
+    return _corner_pool_backward(grad_output, *ctx.saved_tensors, ctx.mode)
 
 
 _corner_pool_backward = operator("_corner_pool_backward", fake=_fake_backward)
+_corner_pool_backward_maxima = operator("_corner_pool_backward_maxima", fake=_fake_backward_maxima)
 # Features stay in their dtype: a maximum loses nothing.
 _corner_pool = operator("corner_pool", fake=_fake, setup_context=_setup_context, backward=_backward)
 
