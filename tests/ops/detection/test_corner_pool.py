@@ -118,7 +118,7 @@ def test_lines_past_tiles(mode: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("mode", _MODES)
 def test_very_long_lines(mode: str) -> None:
-    """The CPU keeps no maxima of these."""
+    """Maxima lie many words apart."""
     along = 2 if mode in ("top", "bottom") else 3
     new, sizes = Inputs(5), [1, 1, 2, 2]
     sizes[along] = 40_000
@@ -130,6 +130,53 @@ def test_very_long_lines(mode: str) -> None:
     leaf = image.requires_grad_()
     (found,) = torch.autograd.grad(corner_pool(leaf, mode), leaf, grad)
     torch.testing.assert_close(found.double(), expected_grad)
+
+
+@pytest.mark.parametrize("mode", _MODES)
+def test_gradients_stay_with_their_maximum(mode: str, device: str) -> None:
+    """On the CPU runs of a row are added up in vectors: what is not finite must not leave its run."""
+    new = Inputs(6)
+    image = new.normal(1, 2, 70, 70).to(device, torch.float32)
+    grad = new.normal(1, 2, 70, 70).to(device, torch.float32)
+    grad[0, 0, ::9, ::7], grad[0, 1, 1::9, 1::7] = torch.inf, torch.nan
+    exact = image.double().requires_grad_()
+    expected, _ = reference.corner_pool(exact, _MODES.index(mode))
+    (expected_grad,) = torch.autograd.grad(expected, exact, grad.double())
+    leaf = image.requires_grad_()
+    (found,) = torch.autograd.grad(corner_pool(leaf, mode), leaf, grad)
+    torch.testing.assert_close(found.double(), expected_grad, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("mode", range(4))
+def test_gradient_without_kept_maxima(mode: int, layout: torch.memory_format, device: str) -> None:
+    """A call of the raw operator keeps none unless it says so; the public function does."""
+    image = Inputs(7).normal(2, 3, 33, 40).to(device, torch.float32)
+    leaf = image.to(memory_format=layout).requires_grad_()
+    pooled, maxima = torch.ops.torchkiln.corner_pool(leaf, mode)
+    assert maxima.numel() == 0
+    (found,) = torch.autograd.grad(pooled.square().sum(), leaf)
+    (expected,) = torch.autograd.grad(corner_pool(leaf, _MODES[mode]).square().sum(), leaf)
+    assert torch.equal(found, expected)
+
+
+def test_maxima_by_hand() -> None:
+    """One bit a place, the first place the lowest one."""
+    row = torch.tensor([1.0, 3.0, 2.0, 3.0]).reshape(1, 1, 1, 4)
+    kept = [torch.ops.torchkiln.corner_pool(row, mode, True)[1] for mode in (2, 3)]
+    assert [words.tolist() for words in kept] == [[[[[0b1010]]]], [[[[0b1011]]]]]
+    column = torch.zeros(1, 1, 40, 2)  # the later one of equal values is the maximum
+    words = torch.ops.torchkiln.corner_pool(column, 1, True)[1]
+    assert words.tolist() == [[[[-1, -1], [0xFF, 0xFF]]]]
+
+
+def test_refuses_other_maxima() -> None:
+    grad = torch.ones(1, 1, 2, 40)
+    backward = torch.ops.torchkiln._corner_pool_backward_maxima
+    with pytest.raises(RuntimeError, match=r"corner_pool: maxima must have shape \(1, 1, 2, 2\)"):
+        backward(grad, torch.zeros(1, 1, 2, 1, dtype=torch.int32), 2, False)
+    with pytest.raises(RuntimeError, match="corner_pool: maxima must be an int32 tensor"):
+        backward(grad, torch.zeros(1, 1, 2, 2), 2, False)
 
 
 def test_module() -> None:
