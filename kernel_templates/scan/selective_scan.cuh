@@ -2,7 +2,8 @@
 // lanes, and no tensor of the size of all states. While a tile of positions is scanned, the next one is on its way into
 // registers. Where there are too few rows for the GPU, positions are split among blocks: a first launch summarises each
 // split by one map for each state, the second one begins with those of the splits before its own.
-// compile time: above 250 ms for complex numbers, for double, for exponential rules, whose tile stands there twice, and where
+// compile time: above 250 ms for complex numbers, for double, for exponential rules, whose tile stands there twice or, of the
+// quadratic ones, three times, and where
 // a lane has eight states; a loop over them would put them into memory.
 // spills: some hundred bytes there; up to 90 for complex numbers in double, 24 for quadratic rules.
 // SPDX-License-Identifier: Apache-2.0
@@ -255,8 +256,9 @@ __device__ __forceinline__ void give(const Lane<Of>& lane, bool exists, T* y, T*
 }
 
 // Scans the tile that lies in shared memory; leaves the outputs kSums behind the rows. A four is summed while the next one is scanned, so
-// that nobody waits for the shuffles.
-template <bool kSummarises, bool kIsNear, class Of, int kMethod, int kMatrix, int kSums, class V>
+// that nobody waits for the shuffles. kVariable: neither B nor C is constant.
+template <bool kSummarises, bool kIsNear, bool kVariable, class Of, int kMethod, int kMatrix,
+          int kSums, class V>
 __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane, int first,
                                           const V* matrices, Real<V>* rows, MatrixReader of_B,
                                           MatrixReader of_C, Channel<Of, kMethod, V>& channel,
@@ -265,7 +267,12 @@ __device__ __forceinline__ void scan_tile(const Args& args, const Lane<Of>& lane
   const Problem& p = args.problem;
   const int end = min_of(first + Of::kTile, int(p.length));
   constexpr bool kParts = keeps_parts(kMethod, Of::kLanes);
-  constexpr int kUnrolled = kIsNear ? (neighbour_of(kMethod) != 0 ? 4 : 2) : 1;
+  constexpr int kUnrolled = kIsNear ? (kVariable && neighbour_of(kMethod) != 0 ? 4 : 2) : 1;
+  if constexpr (kVariable) {
+    // Both lie at the same places of their memories, at distances that are known: addresses become constants.
+    of_B.step = kFour;
+    of_C = of_B;
+  }
   T* parts = rows + kSums + int(threadIdx.x) % kWarpSize * Of::kRowPitch;
   rows += lane.row * Of::kRowPitch;
   T* sums = kParts ? parts : rows + kSums + sums_first<Of::kLanes>(lane.part);
@@ -380,8 +387,15 @@ __global__ void __launch_bounds__(
     if (first >= begin) {
       if (p.z.data != nullptr && !kSummarises) z.load(of_z, p, first);
       near_or_far<kMethod, V>(is_near, [&](auto near) {
-        scan_tile<kSummarises, near.value, Of, kMethod, kMatrix, kSums>(
-            args, lane, first, matrices, rows, of_B, of_C, channel, kept);
+        constexpr bool kIsNear = near.value;
+        const auto scan = [&](auto is_variable) {
+          scan_tile<kSummarises, kIsNear, is_variable.value, Of, kMethod, kMatrix, kSums>(
+              args, lane, first, matrices, rows, of_B, of_C, channel, kept);
+        };
+        if constexpr (kIsNear && taps_of(kMethod) > 2) {
+          if (!p.constant_B && !p.constant_C) return scan(Truth<true>());
+        }
+        scan(Truth<false>());
       });
       __syncwarp();
       if constexpr (!kSummarises) {

@@ -127,7 +127,8 @@ __device__ __forceinline__ void walk_weights(const RowFour<kMethod, Real<V>>& in
 
 // Of a rule whose input is a parabola through three samples: what it takes of these goes by way of their differences, of which
 // neighbouring steps share one.
-template <bool kIsNear, int kMethod, class V>
+// kRaw: whether the gradients of B and C lack the inputs and gradients that they are to be multiplied by.
+template <bool kIsNear, bool kRaw, int kMethod, class V>
 __device__ __forceinline__ void walk_parabolas(const RowFour<kMethod, Real<V>>& in, const V* B,
                                                const V* C, V a, V before, const Trail<V>& to) {
   using T = Real<V>;
@@ -155,22 +156,21 @@ __device__ __forceinline__ void walk_parabolas(const RowFour<kMethod, Real<V>>& 
     before = step.alpha * before + in.d[i] * held[i];
     of_z[i] = before - in.d[i] * sum_of(step.lag, parabola);
     to.sums.y[i] += inner(C[kAhead + i], conjugate(before));
-    to.shared[4 + i] = (kFactor * in.g[i]) * conjugate(before);
+    to.shared[4 + i] = kRaw ? before : (kFactor * in.g[i]) * conjugate(before);
   }
-  V samples[kSamples], of_rise[kSamples - 1];
-#pragma unroll
-  for (int i = 0; i < kSamples; ++i) samples[i] = number<V>(0);
-  of_rise[kSamples - 2] = number<V>(0);
+  // Samples get what a rise gets before them, less what the one behind them gets. That of a rise beside the four is carried on.
+  V of_rise[kSamples - 1], scaled[4];
+  of_rise[kSamples - 2] = kAhead > 0 ? number<V>(0) : to.pushed[1];
 #pragma unroll
   for (int i = 3; i >= 0; --i) {
     const int at = kBack - 1 + i;
     const V lambda = (kFactor * in.g[i]) * conjugate(C[kAhead + i]) + to.adjoint;
-    const V scaled = in.d[i] * lambda;
+    scaled[i] = in.d[i] * lambda;
     to.adjoint = conjugate(alpha[i]) * lambda;
-    to.of_A = to.of_A + scaled * conjugate(of_z[i]);
+    to.of_A = to.of_A + scaled[i] * conjugate(of_z[i]);
     to.sums.d[i] += inner(lambda, a * of_z[i] + held[i]);
-    const V of_bend = conjugate(weight[i].bend) * scaled;
-    const V of_own = conjugate(weight[i].rise) * scaled;
+    const V of_bend = conjugate(weight[i].bend) * scaled[i];
+    const V of_own = conjugate(weight[i].rise) * scaled[i];
     const Uneven<T> pushed = in.pushed(i);
     if constexpr (neighbour_of(kMethod) != 0) {
       to.sums.own[i] += inner(of_bend, rise[at]);
@@ -183,31 +183,29 @@ __device__ __forceinline__ void walk_parabolas(const RowFour<kMethod, Real<V>>& 
       of_rise[at] = of_rise[at] + of_own + pushed.own * of_bend;
       of_rise[at - 1] = -pushed.other * of_bend;
     }
-    samples[at] = conjugate(weight[i].start) * scaled;
   }
-#pragma unroll
-  for (int i = 0; i < kSamples; ++i) {
-    if (i > 0) samples[i] = samples[i] + of_rise[i - 1];
-    if (i < kSamples - 1) samples[i] = samples[i] - of_rise[i];
-  }
-#pragma unroll
-  for (int j = 0; j < kBack; ++j) {
-    samples[kBack + 3 - j] = samples[kBack + 3 - j] + to.pushed[j];
-    to.pushed[j] = samples[kBack - 1 - j];
-    // Samples before the first are the first.
-    if (in.is_first) samples[kBack] = samples[kBack] + to.pushed[j];
-  }
+  V behind = to.pushed[0];  // of the last of the four samples, but for the rise before it
+  if constexpr (kAhead > 0) behind = behind - of_rise[kSamples - 2];
+  to.pushed[0] = conjugate(weight[0].start) * scaled[0] - of_rise[kBack - 1];
+  to.pushed[1] = of_rise[0];
   if constexpr (kAhead > 0) {
-    // That of the position before for the first sample of these.
+    // That of the position before for the first rise of these.
     const V lambda = (kFactor * in.g_before) * conjugate(C[0]) + to.adjoint;
     const auto c = coefficients_at<kIsNear>(in.d_before, rate, Uneven<T>());
     const V of_bend = conjugate(c.weight[2]) * (in.d_before * lambda);
-    samples[kBack] = samples[kBack] + in.other_before * of_bend;
+    of_rise[0] = of_rise[0] + in.other_before * of_bend;
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    to.shared[i] = in.u[kBack + i] * samples[kBack + i];
-    to.sums.u[i] += inner(samples[kBack + i], B[kBack + i]);
+    const int at = kBack + i;
+    V sample = behind + of_rise[at - 1];
+    if (i < 3) {
+      sample = conjugate(weight[i + 1].start) * scaled[i + 1] + (of_rise[at - 1] - of_rise[at]);
+    }
+    // Samples before the first are the first.
+    if (i == 0 && in.is_first) sample = sample + to.pushed[0];
+    to.shared[i] = kRaw ? sample : in.u[at] * sample;
+    to.sums.u[i] += inner(sample, B[at]);
   }
 }
 
@@ -233,6 +231,10 @@ struct Walk {
   static constexpr int kBack = back_of(kMethod), kAhead = ahead_of(kMethod);
   static constexpr int kUnrolled = is_flat<V> ? Of::kStates : 1;
   static constexpr int kSumsPitch = sums_pitch(Of::kLanes);
+  // Of quadratic rules: whoever sums over channels multiplies, once instead of before and after.
+  static constexpr bool kRaw = kVariable && Of::kSumsInMemory && taps_of(kMethod) > 2;
+  // Numbers from the quads of a position to those of the next one, so that neighbouring lanes read different banks.
+  static constexpr int kQuadsPitch = (kWarpSize + 1) * 4;
 
   const BackwardArgs& args;
   const Place& place;
@@ -288,27 +290,42 @@ struct Walk {
       state[s] = state_of(s) < known ? from[state_of(s)] : number<V>(0);
     }
     V* to = kept + threadIdx.x % kWarpSize;
-    T u_behind = T(0);
+    // Samples that neighbouring fours share go on from one to the next where there are registers for them.
+    constexpr int kSamples = kBack + 4 + kAhead, kShared = is_flat<V> ? kBack + kAhead : 0;
+    V v[Of::kStates][kSamples];
+    RowFour<kMethod, T> in;
+    const auto read_samples = [&](int four, int begin, int end, int s, V* samples) {
+      V of_B[kSamples];
+      read<kBack, kAhead>(B, p.constant_B, p.B, s, four, of_B);
+#pragma unroll
+      for (int i = begin; i < end; ++i) {
+        samples[i] = (taps_of(kMethod) == 1 ? in.d[i & 3] * in.u[i] : in.u[i]) * of_B[i];
+      }
+    };
+    const auto read_rows = [&](int four) {
+      in.template read<Of>(row, four,
+                           kAhead > 0 ? row[At::kInputs * Of::kArray + four * 4 + 4] : T(0));
+    };
+    if constexpr (kShared > 0) {
+      read_rows(0);
+#pragma unroll
+      for (int s = 0; s < Of::kStates; ++s) read_samples(0, 0, kShared, s, v[s] + 4);
+    }
 #pragma unroll 1
     for (int four = 0;; ++four, to += Of::kFourPitch) {
 #pragma unroll kUnrolled
       for (int s = 0; s < Of::kStates; ++s) to[s * kWarpSize] = state[s];
       if (four + 1 == fours) return;
-      RowFour<kMethod, T> in;
-      if constexpr (kAhead > 0) u_behind = row[At::kInputs * Of::kArray + four * 4 + 4];
-      in.template read<Of>(row, four, u_behind);
+      read_rows(four);
 #pragma unroll kUnrolled
       for (int s = 0; s < Of::kStates; ++s) {
         const Rate<kMethod, V> rate = rate_of<kMethod>(carry[s].a);
-        V v[kBack + 4 + kAhead];
-        read<kBack, kAhead>(B, args.problem.constant_B, p.B, s, four, v);
 #pragma unroll
-        for (int i = 0; i < kBack + 4 + kAhead; ++i) {
-          v[i] = (taps_of(kMethod) == 1 ? in.d[i & 3] * in.u[i] : in.u[i]) * v[i];
-        }
+        for (int i = 0; i < kShared; ++i) v[s][i] = v[s][i + 4];
+        read_samples(four, kShared, kSamples, s, v[s]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          state[s] = stepped<kIsNear>(state[s], in.d[i], rate, in.uneven(i), v + i);
+          state[s] = stepped<kIsNear>(state[s], in.d[i], rate, in.uneven(i), v[s] + i);
         }
       }
     }
@@ -341,19 +358,75 @@ struct Walk {
       }
     }
   }
+  // Sums of a four of all channels, times their factors.
+  __device__ __forceinline__ void sum_products(const V* from, const T* factors, V* sum) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] = number<V>(0);
+#pragma unroll
+    for (int r = 0; r < Of::kRows; ++r) {
+      V value[4];
+      T factor[4];
+      read_quad(from + r * Of::kLanes * 4, value);
+      read_quad(factors + r * Of::kPitch, factor);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] = sum[i] + factor[i] * value[i];
+    }
+  }
   // Sums what all lanes have given, once they have.
   __device__ __forceinline__ void sum_shared(int four) const {
     if (!Of::kSumsInMemory || !shares()) return;
     V* to = kept + (four + 1) * Of::kFourPitch;
 #pragma unroll
     for (int i = threadIdx.x % kWarpSize; i < 2 * Of::kPadded; i += kWarpSize) {
-      const int at = i / Of::kLanes * kSumsPitch + i % Of::kLanes * 4;
+      const V* from = kept + Of::kFourNumbers + i / Of::kLanes * kSumsPitch + i % Of::kLanes * 4;
       V sum[4];
-      sum_quads<Of::kRows>(kept + Of::kFourNumbers + at, Of::kLanes * 4, sum);
+      if constexpr (kRaw) {
+        const int array = i < Of::kPadded ? At::kInputs : At::kGradients;
+        const T* factors = row - lane.row * Of::kPitch + array * Of::kArray + four * 4;
+        sum_products(from, factors, sum);
+      } else {
+        sum_quads<Of::kRows>(from, Of::kLanes * 4, sum);
+      }
       write_quad(to + i * 4, sum);
     }
   }
 
+  // Sums over the lanes of a channel; a lane keeps those of its own positions.
+  __device__ __forceinline__ void sum_lanes(Sums<T>& sums) const {
+    constexpr bool kIsUneven = neighbour_of(kMethod) != 0;
+    const bool has_gate = args.problem.z.data != nullptr;
+    if constexpr (Of::kSumsInMemory) {
+      // Where the gradients of B and C were, which have been used up.
+      constexpr int kKept = kept_of<4, Of::kLanes>;
+      T* memory = kept + Of::kFourNumbers;
+      T* to = memory + threadIdx.x % kWarpSize * 4;
+      const T* from = memory + (lane.part * kKept * kQuadsPitch + lane.row * Of::kLanes * 4);
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const T third = kIsUneven ? sums.own[i] : sums.y[i];
+        const T of_position[4] = {sums.d[i], sums.u[i], third, sums.other[i]};
+        write_quad(to + i * kQuadsPitch, of_position);
+      }
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) {
+        T sum[4];
+        sum_quads<Of::kLanes>(from + i * kQuadsPitch, 4, sum);
+        sums.d[i] = sum[0], sums.u[i] = sum[1], sums.other[i] = sum[3];
+        (kIsUneven ? sums.own[i] : sums.y[i]) = sum[2];
+      }
+      if (kIsUneven && has_gate) fold<4, Of::kLanes, 1>(sums.y, lane.part);
+    } else {
+      fold<4, Of::kLanes, 1>(sums.d, lane.part);
+      fold<4, Of::kLanes, 1>(sums.u, lane.part);
+      if (has_gate) fold<4, Of::kLanes, 1>(sums.y, lane.part);
+      if constexpr (kIsUneven) {
+        fold<4, Of::kLanes, 1>(sums.own, lane.part);
+        fold<4, Of::kLanes, 1>(sums.other, lane.part);
+      }
+    }
+  }
   // Sums over states of the channel become gradients, as far as they do not depend on other positions.
   __device__ __forceinline__ void finish(const RowFour<kMethod, T>& in, Sums<T>& sums,
                                          int four) const {
@@ -369,14 +442,8 @@ struct Walk {
       sums.u[i] += skip * in.g[i];
       sums.y[i] = (is_complex_type<V> ? T(2) : T(1)) * sums.y[i] + skip * in.u[kBack + i];
     }
-    fold<4, Of::kLanes, 1>(sums.d, lane.part);
-    fold<4, Of::kLanes, 1>(sums.u, lane.part);
-    if (p.z.data != nullptr) fold<4, Of::kLanes, 1>(sums.y, lane.part);
-    if constexpr (neighbour_of(kMethod) != 0) {
-      fold<4, Of::kLanes, 1>(sums.own, lane.part);
-      fold<4, Of::kLanes, 1>(sums.other, lane.part);
-      finish_ratios(in, sums, four);
-    }
+    sum_lanes(sums);
+    if constexpr (neighbour_of(kMethod) != 0) finish_ratios(in, sums, four);
     if (!is_keeper<4, Of::kLanes>(lane.part)) return;
     put(sums.d, At::kOfSteps, four);
     put(sums.u, At::kOfInputs, four);
@@ -438,7 +505,7 @@ struct Walk {
         Carry<V>& own = carry[s];
         const Trail<V> to = {own.adjoint, own.of_A, own.pushed, sums, shared};
         if constexpr (taps_of(kMethod) > 2) {
-          walk_parabolas<kIsNear>(in, of_B, of_C, own.a, state, to);
+          walk_parabolas<kIsNear, kRaw>(in, of_B, of_C, own.a, state, to);
         } else {
           walk_weights<kIsNear>(in, of_B, of_C, own.a, state, to);
         }
@@ -643,7 +710,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
     const int first = tile * Of::kTile;
     const bool is_own = kBack == 0 || tile < share.end;
     __syncwarp();  // the rows are no longer read
-    const T of_D = fill_rows<Of, Scalar, kMethod>(args, place, lane, first, 0, length, rows);
+    const T of_D = fill_rows<Of, Scalar, kMethod, true>(args, place, lane, first, 0, length, rows);
     fill_beside<Of, Scalar, kMethod>(args, place, lane, first, rows);
 #pragma unroll 1
     for (int panel = 0; panel * Of::kPadded < p.states; ++panel) {
@@ -756,7 +823,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) summarise(const BackwardArg
     for (int tile = (end - 1) / Of::kTile; tile * Of::kTile + Of::kTile > begin; --tile) {
       const int first = tile * Of::kTile;
       __syncthreads();  // the rows and the tile are no longer read
-      fill_rows<Of, Scalar, kMethod>(args, place, lane, first, begin, end, rows);
+      fill_rows<Of, Scalar, kMethod, false>(args, place, lane, first, begin, end, rows);
       if (kVariable || !p.constant_C) fill_matrix<Of, Scalar, V, 0, 0>(p.C, p, place, n0, first, C);
       __syncthreads();
       const Walk<Of, Scalar, kMethod, kVariable, V> walk = {

@@ -114,8 +114,9 @@ __device__ __forceinline__ void prefetch_rows(const BackwardArgs& args, const Pl
 }
 
 // Lays out what lanes need of their channel in the tile that begins at `first`, in the rows at `row`. Positions outside of
-// [begin, end) change no state. Returns the lane's part of the gradient of D.
-template <class Of, class Scalar, int kMethod>
+// [begin, end) change no state. Returns the lane's part of the gradient of D. kWeighs: whether weights will be asked for, not
+// alphas alone.
+template <class Of, class Scalar, int kMethod, bool kWeighs>
 __device__ __forceinline__ Acc<Scalar> fill_rows(const BackwardArgs& args, const Place& place,
                                                  const Lane<Of>& lane, int first, int begin,
                                                  int end, Acc<Scalar>* row) {
@@ -148,7 +149,7 @@ __device__ __forceinline__ Acc<Scalar> fill_rows(const BackwardArgs& args, const
     for (int i = 0; i < 4; ++i) more[i] = p.softplus ? sigmoid_of(d[i] + bias) : T(1);
     steps_of(d, bias, p.softplus);
     write_quad(to + At::kSlopes * Of::kArray, more);
-    if constexpr (neighbour_of(kMethod) != 0) {
+    if constexpr (kWeighs && neighbour_of(kMethod) != 0) {
       constexpr int kNeighbour = neighbour_of(kMethod);
       const T beside = load(delta[memory_of_one(p, position + (kNeighbour > 0 ? 4 : -1))]);
       T other[4];
@@ -212,8 +213,13 @@ __device__ __forceinline__ void fill_beside(const BackwardArgs& args, const Plac
 template <int kBack, int kAhead, class V>
 __device__ __forceinline__ void read_window(const V* row, int four, V* out) {
   read_quad(row + four * 4, out + kBack);
-#pragma unroll
-  for (int j = 1; j <= kBack; ++j) out[kBack - j] = row[slot_of(four * 4 - j)];
+  if constexpr (kBack == 2) {
+    const Pack<V, 2> before = *reinterpret_cast<const Pack<V, 2>*>(row + slot_of(four * 4 - 2));
+    out[0] = before.at[0];
+    out[1] = before.at[1];
+  } else if constexpr (kBack == 1) {
+    out[0] = row[slot_of(four * 4 - 1)];
+  }
   if constexpr (kAhead > 0) out[kBack + 4] = row[four * 4 + 4];
 }
 

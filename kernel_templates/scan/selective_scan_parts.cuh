@@ -74,6 +74,9 @@ __device__ __forceinline__ Place place_of(const Problem& p, u32 block, u32 panel
 
 // ---- fours ----
 
+// Numbers from a four of B or C to the next one.
+constexpr int kFour = 4;
+
 // Four neighbouring numbers in shared memory.
 template <class V>
 struct alignas(16) Quad {
@@ -606,7 +609,7 @@ constexpr int matrix_tile = Of::kPadded * Of::kMatrixPitch + kBehind;
 // `tile`: which of them.
 template <class Of>
 __device__ __forceinline__ MatrixReader variable_matrix(const Lane<Of>& lane, int tile) {
-  return {tile * matrix_tile<Of> + lane.part * Of::kMatrixPitch, 4};
+  return {tile * matrix_tile<Of> + lane.part * Of::kMatrixPitch, kFour};
 }
 
 // Sums four values over the lanes of each channel. A lane ends up with kKept of the sums, of which the first is
