@@ -234,7 +234,7 @@ struct Walk {
   // Of quadratic rules: whoever sums over channels multiplies, once instead of before and after.
   static constexpr bool kRaw = kVariable && Of::kSumsInMemory && taps_of(kMethod) > 2;
   // Numbers from the quads of a position to those of the next one, so that neighbouring lanes read different banks.
-  static constexpr int kQuadsPitch = (kWarpSize + 1) * 4;
+  static constexpr int kQuadsPitch = (kWarpSize + 1) * 4, kGatesPitch = kWarpSize + 4;
 
   const BackwardArgs& args;
   const Place& place;
@@ -391,6 +391,15 @@ struct Walk {
     }
   }
 
+  // Over the lanes of the channel, of one of four positions.
+  __device__ __forceinline__ T sum_of_gates(const T* gates, int position) const {
+    const auto parts = *reinterpret_cast<const Pack<T, Of::kLanes>*>(
+        gates + position * kGatesPitch + lane.row * Of::kLanes);
+    T sum = parts.at[0];
+#pragma unroll
+    for (int i = 1; i < Of::kLanes; ++i) sum += parts.at[i];
+    return sum;
+  }
   // Sums over the lanes of a channel; a lane keeps those of its own positions.
   __device__ __forceinline__ void sum_lanes(Sums<T>& sums) const {
     constexpr bool kIsUneven = neighbour_of(kMethod) != 0;
@@ -401,12 +410,14 @@ struct Walk {
       T* memory = kept + Of::kFourNumbers;
       T* to = memory + threadIdx.x % kWarpSize * 4;
       const T* from = memory + (lane.part * kKept * kQuadsPitch + lane.row * Of::kLanes * 4);
+      T* gates = memory + 4 * kQuadsPitch;
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const T third = kIsUneven ? sums.own[i] : sums.y[i];
         const T of_position[4] = {sums.d[i], sums.u[i], third, sums.other[i]};
         write_quad(to + i * kQuadsPitch, of_position);
+        if (kIsUneven && has_gate) gates[i * kGatesPitch + threadIdx.x % kWarpSize] = sums.y[i];
       }
       __syncwarp();
 #pragma unroll
@@ -415,8 +426,8 @@ struct Walk {
         sum_quads<Of::kLanes>(from + i * kQuadsPitch, 4, sum);
         sums.d[i] = sum[0], sums.u[i] = sum[1], sums.other[i] = sum[3];
         (kIsUneven ? sums.own[i] : sums.y[i]) = sum[2];
+        if (kIsUneven && has_gate) sums.y[i] = sum_of_gates(gates, lane.part * kKept + i);
       }
-      if (kIsUneven && has_gate) fold<4, Of::kLanes, 1>(sums.y, lane.part);
     } else {
       fold<4, Of::kLanes, 1>(sums.d, lane.part);
       fold<4, Of::kLanes, 1>(sums.u, lane.part);

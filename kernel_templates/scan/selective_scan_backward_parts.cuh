@@ -131,6 +131,10 @@ __device__ __forceinline__ Acc<Scalar> fill_rows(const BackwardArgs& args, const
     const int position = first + four * 4;
     T* to = row + four * 4;
     T u[4], d[4], g[4], more[4];
+    Scalar beside;  // on its way with the others
+    if constexpr (kWeighs && neighbour_of(kMethod) != 0) {
+      beside = delta[memory_of_one(p, position + (neighbour_of(kMethod) > 0 ? 4 : -1))];
+    }
     prefetch_rows<Scalar>(args, place, lane.row, position - Of::kTile);
     numbers_of(load_four<1>(row_begin<Scalar>(p.u, place, lane.row), position, p), p, u);
     numbers_of(load_four<1>(delta, position, p), p, d);
@@ -151,9 +155,8 @@ __device__ __forceinline__ Acc<Scalar> fill_rows(const BackwardArgs& args, const
     write_quad(to + At::kSlopes * Of::kArray, more);
     if constexpr (kWeighs && neighbour_of(kMethod) != 0) {
       constexpr int kNeighbour = neighbour_of(kMethod);
-      const T beside = load(delta[memory_of_one(p, position + (kNeighbour > 0 ? 4 : -1))]);
       T other[4];
-      uneven_of_four<kNeighbour>(d, step_of(beside, bias, p.softplus), more, other);
+      uneven_of_four<kNeighbour>(d, step_of(T(load(beside)), bias, p.softplus), more, other);
       if constexpr (kNeighbour > 0) {
         // Samples behind the last one are that one: nothing comes from there.
 #pragma unroll
@@ -213,12 +216,13 @@ __device__ __forceinline__ void fill_beside(const BackwardArgs& args, const Plac
 template <int kBack, int kAhead, class V>
 __device__ __forceinline__ void read_window(const V* row, int four, V* out) {
   read_quad(row + four * 4, out + kBack);
-  if constexpr (kBack == 2) {
+  if constexpr (kBack == 2 && sizeof(V) <= 8) {
     const Pack<V, 2> before = *reinterpret_cast<const Pack<V, 2>*>(row + slot_of(four * 4 - 2));
     out[0] = before.at[0];
     out[1] = before.at[1];
-  } else if constexpr (kBack == 1) {
-    out[0] = row[slot_of(four * 4 - 1)];
+  } else {
+#pragma unroll
+    for (int j = 1; j <= kBack; ++j) out[kBack - j] = row[slot_of(four * 4 - j)];
   }
   if constexpr (kAhead > 0) out[kBack + 4] = row[four * 4 + 4];
 }
