@@ -380,12 +380,16 @@ __global__ void __launch_bounds__(
   for (int first = begin - kTile; first < end; first += kTile) {
     const int next = first + kTile;
     if (next < end) {
-      steps.load(p, next);
-      if (!p.constant_B) B.load(p, next);
-      if (!p.constant_C && !kSummarises) C.load(p, next);
+      whole_or_not<Of, kMethod>(p, next, [&](bool whole) {
+        steps.load(p, next, whole);
+        if (!p.constant_B) B.load(p, next, whole);
+        if (!p.constant_C && !kSummarises) C.load(p, next, whole);
+      });
     }
     if (first >= begin) {
-      if (p.z.data != nullptr && !kSummarises) z.load(of_z, p, first);
+      if (p.z.data != nullptr && !kSummarises) {
+        whole_or_not<Of, kMethod>(p, first, [&](bool whole) { z.load(of_z, p, first, whole); });
+      }
       near_or_far<kMethod, V>(is_near, [&](auto near) {
         constexpr bool kIsNear = near.value;
         const auto scan = [&](auto is_variable) {

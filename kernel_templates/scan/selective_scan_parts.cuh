@@ -264,8 +264,7 @@ struct RowFours {
   Four<Scalar, 1> at[Of::kRowItems];
 
   __device__ __forceinline__ void load(const RowSources<Of, const Scalar>& rows, const Problem& p,
-                                       int first) {
-    const bool whole = is_whole<Of>(p, first);
+                                       int first, bool whole) {
 #pragma unroll
     for (int k = 0; k < Of::kRowItems; ++k) {
       const RowItem<Of> item(k);
@@ -374,9 +373,9 @@ struct Steps {
     }
   }
 
-  __device__ __forceinline__ void load(const Problem& p, int first) {
-    u.load(of_u, p, first);
-    delta.load(of_delta, p, first);
+  __device__ __forceinline__ void load(const Problem& p, int first, bool whole) {
+    u.load(of_u, p, first, whole);
+    delta.load(of_delta, p, first, whole);
     if constexpr (kNeighbour > 0) delta_behind.load(of_delta, p, first + 4);
     if constexpr (ahead_of(kMethod) > 0) behind.load(of_u, p, first + 4, Of::kFours - 1);
   }
@@ -477,8 +476,7 @@ struct MatrixFours {
   __device__ __forceinline__ MatrixFours(const void* matrix, const Problem& p, const Place& place)
       : row(worked_out(matrix_row<V, Scalar>(matrix, p, place, MatrixItem<Of>(0).state))) {}
 
-  __device__ __forceinline__ void load(const Problem& p, int first) {
-    const bool whole = is_whole<Of>(p, first);
+  __device__ __forceinline__ void load(const Problem& p, int first, bool whole) {
 #pragma unroll
     for (int k = 0; k < Of::kMatrixItems; ++k) {
       const MatrixItem<Of> item(k);
@@ -549,6 +547,19 @@ __device__ __forceinline__ bool are_within(const float* d, float longest) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) greatest = max_of(greatest, float_bits(d[i]));
   return greatest <= float_bits(longest);
+}
+
+// work(is_whole). Of the quadratic rules, which are bound by issued instructions, with a branch: predicated, the other way
+// would be issued, too.
+template <class Of, int kMethod, class F>
+__device__ __forceinline__ void whole_or_not(const Problem& p, int first, const F& work) {
+  const bool whole = is_whole<Of>(p, first);
+  if constexpr (taps_of(kMethod) > 2) {
+    if (whole) return work(true);
+    work(false);
+  } else {
+    work(whole);
+  }
 }
 
 // work(Truth<whether coefficients near 0 do>).
