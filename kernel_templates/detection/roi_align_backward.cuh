@@ -143,8 +143,9 @@ __device__ __forceinline__ void add_average(const Regions& r, const Scalar* grad
   const Range rows = weights.bins[patch.y / kPatchH];
   const Range columns = weights.bins[Weights<T, kTileH, kTileW>::kRowPatches + patch.x / kPatchW];
   if (rows.is_empty() || columns.is_empty()) return;
-  // Gradients of so many bins are on their way together: a warp has little else to do until they come.
-  constexpr i32 kAtOnce = 3;
+  // Gradients of so many bins are on their way together: a warp has little else to do until they come. With four channels
+  // a lane, a third bin would find no registers.
+  constexpr i32 kAtOnce = kLaneChannels > 2 ? 2 : 3;
   const i32 bins_x = i32(r.pooled_w), height = rows.end - rows.begin;
   const i32 count = height * (columns.end - columns.begin);
   const Index to_row = Index(bins_x) * Index(r.c),
