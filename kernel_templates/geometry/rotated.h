@@ -104,7 +104,8 @@ constexpr T kTouching = sizeof(T) == 8 ? T(4e-15) : T(2e-6);
 template <class T>
 TORCHKILN_HD bool parted(const Rotated<T>& a, const Rotated<T>& b, const Relative<T>& r) {
   const T c = abs_of(r.cos), s = abs_of(r.sin), share = T(1) - kTouching<T>;
-  const T w = a.half_w + (b.half_w * c + b.half_h * s), h = a.half_h + (b.half_w * s + b.half_h * c);
+  const T w = a.half_w + (b.half_w * c + b.half_h * s),
+          h = a.half_h + (b.half_w * s + b.half_h * c);
   return abs_of(r.x * r.cos + r.y * r.sin) >= w * share ||
          abs_of(r.y * r.cos - r.x * r.sin) >= h * share;
 }

@@ -150,3 +150,21 @@ def test_quirk_nms3d_margin():
     scores = torch.tensor([0.9, 0.8])
     assert ops.nms3d(boxes, scores, 5e-4).tolist() == [0]
     assert native.nms3d(boxes, scores, 5e-4).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_soft_nms_is_one_graph(backend):
+    """Also where no box reaches the least score, and the best one stays all the same."""
+    corner = 9 * torch.rand(20, 2, generator=torch.Generator().manual_seed(2))
+    boxes, scores = torch.cat([corner, corner + 3], 1), scores_of(20)
+
+    def call(boxes, scores):
+        return ops.soft_nms(boxes, scores, min_score=0.3, method="gaussian")
+
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    for factor, count in ((1.0, None), (0.1, 1)):
+        dets, inds = call(boxes, factor * scores)
+        found = compiled(boxes, factor * scores)
+        assert torch.equal(found[0], dets)
+        assert torch.equal(found[1], inds)
+        assert len(inds) == count if count else len(inds) > 1

@@ -98,9 +98,10 @@ def nms_rotated(
 
     Note:
         Computed in float32 (float64 for float64); the shared area is exact but for rounding, so a
-        pair whose IoU equals the threshold within that may go either way. A box with a side of 0 or
-        less overlaps nothing, and so does one with a number that is not finite. A NaN score sorts
-        last, is kept and suppresses nothing. On CUDA the call waits for the size of its result.
+        pair whose IoU equals the threshold within that may go either way. Boxes that do not meet
+        share exactly 0. A box with a side of 0 or less overlaps nothing, and so does one with a
+        number that is not finite. A NaN score sorts last, is kept and suppresses nothing. On CUDA
+        the call waits for the size of its result.
 
     Source:
         Ma et al., "Arbitrary-Oriented Scene Text Detection via Rotation Proposals", 2018.
@@ -186,7 +187,8 @@ def nms_quadri(
     Differentiable: no. Deterministic: yes. Autocast: float32.
 
     Note:
-        As `nms_rotated`. Quadrilaterals need not be convex.
+        As `nms_rotated`. Quadrilaterals need not be convex; what lies in the notch of one that is
+        not may share 1e-7 of it with it, by rounding.
 
     Source:
         Girshick et al., "Rich feature hierarchies for accurate object detection", 2014,

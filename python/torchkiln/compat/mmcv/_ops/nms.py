@@ -161,10 +161,12 @@ def _softened(
         name,
         idxs,
     )
-    if inds.shape[0] == 0 and boxes.shape[0] > 0:
-        # The best box of all is never tried against min_score.
-        inds = scores.detach().argmax(keepdim=True)
-        softened = scores.detach()[inds]
+    if boxes.shape[0] > 0 and (torch.compiler.is_compiling() or inds.shape[0] == 0):
+        # The best box of all is never tried against min_score. A graph cannot ask how many stay.
+        best = scores.detach().argmax(keepdim=True)
+        most = torch.sym_max(inds.shape[0], 1)
+        inds = torch.cat([inds, best])[:most]
+        softened = torch.cat([softened, scores.detach()[best].to(softened)])[:most]
     return torch.cat([boxes.detach()[inds], softened.to(boxes)[:, None]], 1), inds
 
 
