@@ -188,7 +188,7 @@ def nms_quadri(
 
     Note:
         As `nms_rotated`. Quadrilaterals need not be convex; what lies in the notch of one that is
-        not may share 1e-7 of it with it, by rounding.
+        not may share up to 1e-6 with it, by rounding.
 
     Source:
         Girshick et al., "Rich feature hierarchies for accurate object detection", 2014,
