@@ -224,7 +224,7 @@ TORCHKILN_HD T shared_area(const Quad<T>& a, const Quad<T>& b) {
   }
   // Rounding leaves this much at the most to shapes that do not meet.
   const T reach = a.radius + b.radius, little = T(16) * kTouching<T> * reach * reach;
-  if (sum < little && parted(a, b, b.x - a.x, b.y - a.y)) return T(0);
+  if (sum > T(0) && sum < little && parted(a, b, b.x - a.x, b.y - a.y)) return T(0);
   return clamped(sum, T(0), small.area);
 }
 
