@@ -35,6 +35,8 @@ from benchmarks import cases, mmcv_sides, peer_sides
 from benchmarks.cases import OURS, Case
 from benchmarks.clock import ClockLog
 from benchmarks.harness import CpuBench, CudaBench, Settings, short
+from torchkiln_cli import _native
+from torchkiln_cli.warm import schemas_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 2
@@ -288,6 +290,14 @@ class Session:
             os.execv(sys.executable, [*command, "--budget-seconds", str(left)])
 
 
+def with_kernels(operators: Sequence[str]) -> list[str]:
+    """Those that launch kernels of ours; the others are tensor operations, and compile nothing."""
+    _native.load_operators()
+    kernels = _native.control("kernels")["kernels"]
+    known = {schema for kernel in kernels for schema in kernel["operators"]}
+    return [name for name in operators if known.intersection(schemas_of([name]))]
+
+
 def cold_compiles(operators: Sequence[str], deadline: Deadline) -> dict[str, Any]:
     """Compiles every default kernel into an empty cache; few processes, one at a time each."""
     n_shares = COLD_PROCESSES * SHARES_PER_PROCESS
@@ -413,7 +423,7 @@ def main(
         if on_gpu and not no_count:
             session.count(wanted)
     if on_gpu and cold_compile and deadline.left() > LEAST_SECONDS:
-        operators = sorted({case.operator for case in wanted})
+        operators = with_kernels(sorted({case.operator for case in wanted}))
         found = cold_compiles(operators, deadline)
         store.data["cold_compile"] = {"commit": store.run["commit"], **found}
         store.save()
