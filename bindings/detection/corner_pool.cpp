@@ -228,14 +228,19 @@ using Word = std::uint32_t;
 
 // Steps of n scans side by side; `bit` stands for this step in the words of maxima. The gradient reads these words alone:
 // the map and the forward's output are 32 and more times as large.
-template <bool kMarks, class Scalar, class T>
-inline void pool_step(const Scalar* x, Word bit, T* running, Word* words, Scalar* out,
-                      std::int64_t n) {
+template <class Scalar, class T>
+inline void mark_step(const Scalar* x, Word bit, const T* running, Word* words, std::int64_t n) {
 #pragma GCC ivdep
   for (std::int64_t i = 0; i < n; ++i) {
-    const T value = load(x[i]);
-    if constexpr (kMarks) words[i] |= corner_pool::Forward<T>::takes(running[i], value) ? bit : 0;
-    store(out[i], corner_pool::Forward<T>::step(running[i], {value}));
+    const bool takes = corner_pool::Forward<T>::takes(running[i], load(x[i]));
+    words[i] |= takes ? bit : 0;
+  }
+}
+template <class Scalar, class T>
+inline void pool_step(const Scalar* x, T* running, Scalar* out, std::int64_t n) {
+#pragma GCC ivdep
+  for (std::int64_t i = 0; i < n; ++i) {
+    store(out[i], corner_pool::Forward<T>::step(running[i], {load(x[i])}));
   }
 }
 template <class Scalar, class T>
@@ -283,17 +288,18 @@ inline void for_lines(const Plan& p, const Pointers<Scalar>& to, const Block& bl
   });
 }
 
-template <bool kMarks, class Scalar>
+template <class Scalar>
 inline void pool_columns(const Plan& p, const Pointers<Scalar>& to, const Block& block) {
   using T = Acc<Scalar>;
   T running[kSpan];
   std::fill_n(running, kSpan, corner_pool::Forward<T>::start());
-  if constexpr (kMarks) {
+  if (to.marks != nullptr) {
     for (std::int64_t k = 0; k < p.args.length; k += kWord)
       std::fill_n(to.marks + block.words + k / kWord * p.args.inner, block.count, Word{0});
   }
   for_lines(p, to, block, [&](std::int64_t at, std::int64_t words, Word bit) {
-    pool_step<kMarks>(to.from + at, bit, running, to.marks + words, to.out + at, block.count);
+    if (to.marks != nullptr) mark_step(to.from + at, bit, running, to.marks + words, block.count);
+    pool_step(to.from + at, running, to.out + at, block.count);
   });
 }
 
@@ -377,11 +383,11 @@ inline void for_tiles(const Plan& p, const Block& block, const F& f) {
   });
 }
 
-template <bool kMarks, class Scalar>
+template <class Scalar>
 inline void pool_rows(const Plan& p, const Pointers<Scalar>& to, const Block& block) {
   using T = Acc<Scalar>;
   const std::int64_t words_a_row = ceil_div(p.args.length, kWord);
-  if constexpr (kMarks) std::fill_n(to.marks + block.words, block.count * words_a_row, Word{0});
+  if (to.marks != nullptr) std::fill_n(to.marks + block.words, block.count * words_a_row, Word{0});
   Tile<T> tile{};
   T running[kRows];
   std::fill_n(running, kRows, corner_pool::Forward<T>::start());
@@ -390,10 +396,11 @@ inline void pool_rows(const Plan& p, const Pointers<Scalar>& to, const Block& bl
     read_tile(to.from, place, tile);
     in_direction(p.reverse, place.columns, [&](std::int64_t c) {
       const Word bit = Word{1} << ((column + c) % kWord);
-      pool_step<kMarks>(tile.at[c], bit, running, words, tile.at[c], kRows);
+      if (to.marks != nullptr) mark_step(tile.at[c], bit, running, words, kRows);
+      pool_step(tile.at[c], running, tile.at[c], kRows);
     });
     write_tile(tile, place, to.out);
-    if constexpr (kMarks) {
+    if (to.marks != nullptr) {
       Word* marks = to.marks + block.words + column / kWord;
       for (std::int64_t row = 0; row < place.rows; ++row) marks[row * words_a_row] |= words[row];
     }
@@ -451,9 +458,10 @@ struct Lanes<T, std::index_sequence<kLane...>> {
   static void step(Word bits, const T* gradients, T* out, Values& pending) {
     Values sums;
     std::memcpy(&sums, gradients, sizeof(Values));
-    if (bits == 0) {
+    if (bits == 0) [[likely]] {
+      const Values none = {};
       pending += sums;
-      std::memset(out, 0, sizeof(Values));
+      std::memcpy(out, &none, sizeof(Values));
       return;
     }
     Bits is_maximum, is_first, is_last, closed;
@@ -556,10 +564,8 @@ inline void run_blocks(const Plan& p, const Pointers<Scalar>& to, const Blocks& 
     const Block block = blocks.at(p.args, i);
     if (p.backward) {
       rows ? sum_rows(p, to, block) : sum_columns(p, to, block);
-    } else if (to.marks != nullptr) {
-      rows ? pool_rows<true>(p, to, block) : pool_columns<true>(p, to, block);
     } else {
-      rows ? pool_rows<false>(p, to, block) : pool_columns<false>(p, to, block);
+      rows ? pool_rows(p, to, block) : pool_columns(p, to, block);
     }
   }
 }

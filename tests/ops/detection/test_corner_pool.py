@@ -134,7 +134,7 @@ def test_very_long_lines(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", _MODES)
 def test_gradients_stay_with_their_maximum(mode: str, device: str) -> None:
-    """On the CPU runs of a row are added up in vectors: what is not finite must not leave its run."""
+    """The CPU adds up runs of a row in vectors: what is not finite must not leave its run."""
     new = Inputs(6)
     image = new.normal(1, 2, 70, 70).to(device, torch.float32)
     grad = new.normal(1, 2, 70, 70).to(device, torch.float32)

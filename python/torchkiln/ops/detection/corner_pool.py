@@ -101,7 +101,7 @@ def corner_pool(input: Tensor, mode: str) -> Tensor:
     Note:
         A cell gets the sum of the gradients of all cells that took its value. Of equal values the
         last one that the running maximum meets gets it, as with `torch.cummax`. From a NaN on, all
-        is NaN.
+        is NaN. For the gradient a bit of each cell is kept on the CPU, input and output on CUDA.
 
     Source:
         Law and Deng, "CornerNet: Detecting Objects as Paired Keypoints", 2018, equations 6 and 7.
