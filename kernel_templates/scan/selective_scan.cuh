@@ -2,9 +2,8 @@
 // lanes, and no tensor of the size of all states. While a tile of positions is scanned, the next one is on its way into
 // registers. Where there are too few rows for the GPU, positions are split among blocks: a first launch summarises each
 // split by one map for each state, the second one begins with those of the splits before its own.
-// compile time: above 250 ms for complex numbers, for double, for exponential rules, whose tile stands there twice or, of the
-// quadratic ones, three times, and where
-// a lane has eight states; a loop over them would put them into memory.
+// compile time: above 250 ms for complex numbers, for double, for exponential rules, whose tile stands there twice, three
+// times for the quadratic ones, and where a lane has eight states; a loop over them would put them into memory.
 // spills: some hundred bytes there; up to 90 for complex numbers in double, 24 for quadratic rules.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once

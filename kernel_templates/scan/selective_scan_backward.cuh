@@ -4,7 +4,7 @@
 // of a group share, are summed over the channels of a block before they go to memory. Where there are too few rows for the
 // GPU, positions are split among blocks: a first launch summarises what each split makes of the adjoint state behind it.
 // compile time: above 250 ms; four positions of a state are unrolled, with the rule's derivatives, and all states of a lane.
-// spills: up to 28 bytes in float; up to 60 bytes for the quadratic rules in double, several hundred for complex numbers in
+// spills: up to 44 bytes in float, outside of the loops over positions; up to 60 bytes for the quadratic rules in double, several hundred for complex numbers in
 // double, which do not fit into registers.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -126,8 +126,7 @@ __device__ __forceinline__ void walk_weights(const RowFour<kMethod, Real<V>>& in
 }
 
 // Of a rule whose input is a parabola through three samples: what it takes of these goes by way of their differences, of which
-// neighbouring steps share one.
-// kRaw: whether the gradients of B and C lack the inputs and gradients that they are to be multiplied by.
+// neighbouring steps share one. kRaw: whether the gradients of B and C lack the inputs and gradients that they are to be multiplied by.
 template <bool kIsNear, bool kRaw, int kMethod, class V>
 __device__ __forceinline__ void walk_parabolas(const RowFour<kMethod, Real<V>>& in, const V* B,
                                                const V* C, V a, V before, const Trail<V>& to) {
@@ -261,9 +260,8 @@ struct Walk {
     for (int i = 0; i < kLeft + 4 + kRight; ++i) out[i] = value;
   }
 
-  // Whether all z of the warp lie near 0.
-  __device__ __forceinline__ bool is_near(const Carry<V>* carry) const {
-    const float longest = longest_near<Of>([&](int s) { return carry[s].a; });
+  // Whether all z of the warp lie near 0: those of steps up to `longest` do.
+  __device__ __forceinline__ bool is_near(float longest) const {
     const T* d = row + At::kSteps * Of::kArray;
     bool is_near = kAhead == 0 || are_within<1>(d + slot_of(-1), longest);
 #pragma unroll 1
@@ -711,6 +709,13 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
                                    : number<V>(0);
     c.of_A = c.of_B = c.of_C = c.pushed[0] = c.pushed[1] = number<V>(0);
   }
+  float longest[kPanels];  // step near 0 of each panel
+  if constexpr (has_near<kMethod, V>) {
+#pragma unroll 1
+    for (int i = 0; i < kPanels; ++i) {
+      longest[i] = longest_near<Of>([&](int s) { return carry[i][s].a; });
+    }
+  }
   RowSums<T> sums = {};
   T* rows = own.rows + lane.row * Of::kPitch;
 
@@ -739,7 +744,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize,
       const Walk<Of, Scalar, kMethod, kVariable, V> walk = {
           args, place, lane, rows, own.B + part, own.C + part, own.kept, n0, fours, first};
       bool is_near = false;
-      if constexpr (has_near<kMethod, V>) is_near = walk.is_near(carried);
+      if constexpr (has_near<kMethod, V>) is_near = walk.is_near(longest[kPanels == 1 ? 0 : panel]);
       near_or_far<kMethod, V>(is_near, [&](auto near) {
         walk.template advance<near.value>(carried);
         walk.template go_back<near.value>(carried);
