@@ -4,8 +4,8 @@
 // of a group share, are summed over the channels of a block before they go to memory. Where there are too few rows for the
 // GPU, positions are split among blocks: a first launch summarises what each split makes of the adjoint state behind it.
 // compile time: above 250 ms; four positions of a state are unrolled, with the rule's derivatives, and all states of a lane.
-// spills: up to 44 bytes in float, outside of the loops over positions; up to 60 bytes for the quadratic rules in double, several hundred for complex numbers in
-// double, which do not fit into registers.
+// spills: up to 44 bytes in float, outside of the loops over positions; up to 60 bytes for the quadratic rules in double,
+// several hundred for complex numbers in double, which do not fit into registers.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
