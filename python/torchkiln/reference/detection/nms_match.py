@@ -13,6 +13,7 @@ from torch import Tensor
 from torchkiln.reference.detection.nms import at_threshold, by_score
 from torchkiln.testing import Case, Draw, Inputs, Parity, Sizes, Workload
 from torchkiln.testing import _scenes as scenes
+from torchkiln.testing._groups import in_one, matched
 
 __all__ = ["nms_groups", "nms_match"]
 
@@ -80,7 +81,7 @@ def parities() -> tuple[Parity, ...]:
         Parity(
             op="nms_match",
             tier="X",
-            function=_matched,
+            function=matched,
             reference=_matched_plainly,
             fuzz=_fuzz,
             cases=cases,
@@ -89,20 +90,8 @@ def parities() -> tuple[Parity, ...]:
     )
 
 
-def _in_one(groups: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The rows of all groups, and how many each has: as many tensors whatever is found."""
-    sizes = torch.tensor([len(group) for group in groups], dtype=torch.int64)
-    return torch.cat(groups) if groups else sizes, sizes
-
-
-def _matched(**arguments: Any) -> tuple[Tensor, Tensor]:
-    from torchkiln import ops
-
-    return _in_one(ops.nms_match(**arguments))
-
-
 def _matched_plainly(**arguments: Any) -> tuple[Tensor, Tensor]:
-    return _in_one(nms_match(**arguments))
+    return in_one(nms_match(**arguments))
 
 
 def _random(count: int, extent: float = 60.0) -> Callable[[Inputs], dict[str, Any]]:
