@@ -2,8 +2,9 @@
 
 memcheck looks at all cases that the references declare, forward and backward, in float32;
 racecheck at one call for each kernel. A first pass without the sanitizer compiles the kernels and
-notes which call launches which; a kernel that no case launches is met by a workload. Few processes
-make all calls: where one dies, another goes on behind the call that killed it.
+notes which call launches which; a kernel that no case launches is met by a workload, a small one
+where that launches it. Few processes make all calls: where one dies, another goes on behind the
+call that killed it.
 
 `python tools/sanitize.py --output docs/reports/sanitizer-h200` writes `<output>.json` and
 `<output>.md`; torchkiln must be importable, compute-sanitizer on the PATH.
@@ -42,6 +43,10 @@ ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 # Without the stack on the host, which is the way of any call.
 FINDING = re.compile(r"^=========(?!.*(?:Host Frame|host backtrace)).*", re.MULTILINE)
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
+# Sizes that decide how much there is to do, not what a kernel does; racecheck takes minutes for
+# 1000 regions, and looks at a block as well where there are few.
+COUNTS = frozenset({"regions", "queries", "height", "width"})
+SMALL = 8
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Task:
         function: the public function.
         name: of the case or of the workload.
         layout: of the workload; empty for a case.
+        shrink: what the workload's counts are divided by.
         deterministic: None where the function has no such argument.
     """
 
@@ -60,6 +66,7 @@ class Task:
     function: str
     name: str
     layout: str = ""
+    shrink: int = 1
     deterministic: bool | None = None
 
 
@@ -96,7 +103,10 @@ class Share:
 
 
 def all_tasks(ops: Sequence[str]) -> list[Task]:
-    """Every case of the operators on CUDA, and every workload; both ways to a gradient."""
+    """Every case of the operators on CUDA, and every workload whole and small.
+
+    Both ways to a gradient.
+    """
     from torchkiln import ops as functions
     from torchkiln import testing
 
@@ -104,20 +114,21 @@ def all_tasks(ops: Sequence[str]) -> list[Task]:
     for parity in testing.find().values():
         if "cuda" not in parity.devices or (ops and parity.op not in ops):
             continue
-        calls = [(function, case.name, "") for function, case in parity.runs]
+        calls = [(function, case.name, "", 1) for function, case in parity.runs]
         calls += [
-            (function, workload.name, layout)
+            (function, workload.name, layout, shrink)
             for workload in parity.workloads
             for function in workload.functions or parity.functions
             for layout in workload.layouts
+            for shrink in ((1, SMALL) if COUNTS & set(workload.sizes) else (1,))
         ]
-        for function, name, layout in calls:
+        for function, name, layout, shrink in calls:
             public = parity.function or function
             if isinstance(public, str):
                 public = getattr(functions, public)
             known = "deterministic" in inspect.signature(public).parameters
             ways = (True, False) if known else (None,)
-            found += [Task(parity.op, function, name, layout, way) for way in ways]
+            found += [Task(parity.op, function, name, layout, shrink, way) for way in ways]
     return found
 
 
@@ -132,7 +143,11 @@ def run_task(task: Task) -> int:
     dtype = torch.float32 if torch.float32 in parity.dtypes else parity.dtypes[0]
     if task.layout:
         workload = next(w for w in parity.workloads if w.name == task.name)
-        arguments = workload.arguments(workload.sizes, dtype, task.layout, "cuda")
+        sizes = {
+            size: max(1, count // task.shrink) if size in COUNTS else count
+            for size, count in workload.sizes.items()
+        }
+        arguments = workload.arguments(sizes, dtype, task.layout, "cuda")
         names = parity.differentiable if workload.gradient else ()
     else:
         case = next(c for f, c in parity.runs if (f, c.name) == (task.function, task.name))
@@ -212,6 +227,12 @@ def scouts(tasks: list[Task], jobs: int) -> list[Share]:
     return [Share("", tasks[number::jobs]) for number in range(min(jobs, len(tasks)))]
 
 
+def kernels_of(seen: Mapping[Task, Seen]) -> set[str]:
+    """What cases and whole workloads launch; a small one may meet others, which nobody needs."""
+    whole = (found for task, found in seen.items() if task.shrink == 1)
+    return {kernel for found in whole for kernel in found.kernels}
+
+
 def covering(seen: Mapping[Task, Seen], wanted: set[str]) -> list[Task]:
     """Few small tasks that launch all of the wanted kernels."""
     chosen, open_kernels = [], set(wanted)
@@ -272,7 +293,7 @@ def rows_of(seen: Mapping[Task, Seen], shares: Sequence[Share]) -> Iterator[dict
     """What each operator met."""
     for op in sorted({task.op for task in seen}):
         own = {task: found for task, found in seen.items() if task.op == op}
-        kernels = {kernel for found in own.values() for kernel in found.kernels}
+        kernels = kernels_of(own)
         row: dict[str, Any] = {"operator": op, "kernels": sorted(kernels)}
         for tool in TOOLS:
             ours = [share for share in shares if share.tool == tool]
@@ -373,7 +394,7 @@ def main(output: str | None, ops: str, jobs: int, limit: float, seconds: float, 
 
 def planned(seen: Mapping[Task, Seen], jobs: int) -> Iterator[Share]:
     """What each process does: half of them for each tool."""
-    kernels = {kernel for found in seen.values() for kernel in found.kernels}
+    kernels = kernels_of(seen)
     cases = [task for task in seen if not task.layout]
     met = {kernel for task in cases for kernel in seen[task].kernels}
     cost = {task: found.elements * 1e-6 + 0.05 for task, found in seen.items()}
@@ -402,6 +423,7 @@ def report_of(
         "never_launched": sorted(entries(named) - launched),
         "unreached": [
             f"{share.tool or 'no tool'}: {task.function} {task.name}"
+            + ("" if task.shrink == 1 else ", small")
             + ("" if task.deterministic is None else f", deterministic={task.deterministic}")
             for share in shares
             for task in share.unreached

@@ -60,11 +60,7 @@ inline constexpr CudaDeviceAttribute kDeviceSharedBytesPerBlockOptIn = 97;
 using CudaFunctionAttribute = int;
 inline constexpr CudaFunctionAttribute kFunctionMaxThreadsPerBlock = 0;
 inline constexpr CudaFunctionAttribute kFunctionSharedBytes = 1;  // static
-inline constexpr CudaFunctionAttribute kFunctionLocalBytes = 3;
-inline constexpr CudaFunctionAttribute kFunctionRegisters = 4;
-inline constexpr CudaFunctionAttribute kFunctionBinaryVersion = 6;
 inline constexpr CudaFunctionAttribute kFunctionMaxDynamicSharedBytes = 8;
-inline constexpr CudaFunctionAttribute kFunctionSharedCarveout = 9;
 
 using CudaPointerAttribute = int;
 inline constexpr CudaPointerAttribute kPointerMemoryType = 2;
