@@ -91,11 +91,11 @@ const ForwardRows forward_rows({
                  ints("items", {1, 2, 4, 8})},
     .defaults = {{128, 32, 4}, {128, 8, 1}, {128, 32, 2}},
     .valid = &has_row_vector,
-    // Fewer items where there are few threads of four.
+    // Fewer items where there are few threads of four; in float32 they are faster in any case.
     .choose = [](const ForwardRows::Problem& p) -> std::uint32_t {
       if (p.sizes.length <= 16 * p.statics.vector) return 1;
       const std::int64_t warps = p.sizes.lines * ceil_div(p.sizes.length, 128 * p.statics.vector);
-      return warps < 64 * p.device.multiprocessors ? 2 : 0;
+      return p.statics.scalar == TORCHKILN_FLOAT || warps < 64 * p.device.multiprocessors ? 2 : 0;
     },
     .geometry =
         [](const ForwardRows::Problem& p, const RowsTunables& t) {
@@ -131,8 +131,12 @@ const BackwardRows backward_rows({
     .statics = kStatics,
     .sizes = kBackwardSizes,
     .tunables = {ints("block_size", {64, 128, 256}), ints("tiles", {4, 8, 16})},
-    .defaults = {{128, 8}},
+    .defaults = {{128, 16}, {64, 8}},
     .valid = &has_row_vector,
+    // A tile of a half type is twice as long.
+    .choose = [](const BackwardRows::Problem& p) -> std::uint32_t {
+      return p.statics.scalar == TORCHKILN_HALF || p.statics.scalar == TORCHKILN_BFLOAT16 ? 1 : 0;
+    },
     .geometry =
         [](const BackwardRows::Problem& p, const TilesTunables& t) {
           Geometry geometry = linear(p.sizes.lines, t.block_size);

@@ -3,6 +3,7 @@
 #include "scan/causal_conv1d_update.h"
 
 #include <cstddef>
+#include <cstdint>
 #include <optional>
 #include <string>
 
@@ -29,29 +30,52 @@ struct Statics {
   std::int64_t scalar, width;
 };
 struct Sizes {
-  std::int64_t lines;
+  std::int64_t sequences, channels;
 };
 struct Tunables {
   std::int64_t block_size;
 };
 using Update = Kernel<Args, Statics, Sizes, Tunables>;
 
-const Update update_kernel({
-    .path = "scan/causal_conv1d_update.cuh",
-    .entry = "update",
-    .operators = {kOp},
-    .statics = {types("scalar", kFloatTypes), ints("width", {2, 3, 4})},
-    .sizes = {{"lines", TORCHKILN_BUCKET_POW2}},
-    .tunables = {ints("block_size", {32, 64, 128, 256})},
-    .defaults = {{64}, {128}},
-    .choose = [](const Update::Problem& p) -> std::uint32_t {
-      return p.sizes.lines <= 128 * p.device.multiprocessors ? 0 : 1;
-    },
-    .geometry =
-        [](const Update::Problem& p, const Tunables& t) {
-          return linear(ceil_div(p.sizes.lines, t.block_size), t.block_size);
-        },
-});
+std::int64_t bytes_of(const Statics& s) {
+  if (s.scalar == TORCHKILN_DOUBLE) return 8;
+  return s.scalar == TORCHKILN_FLOAT ? 4 : 2;
+}
+// Channels of a thread where states lie in rows.
+std::int64_t channels_at_once(const Statics& s) {
+  return causal_conv1d_update::channels_at_once(static_cast<int>(s.width),
+                                                static_cast<int>(bytes_of(s)));
+}
+
+template <bool kRows>
+std::int64_t threads_of(const Update::Problem& p) {
+  return kRows ? p.sizes.channels / channels_at_once(p.statics) : p.sizes.channels;
+}
+
+template <bool kRows>
+Update update_with(const char* entry) {
+  return Update({
+      .path = "scan/causal_conv1d_update.cuh",
+      .entry = entry,
+      .operators = {kOp},
+      .statics = {types("scalar", kFloatTypes),
+                  kRows ? ints("width", {2, 4}) : ints("width", {2, 3, 4})},
+      .sizes = {{"sequences", TORCHKILN_BUCKET_POW2}, {"channels", TORCHKILN_BUCKET_POW2}},
+      .tunables = {ints("block_size", {32, 64, 128, 256})},
+      .defaults = {{64}, {128}},
+      .valid = [](const Statics& s) { return !kRows || channels_at_once(s) > 0; },
+      .choose = [](const Update::Problem& p) -> std::uint32_t {
+        return p.sizes.sequences * threads_of<kRows>(p) <= 128 * p.device.multiprocessors ? 0 : 1;
+      },
+      .geometry =
+          [](const Update::Problem& p, const Tunables& t) {
+            return by_sequence(ceil_div(threads_of<kRows>(p), t.block_size), p.sizes.sequences,
+                               t.block_size);
+          },
+  });
+}
+const Update update_kernel = update_with<false>("update");
+const Update rows_kernel = update_with<true>("update_rows");
 
 // ---- checks and shapes ----
 
@@ -163,6 +187,24 @@ Tensor cpu(const Tensor& x, const Tensor& conv_state, const Tensor& weight, cons
 
 // ---- CUDA ----
 
+bool is_aligned(const Tensor& tensor, std::int64_t bytes) {
+  return reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr()) %
+             static_cast<std::uint64_t>(bytes) ==
+         0;
+}
+
+// What update_rows asks for.
+bool is_in_rows(const Plan& p, const Statics& s) {
+  const Args& a = p.args;
+  if ((s.width != 2 && s.width != 4) || a.length != 1 || a.state_length != s.width || p.seqlens)
+    return false;
+  const std::int64_t together = channels_at_once(s);
+  return together > 0 && a.channels % together == 0 && a.state_strides.length == 1 &&
+         a.state_strides.channel == s.width && a.state_strides.batch % (together * s.width) == 0 &&
+         a.x_strides.channel == 1 && a.x_strides.batch % together == 0 && is_aligned(p.state, 16) &&
+         is_aligned(p.weight, 16) && is_aligned(p.x, together * bytes_of(s));
+}
+
 Tensor cuda(const Tensor& x, const Tensor& conv_state, const Tensor& weight, const Optional& bias,
             const Optional& cache_seqlens, const Optional& conv_state_indices, bool silu) {
   const Plan p = plan(x, conv_state, weight, bias, cache_seqlens, conv_state_indices, silu);
@@ -171,12 +213,13 @@ Tensor cuda(const Tensor& x, const Tensor& conv_state, const Tensor& weight, con
   const auto reads_if = [](std::size_t offset, const Optional& tensor) {
     return tensor ? reads(offset, *tensor) : unused(offset);
   };
-  update_kernel.run(
-      place, {kernel_type(x.scalar_type()), p.args.width}, {p.args.batch * p.args.channels}, p.args,
-      {reads(offsetof(Args, x), p.x), updates(offsetof(Args, state), p.state),
-       reads(offsetof(Args, weight), p.weight), reads_if(offsetof(Args, bias), p.bias),
-       reads_if(offsetof(Args, cache_seqlens), p.seqlens),
-       reads_if(offsetof(Args, indices), p.indices), writes(offsetof(Args, out), p.out)});
+  const Statics statics = {kernel_type(x.scalar_type()), p.args.width};
+  const Update& kernel = is_in_rows(p, statics) ? rows_kernel : update_kernel;
+  kernel.run(place, statics, {p.args.batch, p.args.channels}, p.args,
+             {reads(offsetof(Args, x), p.x), updates(offsetof(Args, state), p.state),
+              reads(offsetof(Args, weight), p.weight), reads_if(offsetof(Args, bias), p.bias),
+              reads_if(offsetof(Args, cache_seqlens), p.seqlens),
+              reads_if(offsetof(Args, indices), p.indices), writes(offsetof(Args, out), p.out)});
   return p.out;
 }
 

@@ -1,11 +1,13 @@
-// Checks of what the operators around a scan share.
+// Checks of what the operators around a scan share, and their grid.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 
 #include "bindings/support/check.h"
+#include "bindings/support/cuda.h"
 
 namespace torchkiln::bindings {
 
@@ -41,6 +43,16 @@ inline void check_numbers(const char* op, const char* name, const Tensor& number
   }
   check_same_device(op, name, numbers, "x", x);
   check_shape(op, name, numbers, {x.size(0)});
+}
+
+// Blocks for each sequence's channels in x, sequences in y and z: a block's sequence needs no division.
+inline Geometry by_sequence(std::int64_t blocks, std::int64_t sequences, std::int64_t block_size) {
+  constexpr std::int64_t kMostInY = 65'535;
+  const std::int64_t in_y = std::min(sequences, kMostInY);
+  return {{static_cast<std::uint32_t>(blocks), static_cast<std::uint32_t>(in_y),
+           static_cast<std::uint32_t>(ceil_div(sequences, in_y))},
+          {static_cast<std::uint32_t>(block_size), 1, 1},
+          0};
 }
 
 }  // namespace torchkiln::bindings

@@ -23,7 +23,6 @@ using selective_state_update::Channel;
 using Optional = std::optional<Tensor>;
 
 constexpr const char* kOp = "selective_state_update";
-constexpr std::int64_t kMaxGridY = 65'535;
 // So few do not fill a GPU: more threads for each.
 constexpr std::int64_t kFewChannels = 1 << 14;
 
@@ -72,13 +71,8 @@ const Update update_kernel({
     },
     .geometry =
         [](const Update::Problem& p, const Tunables& t) {
-          const std::int64_t in_y = std::min(p.sizes.sequences, kMaxGridY);
-          return Geometry{
-              {static_cast<std::uint32_t>(ceil_div(p.sizes.channels, t.block_size / t.lanes)),
-               static_cast<std::uint32_t>(in_y),
-               static_cast<std::uint32_t>(ceil_div(p.sizes.sequences, in_y))},
-              {static_cast<std::uint32_t>(t.block_size), 1, 1},
-              0};
+          return by_sequence(ceil_div(p.sizes.channels, t.block_size / t.lanes), p.sizes.sequences,
+                             t.block_size);
         },
 });
 

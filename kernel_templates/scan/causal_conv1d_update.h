@@ -25,6 +25,16 @@ struct Args {
   i32 weight_is_float, bias_is_float;
 };
 
+// The row of a sequence's state, below 0 where it has none.
+TORCHKILN_HD i64 row_of(const Args& args, i64 sequence) {
+  const i64 row =
+      args.indices != nullptr ? static_cast<const i32*>(args.indices)[sequence] : sequence;
+  return row < args.rows ? row : -1;
+}
+
+// Channels whose states, of so many inputs of so many bytes, fill what one load reads; 0 where one is larger.
+TORCHKILN_HD constexpr int channels_at_once(int width, int bytes) { return 16 / (width * bytes); }
+
 // n modulo d, from 0 to d - 1.
 TORCHKILN_HD i64 wrapped(i64 n, i64 d) {
   const i64 rest = n % d;
@@ -48,8 +58,8 @@ struct Step {
         batch(b),
         channel(c),
         x(static_cast<const Scalar*>(a.x) + b * a.x_strides.batch + c * a.x_strides.channel) {
-    const i64 row = a.indices != nullptr ? static_cast<const i32*>(a.indices)[b] : b;
-    exists = row >= 0 && row < a.rows;
+    const i64 row = row_of(a, b);
+    exists = row >= 0;
     state = exists ? static_cast<Scalar*>(a.state) + row * a.state_strides.batch +
                          c * a.state_strides.channel
                    : nullptr;

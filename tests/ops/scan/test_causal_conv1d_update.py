@@ -137,6 +137,20 @@ def test_the_state_keeps_its_strides(device: str) -> None:
     assert torch.equal(state, copy)
 
 
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("wide", [torch.float16, torch.float32])
+def test_whole_rows_equal_others(device: str, width: int, wide: torch.dtype) -> None:
+    """A state in rows of as many inputs as the filter is wide has a kernel of its own."""
+    new = Inputs()
+    x, state = new.normal(3, 8).half().to(device), new.normal(3, 8, width).half().to(device)
+    weight, bias = new.normal(8, width).to(device, wide), new.normal(8).to(device, wide)
+    # Lies elsewhere, and has a place more.
+    other = torch.nn.functional.pad(state, (1, 0))
+    out = causal_conv1d_update(x, state, weight, bias, "silu")
+    assert torch.equal(out, causal_conv1d_update(x, other, weight, bias, "silu"))
+    assert torch.equal(state, other[:, :, 1:])
+
+
 def test_a_state_without_channels(device: str) -> None:
     """A contiguous one has a stride of 0, too."""
     state = torch.zeros(1, 0, 4, device=device).expand(3, 0, 4).contiguous()

@@ -85,6 +85,11 @@ def parity() -> Parity:
             Case("ring_several", functools.partial(_make, 2, 3, 7, 4, 4, ring=True)),
             Case("rows", functools.partial(_make, 3, 4, None, 3, 4, rows=True)),
             Case("rows_ring", functools.partial(_make, 3, 4, 2, 4, 2, rows=True, ring=True)),
+            # As Mamba's modules keep it: whole rows, of as many inputs as the filter is wide.
+            Case("whole_rows", functools.partial(_make, 3, 8, None, 4, 4)),
+            Case("whole_rows_odd", functools.partial(_make, 2, 5, 1, 4, 4)),
+            Case("whole_rows_narrow", functools.partial(_make, 2, 12, None, 2, 2)),
+            Case("whole_rows_chosen", functools.partial(_make, 3, 40, None, 4, 4, rows=True)),
             Case("wide", functools.partial(_make, 2, 3, 3, 9, 8)),
             Case("width_1", functools.partial(_make, 2, 3, 3, 0, 1)),
             Case("single", functools.partial(_make, 1, 1, None, 1, 2)),
