@@ -152,8 +152,9 @@ inline void replay_loop(Chunk<V>& c, const Backward<V>& s) {
     a[l] = s.a[l];
     of_b[l] = s.b[l];
     of_c[l] = s.c[l];
-    value[l] = c.state(-1, l) = s.value[l];
+    value[l] = s.value[l];
   }
+  std::copy_n(value, kLanes, &c.state(-1, 0));
   for (int step = 0; step < c.steps; ++step) {
     for (int l = 0; l < kLanes; ++l) {
       const Real<V> d = c.d(step, l);
@@ -246,13 +247,36 @@ inline void begin_samples(Chunk<V>& c, const Backward<V>& s) {
 }
 
 // Samples beyond the ends are those at the ends.
-template <int kMethod, class V>
+template <class V>
 inline void end_samples(Chunk<V>& c, Backward<V>& s) {
-  if constexpr (taps_of(kMethod) > 1) {
+#pragma GCC ivdep
+  for (int l = 0; l < kLanes; ++l) {
+    for (int j = 0; j < 2; ++j) s.pushed[j][l] = c.grad_v(-1 - j, l);
+    if (c.is_first) c.grad_v(0, l) = c.grad_v(0, l) + c.grad_v(-1, l) + c.grad_v(-2, l);
+    if (c.is_last) c.grad_v(c.steps - 1, l) = c.grad_v(c.steps - 1, l) + c.grad_v(c.steps, l);
+  }
+}
+
+// From the gradients of samples to those of what they are made of.
+template <bool kConstant, class V>
+inline void samples_loop(Chunk<V>& c, Backward<V>& s) {
+  V of_b[kLanes];
+  std::copy_n(s.b, kLanes, of_b);
+  for (int step = 0; step < c.steps; ++step) {
+    const V b = c.b[0][step + kLeft];
+// g++ would unroll the lanes and make vectors of positions, gathered by hundreds of permutations.
+#pragma GCC unroll 1
     for (int l = 0; l < kLanes; ++l) {
-      for (int j = 0; j < 2; ++j) s.pushed[j][l] = c.grad_v(-1 - j, l);
-      if (c.is_first) c.grad_v(0, l) = c.grad_v(0, l) + c.grad_v(-1, l) + c.grad_v(-2, l);
-      if (c.is_last) c.grad_v(c.steps - 1, l) = c.grad_v(c.steps - 1, l) + c.grad_v(c.steps, l);
+      c.by_b(step, l) = c.u(step, l) * c.grad_v(step, l);
+      c.grad_u(step, l) += inner(c.grad_v(step, l), product<kConstant>(b, of_b[l]));
+    }
+  }
+  if constexpr (kConstant) {
+    for (int step = 0; step < c.steps; ++step) {
+      for (int l = 0; l < kLanes; ++l) {
+        s.of_b[l] = s.of_b[l] + c.by_b(step, l);
+        s.of_c[l] = s.of_c[l] + c.by_c(step, l);
+      }
     }
   }
 }
@@ -278,22 +302,13 @@ inline void backward_loop(Chunk<V>& c, Backward<V>& s) {
   begin_samples<kMethod>(c, s);
   adjoint_loop<kMethod, kConstant>(c, s);
   if (ahead_of(kMethod) > 0 && !c.is_first) gradients_from_before<kMethod, kConstant>(c, s);
-  end_samples<kMethod>(c, s);
-  for (int step = 0; step < c.steps; ++step) {
-    const V b = c.b[0][step + kLeft];
-    for (int l = 0; l < kLanes; ++l) {
-      c.by_b(step, l) = c.u(step, l) * c.grad_v(step, l);
-      c.grad_u(step, l) += inner(c.grad_v(step, l), product<kConstant>(b, s.b[l]));
-    }
-  }
-  if constexpr (kConstant) {
-    for (int step = 0; step < c.steps; ++step) {
-      for (int l = 0; l < kLanes; ++l) {
-        s.of_b[l] = s.of_b[l] + c.by_b(step, l);
-        s.of_c[l] = s.of_c[l] + c.by_c(step, l);
-      }
-    }
-  }
+}
+
+// What is the same for all rules: inlined into each of them it would be half of this file's code.
+template <class V>
+inline void finish_loop(Chunk<V>& c, Backward<V>& s, std::int64_t method, bool constant) {
+  if (taps_of(static_cast<int>(method)) > 1) end_samples(c, s);
+  constant ? samples_loop<true>(c, s) : samples_loop<false>(c, s);
   sum_lanes(c.by_b, c.steps, c.grad_b);
   sum_lanes(c.by_c, c.steps, c.grad_c);
 }
@@ -346,6 +361,15 @@ TORCHKILN_SCAN_LOOPS void run_states(Chunk<float>& c, Backward<float>* states, s
 template <class V, class State>
 void run_states(Chunk<V>& c, State* states, std::int64_t method, bool) {
   states_loop<true>(c, states, method);
+}
+TORCHKILN_SCAN_LOOPS void finish_state(Chunk<float>& c, Backward<float>& s, std::int64_t method,
+                                       bool constant) {
+  finish_loop(c, s, method, constant);
+}
+// One body for all types of inputs.
+template <class V>
+[[gnu::noinline]] void finish_state(Chunk<V>& c, Backward<V>& s, std::int64_t method, bool) {
+  finish_loop(c, s, method, true);
 }
 
 // ---- loops over positions ----
@@ -795,6 +819,7 @@ void run_chunk_backward(const BackwardArgs& args, const Panel& panel, std::int64
   const auto* kept = static_cast<const V*>(args.checkpoints);
   const auto* initial = static_cast<const V*>(args.initial_state);
   const std::int64_t row = panel.batch * p.dim + panel.channel;
+  const bool constant = p.constant_B || p.constant_C;
   for (Sheet<Real<V>>* sheet : {&c.y, &c.grad_u, &c.grad_d, &c.grad_ratio}) zero_steps(*sheet);
   if (c.first > 0) {
     const std::int64_t pitch = (p.tiles - 1) * p.states;
@@ -806,7 +831,8 @@ void run_chunk_backward(const BackwardArgs& args, const Panel& panel, std::int64
   }
   for (std::int64_t n = 0; n < p.states; ++n) {
     load_matrices<Scalar>(p, panel, n, 1, c);
-    run_states(c, states + n, method, p.constant_B || p.constant_C);
+    run_states(c, states + n, method, constant);
+    finish_state(c, states[n], method, constant);
     if (!p.constant_B) add_matrix(p, panel, n, c, c.grad_b, args.grad_B, piece);
     if (!p.constant_C) add_matrix(p, panel, n, c, c.grad_c, args.grad_C, piece);
   }
