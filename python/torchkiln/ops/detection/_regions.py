@@ -46,8 +46,10 @@ def as_rows(op: str, boxes: Tensor | Sequence[Tensor]) -> Tensor:
         if i > 0:
             require_device(op, **{"boxes[0]": boxes[0], f"boxes[{i}]": rows})
     # In float32 at least: of the numbers of images, bfloat16 has those up to 256.
-    images = [torch.full_like(widened(rows[:, :1]), i) for i, rows in enumerate(boxes)]
-    return torch.cat([torch.cat(images), torch.cat(list(boxes))], dim=1)
+    # And autocast to the other half type refuses to put half ones together.
+    wide = [widened(rows) for rows in boxes]
+    images = [torch.full_like(rows[:, :1], i) for i, rows in enumerate(wide)]
+    return torch.cat([torch.cat(images), torch.cat(wide)], dim=1)
 
 
 def bins_of(op: str, output_size: int | Sequence[int]) -> tuple[int, int]:
