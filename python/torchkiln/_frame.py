@@ -88,7 +88,8 @@ class Operator(Generic[Result]):
         output: Result
         # The hot path: what is asked here costs each call, so the questions stand in line.
         first = args[0]
-        on_device = getattr(first, "is_cuda", False) or _runs_native(first)
+        # Identity: torch.fx's stand-ins for tensors have every attribute, and no truth.
+        on_device = getattr(first, "is_cuda", False) is True or _runs_native(first)
         if (choice.reference or not on_device) and self.has_reference:
             return self.reference(*args)
         if _is_dynamo_compiling():

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchkiln import ops
+from torchkiln import nn, ops
 from torchkiln._frame import Frame
 from torchkiln.testing import Inputs
 
@@ -83,6 +83,24 @@ def test_export_holds_the_operator(strict: bool) -> None:
     program = torch.export.export(Model(), (boxes(),), strict=strict)
     assert RAW in [node.target for node in program.graph.nodes]
     assert torch.equal(program.module()(boxes()), ops.generalized_box_iou(boxes(), OTHERS))
+
+
+def test_symbolic_trace_holds_the_operator() -> None:
+    """Of torch.fx: what stands for tensors there has no truth value."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = nn.RoIAlign(2, 0.5, 2)
+
+        def forward(self, x: Tensor, maps: Tensor, rois: Tensor) -> tuple[Tensor, ...]:
+            return ops.box_iou(x, OTHERS), ops.nms(x, x[:, 0], 0.5), self.pool(maps, rois)
+
+    new = Inputs(2)
+    inputs = boxes(), new.normal(1, 3, 8, 8), torch.tensor([[0, 1.0, 2, 9, 11]])
+    graph = torch.fx.symbolic_trace(Model())
+    assert RAW in [node.target for node in graph.graph.nodes]
+    assert all(map(torch.equal, graph(*inputs), Model()(*inputs)))
 
 
 def test_fake_and_meta_tensors() -> None:
