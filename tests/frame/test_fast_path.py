@@ -171,6 +171,41 @@ def test_vmap() -> None:
     assert torch.equal(torch.vmap(ops.box_iou, (0, None))(batch, OTHERS), expected)
 
 
+_ROIS = torch.tensor([[0, 1.0, 2, 6, 5], [1, 0, 0, 7, 7]])
+_TURNED = torch.cat([_ROIS, torch.tensor([[0.5], [1.0]])], 1)
+_BORDERS = torch.full((2, 64, 4), 3.0)
+_POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "roi_align": lambda x: ops.roi_align(x, _ROIS, 2),
+    "roi_pool": lambda x: ops.roi_pool(x, _ROIS, 2),
+    "ps_roi_pool": lambda x: ops.ps_roi_pool(x, _ROIS, 2),
+    "prroi_pool": lambda x: ops.prroi_pool(x, _ROIS, 2),
+    "roi_align_rotated": lambda x: ops.roi_align_rotated(x, _TURNED, 2),
+    "border_align": lambda x: ops.border_align(x, _BORDERS, 2),
+    "corner_pool": lambda x: ops.corner_pool(x, "left"),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("place", [0, 1, 4])
+@pytest.mark.parametrize("name", list(_POOLS))
+def test_vmap_over_maps_of_any_layout(name: str, place: int, layout: torch.memory_format) -> None:
+    """A gradient inside of vmap, and one around it that nothing inside shows."""
+    pool, new = _POOLS[name], Inputs(4)
+    maps = [new.normal(2, 8, 8, 8).float().contiguous(memory_format=layout) for _ in range(2)]
+    stacked = torch.stack(maps, place)
+
+    def loss(x: Tensor) -> Tensor:
+        return pool(x).square().sum()
+
+    inside = torch.func.vmap(torch.func.grad(loss), in_dims=place)(stacked)
+    around = torch.func.grad(lambda x: torch.func.vmap(loss, in_dims=place)(x).sum())(stacked)
+    for i, each in enumerate(maps):
+        leaf = each.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(loss(leaf), leaf)
+        torch.testing.assert_close(inside[i], expected)
+        torch.testing.assert_close(around.select(place, i), expected)
+
+
 def test_vmap_of_grad_and_jacrev() -> None:
     batch = torch.stack([boxes(), boxes() + 1])
     grads = torch.vmap(torch.func.grad(loss))(batch)
