@@ -29,7 +29,7 @@ void check_images(const Tensor& boxes, const roi_pool::Shape& s) {
     const T image = data<T>(boxes)[5 * i];
     if (image > T(-1) && image < static_cast<T>(s.images)) continue;
     fail(TORCHKILN_ERROR_INDEX, "roi_pool", "boxes",
-         "have batch indices below " + std::to_string(s.images), std::to_string(image));
+         "have batch indices from 0 to " + std::to_string(s.images - 1), std::to_string(image));
   }
 }
 

@@ -88,7 +88,8 @@ class Operator(Generic[Result]):
         output: Result
         # The hot path: what is asked here costs each call, so the questions stand in line.
         first = args[0]
-        on_device = getattr(first, "is_cuda", False) or _runs_native(first)
+        # Identity: torch.fx's stand-ins for tensors have every attribute, and no truth.
+        on_device = getattr(first, "is_cuda", False) is True or _runs_native(first)
         if (choice.reference or not on_device) and self.has_reference:
             return self.reference(*args)
         if _is_dynamo_compiling():
@@ -208,7 +209,11 @@ class Operator(Generic[Result]):
         """The operator's backward, with None for the arguments at the end that it leaves out."""
         result = self._backward(ctx, *grads)
         result = result if isinstance(result, tuple) else (result,)
-        return result + (None,) * (len(self.overload._schema.arguments) - len(result))
+        if not self._takes_lists:
+            return result + (None,) * (len(self.overload._schema.arguments) - len(result))
+        # Torch takes an empty list of numbers for one of tensors, and wants a list for it.
+        needed = ctx.needs_input_grad[len(result) :]
+        return result + tuple([] if need == [] else None for need in needed)
 
     def _refuse_gradient(self, ctx: Any, *grads: Any) -> Any:
         what = "second derivatives are" if self.name.startswith("_") else "a gradient is"

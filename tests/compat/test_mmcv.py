@@ -369,13 +369,6 @@ def test_bbox_overlaps(mode, offset):
     assert_close(half.float(), result, rtol=1e-2, atol=1e-2)
 
 
-def test_bbox_overlaps_of_integers_are_quotients():
-    boxes = torch.tensor([[0, 0, 10, 10], [5, 5, 15, 15]]) + 2049  # not in float16
-    expected = ops.bbox_overlaps(boxes.double(), boxes.double())
-    assert_close(ops.bbox_overlaps(boxes, boxes), expected.float())
-    assert ops.bbox_overlaps(boxes, boxes[:0]).dtype == torch.float32
-
-
 def test_bbox_overlaps_on_two_devices():
     boxes = boxes_of(3)
     with pytest.raises(RuntimeError, match=r"^inconsistent device: box_iou: boxes2 must be on"):
@@ -621,6 +614,15 @@ def test_quirk_bbox_overlaps_empty_union():
     assert native.box_iou(point, point).tolist() == [[0.0]]
 
 
+def test_quirk_bbox_overlaps_of_integers():
+    boxes = torch.tensor([[0, 0, 10, 10], [5, 5, 15, 15]]) + 2049  # not in float16
+    expected = ops.bbox_overlaps(boxes.double(), boxes.double())
+    assert_close(ops.bbox_overlaps(boxes, boxes), expected.float())
+    assert ops.bbox_overlaps(boxes, boxes[:0]).dtype == torch.float32
+    with pytest.raises(TypeError, match="boxes1 must be a floating-point tensor; got int64"):
+        native.box_iou(boxes, boxes)
+
+
 def test_quirk_roi_align_negative_size():
     rois = torch.tensor([[0, 5.0, 5, 2, 9]])
     with pytest.raises(RuntimeError, match="ROIAlign must have a non-negative size"):
@@ -658,6 +660,23 @@ def test_quirk_prroi_pool_dtypes_and_size():
     assert torch.equal(ops.prroi_pool(image, rois, 2), native.prroi_pool(image, rois, 2))
     (grad,) = torch.autograd.grad(module(image, rois).sum(), rois)
     assert grad.tolist() == [[0, 0.5, 2, 0.5, 2]]
+
+
+@pytest.mark.parametrize("name", ["nms", "nms_rotated", "nms_quadri", "nms3d", "nms3d_normal"])
+def test_quirk_nms_of_scores_that_are_nan(name):
+    boxes = {  # the second one covers the first, the third is elsewhere
+        "nms": [[0, 0, 4, 4], [0, 0, 4, 5], [9, 9, 12, 12]],
+        "nms_rotated": [[2, 2, 4, 4, 0], [2, 2.5, 4, 5, 0], [9, 9, 3, 3, 0]],
+        "nms_quadri": [
+            [0, 0, 4, 0, 4, 4, 0, 4],
+            [0, 0, 4, 0, 4, 5, 0, 5],
+            [9, 9, 12, 9, 12, 12, 9, 12],
+        ],
+    }.get(name, [[2, 2, 0, 4, 4, 1, 0], [2, 2.5, 0, 4, 5, 1, 0], [9, 9, 0, 3, 3, 1, 0]])
+    rows, scores = torch.tensor(boxes, dtype=torch.float32), torch.tensor([0.9, math.nan, 0.5])
+    result = getattr(ops, name)(rows, scores, 0.5)
+    kept = result if torch.is_tensor(result) else result[1]
+    assert kept.tolist() == [0, 2, 1] == getattr(native, name)(rows, scores, 0.5).tolist()
 
 
 def test_quirk_batched_nms_shift():

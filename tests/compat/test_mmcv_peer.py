@@ -61,6 +61,17 @@ def test_two_dtypes_in_losses_regions_and_soft_nms():
             pool(torch.zeros(1, 1, 4, 4), rois, 2)
 
 
+def test_maps_of_another_dtype():
+    masks, labels = torch.ones(2, 3, 3, dtype=torch.uint8), torch.ones(3, 3, dtype=torch.int32)
+    maps = torch.rand(3, 3), masks[0], torch.rand(3, 3, 4)
+    with pytest.raises(RuntimeError, match="expected scalar type Int but found Long"):
+        ops.contour_expand(masks, labels.long(), 0, 1)
+    with pytest.raises(RuntimeError, match="expected scalar type Byte but found Float"):
+        ops.contour_expand(masks.float(), labels, 0, 1)
+    with pytest.raises(RuntimeError, match="expected scalar type Int but found Long"):
+        ops.pixel_group(*maps, labels.long(), masks[0], 2, 0.5)
+
+
 def test_two_devices_and_other_mistakes():
     @listed_errors
     def fail(sentence: str) -> None:

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchkiln import ops
+from torchkiln import nn, ops
 from torchkiln._frame import Frame
 from torchkiln.testing import Inputs
 
@@ -85,6 +85,24 @@ def test_export_holds_the_operator(strict: bool) -> None:
     assert torch.equal(program.module()(boxes()), ops.generalized_box_iou(boxes(), OTHERS))
 
 
+def test_symbolic_trace_holds_the_operator() -> None:
+    """Of torch.fx: what stands for tensors there has no truth value."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = nn.RoIAlign(2, 0.5, 2)
+
+        def forward(self, x: Tensor, maps: Tensor, rois: Tensor) -> tuple[Tensor, ...]:
+            return ops.box_iou(x, OTHERS), ops.nms(x, x[:, 0], 0.5), self.pool(maps, rois)
+
+    new = Inputs(2)
+    inputs = boxes(), new.normal(1, 3, 8, 8), torch.tensor([[0, 1.0, 2, 9, 11]])
+    graph = torch.fx.symbolic_trace(Model())
+    assert RAW in [node.target for node in graph.graph.nodes]
+    assert all(map(torch.equal, graph(*inputs), Model()(*inputs)))
+
+
 def test_fake_and_meta_tensors() -> None:
     with torch._subclasses.FakeTensorMode():
         fake = ops.box_iou(torch.empty(5, 4, requires_grad=True), torch.empty(2, 4))
@@ -151,6 +169,41 @@ def test_vmap() -> None:
     batch = torch.stack([boxes(), boxes() + 1])
     expected = torch.stack([ops.box_iou(x, OTHERS) for x in batch])
     assert torch.equal(torch.vmap(ops.box_iou, (0, None))(batch, OTHERS), expected)
+
+
+_ROIS = torch.tensor([[0, 1.0, 2, 6, 5], [1, 0, 0, 7, 7]])
+_TURNED = torch.cat([_ROIS, torch.tensor([[0.5], [1.0]])], 1)
+_BORDERS = torch.full((2, 64, 4), 3.0)
+_POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "roi_align": lambda x: ops.roi_align(x, _ROIS, 2),
+    "roi_pool": lambda x: ops.roi_pool(x, _ROIS, 2),
+    "ps_roi_pool": lambda x: ops.ps_roi_pool(x, _ROIS, 2),
+    "prroi_pool": lambda x: ops.prroi_pool(x, _ROIS, 2),
+    "roi_align_rotated": lambda x: ops.roi_align_rotated(x, _TURNED, 2),
+    "border_align": lambda x: ops.border_align(x, _BORDERS, 2),
+    "corner_pool": lambda x: ops.corner_pool(x, "left"),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("place", [0, 1, 4])
+@pytest.mark.parametrize("name", list(_POOLS))
+def test_vmap_over_maps_of_any_layout(name: str, place: int, layout: torch.memory_format) -> None:
+    """A gradient inside of vmap, and one around it that nothing inside shows."""
+    pool, new = _POOLS[name], Inputs(4)
+    maps = [new.normal(2, 8, 8, 8).float().contiguous(memory_format=layout) for _ in range(2)]
+    stacked = torch.stack(maps, place)
+
+    def loss(x: Tensor) -> Tensor:
+        return pool(x).square().sum()
+
+    inside = torch.func.vmap(torch.func.grad(loss), in_dims=place)(stacked)
+    around = torch.func.grad(lambda x: torch.func.vmap(loss, in_dims=place)(x).sum())(stacked)
+    for i, each in enumerate(maps):
+        leaf = each.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(loss(leaf), leaf)
+        torch.testing.assert_close(inside[i], expected)
+        torch.testing.assert_close(around.select(place, i), expected)
 
 
 def test_vmap_of_grad_and_jacrev() -> None:

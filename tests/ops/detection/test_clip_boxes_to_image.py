@@ -55,6 +55,14 @@ def test_a_side_beyond_the_dtype_cuts_nothing(device: str) -> None:
     assert clip_boxes_to_image(rows, (7, 70_000)).tolist() == [[0, 2, 65504, 7]]
 
 
+def test_half_boxes_under_autocast_to_the_other_half_type() -> None:
+    rows = torch.tensor([[-5.0, 2, 9, 70]], dtype=torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        clipped = clip_boxes_to_image(rows, (7, 8))
+    assert clipped.dtype == torch.float16
+    assert clipped.tolist() == [[0, 2, 8, 7]]
+
+
 @pytest.mark.parametrize("size", [(48, 64), (30, 40)])
 def test_compiles_for_the_size_of_any_image(size: tuple[int, int]) -> None:
     """The sizes are symbolic numbers then."""

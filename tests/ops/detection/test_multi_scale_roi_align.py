@@ -227,6 +227,21 @@ def test_single_extractor() -> None:
     assert "finest_scale=56" in repr(module)
 
 
+def test_one_level_has_the_gradient_of_roi_align() -> None:
+    """No side parts it from another: an empty list, which torch takes for one of tensors."""
+    new = Inputs(8)
+    rois, maps = _regions(new, 9, 2), new.normal(2, 3, 20, 24).requires_grad_()
+    single = nn.SingleRoIExtractor(3, [4.0], sampling_ratio=2)([maps], rois)
+    whole = nn.MultiScaleRoIAlign(["0"], 3, 2)
+    boxes = [rois[rois[:, 0] == i, 1:] for i in (0, 1)]
+    by_image = whole({"0": maps}, boxes, [(80, 96)] * 2)
+    expected = ops.roi_align(maps, rois, 3, 0.25, 2, True), ops.roi_align(maps, boxes, 3, 0.25, 2)
+    for output, wanted in zip((single, by_image), expected, strict=True):
+        along = new.normal(*output.shape)
+        gradients = [torch.autograd.grad(x, maps, along)[0] for x in (output, wanted)]
+        torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("ratio", [2, -1])

@@ -312,6 +312,14 @@ def test_region_of_no_image_is_zero_on_large_maps() -> None:
     assert torch.equal(output, torch.zeros_like(output))
 
 
+def test_half_lists_under_autocast_to_the_other_half_type() -> None:
+    new = Inputs(12)
+    maps, boxes = new.normal(2, 3, 8, 8).half(), [torch.tensor([[1.0, 1, 6, 5]]).half()] * 2
+    with torch.autocast("cpu", torch.bfloat16):
+        pooled = ops.roi_align(maps, boxes, 2)
+    assert torch.equal(pooled, ops.roi_align(maps, boxes, 2))
+
+
 def test_refuses_lists_of_what_is_no_tensor() -> None:
     with pytest.raises(TypeError, match=r"^roi_align: boxes\[0\] must be a tensor; got list"):
         ops.roi_align(torch.ones(1, 1, 4, 4), [[0, 0, 1, 1]], 2)  # type: ignore[list-item]

@@ -121,7 +121,7 @@ def test_batch_index_out_of_range(index: float, device: str) -> None:
     image = torch.ones(2, 3, 4, 4, device=device, requires_grad=True)
     boxes = torch.tensor([[index, 0, 0, 3, 3]], device=device)
     if device == "cpu":
-        with pytest.raises(IndexError, match="boxes must have batch indices below 2"):
+        with pytest.raises(IndexError, match="boxes must have batch indices from 0 to 1"):
             roi_pool(image, boxes, 2)
         return
     output = roi_pool(image, boxes, 2)

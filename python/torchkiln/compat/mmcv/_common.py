@@ -61,6 +61,7 @@ _SCALARS = {
 }
 _OTHER_DTYPE = re.compile(r"must have the dtype of \w+ \((\w+)\).*; got (\w+)")
 _NO_FLOAT = re.compile(r"must be a floating-point tensor; got (\w+)")
+_NOT_THIS = re.compile(rf"must be an? (?:bool or )?({'|'.join(_SCALARS)}) tensor; got (\w+)")
 _OTHER_DEVICE = re.compile(r"must be on the device of \w+ \(\S+\); got \S+")
 
 
@@ -81,7 +82,7 @@ def listed_errors(function: _F) -> _F:
 
 
 def _listed_words(sentence: str, values: tuple[Any, ...]) -> str:
-    if match := _OTHER_DTYPE.search(sentence):
+    if match := _OTHER_DTYPE.search(sentence) or _NOT_THIS.search(sentence):
         expected, found = match.groups()
     elif match := _NO_FLOAT.search(sentence):
         dtypes = [str(v.dtype) for v in values if isinstance(v, Tensor) and v.is_floating_point()]

@@ -19,12 +19,26 @@ from torchkiln.ops._arguments import (
     widened,
 )
 
-__all__ = ["as_rows", "bins_of", "is_channels_last", "like"]
+__all__ = ["as_rows", "bins_of", "is_channels_last", "keeps_winners", "like"]
 
 
 def is_channels_last(input: Tensor) -> bool:
-    """The layout that output and gradient take; the same rule as in C++."""
+    """The layout that output and gradient take; the same rule as in C++.
+
+    torch.func shows nobody a layout, and inside of vmap torch refuses to tell it.
+    """
+    if torch._C._functorch.is_functorch_wrapped_tensor(input):
+        return False
     return not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
+
+
+def keeps_winners(input: Tensor) -> bool:
+    """Whether the places of maxima are wanted: a gradient goes there.
+
+    Inside of torch.func, an outer transform may want one without `requires_grad`.
+    """
+    wants = getattr(input, "requires_grad", False) or torch._C._are_functorch_transforms_active()
+    return wants and torch.is_grad_enabled()
 
 
 def like(input: Tensor, size: tuple[Any, ...], dtype: torch.dtype | None = None) -> Tensor:
@@ -46,8 +60,10 @@ def as_rows(op: str, boxes: Tensor | Sequence[Tensor]) -> Tensor:
         if i > 0:
             require_device(op, **{"boxes[0]": boxes[0], f"boxes[{i}]": rows})
     # In float32 at least: of the numbers of images, bfloat16 has those up to 256.
-    images = [torch.full_like(widened(rows[:, :1]), i) for i, rows in enumerate(boxes)]
-    return torch.cat([torch.cat(images), torch.cat(list(boxes))], dim=1)
+    # And autocast to the other half type refuses to put half ones together.
+    wide = [widened(rows) for rows in boxes]
+    images = [torch.full_like(rows[:, :1], i) for i, rows in enumerate(wide)]
+    return torch.cat([torch.cat(images), torch.cat(wide)], dim=1)
 
 
 def bins_of(op: str, output_size: int | Sequence[int]) -> tuple[int, int]:

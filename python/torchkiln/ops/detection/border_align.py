@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchkiln._frame import deterministic_default, operator
-from torchkiln.ops.detection._regions import like
+from torchkiln.ops.detection._regions import keeps_winners, like
 from torchkiln.ops.detection._sampled_roi import BORDER, gradient
 
 __all__ = ["border_align"]
@@ -78,8 +78,7 @@ def border_align(
         >>> border_align(input, torch.tensor([[[0.0, 0.0, 2.0, 1.0]]]), 2)
         tensor([[[[2., 3., 5., 5.]]]])
     """
-    with_argmax = getattr(input, "requires_grad", False) and torch.is_grad_enabled()
     output, _ = _border_align(
-        input, boxes, pool_size, deterministic_default(deterministic), with_argmax
+        input, boxes, pool_size, deterministic_default(deterministic), keeps_winners(input)
     )
     return output

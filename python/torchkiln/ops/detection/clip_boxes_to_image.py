@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from torchkiln.ops._arguments import is_number, require_last
+from torchkiln.ops._arguments import is_number, require_last, widened
 
 __all__ = ["clip_boxes_to_image"]
 
@@ -55,5 +55,7 @@ def clip_boxes_to_image(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     # A side beyond the dtype, such as 70000 pixels for float16, is none to it.
     most = torch.finfo(boxes.dtype).max
     height, width = (side if side <= most else math.inf for side in size)
-    x, y = boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
-    return torch.stack([x, y], -1).flatten(-2)
+    # In float32 at least: autocast to the other half type refuses to stack half ones.
+    wide = widened(boxes)
+    x, y = wide[..., 0::2].clamp(0, width), wide[..., 1::2].clamp(0, height)
+    return torch.stack([x, y], -1).flatten(-2).to(boxes.dtype)

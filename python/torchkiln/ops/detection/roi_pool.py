@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchkiln._frame import deterministic_default, operator
-from torchkiln.ops.detection._regions import as_rows, bins_of
+from torchkiln.ops.detection._regions import as_rows, bins_of, keeps_winners
 
 __all__ = ["roi_pool"]
 
@@ -140,7 +140,6 @@ def roi_pool(
     """
     height, width = bins_of("roi_pool", output_size)
     rows = as_rows("roi_pool", boxes)
-    with_argmax = getattr(input, "requires_grad", False) and torch.is_grad_enabled()
     output, _ = _roi_pool(
         input,
         rows,
@@ -149,6 +148,6 @@ def roi_pool(
         spatial_scale,
         rounding,
         deterministic_default(deterministic),
-        with_argmax,
+        keeps_winners(input),
     )
     return output

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from torchkiln import ops
+from torchkiln.compat.mmcv._common import listed_errors
 
 __all__ = ["contour_expand"]
 
 
+@listed_errors
 def contour_expand(
     kernel_mask: Tensor | numpy.ndarray,
     internal_kernel_label: Tensor | numpy.ndarray,

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from torchkiln import ops
+from torchkiln.compat.mmcv._common import listed_errors
 
 __all__ = ["pixel_group"]
 
 _Array = Tensor | numpy.ndarray
 
 
+@listed_errors
 def pixel_group(
     score: _Array,
     mask: _Array,
