@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -41,6 +43,19 @@ def test_without_the_project(installed: None) -> None:
     assert torch.equal(output, ops.deformable_aggregation_function(*maps, location, weights))
     (grad,) = torch.autograd.grad(again.sum(), location)
     assert grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", [_OPS, f"{_OPS}.deformable_aggregation"])
+def test_those_who_ask_whether_it_is_there(
+    name: str, monkeypatch: pytest.MonkeyPatch, installed: None
+) -> None:
+    for package in ("projects", "projects.mmdet3d_plugin"):
+        module = ModuleType(package)
+        module.__path__ = []
+        monkeypatch.setitem(sys.modules, package, module)
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.name == name
 
 
 def test_inside_of_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

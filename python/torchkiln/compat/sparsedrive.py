@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Final
 
@@ -85,6 +86,9 @@ def install() -> None:
             feature_maps_format=feature_maps_format,
         )
         modules = {_PACKAGE: package, _MODULE: module}
+        for name, made in modules.items():
+            # find_spec raises without one
+            made.__spec__ = ModuleSpec(name, None, is_package=made is package)
         _former = {name: sys.modules.get(name) for name in modules}
         sys.modules.update(modules)
         _tell_parent(package)

@@ -271,7 +271,9 @@ class DeformableFeatureAggregation(nn.Module):
     def _logits(self, feature: Tensor, projection: Tensor) -> Tensor:
         """(bs, Q, cameras, levels, points, groups)."""
         if self.camera_encoder is not None:
-            camera = self.camera_encoder(projection[:, :, :3].flatten(2))
+            # Matrices come in the dtype of the data, not in that of the module.
+            first: Any = self.camera_encoder[0].weight
+            camera = self.camera_encoder(projection[:, :, :3].flatten(2).to(first.dtype))
             feature = feature[:, :, None] + camera[:, None]
         parts = (self.num_cams, self.num_levels, self.num_pts, self.num_groups)
         logits: Tensor = self.weights_fc(feature)

@@ -83,6 +83,22 @@ def _by_hand(module: nn.DeformableFeatureAggregation, given: dict[str, Any]) -> 
     return output + feature if module.residual_mode == "add" else torch.cat([output, feature], -1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("use_camera_embed", [False, True])
+def test_matrices_keep_their_own_dtype(use_camera_embed: bool, dtype: torch.dtype) -> None:
+    """They come with the data, in float32, whatever the module is converted to."""
+    module, given = _module(use_camera_embed=use_camera_embed), _inputs()
+    expected = module(**given)
+    same = {
+        name: [level.to(dtype) for level in value] if name == "feature_maps" else value.to(dtype)
+        for name, value in given.items()
+        if name != "metas"
+    }
+    output = module.to(dtype)(**same, metas=given["metas"])
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.float(), expected, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("residual_mode", ["add", "cat"])
 @pytest.mark.parametrize("use_camera_embed", [False, True])
 @pytest.mark.parametrize("use_deformable_func", [False, True])
