@@ -399,7 +399,7 @@ def test_a_buffer_of_final_states_is_used_again() -> None:
     leaf, weight = new.normal(2, 4, 9).float().requires_grad_(), new.normal(4, 4).float()
     for _ in range(2):
         x = leaf.exp()
-        out, state = causal_conv1d.causal_conv1d_fn(
+        _, state = causal_conv1d.causal_conv1d_fn(
             x, weight, return_final_states=True, final_states_out=kept
         )
         (grad,) = torch.autograd.grad(state.sum(), leaf)
