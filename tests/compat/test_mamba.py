@@ -392,6 +392,22 @@ def test_final_states_out() -> None:
         causal_conv1d.causal_conv1d_fn(x, weight, activation="relu")
 
 
+def test_a_buffer_of_final_states_is_used_again() -> None:
+    """What it held before is not part of the next graph, which is differentiated as ever."""
+    new = Inputs()
+    kept = torch.zeros(2, 4, 3)
+    leaf, weight = new.normal(2, 4, 9).float().requires_grad_(), new.normal(4, 4).float()
+    for _ in range(2):
+        x = leaf.exp()
+        _, state = causal_conv1d.causal_conv1d_fn(
+            x, weight, return_final_states=True, final_states_out=kept
+        )
+        (grad,) = torch.autograd.grad(state.sum(), leaf)
+        assert not kept.requires_grad
+        assert torch.equal(kept, x[:, :, -3:])
+        torch.testing.assert_close(grad[:, :, -3:], x[:, :, -3:])
+
+
 def test_update_with_other_index_types() -> None:
     new = Inputs()
     state, weight = new.normal(5, 4, 3).float(), new.normal(4, 4).float()

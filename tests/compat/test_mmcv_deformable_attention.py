@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 import sys
 
@@ -156,6 +157,35 @@ def test_layer_of_mmcv(batch_first, numbers):
     assert torch.equal(again, output)
 
 
+@pytest.mark.parametrize("shared", [(0,), (1,), (2,), (0, 2)])
+@pytest.mark.parametrize("numbers", [2, 4])
+def test_layers_take_one_reference_for_all(numbers, shared):
+    """Images, queries or levels: the peers add offsets to it, which repeats it."""
+    query, references, value, levels, mask = layer_inputs(numbers=numbers)
+    plain = nn.MultiScaleDeformableAttention(32, 4, 2, 3)
+    of_mmcv = copied(ops.MultiScaleDeformableAttention(32, 4, 2, 3, batch_first=True), plain).eval()
+    of_detr = copied(deformable_detr.MSDeformAttn(32, 2, 4, 3), plain)
+    one = references
+    for dim in shared:
+        one = one.narrow(dim, 0, 1)
+    one = one.detach().requires_grad_()
+    every = one.detach().expand(references.shape).contiguous().requires_grad_()
+    results = []
+    for given in (one, every):
+        options = {**levels, "reference_points": given, "key_padding_mask": mask}
+        outputs = (
+            of_mmcv(query, value=value, identity=torch.zeros_like(query), **options),
+            of_detr(query, given, value, *levels.values(), mask),
+            plain(query, given, value, **levels, padding_mask=mask),
+        )
+        results.append(
+            (outputs, torch.autograd.grad(sum(o.square().sum() for o in outputs), given))
+        )
+    for output, expected in zip(results[0][0], results[1][0], strict=True):
+        torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(results[0][1][0], results[1][1][0].sum(shared, keepdim=True))
+
+
 def test_layer_of_mmcv_attends_to_itself():
     _, _, value, levels, _ = layer_inputs()
     references = torch.full((2, PIXELS, 2, 2), 0.5)
@@ -229,6 +259,7 @@ def test_extension_of_deformable_detr():
     module = deformable_detr.install()
     try:
         assert importlib.import_module(name) is module
+        assert importlib.util.find_spec(name).name == name
         deformable_detr.install()
         extension = importlib.import_module(name)
         arguments = call()

@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,11 +45,32 @@ def test_without_the_project(installed: None) -> None:
     assert grad.abs().sum() > 0
 
 
-def test_inside_of_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [_OPS, f"{_OPS}.deformable_aggregation"])
+def test_those_who_ask_whether_it_is_there(name: str, installed: None) -> None:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.name == name
+    importlib.import_module(name)
+    assert importlib.util.find_spec(name) is not None
+
+
+def test_the_package_knows_it(installed: None) -> None:
+    """`import projects.mmdet3d_plugin.ops` sets it as any import does."""
+    importlib.import_module(f"{_OPS}.deformable_aggregation")
+    projects: Any = importlib.import_module("projects")
+    assert projects.mmdet3d_plugin.ops.feature_maps_format is ops.feature_maps_format
+    assert projects.mmdet3d_plugin.ops.deformable_aggregation.CUDA_EXT_AVAILABLE
+
+
+@pytest.mark.parametrize("has_init", [False, True])
+def test_inside_of_the_project(
+    has_init: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its own package, which cannot be imported without its extension, is not even looked at."""
     plugin = tmp_path / "projects" / "mmdet3d_plugin"
     (plugin / "ops").mkdir(parents=True)
-    (tmp_path / "projects" / "__init__.py").touch()
+    if has_init:
+        (tmp_path / "projects" / "__init__.py").touch()
     (plugin / "__init__.py").write_text("from .blocks import DAF\n")
     (plugin / "blocks.py").write_text("from .ops import deformable_aggregation_function as DAF\n")
     (plugin / "ops" / "__init__.py").write_text("from . import deformable_aggregation_ext\n")
@@ -76,7 +99,7 @@ def test_gives_back_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     own = importlib.import_module(_OPS)
     parent = sys.modules["projects.mmdet3d_plugin"]
     sparsedrive.install()
-    assert sys.modules[_OPS] is not own
+    assert importlib.import_module(_OPS) is not own
     assert parent.ops is sys.modules[_OPS]
     sparsedrive.uninstall()
     assert sys.modules[_OPS] is own

@@ -13,6 +13,7 @@ Example:
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from torchkiln import ops
@@ -70,7 +71,11 @@ def causal_conv1d_fn(
     result = ops.causal_conv1d_fn(x, *taken, return_final_states, activation)  # type: ignore[arg-type]
     if not isinstance(result, tuple) or final_states_out is None:
         return result
-    return result[0], final_states_out.copy_(result[1])
+    out, states = result
+    # A buffer that took part in the graph would hold on to that of every earlier call.
+    with torch.no_grad():
+        final_states_out.copy_(states)
+    return out, states if states.requires_grad else final_states_out
 
 
 def causal_conv1d_update(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import torch
@@ -151,6 +152,7 @@ def install() -> ModuleType:
             "Call install() first"
         )
     module = ModuleType(EXTENSION, __doc__)
+    module.__spec__ = ModuleSpec(EXTENSION, None)  # find_spec raises without one
     module.__dict__["__torchkiln__"] = True
     for function in (ms_deform_attn_forward, ms_deform_attn_backward):
         setattr(module, function.__name__, function)

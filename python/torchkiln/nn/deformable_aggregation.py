@@ -41,10 +41,16 @@ class SparseBox3DKeyPointsGenerator(nn.Module):
         fix_scale: Sequence[Sequence[float]] | None = None,
     ) -> None:
         super().__init__()
-        scale = torch.tensor(fix_scale if fix_scale is not None else [[0.0, 0.0, 0.0]])
+        scale = torch.as_tensor(fix_scale if fix_scale is not None else [[0.0, 0.0, 0.0]])
+        require_shape("SparseBox3DKeyPointsGenerator", ("points", 3), fix_scale=scale)
+        if num_learnable_pts < 0:
+            raise ValueError(
+                "SparseBox3DKeyPointsGenerator: num_learnable_pts must be at least 0; "
+                f"got {num_learnable_pts}"
+            )
         self.embed_dims = embed_dims
         self.num_learnable_pts = num_learnable_pts
-        self.fix_scale = nn.Parameter(scale.float(), requires_grad=False)
+        self.fix_scale = nn.Parameter(scale.float().clone(), requires_grad=False)
         self.num_pts = len(scale) + num_learnable_pts
         if num_learnable_pts > 0:
             self.learnable_fc = nn.Linear(embed_dims, num_learnable_pts * 3)
@@ -258,7 +264,7 @@ class DeformableFeatureAggregation(nn.Module):
         location = project_points(points, matrices, metas.get("image_wh"))
         logits = self._logits(instance_feature + anchor_embed, matrices)
         drops = self.training and self.attn_drop > 0
-        maps, *indices = feature_maps if self.use_deformable_func else [feature_maps]
+        maps, *indices = self._maps(feature_maps)
         weights = self._dropped(logits) if drops else logits
         features = deformable_aggregation(
             maps, location, weights, *indices, weights_order="mlpg", softmax=not drops
@@ -268,10 +274,25 @@ class DeformableFeatureAggregation(nn.Module):
             return output + instance_feature  # type: ignore[no-any-return]
         return torch.cat([output, instance_feature], -1)
 
+    def _maps(self, feature_maps: Sequence[Any]) -> Sequence[Any]:
+        """The levels as one argument, or the three tensors of the format."""
+        if not self.use_deformable_func:
+            return [feature_maps]
+        if not isinstance(feature_maps, (list, tuple)) or len(feature_maps) != 3:
+            listed = isinstance(feature_maps, (list, tuple))
+            got = f"{len(feature_maps)} items" if listed else type(feature_maps).__name__
+            raise ValueError(
+                "DeformableFeatureAggregation: feature_maps must be the three tensors of "
+                f"feature_maps_format with use_deformable_func; got {got}"
+            )
+        return feature_maps
+
     def _logits(self, feature: Tensor, projection: Tensor) -> Tensor:
         """(bs, Q, cameras, levels, points, groups)."""
         if self.camera_encoder is not None:
-            camera = self.camera_encoder(projection[:, :, :3].flatten(2))
+            # Matrices come in the dtype of the data, not in that of the module.
+            first: Any = self.camera_encoder[0].weight
+            camera = self.camera_encoder(projection[:, :, :3].flatten(2).to(first.dtype))
             feature = feature[:, :, None] + camera[:, None]
         parts = (self.num_cams, self.num_levels, self.num_pts, self.num_groups)
         logits: Tensor = self.weights_fc(feature)
@@ -308,12 +329,16 @@ def project_points(
     Args:
         key_points: (bs, Q, P, 3).
         projection_mat: (bs, M, 4, 4).
-        image_wh: (bs, M, 2) width and height, which the result is divided by.
+        image_wh: (bs, M, 2) width and height, which the result is divided by; 1 in place of bs or
+            M: the same for all.
 
     Returns:
         (bs, Q, P, M, 2), float32 of half types and under autocast, too; beyond all images for
         points behind a camera.
     """
+    if image_wh is not None:
+        # What has fewer dimensions would go along queries.
+        require_shape("DeformableFeatureAggregation", ("bs", "M", 2), image_wh=image_wh)
     points = widened(key_points)[:, :, :, None, None]
     # The fourth row says nothing.
     rows = projection_mat[:, None, None, :, :3].to(points.dtype)

@@ -68,6 +68,7 @@ class Projections(nn.Module):
         offsets = self.sampling_offsets(query).unflatten(-1, (heads, levels, points, 2))
         logits = self.attention_weights(query).unflatten(-1, (heads, levels, points))
         value = self.value_proj(value).unflatten(-1, (heads, -1))
+        reference_points = _repeated(reference_points, (*query.shape[:2], levels))
         # Reference points keep the precision that they were given in beside a value of a half type.
         reference_points, offsets, logits = agreeing(value, reference_points, offsets, logits)
         output = multi_scale_deformable_attention_fused(
@@ -81,6 +82,16 @@ class Projections(nn.Module):
         )
         result: Tensor = self.output_proj(output)
         return result
+
+
+def _repeated(reference_points: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """One for all images, queries or levels, as where offsets are added to them, is enough."""
+    given = reference_points.shape
+    if len(given) != len(sizes) + 1 or any(
+        a not in (1, b) for a, b in zip(given, sizes, strict=False)
+    ):
+        return reference_points  # the operator says what is wrong
+    return reference_points.expand(*sizes, -1)
 
 
 class MultiScaleDeformableAttention(Projections):
@@ -136,7 +147,7 @@ class MultiScaleDeformableAttention(Projections):
         Args:
             query: (B, Q, embed_dims).
             reference_points: (B, Q, L, 2) x and y, or (B, Q, L, 4) with width and height, in parts
-                of each level.
+                of each level; 1 in place of B, Q or L: the same for all.
             value: (B, S, embed_dims), pixels of all levels.
             spatial_shapes: (L, 2), int64; height and width.
             level_start_index: (L,), int64; None: levels follow each other.

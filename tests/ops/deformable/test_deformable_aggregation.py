@@ -267,6 +267,12 @@ class TestDeformableAggregation(OpSuite):
         with pytest.raises(TypeError, match=message):
             ops.deformable_aggregation(wrong, location, weights)
 
+    def test_groups_of_cameras_are_not_printed(self) -> None:
+        maps, location, weights = _scene(Inputs(1))
+        message = f"^{_OP}: feature_maps must be a tensor or a list of tensors; got a list of 2$"
+        with pytest.raises(TypeError, match=message):
+            ops.deformable_aggregation([maps[:2]], location, weights)  # type: ignore[list-item]
+
     def test_what_is_missing_has_its_public_name(self) -> None:
         maps, location, weights = _scene(Inputs(1))
         nothing: Any = None

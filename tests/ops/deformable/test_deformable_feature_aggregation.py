@@ -83,6 +83,22 @@ def _by_hand(module: nn.DeformableFeatureAggregation, given: dict[str, Any]) -> 
     return output + feature if module.residual_mode == "add" else torch.cat([output, feature], -1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("use_camera_embed", [False, True])
+def test_matrices_keep_their_own_dtype(use_camera_embed: bool, dtype: torch.dtype) -> None:
+    """They come with the data, in float32, whatever the module is converted to."""
+    module, given = _module(use_camera_embed=use_camera_embed), _inputs()
+    expected = module(**given)
+    same = {
+        name: [level.to(dtype) for level in value] if name == "feature_maps" else value.to(dtype)
+        for name, value in given.items()
+        if name != "metas"
+    }
+    output = module.to(dtype)(**same, metas=given["metas"])
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.float(), expected, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("residual_mode", ["add", "cat"])
 @pytest.mark.parametrize("use_camera_embed", [False, True])
 @pytest.mark.parametrize("use_deformable_func", [False, True])
@@ -250,12 +266,32 @@ def test_projection_in_the_peers_order() -> None:
         ({"kps_generator": {"type": "Other"}}, "got 'Other'"),
         ({"kps_generator": "Other"}, "kps_generator must be a module, .*; got 'Other'"),
         ({"num_groups": 0}, "num_groups must divide the 32 channels; got 0"),
+        ({"kps_generator": {**_BOXES, "num_learnable_pts": -1}}, "must be at least 0; got -1"),
+        (
+            {"kps_generator": {**_BOXES, "fix_scale": [0.0, 0.0, 0.0]}},
+            r"fix_scale must have shape \(points, 3\); got \(3,\)",
+        ),
         ({"kps_generator": {**_LINES, "num_learnable_pts": 0}}, "must be at least 1; got 0"),
     ],
 )
 def test_refuses(options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         _module(**options)
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [(lambda levels: levels * 2, "4 items"), (lambda levels: levels[0], "Tensor")],
+)
+def test_levels_where_the_format_is_asked_for(change: Any, got: str) -> None:
+    given = _inputs()
+    given["feature_maps"] = change(given["feature_maps"])
+    with pytest.raises(
+        ValueError,
+        match=r"feature_maps must be the three tensors of feature_maps_format with "
+        rf"use_deformable_func; got {got}$",
+    ):
+        _module(use_deformable_func=True)(**given)
 
 
 def test_refuses_a_fusion_that_is_not_built() -> None:
@@ -273,6 +309,12 @@ def test_refuses_a_fusion_that_is_not_built() -> None:
             "metas",
             lambda metas: {"projection_mat": metas["projection_mat"][:, :1]},
             r"projection_mat must have shape \(bs, 2, 4, 4\); got \(2, 1, 4, 4\)",
+        ),
+        (
+            # Five queries and five pairs would go together.
+            "metas",
+            lambda metas: metas | {"image_wh": torch.ones(5, 2)},
+            r"image_wh must have shape \(bs, M, 2\); got \(5, 2\)",
         ),
     ],
 )

@@ -12,8 +12,8 @@ import torch
 from support.op_suite import CompositionSuite, Failure
 from torchkiln.ops import causal_conv1d_fn, mamba_inner_fn
 from torchkiln.ops.scan import mamba_inner
+from torchkiln.reference.scan.mamba_inner import _make, parity
 from torchkiln.reference.scan.mamba_inner import mamba_inner_fn as plain
-from torchkiln.reference.scan.mamba_inner import parity
 from torchkiln.testing import Inputs, prepare
 
 
@@ -153,3 +153,51 @@ def test_shapes_alone() -> None:
     assert out.shape == (2, 9, 5)
     out.sum().backward()
     assert arguments["A"].grad.shape == (4, 3)
+
+
+@pytest.mark.parametrize("is_complex", [False, True])
+@pytest.mark.parametrize("form", ["constant", "one group", "groups", "complex"])
+def test_matrices_that_are_given(form: str, is_complex: bool) -> None:
+    """In every form that the scan takes."""
+    new = Inputs()
+    arguments: Any = _make(2, 4, 7, new, constant=True)
+    numbers = 2 if is_complex else 1
+
+    def matrix() -> torch.Tensor:
+        if form == "constant":
+            return new.normal(4, 3)
+        if form == "complex" and is_complex:
+            return torch.complex(new.normal(2, 3, 7), new.normal(2, 3, 7))
+        groups = (2,) if form == "groups" else (1,) if form == "one group" else ()
+        return new.normal(2, *groups, 3, 7 * numbers)
+
+    if is_complex:
+        arguments["A"] = torch.complex(arguments["A"], new.normal(4, 3))
+    arguments |= {"B": matrix(), "C": matrix()}
+    torch.testing.assert_close(mamba_inner_fn(**arguments), plain(**arguments))
+
+
+@pytest.mark.parametrize("groups", [(), (1,), (2,)])
+def test_norms_of_matrices_that_are_given(groups: tuple[int, ...]) -> None:
+    """As mamba-ssm's, which takes them of whatever B and C are."""
+    new = Inputs()
+    arguments: Any = _make(2, 4, 7, new, constant=True)
+    B, C, weight = new.normal(2, *groups, 3, 7), new.normal(2, *groups, 3, 7), new.normal(3)
+
+    def normed(x: torch.Tensor) -> torch.Tensor:
+        return x / (x.square().mean(-2, keepdim=True) + 1e-6).sqrt() * weight[:, None]
+
+    for function in (mamba_inner_fn, plain):
+        out = function(**arguments | {"B": B, "C": C}, b_rms_weight=weight, c_rms_weight=weight)
+        expected = function(**arguments | {"B": normed(B), "C": normed(C)})
+        torch.testing.assert_close(out, expected)
+
+
+def test_norms_of_what_has_no_rows() -> None:
+    arguments: Any = _make(2, 4, 7, Inputs(), constant=True)
+    with pytest.raises(
+        ValueError,
+        match=r"^mamba_inner_fn: c_rms_weight must be None beside a constant or complex C that is "
+        r"given; got a tensor\. Normalise C first$",
+    ):
+        mamba_inner_fn(**arguments, c_rms_weight=torch.ones(3, dtype=torch.float64))

@@ -184,7 +184,7 @@ def _levels_of(feature_maps: Any) -> list[Tensor]:
         if not isinstance(level, Tensor):
             raise TypeError(
                 "deformable_aggregation: feature_maps must be a tensor or a list of tensors; "
-                f"got {level!r}"
+                f"got {_briefly(level)}"
             )
     return levels
 
@@ -492,6 +492,8 @@ def _check_levels(levels: Levels, others: Levels) -> None:
 
 
 def _briefly(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
     return f"a tensor {shape(value)}" if isinstance(value, Tensor) else repr(value)
 
 

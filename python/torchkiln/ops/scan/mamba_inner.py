@@ -77,7 +77,8 @@ def mamba_inner_fn(
         delta_softplus: whether the steps go through softplus.
         checkpoint_lvl: 0 keeps all for the backward; 1 computes the convolution's result and the
             steps again, which saves two tensors of (batch, dim, length).
-        b_rms_weight: (N,), 2 N with a complex A, weight of a root-mean-square norm of B; None: no
+        b_rms_weight: (N,), 2 N with a complex A, weight of a root-mean-square norm of B, which is
+            taken of a given B, too, but must be None beside a constant or complex one; None: no
             norm.
         c_rms_weight: (N,), of C.
         dt_rms_weight: (dim,), of the steps before bias and softplus.
@@ -128,6 +129,12 @@ def mamba_inner_fn(
             "c_rms_weight": c_rms_weight,
         },
     )
+    for name, given, norm in (("B", B, b_rms_weight), ("C", C, c_rms_weight)):
+        if norm is not None and given is not None and (A.is_complex() or given.dim() == 2):
+            raise ValueError(
+                f"{op}: {name.lower()}_rms_weight must be None beside a constant or complex {name} "
+                f"that is given; got a tensor. Normalise {name} first"
+            )
     if checkpoint_lvl not in (0, 1):
         raise ValueError(f"{op}: checkpoint_lvl must be 0 or 1; got {checkpoint_lvl!r}")
     if under_autocast(xz):
@@ -163,8 +170,12 @@ def mamba_inner_fn(
             forgotten.add(delta, again, delta_proj_weight, dt_rms_weight)
         if B is None:
             B = matrix(projected[:, rank : rank + columns], B_proj_bias, b_rms_weight)
+        elif b_rms_weight is not None:
+            B = _rms_norm(B, b_rms_weight, b_c_dt_rms_eps)
         if C is None:
             C = matrix(projected[:, -columns:], C_proj_bias, c_rms_weight)
+        elif c_rms_weight is not None:
+            C = _rms_norm(C, c_rms_weight, b_c_dt_rms_eps)
         # Where autocast made them differ, selective_scan takes their common dtype.
         out: Any = selective_scan(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, discretization, reverse=reverse
@@ -186,9 +197,9 @@ def in_turns(rows: Tensor) -> Tensor:
 
 
 def _rms_norm(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Of (batch, rows, length) over the rows, in float32 for the half types."""
+    """Of (..., rows, length) over the rows, in float32 for the half types."""
     wide = rows if rows.dtype == torch.float64 else rows.float()
-    normed = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + eps)
+    normed = wide * torch.rsqrt(wide.square().mean(-2, keepdim=True) + eps)
     return (normed * weight[:, None].to(wide.dtype)).to(rows.dtype)
 
 

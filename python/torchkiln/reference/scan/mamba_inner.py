@@ -65,16 +65,25 @@ def mamba_inner_fn(
             return columns.reshape(*columns.shape[:2], -1, 2).permute(0, 2, 1, 3).flatten(2)
         return columns.transpose(1, 2)
 
+    def normed(given: Tensor, norm: Tensor | None) -> Tensor:
+        if norm is None:
+            return given
+        return functional.rms_norm(given.mT, given.shape[-2:-1], norm, b_c_dt_rms_eps).mT
+
     if B is None:
         B = matrix(rows[..., rank : rank + n], B_proj_bias, b_rms_weight)
+    else:
+        B = normed(B, b_rms_weight)
     if C is None:
         C = matrix(rows[..., rows.shape[-1] - n :], C_proj_bias, c_rms_weight)
+    else:
+        C = normed(C, c_rms_weight)
     out, *_ = selective_scan(
         tokens.transpose(1, 2),
         delta.transpose(1, 2),
         torch.view_as_real(A) if A.is_complex() else A,
-        B if B.dim() == 2 else B[:, None],
-        C if C.dim() == 2 else C[:, None],
+        _for_scan(B, A.is_complex()),
+        _for_scan(C, A.is_complex()),
         D,
         z,
         delta_bias,
@@ -86,6 +95,18 @@ def mamba_inner_fn(
     if out_proj_weight is None:
         return out
     return functional.linear(out.transpose(1, 2), out_proj_weight, out_proj_bias)
+
+
+def _for_scan(matrix: Tensor, is_complex: bool) -> Tensor:
+    """Constant as (dim, N), in pairs beside a complex A; else (batch, groups, N, length)."""
+    if matrix.dim() == 2 and is_complex:
+        imaginary = matrix.imag if matrix.is_complex() else torch.zeros_like(matrix)
+        return torch.stack([matrix.real, imaginary], -1)
+    if matrix.dim() == 2:
+        return matrix
+    if matrix.is_complex():
+        matrix = torch.view_as_real(matrix.resolve_conj()).flatten(-2)
+    return matrix if matrix.dim() == 4 else matrix[:, None]
 
 
 def parity() -> Parity:
