@@ -201,28 +201,27 @@ template <class T>
 TORCHKILN_HD_CALLED T shared_area(const PeerRotated<T>& first, const PeerRotated<T>& second) {
   T value;
   if (apart<Rotated<T>>(first, second, value)) return value;
-  Rotated<T> a = first, b = second;
-  a.x -= b.x;
-  a.y -= b.y;
-  b.x = T(0);
-  b.y = T(0);
-  T p[5][2], q[5][2];
+  Rotated<T> box[2] = {first, second};
+  box[0].x -= box[1].x;
+  box[0].y -= box[1].y;
+  box[1].x = T(0);
+  box[1].y = T(0);
+  T at[2][5][2];
   TORCHKILN_ROLLED
-  for (int i = 0; i < 5; ++i) {
-    corner(a, i % 4, p[i][0], p[i][1]);
-    corner(b, i % 4, q[i][0], q[i][1]);
-  }
+  for (int i = 0; i < 10; ++i)
+    corner(box[i / 5], i % 5 % 4, at[i / 5][i % 5][0], at[i / 5][i % 5][1]);
   Candidates<T> points;
   points.count = 0;
   TORCHKILN_ROLLED
   for (int i = 0; i < 4; ++i) {
     TORCHKILN_ROLLED
-    for (int j = 0; j < 4; ++j) add_crossing(points, p[i], p[i + 1], q[j], q[j + 1]);
+    for (int j = 0; j < 4; ++j)
+      add_crossing(points, at[0][i], at[0][i + 1], at[1][j], at[1][j + 1]);
   }
   TORCHKILN_ROLLED
-  for (int i = 0; i < 4; ++i) {
-    if (in_margin(q[i][0], q[i][1], a)) add_candidate(points, q[i][0], q[i][1]);
-    if (in_margin(p[i][0], p[i][1], b)) add_candidate(points, p[i][0], p[i][1]);
+  for (int i = 0; i < 8; ++i) {  // a corner of the second, then one of the first
+    const T* own = at[1 - i % 2][i / 2];
+    if (in_margin(own[0], own[1], box[i % 2])) add_candidate(points, own[0], own[1]);
   }
   return star_area(points);
 }
