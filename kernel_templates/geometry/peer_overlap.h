@@ -25,11 +25,12 @@ TORCHKILN_HD void add_candidate(Candidates<T>& to, T x, T y) {
   ++to.count;
 }
 
-template <class T>
-TORCHKILN_HD void sort_by(Candidates<T>& points, T* key) {
+template <class T, class KeyOf>
+TORCHKILN_HD void sort_by(Candidates<T>& points, const KeyOf& key_of) {
+  T key[24];
   TORCHKILN_ROLLED
-  for (int i = 1; i < points.count; ++i) {
-    const T k = key[i], x = points.x[i], y = points.y[i];
+  for (int i = 0; i < points.count; ++i) {
+    const T x = points.x[i], y = points.y[i], k = key_of(x, y);
     int j = i;
     TORCHKILN_ROLLED
     for (; j > 0 && key[j - 1] > k; --j) {
@@ -69,10 +70,7 @@ TORCHKILN_HD T under_chain(const Candidates<T>& p, T sense) {
 
 template <class T>
 TORCHKILN_HD T hull_area(Candidates<T>& points) {
-  T key[24];
-  TORCHKILN_ROLLED
-  for (int i = 0; i < points.count; ++i) key[i] = points.x[i];
-  sort_by(points, key);
+  sort_by(points, [](T x, T) { return x; });
   T twice = T(0);
   TORCHKILN_ROLLED
   for (int side = 0; side < 2; ++side) twice = under_chain(points, T(2 * side - 1)) - twice;
@@ -179,7 +177,7 @@ TORCHKILN_HD void add_crossing(Candidates<T>& to, const T* p0, const T* p1, cons
 template <class T>
 TORCHKILN_HD T star_area(Candidates<T>& p) {
   if (p.count < 3) return T(0);
-  T x = T(0), y = T(0), key[24], twice = T(0);
+  T x = T(0), y = T(0), twice = T(0);
   TORCHKILN_ROLLED
   for (int i = 0; i < p.count; ++i) {
     x += p.x[i];
@@ -187,9 +185,7 @@ TORCHKILN_HD T star_area(Candidates<T>& p) {
   }
   x /= T(p.count);
   y /= T(p.count);
-  TORCHKILN_ROLLED
-  for (int i = 0; i < p.count; ++i) key[i] = atan2_of(p.y[i] - y, p.x[i] - x);
-  sort_by(p, key);
+  sort_by(p, [x, y](T of_x, T of_y) { return atan2_of(of_y - y, of_x - x); });
   TORCHKILN_ROLLED
   for (int i = 1; i + 1 < p.count; ++i) {
     twice += cross(p.x[i] - p.x[0], p.y[i] - p.y[0], p.x[i + 1] - p.x[0], p.y[i + 1] - p.y[0]);
