@@ -202,7 +202,7 @@ __device__ __forceinline__ void test_panel(Panel<Kind, kPanel>& panel, i64 begin
   const auto other_area = panel.area[kOthers + at];
 #pragma unroll 1
   for (int i = warp / kWords; i < kPanel; i += kBlockSize / kWarpSize / kWords) {
-    const bool earlier = place < begin + i && place >= i64(panel.first[i]);
+    const bool earlier = at < i && place >= i64(panel.first[i]);
     const bool hit =
         earlier && Kind::template exceeds<true>(other, other_area, panel.box[kOthers + i],
                                                 panel.area[kOthers + i], threshold);
