@@ -126,7 +126,7 @@ sampled_roi::Args args_of(const SampledSettings& s, const Tensor& boxes, const S
                                   .argmax = nullptr};
   // Blocks of the launches are numbered with 32 bits.
   const std::int64_t part =
-      sampled_roi::bins_at_once(std::max<std::int64_t>(1, args.bins), args.hint, 64);
+      sampled_roi::divided_bins(std::max<std::int64_t>(1, args.bins), args.hint, 64).at_once;
   const std::int64_t parts = ceil_div(args.bins, part) * args.groups;
   if (std::max(args.bins, args.c) <= kMaxI32 &&
       parts <= kMaxI32 / std::max<std::int64_t>(1, ceil_div(args.channels, 32))) {

@@ -251,7 +251,7 @@ void gradient_of(const Args& a, bool channels_last, Task<T>& task) {
   Table<Op, T> table(a, true);
   const std::int64_t first_group = Op::kByImage ? task.image : 0;
   const std::int64_t end_group = Op::kByImage ? task.image + 1 : a.groups;
-  const std::int64_t at_once = sampled_roi::bins_at_once(a.bins, a.hint, kEntries);
+  const std::int64_t at_once = sampled_roi::divided_bins(a.bins, a.hint, kEntries).at_once;
   for (std::int64_t group = first_group; group < end_group; ++group) {
     for (std::int64_t first = 0; first < a.bins; first += at_once) {
       table.lay_out(group, first, std::min<std::int64_t>(at_once, a.bins - first), task.image);
@@ -283,7 +283,7 @@ template <class Op, class Scalar>
 void forward(const SampledPlan& p) {
   using T = Acc<Scalar>;
   const Args& a = p.args;
-  const std::int64_t at_once = sampled_roi::bins_at_once(a.bins, a.hint, kEntries);
+  const std::int64_t at_once = sampled_roi::divided_bins(a.bins, a.hint, kEntries).at_once;
   const std::int64_t parts = (a.bins + at_once - 1) / at_once;
   const std::int64_t cost = at_once * a.hint * (40 + 4 * a.channels);
   parallel_for(a.groups * parts, cost, [&](std::int64_t begin, std::int64_t end) {

@@ -54,7 +54,7 @@ std::int64_t scatter_vector(std::int64_t scalar) { return scalar == TORCHKILN_DO
 
 Geometry over_parts(const Sizes& s, const PartTunables& t) {
   const std::int64_t at_once =
-      sampled_roi::bins_at_once(s.bins, s.hint, static_cast<i32>(t.entries));
+      sampled_roi::divided_bins(s.bins, s.hint, static_cast<i32>(t.entries)).at_once;
   return linear(s.groups * ceil_div(s.bins, at_once) * ceil_div(s.channels, t.channels),
                 t.block_size);
 }

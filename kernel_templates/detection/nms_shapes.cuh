@@ -1,6 +1,6 @@
 // Non-maximum suppression of rotated boxes, quadrilaterals and other kinds; see nms_panels.cuh. And `match`, which finds
 // for each box the kept one that it goes with: one warp looks through the kept boxes in order.
-// spills: up to 150 bytes for quadrilaterals, by ptxas' own choice: no kernel asks for a number of blocks.
+// spills: up to 180 bytes for quadrilaterals in float64, by ptxas' own choice: no kernel asks for a number of blocks.
 // compile time: above 250 ms; the stages of suppress are one kernel, so that none waits for a launch, beside the shared area
 // SPDX-License-Identifier: Apache-2.0
 #pragma once

@@ -114,7 +114,12 @@ TORCHKILN_HD i32 pixel_below(const Axis<T>& axis, T position, i64 size) {
 // The samples [first, last) of a bin outside of which none can lie in the map, and `spare` more on both sides; few samples
 // are not worth the divisions. For a maximum one to spare, which is 0, stands for all on its side.
 TORCHKILN_HD i32 clamp_count(double value, i32 count) {
+#if defined(__CUDACC_RTC__)
+  // The instruction stops at the ends of the range, and makes no positive number of NaN.
+  return min_of(max_of(__double2int_rz(value), 0), count);
+#else
   return value > 0 ? (value < double(count) ? i32(value) : count) : 0;
+#endif
 }
 struct SampleRange {
   i32 first, last;

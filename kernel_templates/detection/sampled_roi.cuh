@@ -35,8 +35,9 @@ struct Part {
 // Neighbouring blocks have the same channels, so that maps are read from memory once.
 template <int kEntries, int kChannels>
 __device__ __forceinline__ Part part_of(const Args& args) {
-  const i32 at_once = bins_at_once(args.bins, args.hint, kEntries);
-  const u32 parts = (u32(args.bins) + at_once - 1) / at_once, tiles = parts * u32(args.groups);
+  const Division division = divided_bins(args.bins, args.hint, kEntries);
+  const i32 at_once = division.at_once;
+  const u32 parts = u32(division.parts), tiles = parts * u32(args.groups);
   const u32 chunk = blockIdx.x / tiles, tile = blockIdx.x - chunk * tiles;
   Part part;
   part.group = i32(tile / parts);
@@ -262,12 +263,12 @@ __device__ __forceinline__ void forward(const Args& args) {
 
 // ---- gradient ------------------------------------------------------------------------------------------------------
 
-// The gradient that kVector channels of the input get from a bin; `channel` is one of the input without its border.
+// The gradient that kVector channels of the input get from a bin, by its number among those of all groups; `channel` is
+// one of the input without its border.
 template <class Op, int kVector, class Scalar, class Index, class T>
-__device__ __forceinline__ void load_gradient(const Args& args, const Patch<T>& patch, i64 group,
-                                              i64 bin, Index channel, T* gradient) {
-  const Scalar* from = static_cast<const Scalar*>(args.output) +
-                       (Index(group) * Index(args.bins) + Index(bin)) * Index(args.channels);
+__device__ __forceinline__ void load_gradient(const Args& args, const Patch<T>& patch, Index number,
+                                              Index channel, T* gradient) {
+  const Scalar* from = static_cast<const Scalar*>(args.output) + number * Index(args.channels);
   if constexpr (Op::kOriented) {
     const i32 orientations = i32(args.orientations);
     i32 at = i32(u32(channel) % u32(orientations));
@@ -345,11 +346,10 @@ __device__ __forceinline__ void scatter(const Args& args) {
     T gradient[kVector] = {};
     i32 winner[kVector] = {};
     if (active) {
-      load_gradient<Op, kVector, Scalar>(args, patch, part.group, own, channel, gradient);
+      const Index number = Index(part.group) * Index(args.bins) + Index(own);
+      load_gradient<Op, kVector, Scalar>(args, patch, number, channel, gradient);
       if constexpr (Op::kMaximum) {
-        const i32* winners =
-            args.argmax +
-            (Index(part.group) * Index(args.bins) + Index(own)) * Index(args.channels) + channel;
+        const i32* winners = args.argmax + number * Index(args.channels) + channel;
 #pragma unroll
         for (int i = 0; i < kVector; ++i) winner[i] = winners[i];
       }
@@ -402,19 +402,10 @@ struct TileTable : Table<T, kEntries, kBlockSize> {
   T sums[kTileSide * kTileSide][kBlockSize];
 };
 
-// A bin by its number, counted on over the groups from the first one of `group`.
-struct Place {
-  i32 group, bin;
-};
-__device__ __forceinline__ Place place_of(const Args& args, i32 group, u32 number) {
-  const u32 further = number / u32(args.bins);
-  return {group + i32(further), i32(number - further * u32(args.bins))};
-}
-
-// Adds the samples of the listed bins to the channel of this thread. The table's pixels are those of the tile, -1 for
+// Adds the samples of the listed bins to the channel of this thread; `first` is the number of the first candidate. The table's pixels are those of the tile, -1 for
 // others. Every thread of the block must call.
 template <class Op, class Scalar, class Index, int kEntries, int kBlockSize, class Tile>
-__device__ __forceinline__ void add_listed(const Args& args, Tile& tile, Place first, i32 total,
+__device__ __forceinline__ void add_listed(const Args& args, Tile& tile, i64 first, i32 total,
                                            i32 tile_y, i32 tile_x, i64 channel) {
   using T = Acc<Scalar>;
   const i32 h = i32(args.h), w = i32(args.w), most = tile.most, chunk = divided(kEntries, total);
@@ -434,15 +425,14 @@ __device__ __forceinline__ void add_listed(const Args& args, Tile& tile, Place f
     if (channel >= args.c) continue;
 #pragma unroll 1
     for (i32 slot = 0; slot < total; ++slot) {
-      const Place at = place_of(args, first.group, u32(first.bin) + u32(tile.listed[slot]));
-      if (Op::kBordered && at.bin % i32(kBorders) != border) continue;
+      const Index number = Index(first) + tile.listed[slot];
+      // A group has as many bins of each border.
+      if (Op::kBordered && u32(number) % u32(kBorders) != u32(border)) continue;
       T gradient;
-      load_gradient<Op, 1, Scalar, Index>(args, tile.patches[slot], at.group, at.bin, own,
-                                          &gradient);
+      load_gradient<Op, 1, Scalar, Index>(args, tile.patches[slot], number, own, &gradient);
       i32 from = 0, to = count;
       if constexpr (Op::kMaximum) {
-        const Index bin = Index(at.group) * Index(args.bins) + at.bin;
-        from = args.argmax[bin * Index(args.channels) + own] - begin;
+        from = args.argmax[number * Index(args.channels) + own] - begin;
         to = min_of(from + 1, count);
         if (from < 0) continue;
       }
@@ -479,14 +469,18 @@ __device__ __forceinline__ void gather(const Args& args) {
   for (int i = 0; i < kTileSide * kTileSide; ++i) tile.sums[i][threadIdx.x] = T(0);
 
   const i64 candidates = Op::kByImage ? args.bins : args.groups * args.bins;
-  Place first = {Op::kByImage ? image : 0, 0};
+  i32 group = Op::kByImage ? image : 0;
+  const i64 number = i64(group) * args.bins;  // of the first of them
+  u32 bin = threadIdx.x;                      // own candidate, counted on from the group's first
 #pragma unroll 1
   for (i64 seen = 0; seen < candidates; seen += kBlockSize) {
     Patch<T> patch = {};
     bool listed = false;
     if (seen + threadIdx.x < candidates) {
-      const Place own = place_of(args, first.group, u32(first.bin) + threadIdx.x);
-      patch = Op::template patch<T>(args, own.group, own.bin);
+      const u32 further = bin / u32(args.bins);
+      group += i32(further);
+      bin -= further * u32(args.bins);
+      patch = Op::template patch<T>(args, group, i64(bin));
       listed = patch.image == image && touches<Op>(patch, tile_y, tile_x);
     }
     int total;
@@ -501,10 +495,10 @@ __device__ __forceinline__ void gather(const Args& args) {
     }
     __syncthreads();
     if (total > 0) {
-      add_listed<Op, Scalar, Index, kEntries, kBlockSize>(args, tile, first, total, tile_y, tile_x,
-                                                          channel);
+      add_listed<Op, Scalar, Index, kEntries, kBlockSize>(args, tile, number + seen, total, tile_y,
+                                                          tile_x, channel);
     }
-    first = place_of(args, first.group, u32(first.bin) + kBlockSize);
+    bin += kBlockSize;
     __syncthreads();
   }
   if (channel >= args.c) return;

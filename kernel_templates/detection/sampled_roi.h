@@ -168,12 +168,17 @@ TORCHKILN_HD bool is_finite(T x) {
   return x - x == T(0);
 }
 
-// Bins that are worked on at once: as many samples as there are entries in a table, all parts about equal.
-TORCHKILN_HD i32 bins_at_once(i64 bins, i64 hint, i32 entries) {
+// Bins that are worked on at once: as many samples as there are entries in a table, all parts about equal. And how many
+// parts that makes.
+struct Division {
+  i32 at_once, parts;
+};
+TORCHKILN_HD Division divided_bins(i64 bins, i64 hint, i32 entries) {
   const u32 fitting = u32(entries) / u32(max_of(hint, i64(1)));
   const u32 most = max_of(u32(1), min_of(u32(kMostBins), fitting)), all = u32(bins);
   const u32 parts = (all + most - 1) / most;
-  return i32((all + parts - 1) / parts);
+  // Parts of this size are no fewer: `most` is no less.
+  return {i32((all + parts - 1) / parts), i32(parts)};
 }
 
 // Where a sample lies, counted from a pixel.

@@ -25,11 +25,12 @@ TORCHKILN_HD void add_candidate(Candidates<T>& to, T x, T y) {
   ++to.count;
 }
 
-template <class T>
-TORCHKILN_HD void sort_by(Candidates<T>& points, T* key) {
+template <class T, class KeyOf>
+TORCHKILN_HD void sort_by(Candidates<T>& points, const KeyOf& key_of) {
+  T key[24];
   TORCHKILN_ROLLED
-  for (int i = 1; i < points.count; ++i) {
-    const T k = key[i], x = points.x[i], y = points.y[i];
+  for (int i = 0; i < points.count; ++i) {
+    const T x = points.x[i], y = points.y[i], k = key_of(x, y);
     int j = i;
     TORCHKILN_ROLLED
     for (; j > 0 && key[j - 1] > k; --j) {
@@ -69,10 +70,7 @@ TORCHKILN_HD T under_chain(const Candidates<T>& p, T sense) {
 
 template <class T>
 TORCHKILN_HD T hull_area(Candidates<T>& points) {
-  T key[24];
-  TORCHKILN_ROLLED
-  for (int i = 0; i < points.count; ++i) key[i] = points.x[i];
-  sort_by(points, key);
+  sort_by(points, [](T x, T) { return x; });
   T twice = T(0);
   TORCHKILN_ROLLED
   for (int side = 0; side < 2; ++side) twice = under_chain(points, T(2 * side - 1)) - twice;
@@ -179,7 +177,7 @@ TORCHKILN_HD void add_crossing(Candidates<T>& to, const T* p0, const T* p1, cons
 template <class T>
 TORCHKILN_HD T star_area(Candidates<T>& p) {
   if (p.count < 3) return T(0);
-  T x = T(0), y = T(0), key[24], twice = T(0);
+  T x = T(0), y = T(0), twice = T(0);
   TORCHKILN_ROLLED
   for (int i = 0; i < p.count; ++i) {
     x += p.x[i];
@@ -187,9 +185,7 @@ TORCHKILN_HD T star_area(Candidates<T>& p) {
   }
   x /= T(p.count);
   y /= T(p.count);
-  TORCHKILN_ROLLED
-  for (int i = 0; i < p.count; ++i) key[i] = atan2_of(p.y[i] - y, p.x[i] - x);
-  sort_by(p, key);
+  sort_by(p, [x, y](T of_x, T of_y) { return atan2_of(of_y - y, of_x - x); });
   TORCHKILN_ROLLED
   for (int i = 1; i + 1 < p.count; ++i) {
     twice += cross(p.x[i] - p.x[0], p.y[i] - p.y[0], p.x[i + 1] - p.x[0], p.y[i + 1] - p.y[0]);
@@ -201,28 +197,27 @@ template <class T>
 TORCHKILN_HD_CALLED T shared_area(const PeerRotated<T>& first, const PeerRotated<T>& second) {
   T value;
   if (apart<Rotated<T>>(first, second, value)) return value;
-  Rotated<T> a = first, b = second;
-  a.x -= b.x;
-  a.y -= b.y;
-  b.x = T(0);
-  b.y = T(0);
-  T p[5][2], q[5][2];
+  Rotated<T> box[2] = {first, second};
+  box[0].x -= box[1].x;
+  box[0].y -= box[1].y;
+  box[1].x = T(0);
+  box[1].y = T(0);
+  T at[2][5][2];
   TORCHKILN_ROLLED
-  for (int i = 0; i < 5; ++i) {
-    corner(a, i % 4, p[i][0], p[i][1]);
-    corner(b, i % 4, q[i][0], q[i][1]);
-  }
+  for (int i = 0; i < 10; ++i)
+    corner(box[i / 5], i % 5 % 4, at[i / 5][i % 5][0], at[i / 5][i % 5][1]);
   Candidates<T> points;
   points.count = 0;
   TORCHKILN_ROLLED
   for (int i = 0; i < 4; ++i) {
     TORCHKILN_ROLLED
-    for (int j = 0; j < 4; ++j) add_crossing(points, p[i], p[i + 1], q[j], q[j + 1]);
+    for (int j = 0; j < 4; ++j)
+      add_crossing(points, at[0][i], at[0][i + 1], at[1][j], at[1][j + 1]);
   }
   TORCHKILN_ROLLED
-  for (int i = 0; i < 4; ++i) {
-    if (in_margin(q[i][0], q[i][1], a)) add_candidate(points, q[i][0], q[i][1]);
-    if (in_margin(p[i][0], p[i][1], b)) add_candidate(points, p[i][0], p[i][1]);
+  for (int i = 0; i < 8; ++i) {  // a corner of the second, then one of the first
+    const T* own = at[1 - i % 2][i / 2];
+    if (in_margin(own[0], own[1], box[i % 2])) add_candidate(points, own[0], own[1]);
   }
   return star_area(points);
 }

@@ -9,9 +9,10 @@
 
 namespace torchkiln {
 
-// Counter-clockwise where y points up. One with a vertex that is not finite has NaN for its centre.
+// Counter-clockwise where y points up. One with a vertex that is not finite has NaN for its centre. Aligned for
+// vector loads.
 template <class T>
-struct Quad {
+struct alignas(16) Quad {
   T x, y;          // centre: the mean of the vertices
   T px[4], py[4];  // vertices, from the centre
   T radius;        // of a circle around the centre that holds them

@@ -41,9 +41,9 @@ TORCHKILN_HD float radius_of(float squared) {
 TORCHKILN_HD double radius_of(double squared) { return sqrt_of(squared); }
 
 // A rectangle with everything that its pairs need. One with a side of 0 or less is empty; one with a number that is not
-// finite has NaN for its centre, and so have all its overlaps.
+// finite has NaN for its centre, and so have all its overlaps. Aligned for vector loads.
 template <class T>
-struct Rotated {
+struct alignas(16) Rotated {
   T x, y;            // centre
   T half_w, half_h;  // half sides
   T cos, sin;        // direction of the side w; the side h has (-sin, cos)
