@@ -402,8 +402,8 @@ struct TileTable : Table<T, kEntries, kBlockSize> {
   T sums[kTileSide * kTileSide][kBlockSize];
 };
 
-// Adds the samples of the listed bins to the channel of this thread; `first` is the number of the first candidate. The table's pixels are those of the tile, -1 for
-// others. Every thread of the block must call.
+// Adds the samples of the listed bins to the channel of this thread; `first` is the number of the first candidate. The
+// table's pixels are those of the tile, -1 for others. Every thread of the block must call.
 template <class Op, class Scalar, class Index, int kEntries, int kBlockSize, class Tile>
 __device__ __forceinline__ void add_listed(const Args& args, Tile& tile, i64 first, i32 total,
                                            i32 tile_y, i32 tile_x, i64 channel) {
