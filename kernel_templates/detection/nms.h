@@ -50,8 +50,7 @@ TORCHKILN_HD bool left_out(const Args& args, i64 row) {
 //   Shape          what the tests need of a box, made once
 //   load           the shape of a row of the input
 //   absent         a shape that suppresses and is suppressed never
-//   area, exceeds  do two shapes overlap by more than the threshold? kCalled: what is long is called,
-//                  with references to shapes in memory
+//   area, exceeds  do two shapes overlap by more than the threshold? kCalled: what is long is called
 //   kIsCheap       whether a test is so short that code of several may stand beside each other
 
 template <class Type>

@@ -198,11 +198,11 @@ __device__ __forceinline__ void test_panel(Panel<Kind, kPanel>& panel, i64 begin
   constexpr int kOthers = Panel<Kind, kPanel>::kOthers;
   const int word = warp % kWords, at = word * kWarpSize + lane - back * kPanel;
   const i64 place = begin + at;
-  const auto& other = panel.box[kOthers + at];
+  const auto other = panel.box[kOthers + at];
   const auto other_area = panel.area[kOthers + at];
 #pragma unroll 1
   for (int i = warp / kWords; i < kPanel; i += kBlockSize / kWarpSize / kWords) {
-    const bool earlier = at < i && place >= i64(panel.first[i]);
+    const bool earlier = place < begin + i && place >= i64(panel.first[i]);
     const bool hit =
         earlier && Kind::template exceeds<true>(other, other_area, panel.box[kOthers + i],
                                                 panel.area[kOthers + i], threshold);
@@ -259,7 +259,7 @@ __device__ __forceinline__ void apply_list(const Args& args, Panel<Kind, kPanel>
   using Shape = typename Kind::Shape;
   constexpr int kUnroll = Kind::kIsCheap ? 2 : 1;
   const int own = threadIdx.x % kPanel, part = threadIdx.x / kPanel;
-  const auto& box = panel.box[kOthers + own];
+  const auto box = panel.box[kOthers + own];
   const auto area = panel.area[kOthers + own];
   const int n_list = panel.n_list;
   bool hit = panel.dead[own / kWarpSize] >> own % kWarpSize & 1;
@@ -349,20 +349,15 @@ __device__ __forceinline__ void decide(const Panel<Kind, kPanel>& panel, u32* op
   }
 }
 
-// One of a few words that are in registers, which have no index.
-template <int kWords>
-__device__ __forceinline__ u32 word_at(const u32* words, int at) {
-  u32 word = words[0];
-#pragma unroll
-  for (int w = 1; w < kWords; ++w) word = at == w ? words[w] : word;
-  return word;
-}
-
 template <int kWords>
 __device__ __forceinline__ void publish(const Args& args, i64 index, const u32* keep) {
   const int lane = threadIdx.x % kWarpSize;
-  const u64 word = u64(1) << 32 | word_at<kWords>(keep, lane);
-  if (lane < kWords) *static_cast<volatile u64*>(args.words + index * kWords + lane) = word;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    if (lane == w) {
+      *static_cast<volatile u64*>(args.words + index * kWords + w) = u64(1) << 32 | keep[w];
+    }
+  }
 }
 
 // Writes the rows of the kept boxes: behind `before` others, or as flags by score when there are classes.
@@ -370,11 +365,10 @@ template <bool kClasses, int kWords>
 __device__ __forceinline__ void write_kept(const Args& args, i64 begin, const u32* keep,
                                            i64 before) {
   const int lane = threadIdx.x % kWarpSize;
-#pragma unroll 1
+#pragma unroll
   for (int w = 0; w < kWords; ++w) {
-    const u32 word = word_at<kWords>(keep, w);
-    const i64 at = before + __popc(word & ((u32(1) << lane) - 1));
-    if (word >> lane & 1) {
+    const i64 at = before + __popc(keep[w] & ((u32(1) << lane) - 1));
+    if (keep[w] >> lane & 1) {
       const u32 row = args.sorted_rows[begin + w * kWarpSize + lane];
       if (kClasses) {
         args.kept[args.score_ranks[row]] = 1;
@@ -382,7 +376,7 @@ __device__ __forceinline__ void write_kept(const Args& args, i64 begin, const u3
         args.indices[at] = row;
       }
     }
-    before += __popc(word);
+    before += __popc(keep[w]);
   }
 }
 

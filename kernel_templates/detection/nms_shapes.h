@@ -19,14 +19,14 @@ enum KindNumber : int {
   kLanes = 6
 };
 
-// Of shapes that lie near each other, compiled once. They are in memory: a reference would put registers on the stack.
+// Of shapes that lie near each other, compiled once. By value: a reference would put what is in registers on the stack.
 template <class Shape>
-TORCHKILN_HD_CALLED auto near_area(const Shape& a, const Shape& b) {
+TORCHKILN_HD_CALLED auto near_area(Shape a, Shape b) {
   return shared_area(a, b);
 }
 
 // A test of shapes whose shared area is found by geometry/: false for NaN. kCalled: for a kernel that has it at several
-// places, most of whose shapes are apart, and has them in shared memory.
+// places, most of whose shapes are apart.
 template <bool kCalled, class Shape, class T>
 TORCHKILN_HD bool shape_exceeds(const Shape& a, T area_a, const Shape& b, T area_b, T threshold) {
   T inter;
