@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
+#include <mutex>
 #include <system_error>
 
 namespace torchkiln::jit {
@@ -120,6 +121,9 @@ bool watch_exit_handlers(const std::string& path, const void* function, void (*r
   if (std::filesystem::canonical(library.l_name, error) != path || error) return false;
   void** slot = find_slot(library, "__cxa_atexit");
   if (slot == nullptr) return false;
+  // Two threads may open a compiler at once: one would close the page that the other is about to write.
+  static std::mutex writing;
+  const std::scoped_lock lock(writing);
   after_registration = registered;
   void* ours = reinterpret_cast<void*>(&register_and_tell);
   return *slot == ours || write_slot(library, slot, ours);
